@@ -1,0 +1,167 @@
+// The extension module: operators for PyTorch, and the door through which eager Python enters them.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "operators.h"
+#include "python_arguments.h"
+
+namespace emopt {
+
+namespace {
+
+// ---- operators -----------------------------------------------------------------------------------------
+
+TORCH_LIBRARY(emerging_optimizers, m) {
+#define EMOPT_DEFINE(Rule) \
+  m.def(Operator<Rule>::schema().c_str(), {at::Tag::pt2_compliant_tag});
+  EMOPT_FOR_EACH_RULE(EMOPT_DEFINE)
+#undef EMOPT_DEFINE
+}
+
+TORCH_LIBRARY_IMPL(emerging_optimizers, CPU, m) {
+#define EMOPT_IMPLEMENT(Rule) \
+  m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::cpu));
+  EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
+#undef EMOPT_IMPLEMENT
+}
+
+TORCH_LIBRARY_IMPL(emerging_optimizers, Meta, m) {
+#define EMOPT_IMPLEMENT(Rule) \
+  m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::meta));
+  EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
+#undef EMOPT_IMPLEMENT
+}
+
+// An optimizer's step is not differentiated. Falling through, where PyTorch would box the arguments
+// only to find nothing to record, halves the cost of a call on a thousand tensors.
+TORCH_LIBRARY_IMPL(emerging_optimizers, Autograd, m) {
+#define EMOPT_IMPLEMENT(Rule) \
+  m.impl(Operator<Rule>::name().c_str(), torch::CppFunction::makeFallthrough());
+  EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
+#undef EMOPT_IMPLEMENT
+}
+
+// ---- the eager door ------------------------------------------------------------------------------------
+
+// How each kind of option is read from Python, and passed on.
+template <class Rule>
+double read(const Option<Rule, double>& option, py::handle value) {
+  return read_number(option.name, value);
+}
+template <class Rule>
+bool read(const Option<Rule, bool>& option, py::handle value) {
+  return read_flag(option.name, value);
+}
+template <class Rule>
+std::optional<int64_t> read(const Option<Rule, int64_t>& option, py::handle value) {
+  return read_warmup_steps(option.name, value);
+}
+template <class Rule, size_t N>
+c10::SmallVector<double, 3> read(const Option<Rule, double[N]>& option, py::handle value) {
+  return read_numbers(option.name, value);
+}
+StepValue read(StepArgument, py::handle value) { return read_step(value); }
+
+template <class T>
+const T& passed_on(const T& value) {
+  return value;
+}
+const c10::SymInt& passed_on(const StepValue& value) { return value.step; }
+
+template <class T>
+void take_step_tensor(std::optional<at::Tensor>&, const T&) {}
+void take_step_tensor(std::optional<at::Tensor>& tensor, const StepValue& value) {
+  tensor = value.tensor;
+}
+
+template <class Rule, class, class>
+struct DoorOf;
+
+template <class Rule, size_t... kState, size_t... kOption>
+struct DoorOf<Rule, std::index_sequence<kState...>, std::index_sequence<kOption...>> {
+  // The function's arguments in their documented order, then `out`.
+  static py::object update(py::handle grad, Repeat<kState, py::handle>... states,
+                           Repeat<kOption, py::handle>... options, py::handle out) {
+    const SingleTensorCall messages(THPVariable_Check(grad.ptr()));
+    const TensorArgument grads("grad", grad);
+    const TensorArgument state[] = {TensorArgument(Rule::kStates[kState], states)...};
+    for (const TensorArgument& list : state) check_same_kind(grads, list);
+
+    const auto described = Rule::options();
+    const auto values = std::make_tuple(read(std::get<kOption>(described), options)...);
+    std::optional<at::Tensor> step_tensor;
+    (take_step_tensor(step_tensor, std::get<kOption>(values)), ...);
+
+    py::object result = py::reinterpret_borrow<py::object>(out);
+    c10::SmallVector<at::Tensor, 1> updates;
+    if (out.is_none()) {
+      result = new_updates(grads, state[0], updates);
+    } else {
+      TensorArgument given("out", out);
+      check_same_kind(grads, given);
+      updates = std::move(given.tensors);
+    }
+    if (updates.empty()) {
+      Operator<Rule>::rule_and_step(step_tensor, passed_on(std::get<kOption>(values))...);
+    } else {
+      const py::gil_scoped_release without_gil;
+      Operator<Rule>::call(updates, grads.tensors, state[kState].tensors...,
+                           passed_on(std::get<kOption>(values))..., step_tensor);
+    }
+    return result;
+  }
+
+ private:
+  static py::object new_updates(const TensorArgument& grads, const TensorArgument& states,
+                                c10::SmallVector<at::Tensor, 1>& updates) {
+    updates.reserve(grads.tensors.size());
+    for (size_t i = 0; i < grads.tensors.size(); ++i) {
+      check_storage(grads.name, grads.tensors[i], i);
+      check_storage(states.name, states.tensors[i], i);
+      updates.push_back(empty_update(grads.tensors[i], states.tensors[i]));
+    }
+    if (grads.is_single) return py::reinterpret_steal<py::object>(THPVariable_Wrap(updates[0]));
+    py::list list(updates.size());
+    for (size_t i = 0; i < updates.size(); ++i) {
+      PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(updates[i]));
+    }
+    return std::move(list);
+  }
+};
+
+template <class Rule>
+using Door =
+    DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
+           std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
+
+// ---- the module ----------------------------------------------------------------------------------------
+
+std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
+  std::vector<std::string> result;
+  for (const cpu::Isa isa : isas) result.emplace_back(cpu::name(isa));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  cpu::active_isa();  // a wrong EMERGING_OPTIMIZERS_ISA is an error here, not in the first step
+#define EMOPT_BIND(Rule)                                    \
+  m.def((std::string(Rule::kName) + "_update").c_str(),     \
+        torch::wrap_pybind_function(Door<Rule>::update));
+  EMOPT_FOR_EACH_RULE(EMOPT_BIND)
+#undef EMOPT_BIND
+
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("cuda_architectures") = py::list();
+  m.def("compiled_isas", [] { return names(cpu::compiled_isas()); });
+  m.def("supported_isas", [] { return names(cpu::supported_isas()); });
+  m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });
+  // The fallback kernels, written in Python, name arguments as the checks here do.
+  m.def("is_single_tensor_call", &SingleTensorCall::is_active);
+}
+
+}  // namespace emopt

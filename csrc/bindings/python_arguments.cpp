@@ -1,0 +1,141 @@
+#include "python_arguments.h"
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_symnode.h>
+
+#include <cmath>
+
+#include "operand_checks.h"
+#include "scalar_checks.h"
+
+namespace emopt {
+
+namespace {
+
+const char* type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; }
+
+// A number's value; empty where the object is none.
+std::optional<double> as_number(py::handle value) {
+  if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  return number;
+}
+
+// A whole number's value; empty where the object is none.
+std::optional<int64_t> as_integer(py::handle value) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  int overflow = 0;
+  const int64_t integer = index ? PyLong_AsLongLongAndOverflow(index.ptr(), &overflow) : 0;
+  if (!index || overflow != 0) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  return integer;
+}
+
+}  // namespace
+
+TensorArgument::TensorArgument(const char* name_, py::handle value) : name(name_) {
+  if (THPVariable_Check(value.ptr())) {
+    is_single = true;
+    tensors.push_back(THPVariable_Unpack(value.ptr()));
+    return;
+  }
+  TORCH_CHECK_TYPE(PySequence_Check(value.ptr()) && !PyUnicode_Check(value.ptr()), name,
+                   " must be a Tensor or a sequence of Tensors, not ", type_name(value));
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
+  if (!items) throw py::error_already_set();
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+  PyObject** const item = PySequence_Fast_ITEMS(items.ptr());
+  tensors.reserve(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    TORCH_CHECK_TYPE(THPVariable_Check(item[i]), position_name(name, static_cast<size_t>(i)),
+                     " must be a Tensor, not ", type_name(item[i]));
+    tensors.push_back(THPVariable_Unpack(item[i]));
+  }
+}
+
+void check_same_kind(const TensorArgument& grad, const TensorArgument& other) {
+  TORCH_CHECK_VALUE(grad.is_single == other.is_single, other.name, " is a ",
+                    other.is_single ? "single Tensor" : "sequence", " but ", grad.name, " is a ",
+                    grad.is_single ? "single Tensor" : "sequence",
+                    "; pass all of them as Tensors, or all as sequences of Tensors");
+  TORCH_CHECK_VALUE(grad.tensors.size() == other.tensors.size(), list_name(other.name), " has ",
+                    other.tensors.size(), " tensors but ", list_name(grad.name), " has ",
+                    grad.tensors.size());
+}
+
+double read_number(const char* name, py::handle value) {
+  const auto number = as_number(value);
+  TORCH_CHECK_TYPE(number.has_value(), name, " must be a number, not ", type_name(value));
+  return *number;
+}
+
+bool read_flag(const char* name, py::handle value) {
+  if (value.ptr() == Py_True) return true;
+  if (value.ptr() == Py_False) return false;
+  const std::string type = type_name(value);
+  TORCH_CHECK_TYPE(type == "numpy.bool" || type == "numpy.bool_", name, " must be a bool, not ",
+                   type);
+  return PyObject_IsTrue(value.ptr()) == 1;
+}
+
+std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
+  if (value.is_none()) return std::nullopt;
+  const auto integer = as_integer(value);
+  if (integer.has_value()) return integer;
+  const auto number = as_number(value);
+  TORCH_CHECK_VALUE(!number.has_value() || !std::isnan(*number), name,
+                    " is nan; expected a whole number or None");
+  TORCH_CHECK_TYPE(number.has_value() && std::floor(*number) == *number &&
+                       std::abs(*number) < 9007199254740992.0,
+                   name, " must be a whole number or None, not ",
+                   number.has_value() ? number_text(*number) : type_name(value));
+  return static_cast<int64_t>(*number);
+}
+
+c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
+  TORCH_CHECK_TYPE(PySequence_Check(value.ptr()) && !PyUnicode_Check(value.ptr()), name,
+                   " must be a sequence of numbers, not ", type_name(value));
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
+  if (!items) throw py::error_already_set();
+  c10::SmallVector<double, 3> numbers;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
+  PyObject** const item = PySequence_Fast_ITEMS(items.ptr());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const auto number = as_number(item[i]);
+    TORCH_CHECK_TYPE(number.has_value(), name, "[", i, "] must be a number, not ",
+                     type_name(item[i]));
+    numbers.push_back(*number);
+  }
+  return numbers;
+}
+
+StepValue read_step(py::handle value) {
+  if (PyLong_CheckExact(value.ptr())) {
+    const auto integer = as_integer(value);
+    TORCH_CHECK_VALUE(integer.has_value(), "step is beyond the range of int64");
+    return {c10::SymInt(*integer), std::nullopt};
+  }
+  if (THPVariable_Check(value.ptr())) return {c10::SymInt(0), THPVariable_Unpack(value.ptr())};
+  if (torch::is_symint(value)) {
+    return {value.cast<c10::SymInt>(), std::nullopt};
+  }
+  const auto integer = as_integer(value);
+  if (integer.has_value()) return {c10::SymInt(*integer), std::nullopt};
+  const auto number = as_number(value);
+  TORCH_CHECK_TYPE(number.has_value(), "step must be an int, not ", type_name(value));
+  TORCH_CHECK_VALUE(!std::isnan(*number), "step is nan; expected a whole number");
+  TORCH_CHECK_TYPE(std::floor(*number) == *number, "step is ", number_text(*number),
+                   "; expected a whole number");
+  TORCH_CHECK_VALUE(std::abs(*number) < 9007199254740992.0, "step is ", number_text(*number),
+                    "; expected a whole number below 2^53");
+  return {c10::SymInt(static_cast<int64_t>(*number)), std::nullopt};
+}
+
+}  // namespace emopt

@@ -1,0 +1,40 @@
+// What users pass from Python: read, with messages that name the argument.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/SmallVector.h>
+
+#include <optional>
+#include <string>
+
+#include "../rules/rule.h"
+
+namespace emopt {
+
+// A tensor, or a sequence of tensors.
+struct TensorArgument {
+  const char* name;
+  bool is_single = false;
+  c10::SmallVector<at::Tensor, 1> tensors;
+
+  TensorArgument(const char* name, py::handle value);
+};
+
+// All lists, or all single tensors.
+void check_same_kind(const TensorArgument& grad, const TensorArgument& other);
+
+struct StepValue {
+  c10::SymInt step{0};
+  std::optional<at::Tensor> tensor;
+};
+
+double read_number(const char* name, py::handle value);
+bool read_flag(const char* name, py::handle value);
+std::optional<int64_t> read_warmup_steps(const char* name, py::handle value);
+c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value);
+StepValue read_step(py::handle value);
+
+}  // namespace emopt

@@ -1,0 +1,52 @@
+#include "scalar_checks.h"
+
+#include <charconv>
+
+namespace emopt {
+
+std::string number_text(double value) {
+  char text[32];
+  const auto end = std::to_chars(text, text + sizeof(text), value).ptr;
+  return std::string(text, end);
+}
+
+void check_domain(const std::string& name, double value, Domain domain) {
+  switch (domain) {
+    case Domain::kAny:
+      TORCH_CHECK_VALUE(!std::isnan(value), name, " is nan; expected a number");
+      break;
+    case Domain::kBeta:
+      TORCH_CHECK_VALUE(value >= 0.0 && value < 1.0, name, " is ", number_text(value),
+                        "; expected 0 <= ", name, " < 1");
+      break;
+    case Domain::kNonNegative:
+      TORCH_CHECK_VALUE(value >= 0.0, name, " is ", number_text(value), "; expected ", name,
+                        " >= 0");
+      break;
+  }
+}
+
+double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest) {
+  double value = static_cast<double>(step);
+  if (step_tensor.has_value()) {
+    TORCH_CHECK_TYPE(
+        step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
+                                    step_tensor->scalar_type() == at::kFloat),
+        "step is a tensor of dtype ", step_tensor->dtype(), " with ", step_tensor->dim(),
+        " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32");
+    TORCH_CHECK_VALUE(step_tensor->is_cpu(), "step is on ", step_tensor->device(),
+                      " but the tensors are on cpu");
+    value = step_tensor->scalar_type() == at::kLong
+                ? static_cast<double>(*step_tensor->const_data_ptr<int64_t>())
+                : static_cast<double>(*step_tensor->const_data_ptr<float>());
+    TORCH_CHECK_VALUE(!std::isnan(value), "step is nan; expected a whole number");
+    TORCH_CHECK_TYPE(std::floor(value) == value, "step is ", number_text(value),
+                     "; expected a whole number");
+  }
+  TORCH_CHECK_VALUE(value >= static_cast<double>(lowest), "step is ", number_text(value),
+                    "; expected step >= ", lowest,
+                    lowest == 1 ? " (with bias correction, steps count from 1)" : "");
+  return value;
+}
+
+}  // namespace emopt

@@ -1,0 +1,30 @@
+// The instruction sets that the CPU engine is compiled for, and the choice between them.
+#pragma once
+
+#include <vector>
+
+namespace emopt::cpu {
+
+// In rising order. `baseline` is what the compiler targets by default: SSE2 on x86-64, NEON on
+// AArch64.
+enum class Isa { kBaseline, kAVX2, kAVX512 };
+
+// Compilers with target regions (GCC, clang) build the x86-64 units; the others build the baseline.
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define EMOPT_X86_UNITS 1
+#else
+#define EMOPT_X86_UNITS 0
+#endif
+
+const char* name(Isa isa);
+
+std::vector<Isa> compiled_isas();
+// Those that this machine can run, in rising order.
+std::vector<Isa> supported_isas();
+
+// The one in use: the highest supported one, or the one that EMERGING_OPTIMIZERS_ISA names. Chosen
+// once, at the first call. Throws std::runtime_error where that variable names none of
+// `supported_isas()`.
+Isa active_isa();
+
+}  // namespace emopt::cpu

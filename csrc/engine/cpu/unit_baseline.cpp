@@ -1,0 +1,4 @@
+#include "unit.h"
+
+#define EMOPT_UNIT baseline
+#include "tile_loop.inl"

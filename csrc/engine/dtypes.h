@@ -1,0 +1,111 @@
+// The storage types, and the way between each of them and the arithmetic type of a rule.
+//
+// Every conversion rounds once, to nearest even, and is written with integer operations and exact
+// floating-point ones, so that compilers vectorise it for any instruction set and the bits are the
+// same on all of them, under any setting for subnormals. A NaN stays a NaN.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../rules/rule.h"
+
+namespace emopt {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+EMOPT_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- widening: exact -------------------------------------------------------------------------------
+
+EMOPT_FN float widen(float x) { return x; }
+EMOPT_FN double widen(double x) { return x; }
+
+EMOPT_FN float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+EMOPT_FN float widen(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Normal: move the exponent's bias from 15 to 127; infinity and NaN: to all ones.
+  const uint32_t bias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
+  const uint32_t normal = (magnitude << 13) + bias;
+  // Subnormal: put the mantissa below a 0.5 (whose last place is 2^-24, as here) and take it away.
+  const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
+  return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
+}
+
+// ---- rounding: to nearest even ---------------------------------------------------------------------
+
+template <class To>
+struct Round;
+
+template <>
+struct Round<double> {
+  EMOPT_FN static double from(double x) { return x; }
+  EMOPT_FN static double from(float x) { return x; }
+};
+
+template <>
+struct Round<float> {
+  EMOPT_FN static float from(double x) { return static_cast<float>(x); }
+  EMOPT_FN static float from(float x) { return x; }
+
+  // To odd: an inexact result takes the neighbour whose last bit is set. Rounding that once more to
+  // a type at least two bits shorter is the same as rounding `x` to it directly.
+  EMOPT_FN static float odd_from(double x) {
+    const float nearest = static_cast<float>(x);
+    const double back = nearest;
+    const uint32_t bits = bit_cast<uint32_t>(nearest);
+    const bool is_exact_or_odd = back == x || (bits & 1u) != 0;
+    const double above = back < 0 ? -back : back;
+    const double magnitude = x < 0 ? -x : x;
+    const uint32_t odd = above > magnitude ? bits - 1u : bits + 1u;
+    return bit_cast<float>(is_exact_or_odd ? bits : odd);
+  }
+};
+
+template <>
+struct Round<BFloat16> {
+  EMOPT_FN static BFloat16 from(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+  }
+  EMOPT_FN static BFloat16 from(double x) { return from(Round<float>::odd_from(x)); }
+};
+
+template <>
+struct Round<Float16> {
+  EMOPT_FN static Float16 from(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Normal: move the bias from 127 to 15 and round the 13 bits that fall off.
+    const uint32_t normal =
+        (magnitude - ((127u - 15u) << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14: adding 0.5 rounds to a multiple of 2^-24.
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    const uint32_t subnormal = bit_cast<uint32_t>(shifted) - 0x3f000000u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    // From 65520 on, halfway from the largest number to the next power of two.
+    return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+  }
+  EMOPT_FN static Float16 from(double x) { return from(Round<float>::odd_from(x)); }
+};
+
+}  // namespace emopt

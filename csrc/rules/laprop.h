@@ -1,0 +1,45 @@
+// LaProp: Separating Momentum and Adaptivity in Adam, arXiv:2002.04839.
+#pragma once
+
+#include "schedules.h"
+
+namespace emopt {
+
+struct LaProp {
+  static constexpr const char* kName = "laprop";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+
+  bool correct_bias;
+  double betas[2];
+  double eps;
+
+  static constexpr auto options() {
+    return std::make_tuple(option("correct_bias", &LaProp::correct_bias),
+                           option("betas", &LaProp::betas, Domain::kBeta), StepArgument{},
+                           option("eps", &LaProp::eps));
+  }
+
+  template <class Real>
+  struct Step {
+    ExponentialMovingAverage<Real> first, second;
+    Real unbias_first, unbias_second, eps;
+
+    EMOPT_FN Step(const LaProp& rule, double step)
+        : first(rule.betas[0]), second(rule.betas[1]), eps(static_cast<Real>(rule.eps)) {
+      const double c1 = bias_correction(rule.betas[0], step, rule.correct_bias);
+      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
+      unbias_first = static_cast<Real>(1.0 / c1);
+      unbias_second = static_cast<Real>(1.0 / c2);
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+      exp_avg_sq = second(exp_avg_sq, grad * grad);
+      // The gradient is normalised first, and only then averaged.
+      const Real normalised = grad / (square_root(unbias_second * exp_avg_sq) + eps);
+      exp_avg = first(exp_avg, normalised);
+      return unbias_first * exp_avg;
+    }
+  };
+};
+
+}  // namespace emopt

@@ -1,0 +1,93 @@
+// The vocabulary that every rule is written in, and what a rule must provide.
+//
+// A rule is one plain struct, named as its optimizer, that knows values only: no torch, no memory,
+// no threads, no devices. It provides
+//
+//   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
+//   static constexpr const char* kStates[]         its states, in the order that users pass them
+//   <hyperparameters>                              public members: double, double[N], bool, int64_t
+//   static constexpr auto options()                their argument names and domains, in the order
+//                                                  that users pass them; `StepArgument` is `step`
+//   std::string problem() const                    (optional) what is wrong between hyperparameters
+//   double shape_scale(rows, cols) const           (optional) a factor for each 2-D tensor's update
+//
+//   template <class Real> struct Step {
+//     Step(const Rule&, double step)               once per step, in double: schedules and bias
+//                                                  corrections end here, as constants of type Real
+//     Real operator()(Real grad, Real& state...) const -> update         once per element
+//   };
+//
+// A flag of `Step` that steers `operator()` costs nothing: it is the same for all elements, so the
+// compiler moves the branch out of the loop (seen with GCC 12: one vector loop for each case).
+#pragma once
+
+#include <math.h>
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+// Rule code is always inlined. It therefore takes on the instruction set of the loop around it, and
+// no out-of-line copy exists that the linker could share between units of different sets.
+#if defined(__CUDACC__)
+#define EMOPT_FN __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define EMOPT_FN __forceinline
+#else
+#define EMOPT_FN inline __attribute__((always_inline))
+#endif
+
+namespace emopt {
+
+// ---- arithmetic ----------------------------------------------------------------------------------
+
+// average <- beta * average + (1 - beta) * value. `1 - beta` is taken in double: in float it would
+// lose the digits that matter when beta is close to 1.
+template <class Real>
+struct ExponentialMovingAverage {
+  Real beta;
+  Real one_minus_beta;
+
+  EMOPT_FN explicit ExponentialMovingAverage(double beta_)
+      : beta(static_cast<Real>(beta_)), one_minus_beta(static_cast<Real>(1.0 - beta_)) {}
+
+  EMOPT_FN Real operator()(Real average, Real value) const {
+    return beta * average + one_minus_beta * value;
+  }
+};
+
+// As torch.sign: 0 for both zeros and for NaN.
+template <class Real>
+EMOPT_FN Real sign(Real x) {
+  return static_cast<Real>(x > 0) - static_cast<Real>(x < 0);
+}
+
+EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
+EMOPT_FN double square_root(double x) { return ::sqrt(x); }
+
+// ---- the description of a rule's arguments ---------------------------------------------------------
+
+enum class Domain {
+  kAny,          // any number but NaN
+  kBeta,         // [0, 1)
+  kNonNegative,  // [0, inf]
+};
+
+template <class Rule, class Value>
+struct Option {
+  const char* name;
+  Value Rule::*member;
+  Domain domain;
+};
+
+// An option for a flag (bool) or for a number of warm-up steps (int64_t; None is passed as 0, which
+// means the same: the final value from the first step).
+template <class Rule, class Value>
+constexpr Option<Rule, Value> option(const char* name, Value Rule::*member,
+                                     Domain domain = Domain::kNonNegative) {
+  return {name, member, domain};
+}
+
+// Where `step` stands among the arguments. A rule without it does not depend on the step.
+struct StepArgument {};
+
+}  // namespace emopt

@@ -1,0 +1,57 @@
+// Bias corrections and warm-up schedules: what a rule computes once per step, in double.
+#pragma once
+
+#include "rule.h"
+
+namespace emopt {
+
+// 1 - beta^step, by binary powering of the complement: with c(t) = 1 - beta^t,
+//
+//   c(s + t) = c(s) + (1 - c(s)) c(t)
+//
+// has only positive terms, so nothing cancels: the relative error stays at a few 2^-53, where
+// 1 - pow(beta, step) loses 1 / (1 - beta) times that in the first steps. It also uses nothing but
+// correctly rounded operations, so host and device agree to the bit, which `pow` does not grant.
+EMOPT_FN double one_minus_power(double beta, double step) {
+  double result = 0.0;
+  double square = 1.0 - beta;
+  // Above 2^53 a double holds no odd number; beta^step is 0 or `step` is not a count of steps.
+  for (uint64_t t = static_cast<uint64_t>(step < 9007199254740992.0 ? step : 9007199254740992.0);
+       t != 0; t >>= 1) {
+    if ((t & 1) != 0) result += (1.0 - result) * square;
+    square += (1.0 - square) * square;
+  }
+  return result;
+}
+
+// The divisor that makes an average that started at 0 unbiased; 1 when correction is off.
+EMOPT_FN double bias_correction(double beta, double step, bool correct_bias) {
+  return correct_bias ? one_minus_power(beta, step) : 1.0;
+}
+
+// (step / warmup_steps) end, then end.
+EMOPT_FN double linear_warmup(double step, double end, int64_t warmup_steps) {
+  const double n = static_cast<double>(warmup_steps);
+  return step < n ? step / n * end : end;
+}
+
+// How many steps it takes an average with this beta to forget half (less 1), and back.
+EMOPT_FN double half_life(double beta) { return ::log(0.5) / ::log(beta + 1e-8) - 1.0; }
+EMOPT_FN double beta_of_half_life(double steps) { return ::pow(0.5, 1.0 / (steps + 1.0)); }
+
+// From `start` to `end`, linear in the half-life, then end.
+EMOPT_FN double half_life_warmup(double step, double start, double end, int64_t warmup_steps) {
+  const double n = static_cast<double>(warmup_steps);
+  if (!(step < n)) return end;
+  const double done = step / n;
+  return beta_of_half_life((1.0 - done) * half_life(start) + done * half_life(end));
+}
+
+// What is wrong with a beta that is to be warmed up, for `Rule::problem()`; empty if nothing is.
+inline std::string half_life_problem(const std::string& name, double beta, int64_t warmup_steps) {
+  if (warmup_steps == 0 || beta + 1e-8 < 1.0) return {};
+  return name + " is too close to 1 to be warmed up: expected " + name +
+         " + 1e-8 < 1; pass None as the number of warm-up steps to use it from the first step";
+}
+
+}  // namespace emopt

@@ -1,0 +1,65 @@
+// Simplified AdEMAMix: one momentum buffer and the gradient itself in place of AdEMAMix's two
+// averages. arXiv:2409.03137, arXiv:2502.02431.
+#pragma once
+
+#include "schedules.h"
+
+namespace emopt {
+
+struct SimAdEMAMix {
+  static constexpr const char* kName = "sim_ademamix";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+
+  int64_t num_beta_fast_warmup_steps;
+  double min_beta_fast;
+  double betas[2];  // fast, second moment
+  double eps;
+  bool correct_bias;
+  double alpha;
+
+  static constexpr auto options() {
+    return std::make_tuple(
+        option("num_beta_fast_warmup_steps", &SimAdEMAMix::num_beta_fast_warmup_steps),
+        option("min_beta_fast", &SimAdEMAMix::min_beta_fast, Domain::kBeta),
+        option("betas", &SimAdEMAMix::betas, Domain::kBeta), StepArgument{},
+        option("eps", &SimAdEMAMix::eps), option("correct_bias", &SimAdEMAMix::correct_bias),
+        option("alpha", &SimAdEMAMix::alpha, Domain::kAny));
+  }
+
+  std::string problem() const {
+    const std::string start =
+        half_life_problem("min_beta_fast", min_beta_fast, num_beta_fast_warmup_steps);
+    return start.empty() ? half_life_problem("betas[0]", betas[0], num_beta_fast_warmup_steps)
+                         : start;
+  }
+
+  template <class Real>
+  struct Step {
+    Real beta;
+    ExponentialMovingAverage<Real> second;
+    Real unbias_first, unbias_second, alpha, eps;
+
+    EMOPT_FN Step(const SimAdEMAMix& rule, double step)
+        : second(rule.betas[1]),
+          alpha(static_cast<Real>(rule.alpha)),
+          eps(static_cast<Real>(rule.eps)) {
+      const double b = half_life_warmup(step, rule.min_beta_fast, rule.betas[0],
+                                        rule.num_beta_fast_warmup_steps);
+      // c1 = (1 - B^t) / (1 - B): what a constant gradient of 1 has summed up to.
+      const double c1 = rule.correct_bias ? one_minus_power(b, step) / (1.0 - b) : 1.0;
+      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
+      beta = static_cast<Real>(b);
+      unbias_first = static_cast<Real>(1.0 / c1);
+      unbias_second = static_cast<Real>(1.0 / c2);
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+      exp_avg = beta * exp_avg + grad;
+      exp_avg_sq = second(exp_avg_sq, grad * grad);
+      return (alpha * grad + unbias_first * exp_avg) /
+             (square_root(unbias_second * exp_avg_sq) + eps);
+    }
+  };
+};
+
+}  // namespace emopt

@@ -1,0 +1,267 @@
+"""The checks of the native kernels, for the calls that those do not see.
+
+These are the calls on devices without native kernels, and all calls where nothing was compiled. The
+messages are the same; one table of tests holds the two together.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NewType
+
+import torch
+from torch import Tensor
+
+# The types of hyperparameters, as the formulas' signatures name them.
+Beta = NewType("Beta", float)  # [0, 1)
+NonNegative = NewType("NonNegative", float)  # [0, inf]
+WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
+Step = NewType("Step", int)
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STEP_DTYPES = (torch.int64, torch.float32)
+
+
+# ---- scalars -------------------------------------------------------------------------------------
+
+
+def _number_text(value: float) -> str:
+    return repr(value).removesuffix(".0")
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") or hasattr(value, "__index__")
+
+
+def read_number(name: str, value: Any) -> float:
+    """Return a float for whatever Python takes for a number."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    return float(value)
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """Return a bool for a bool, numpy's included."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+    return bool(value)
+
+
+def read_whole_number(name: str, value: Any, expected: str) -> int:
+    """Return an int for an int or an integral float."""
+    if hasattr(value, "__index__"):
+        return int(value.__index__())
+    if not _is_number(value):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"{name} is nan; expected a whole number")
+    if not number.is_integer():
+        raise TypeError(f"{name} is {_number_text(number)}; expected a whole number")
+    return int(number)
+
+
+def read_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    """Return a tuple of floats for a sequence of ``count`` numbers."""
+    if isinstance(values, str) or not hasattr(values, "__getitem__"):
+        raise TypeError(f"{name} must be a sequence of numbers, not {type(values).__name__}")
+    numbers = tuple(read_number(f"{name}[{i}]", value) for i, value in enumerate(values))
+    if len(numbers) != count:
+        raise ValueError(f"{name} has {len(numbers)} values; expected {count}")
+    return numbers
+
+
+def read_step_tensor(step: Tensor) -> float:
+    """Return the value of a 0-dim tensor."""
+    if step.dim() != 0 or step.dtype not in _STEP_DTYPES:
+        raise TypeError(
+            f"step is a tensor of dtype {step.dtype} with {step.dim()} dimensions; expected an int"
+            " or a 0-dim tensor of dtype int64 or float32"
+        )
+    return step.item()
+
+
+def check_domain(name: str, value: float, domain: Any) -> None:
+    """Raise for a value outside of the domain that a formula's signature declares."""
+    text = _number_text(value)
+    if domain is Beta and not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {text}; expected 0 <= {name} < 1")
+    if domain in (NonNegative, WarmupSteps) and not value >= 0.0:
+        raise ValueError(f"{name} is {text}; expected {name} >= 0")
+    if math.isnan(value):
+        raise ValueError(f"{name} is nan; expected a number")
+
+
+def check_step(step: int, correct_bias: bool) -> None:
+    """Raise for a step before the first."""
+    if correct_bias and step < 1:
+        raise ValueError(
+            f"step is {step}; expected step >= 1 (with bias correction, steps count from 1)"
+        )
+    if step < 0:
+        raise ValueError(f"step is {step}; expected step >= 0")
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+class Operand(NamedTuple):
+    """One tensor argument: a list, named as its single form is."""
+
+    name: str
+    tensors: Sequence[Tensor]
+    in_place: bool
+
+
+def list_name(name: str, single: bool) -> str:
+    """Spell the argument's name: ``exp_avg`` for a tensor, ``exp_avgs`` for a list."""
+    return name if single or name == "out" else f"{name}s"
+
+
+def _position_name(name: str, position: int, single: bool) -> str:
+    return name if single else f"{list_name(name, single)}[{position}]"
+
+
+def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling: bool) -> None:
+    """Raise for tensors that no rule can be applied to. The gradient comes first."""
+    grads = operands[0]
+    for operand in operands:
+        if len(operand.tensors) != len(grads.tensors):
+            raise ValueError(
+                f"{list_name(operand.name, single)} has {len(operand.tensors)} tensors but"
+                f" {list_name(grads.name, single)} has {len(grads.tensors)}"
+            )
+    for position in range(len(grads.tensors)):
+        _check_position(operands, position, single)
+        grad = grads.tensors[position]
+        if use_shape_scaling and grad.dim() != 2:
+            raise ValueError(
+                f"{_position_name('grad', position, single)} has {grad.dim()} dimensions;"
+                " use_shape_scaling needs 2"
+            )
+    if not torch.compiler.is_compiling():
+        _check_aliases(operands, single)
+
+
+def check_storage(name: str, tensor: Tensor, position: int, single: bool) -> None:
+    """Raise for a layout or a dtype that cannot be computed with."""
+    name = _position_name(name, position, single)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
+        raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
+    if tensor.dtype not in _DTYPES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} has dtype {dtype}; expected float32, float64, bfloat16 or float16")
+
+
+_LAYOUTS = {
+    torch.sparse_coo: "Sparse",
+    torch.sparse_csr: "SparseCsr",
+    torch.sparse_csc: "SparseCsc",
+    torch.sparse_bsr: "SparseBsr",
+    torch.sparse_bsc: "SparseBsc",
+}
+
+
+def _check_position(operands: Sequence[Operand], position: int, single: bool) -> None:
+    grad = operands[0].tensors[position]
+    for operand in operands:
+        check_storage(operand.name, operand.tensors[position], position, single)
+    for operand in operands:
+        tensor = operand.tensors[position]
+        name = _position_name(operand.name, position, single)
+        grad_name = _position_name("grad", position, single)
+        if tensor.device != grad.device:
+            error = ValueError if tensor.is_meta == grad.is_meta else TypeError
+            raise error(f"{name} is on {tensor.device} but {grad_name} is on {grad.device}")
+        if tensor.shape != grad.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but {grad_name} has shape"
+                f" {tuple(grad.shape)}"
+            )
+        if operand.in_place and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} overlaps itself in memory (an expanded tensor, with shape"
+                f" {tuple(tensor.shape)} and strides {tensor.stride()}), so it cannot be modified"
+                " in place; pass a copy of it (.clone())"
+            )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.numel() <= 1:
+        return False
+    dimensions = sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    )
+    reach = 0
+    is_nested = True
+    for stride, size in dimensions:
+        is_nested = is_nested and stride > reach
+        reach += stride * (size - 1)
+    if is_nested:
+        return False
+    offsets = [0]
+    for stride, size in dimensions:
+        if stride == 0:
+            return True
+        offsets = [offset + i * stride for i in range(size) for offset in offsets]
+    return len(set(offsets)) < len(offsets)
+
+
+def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
+    modified: dict[tuple[torch.device, int], tuple[str, int, Tensor]] = {}
+    for operand in sorted(operands, key=lambda operand: not operand.in_place):
+        for position, tensor in enumerate(operand.tensors):
+            if tensor.numel() == 0:
+                continue
+            key = (tensor.device, tensor.data_ptr())
+            found = modified.get(key)
+            if found is None:
+                if operand.in_place:
+                    modified[key] = (operand.name, position, tensor)
+                continue
+            name, other_position, other = found
+            if (
+                not operand.in_place
+                and (name, other_position) == ("out", position)
+                and other.dtype == tensor.dtype
+                and other.stride() == tensor.stride()
+            ):
+                continue
+            this = _position_name(operand.name, position, single)
+            that = _position_name(name, other_position, single)
+            raise ValueError(
+                f"{this} starts at the same element as {that}, and {that} is modified in place;"
+                " pass a different tensor for each (only `out` may be `grad`)"
+            )
+
+
+def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:
+    """Return whether a single tensor was passed, and the list of tensors."""
+    if isinstance(value, Tensor):
+        return True, [value]
+    if isinstance(value, str) or not isinstance(value, Iterable) or not hasattr(value, "__len__"):
+        raise TypeError(
+            f"{name} must be a Tensor or a sequence of Tensors, not {type(value).__name__}"
+        )
+    tensors = list(value)
+    for position, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{_position_name(name, position, False)} must be a Tensor, not"
+                f" {type(tensor).__name__}"
+            )
+    return False, tensors
+
+
+def check_same_kind(grad_is_single: bool, name: str, is_single: bool) -> None:
+    """Raise where a list is mixed with a single tensor."""
+    if is_single != grad_is_single:
+        this, grad = (
+            "a single Tensor" if single else "a sequence" for single in (is_single, grad_is_single)
+        )
+        raise ValueError(
+            f"{name} is {this} but grad is {grad}; pass all of them as Tensors, or all as sequences"
+            " of Tensors"
+        )

@@ -1,0 +1,188 @@
+"""A rule's plain PyTorch formula, and the ways into its native operator.
+
+An update function has three doors. Eager calls enter the compiled module directly. Calls that
+``torch.compile`` or ``torch.export`` traces go through ``torch.ops``. Where there are no native
+kernels (another device, or nothing compiled), the plain formula is applied position by position.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._checks import Beta, Operand, Step, WarmupSteps
+from ._native import native
+
+_NAMESPACE = "emerging_optimizers"
+_NATIVE_DEVICES = frozenset({"cpu"})
+
+# The formulas, for devices on which the operators have no kernel of their own.
+_fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
+
+
+class Rule:
+    """A rule: its name, and its formula in plain PyTorch operations.
+
+    The formula's signature describes the rule, in the order of its function's arguments: tensors
+    (the gradient, then the states), then hyperparameters, with their domains as types. It modifies
+    the states in place, leaves the gradient alone and returns the update.
+
+    Args:
+        name: Stem of the operator, ``{name}_update_``.
+        formula: The equations.
+        check: Raises where hyperparameters do not go together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        formula: Callable[..., Tensor],
+        check: Callable[..., None] | None = None,
+    ) -> None:
+        self.name = name
+        self.formula = formula
+        self._check = check
+        types = {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(formula).parameters.items()
+        }
+        self._states = [name for name, kind in types.items() if kind is Tensor][1:]
+        self._options = {name: kind for name, kind in types.items() if kind is not Tensor}
+        if _fallbacks is not None:
+            _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
+            self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
+
+    def door(self) -> Callable[..., Tensor | list[Tensor]]:
+        """Return the function that a wrapper calls, with all its arguments and then ``out``."""
+        if native is None:
+            return self._call
+        eager = getattr(native, f"{self.name}_update")
+        traced = self._call
+        is_compiling = torch.compiler.is_compiling
+
+        def enter(*arguments: Any) -> Any:
+            return traced(*arguments) if is_compiling() else eager(*arguments)
+
+        return enter
+
+    def _call(self, *arguments: Any) -> Any:
+        """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
+        num_tensors = 1 + len(self._states)
+        out = arguments[-1]
+        single, grads = _checks.read_tensors("grad", arguments[0])
+        states = []
+        for name, value in zip(self._states, arguments[1:num_tensors], strict=True):
+            states.append(self._read_beside(grads, single, name, value))
+        options, step_tensor = self._read_options(arguments[num_tensors:-1])
+        if out is None:
+            updates = []
+            for position, (grad, state) in enumerate(zip(grads, states[0], strict=True)):
+                _checks.check_storage("grad", grad, position, single)
+                _checks.check_storage(self._states[0], state, position, single)
+                dtype = torch.promote_types(grad.dtype, state.dtype)
+                updates.append(torch.empty_like(state, dtype=dtype, requires_grad=False))
+            out = updates[0] if single else updates
+        else:
+            updates = self._read_beside(grads, single, "out", out)
+        if native is not None and grads:
+            self._operator(updates, grads, *states, *options.values(), step_tensor=step_tensor)
+        else:
+            self._apply(updates, grads, states, options, step_tensor, single)
+        return out
+
+    @staticmethod
+    def _read_beside(grads: list[Tensor], single: bool, name: str, value: Any) -> list[Tensor]:
+        is_single, tensors = _checks.read_tensors(name, value)
+        _checks.check_same_kind(single, name, is_single)
+        if len(tensors) != len(grads):
+            raise ValueError(
+                f"{_checks.list_name(name, single)} has {len(tensors)} tensors but"
+                f" {_checks.list_name('grad', single)} has {len(grads)}"
+            )
+        return tensors
+
+    def _read_options(self, values: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None]:
+        options: dict[str, Any] = {}
+        step_tensor = None
+        for (name, kind), value in zip(self._options.items(), values, strict=True):
+            if kind is bool:
+                options[name] = _checks.read_flag(name, value)
+            elif kind is Step and isinstance(value, Tensor):
+                options[name] = 0
+                step_tensor = value
+            elif kind is Step:
+                options[name] = _checks.read_whole_number(name, value, "an int")
+            elif kind == WarmupSteps | None:
+                options[name] = value
+                if value is not None:
+                    options[name] = _checks.read_whole_number(name, value, "a whole number or None")
+            elif get_args(kind):
+                options[name] = _checks.read_numbers(name, value, len(get_args(kind)))
+            else:
+                options[name] = _checks.read_number(name, value)
+        return options, step_tensor
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name, kind in self._options.items():
+            if kind is bool or options[name] is None:
+                continue
+            if kind is Step:
+                _checks.check_step(options[name], options.get("correct_bias", False))
+            elif kind == WarmupSteps | None:
+                _checks.check_domain(name, options[name], WarmupSteps)
+            elif get_args(kind):
+                for i, value in enumerate(options[name]):
+                    _checks.check_domain(f"{name}[{i}]", value, Beta)
+            else:
+                _checks.check_domain(name, options[name], kind)
+        if self._check is not None:
+            self._check(**options)
+
+    def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+        """Serve as the operator's kernel: all its arguments, in the order of its schema."""
+        num_lists = 2 + len(self._states)
+        updates, grads, *states = arguments[:num_lists]
+        options = dict(zip(self._options, arguments[num_lists:], strict=True))
+        single = native is not None and native.is_single_tensor_call()
+        self._apply(updates, grads, states, options, step_tensor, single)
+
+    @torch.no_grad()
+    def _apply(
+        self,
+        updates: list[Tensor],
+        grads: list[Tensor],
+        states: list[list[Tensor]],
+        options: dict[str, Any],
+        step_tensor: Tensor | None,
+        single: bool,
+    ) -> None:
+        if step_tensor is not None:
+            value = _checks.read_step_tensor(step_tensor)
+            options = options | {"step": _checks.read_whole_number("step", value, "an int")}
+        self._check_options(options)
+        operands = [Operand("grad", grads, False), Operand("out", updates, True)]
+        operands += [
+            Operand(name, state, True) for name, state in zip(self._states, states, strict=True)
+        ]
+        _checks.check_operands(operands, single, options.get("use_shape_scaling", False))
+        for update, grad, *state in zip(updates, grads, *states, strict=True):
+            if native is not None and grad.device.type in _NATIVE_DEVICES:
+                lists = [[tensor] for tensor in (update, grad, *state)]
+                self._operator(*lists, *options.values())
+            else:
+                self._apply_formula(update, grad, state, options)
+
+    def _apply_formula(
+        self, update: Tensor, grad: Tensor, states: list[Tensor], options: dict[str, Any]
+    ) -> None:
+        is_double = any(tensor.dtype == torch.float64 for tensor in (grad, *states))
+        real = torch.float64 if is_double else torch.float32
+        widened = [state.to(real) for state in states]
+        result = self.formula(grad.to(real), *widened, **options)
+        for state, wide in zip(states, widened, strict=True):
+            if wide is not state:
+                state.copy_(wide)
+        update.copy_(result)

@@ -1,0 +1,17 @@
+"""Element-wise ("scalar") optimizers: their update functions over tensors and lists of tensors."""
+
+from .adam import calculate_adam_update
+from .ademamix import calculate_ademamix_update
+from .laprop import calculate_laprop_update
+from .lion import calculate_lion_update
+from .signum import calculate_signum_update
+from .sim_ademamix import calculate_sim_ademamix_update
+
+__all__ = [
+    "calculate_adam_update",
+    "calculate_ademamix_update",
+    "calculate_laprop_update",
+    "calculate_lion_update",
+    "calculate_signum_update",
+    "calculate_sim_ademamix_update",
+]

@@ -1,0 +1,134 @@
+"""AdEMAMix: Adam with a second, slower average of the gradient."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .._checks import Beta, NonNegative, Step, WarmupSteps
+from .._rule import Rule
+from .._schedules import bias_correction, check_half_life, half_life_warmup, linear_warmup
+
+
+def _ademamix(
+    grad: Tensor,
+    exp_avg_fast: Tensor,
+    exp_avg_slow: Tensor,
+    exp_avg_sq: Tensor,
+    num_beta_slow_warmup_steps: WarmupSteps | None,
+    num_alpha_warmup_steps: WarmupSteps | None,
+    betas: tuple[Beta, Beta, Beta],
+    step: Step,
+    eps: NonNegative,
+    correct_bias: bool,
+    alpha: float,
+) -> Tensor:
+    beta_fast, beta2, final_beta_slow = betas
+    beta_slow = half_life_warmup(step, beta_fast, final_beta_slow, num_beta_slow_warmup_steps)
+    alpha = linear_warmup(step, alpha, num_alpha_warmup_steps)
+    c_fast = bias_correction(beta_fast, step, correct_bias)
+    c2 = bias_correction(beta2, step, correct_bias)
+    exp_avg_fast.mul_(beta_fast).add_(grad, alpha=1 - beta_fast)
+    exp_avg_slow.mul_(beta_slow).add_(grad, alpha=1 - beta_slow)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    mixed = (exp_avg_fast / c_fast).add_(exp_avg_slow, alpha=alpha)
+    return mixed.div_((exp_avg_sq / c2).sqrt_().add_(eps))
+
+
+def _check(betas: Sequence[float], num_beta_slow_warmup_steps: int | None, **_: object) -> None:
+    check_half_life("betas[0]", betas[0], num_beta_slow_warmup_steps)
+    check_half_life("betas[2]", betas[2], num_beta_slow_warmup_steps)
+
+
+_enter = Rule("ademamix", _ademamix, check=_check).door()
+
+
+def calculate_ademamix_update(
+    grad: Tensor | Sequence[Tensor],
+    exp_avg_fast: Tensor | Sequence[Tensor],
+    exp_avg_slow: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    num_beta_slow_warmup_steps: int | None,
+    num_alpha_warmup_steps: int | None,
+    betas: Sequence[float],
+    step: int | float | Tensor,
+    eps: float,
+    correct_bias: bool,
+    alpha: float = 2,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor | list[Tensor]:
+    r"""Update AdEMAMix's states in place and return the update.
+
+    .. math::
+        m_f &\leftarrow \beta_f m_f + (1 - \beta_f) g \\
+        m_s &\leftarrow B(t) m_s + (1 - B(t)) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        u &= \Bigl(\frac{m_f}{1 - \beta_f^t} + A(t) m_s\Bigr) \,/\,
+            \bigl(\sqrt{v / (1 - \beta_2^t)} + \epsilon\bigr)
+
+    :math:`A(t)` rises linearly from 0 to `alpha`. :math:`B(t)` goes from the fast to the slow beta
+    so that the half-life of the average grows linearly. The slow average is never bias-corrected.
+
+    Args:
+        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
+            float16. Not modified.
+        exp_avg_fast: Fast average of the gradient, or a sequence of them: one for each `grad`, of
+            its shape. Any of the four dtypes. Modified in place.
+        exp_avg_slow: Slow average of the gradient, likewise. Modified in place.
+        exp_avg_sq: Average of the squared gradient, likewise. Modified in place.
+        num_beta_slow_warmup_steps: Steps until the slow beta has its final value; None: from the
+            start.
+        num_alpha_warmup_steps: Steps until `alpha` has its final value; None: from the start.
+        betas: Decay rates of the fast average, the second moment and the slow average, in this
+            order, each in [0, 1).
+        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
+            int64 or float32.
+        eps: Added to the denominator; not negative.
+        correct_bias: Divide the fast average and the second moment by what a constant 1 would have
+            brought them to by now.
+        alpha: Final weight of the slow average.
+        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
+            sequence of them. May be `grad` itself.
+
+    Returns:
+        The update, with the shape and layout of `exp_avg_fast` and dtype
+        ``torch.promote_types(grad.dtype, exp_avg_fast.dtype)`` (that of `out`, where given). A list
+        of them where `grad` is a sequence. No parameter is touched.
+
+    Raises:
+        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
+            or devices at one position, a tensor to be modified that overlaps itself or another one,
+            or a hyperparameter out of range.
+        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
+            wrong type. In each case nothing has been modified.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.scalar_optimizers import calculate_ademamix_update
+        >>> grad = torch.tensor([1.0, -2.0, 0.0])
+        >>> exp_avg_fast, exp_avg_slow, exp_avg_sq = (torch.zeros(3) for _ in range(3))
+        >>> calculate_ademamix_update(
+        ...     grad, exp_avg_fast, exp_avg_slow, exp_avg_sq, num_beta_slow_warmup_steps=1000,
+        ...     num_alpha_warmup_steps=1000, betas=(0.9, 0.999, 0.9999), step=1, eps=1e-8,
+        ...     correct_bias=True, alpha=5.0,
+        ... )
+        tensor([ 1.0003, -1.0003,  0.0000])
+
+    Reference:
+        Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
+        https://arxiv.org/abs/2409.03137.
+    """
+    return _enter(
+        grad,
+        exp_avg_fast,
+        exp_avg_slow,
+        exp_avg_sq,
+        num_beta_slow_warmup_steps,
+        num_alpha_warmup_steps,
+        betas,
+        step,
+        eps,
+        correct_bias,
+        alpha,
+        out,
+    )

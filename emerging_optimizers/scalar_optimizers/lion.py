@@ -1,0 +1,79 @@
+"""Lion: the sign of an interpolated momentum."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .._checks import Beta
+from .._rule import Rule
+
+
+def _lion(
+    grad: Tensor,
+    exp_avg: Tensor,
+    momentum_beta: Beta,
+    momentum_beta2: Beta,
+) -> Tensor:
+    update = (exp_avg * momentum_beta).add_(grad, alpha=1 - momentum_beta).sign_()
+    exp_avg.mul_(momentum_beta2).add_(grad, alpha=1 - momentum_beta2)
+    return update
+
+
+_enter = Rule("lion", _lion).door()
+
+
+def calculate_lion_update(
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    momentum_beta: float,
+    momentum_beta2: float | None = None,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor | list[Tensor]:
+    r"""Update Lion's state in place and return the update.
+
+    .. math::
+        u &= \operatorname{sign}\bigl(\beta_1 m + (1 - \beta_1) g\bigr) \\
+        m &\leftarrow \beta_2 m + (1 - \beta_2) g
+
+    The sign of 0 and of NaN is 0, as in :func:`torch.sign`.
+
+    Args:
+        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
+            float16. Not modified.
+        exp_avg: Average of the gradient, or a sequence of them: one for each `grad`, of its shape.
+            Any of the four dtypes. Modified in place.
+        momentum_beta: :math:`\beta_1`, which weighs the momentum in the update; in [0, 1).
+        momentum_beta2: :math:`\beta_2`, the decay rate of the average; None: `momentum_beta`.
+        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
+            sequence of them. May be `grad` itself.
+
+    Returns:
+        The update, with the shape and layout of `exp_avg` and dtype
+        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
+        them where `grad` is a sequence. No parameter is touched.
+
+    Raises:
+        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
+            or devices at one position, a tensor to be modified that overlaps itself or another one,
+            or a hyperparameter out of range.
+        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
+            wrong type. In each case nothing has been modified.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.scalar_optimizers import calculate_lion_update
+        >>> grad = torch.tensor([1.0, -2.0, 0.0])
+        >>> exp_avg = torch.zeros(3)
+        >>> calculate_lion_update(grad, exp_avg, momentum_beta=0.9, momentum_beta2=0.99)
+        tensor([ 1., -1.,  0.])
+        >>> exp_avg
+        tensor([ 0.0100, -0.0200,  0.0000])
+
+    Reference:
+        Chen et al., "Symbolic Discovery of Optimization Algorithms",
+        https://arxiv.org/abs/2302.06675.
+    """
+    if momentum_beta2 is None:
+        momentum_beta2 = momentum_beta
+    return _enter(grad, exp_avg, momentum_beta, momentum_beta2, out)

@@ -1,0 +1,132 @@
+"""Simplified AdEMAMix: one momentum buffer, mixed with the gradient itself."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .._checks import Beta, NonNegative, Step, WarmupSteps
+from .._rule import Rule
+from .._schedules import bias_correction, check_half_life, half_life_warmup
+
+
+def _sim_ademamix(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    num_beta_fast_warmup_steps: WarmupSteps | None,
+    min_beta_fast: Beta,
+    betas: tuple[Beta, Beta],
+    step: Step,
+    eps: NonNegative,
+    correct_bias: bool,
+    alpha: float,
+) -> Tensor:
+    final_beta_fast, beta2 = betas
+    beta = half_life_warmup(step, min_beta_fast, final_beta_fast, num_beta_fast_warmup_steps)
+    c1 = bias_correction(beta, step, True) / (1 - beta) if correct_bias else 1.0
+    c2 = bias_correction(beta2, step, correct_bias)
+    exp_avg.mul_(beta).add_(grad)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    mixed = (exp_avg / c1).add_(grad, alpha=alpha)
+    return mixed.div_((exp_avg_sq / c2).sqrt_().add_(eps))
+
+
+def _check(
+    betas: Sequence[float],
+    min_beta_fast: float,
+    num_beta_fast_warmup_steps: int | None,
+    **_: object,
+) -> None:
+    check_half_life("min_beta_fast", min_beta_fast, num_beta_fast_warmup_steps)
+    check_half_life("betas[0]", betas[0], num_beta_fast_warmup_steps)
+
+
+_enter = Rule("sim_ademamix", _sim_ademamix, check=_check).door()
+
+
+def calculate_sim_ademamix_update(
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    num_beta_fast_warmup_steps: int | None,
+    min_beta_fast: float,
+    betas: Sequence[float],
+    step: int | float | Tensor,
+    eps: float,
+    correct_bias: bool,
+    alpha: float = 2,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor | list[Tensor]:
+    r"""Update Simplified AdEMAMix's states in place and return the update.
+
+    .. math::
+        m &\leftarrow B(t) m + g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        u &= \Bigl(\alpha g + m \,/\, \frac{1 - B(t)^t}{1 - B(t)}\Bigr) \,/\,
+            \bigl(\sqrt{v / (1 - \beta_2^t)} + \epsilon\bigr)
+
+    :math:`B(t)` goes from `min_beta_fast` to the fast beta so that the half-life of the momentum
+    grows linearly. Without bias correction, both divisors are 1.
+
+    Args:
+        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
+            float16. Not modified.
+        exp_avg: Momentum: a decaying sum of the gradient, or a sequence of them, one for each
+            `grad`, of its shape. Any of the four dtypes. Modified in place.
+        exp_avg_sq: Average of the squared gradient, or a sequence of them. Modified in place.
+        num_beta_fast_warmup_steps: Steps until the fast beta has its final value; None: from the
+            start.
+        min_beta_fast: The fast beta at the start of its warm-up, in [0, 1).
+        betas: Decay rates of the momentum and of the second moment, each in [0, 1).
+        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
+            int64 or float32.
+        eps: Added to the denominator; not negative.
+        correct_bias: Divide momentum and second moment by what a constant 1 would have brought them
+            to by now.
+        alpha: Weight of the gradient beside the momentum.
+        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
+            sequence of them. May be `grad` itself.
+
+    Returns:
+        The update, with the shape and layout of `exp_avg` and dtype
+        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
+        them where `grad` is a sequence. No parameter is touched.
+
+    Raises:
+        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
+            or devices at one position, a tensor to be modified that overlaps itself or another one,
+            or a hyperparameter out of range.
+        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
+            wrong type. In each case nothing has been modified.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.scalar_optimizers import calculate_sim_ademamix_update
+        >>> grad = torch.tensor([1.0, -2.0, 0.0])
+        >>> exp_avg, exp_avg_sq = torch.zeros(3), torch.zeros(3)
+        >>> calculate_sim_ademamix_update(
+        ...     grad, exp_avg, exp_avg_sq, num_beta_fast_warmup_steps=1000, min_beta_fast=0.9,
+        ...     betas=(0.9999, 0.999), step=1, eps=1e-8, correct_bias=True, alpha=2.0,
+        ... )
+        tensor([ 3., -3.,  0.])
+
+    Reference:
+        Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
+        https://arxiv.org/abs/2409.03137; Morwani, Vyas, Zhang and Kakade, "Connections between
+        Schedule-Free Optimizers, AdEMAMix, and Accelerated SGD Variants",
+        https://arxiv.org/abs/2502.02431.
+    """
+    return _enter(
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        num_beta_fast_warmup_steps,
+        min_beta_fast,
+        betas,
+        step,
+        eps,
+        correct_bias,
+        alpha,
+        out,
+    )
