@@ -17,7 +17,7 @@ NonNegative = NewType("NonNegative", float)  # [0, inf]
 WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
 Step = NewType("Step", int)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STEP_DTYPES = (torch.int64, torch.float32)
 
 
@@ -29,7 +29,11 @@ def _number_text(value: float) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return hasattr(value, "__float__") or hasattr(value, "__index__")
+    return (
+        isinstance(value, (int, float))
+        or hasattr(value, "__float__")
+        or hasattr(value, "__index__")
+    )
 
 
 def read_number(name: str, value: Any) -> float:
@@ -48,6 +52,8 @@ def read_flag(name: str, value: Any) -> bool:
 
 def read_whole_number(name: str, value: Any, expected: str) -> int:
     """Return an int for an int or an integral float."""
+    if isinstance(value, int):
+        return value
     if hasattr(value, "__index__"):
         return int(value.__index__())
     if not _is_number(value):
@@ -148,7 +154,7 @@ def check_storage(name: str, tensor: Tensor, position: int, single: bool) -> Non
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
         raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{name} has dtype {dtype}; expected float32, float64, bfloat16 or float16")
 

@@ -7,20 +7,43 @@ kernels (another device, or nothing compiled), the plain formula is applied posi
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._checks import Beta, Operand, Step, WarmupSteps
+from ._checks import Operand, Step, WarmupSteps
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
 _NATIVE_DEVICES = frozenset({"cpu"})
+# As a table: torch.promote_types itself would be recorded as an operation of a traced graph.
+_PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
 # The formulas, for devices on which the operators have no kernel of their own.
 _fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
+
+
+class _Option(NamedTuple):
+    """A hyperparameter, as a formula's signature describes it."""
+
+    name: str
+    kind: Literal["flag", "step", "warm-up", "number", "numbers"]
+    domain: Any = None
+    length: int = 1
+
+    @classmethod
+    def from_annotation(cls, name: str, annotation: Any) -> "_Option":
+        if annotation is bool:
+            return cls(name, "flag")
+        if annotation is Step:
+            return cls(name, "step")
+        if annotation == WarmupSteps | None:
+            return cls(name, "warm-up", WarmupSteps)
+        if get_args(annotation):
+            return cls(name, "numbers", get_args(annotation)[0], len(get_args(annotation)))
+        return cls(name, "number", annotation)
 
 
 class Rule:
@@ -45,12 +68,13 @@ class Rule:
         self.name = name
         self.formula = formula
         self._check = check
-        types = {
-            name: parameter.annotation
-            for name, parameter in inspect.signature(formula).parameters.items()
-        }
-        self._states = [name for name, kind in types.items() if kind is Tensor][1:]
-        self._options = {name: kind for name, kind in types.items() if kind is not Tensor}
+        parameters = inspect.signature(formula).parameters.values()
+        self._states = [p.name for p in parameters if p.annotation is Tensor][1:]
+        self._options = [
+            _Option.from_annotation(p.name, p.annotation)
+            for p in parameters
+            if p.annotation is not Tensor
+        ]
         if _fallbacks is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
@@ -82,7 +106,7 @@ class Rule:
             for position, (grad, state) in enumerate(zip(grads, states[0], strict=True)):
                 _checks.check_storage("grad", grad, position, single)
                 _checks.check_storage(self._states[0], state, position, single)
-                dtype = torch.promote_types(grad.dtype, state.dtype)
+                dtype = _PROMOTED[grad.dtype, state.dtype]
                 updates.append(torch.empty_like(state, dtype=dtype, requires_grad=False))
             out = updates[0] if single else updates
         else:
@@ -107,37 +131,35 @@ class Rule:
     def _read_options(self, values: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None]:
         options: dict[str, Any] = {}
         step_tensor = None
-        for (name, kind), value in zip(self._options.items(), values, strict=True):
-            if kind is bool:
+        for option, value in zip(self._options, values, strict=True):
+            name = option.name
+            if option.kind == "flag":
                 options[name] = _checks.read_flag(name, value)
-            elif kind is Step and isinstance(value, Tensor):
+            elif option.kind == "step" and isinstance(value, Tensor):
                 options[name] = 0
                 step_tensor = value
-            elif kind is Step:
+            elif option.kind == "step":
                 options[name] = _checks.read_whole_number(name, value, "an int")
-            elif kind == WarmupSteps | None:
-                options[name] = value
-                if value is not None:
-                    options[name] = _checks.read_whole_number(name, value, "a whole number or None")
-            elif get_args(kind):
-                options[name] = _checks.read_numbers(name, value, len(get_args(kind)))
-            else:
+            elif option.kind == "numbers":
+                options[name] = _checks.read_numbers(name, value, option.length)
+            elif option.kind == "number":
                 options[name] = _checks.read_number(name, value)
+            elif value is None:
+                options[name] = None
+            else:
+                options[name] = _checks.read_whole_number(name, value, "a whole number or None")
         return options, step_tensor
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        for name, kind in self._options.items():
-            if kind is bool or options[name] is None:
-                continue
-            if kind is Step:
-                _checks.check_step(options[name], options.get("correct_bias", False))
-            elif kind == WarmupSteps | None:
-                _checks.check_domain(name, options[name], WarmupSteps)
-            elif get_args(kind):
-                for i, value in enumerate(options[name]):
-                    _checks.check_domain(f"{name}[{i}]", value, Beta)
-            else:
-                _checks.check_domain(name, options[name], kind)
+        for option in self._options:
+            value = options[option.name]
+            if option.kind == "step":
+                _checks.check_step(value, options.get("correct_bias", False))
+            elif option.kind == "numbers":
+                for i, number in enumerate(value):
+                    _checks.check_domain(f"{option.name}[{i}]", number, option.domain)
+            elif option.kind != "flag" and value is not None:
+                _checks.check_domain(option.name, value, option.domain)
         if self._check is not None:
             self._check(**options)
 
@@ -145,7 +167,8 @@ class Rule:
         """Serve as the operator's kernel: all its arguments, in the order of its schema."""
         num_lists = 2 + len(self._states)
         updates, grads, *states = arguments[:num_lists]
-        options = dict(zip(self._options, arguments[num_lists:], strict=True))
+        names = [option.name for option in self._options]
+        options = dict(zip(names, arguments[num_lists:], strict=True))
         single = native is not None and native.is_single_tensor_call()
         self._apply(updates, grads, states, options, step_tensor, single)
 

@@ -77,6 +77,33 @@ void take_step_tensor(std::optional<at::Tensor>& tensor, const StepValue& value)
   tensor = value.tensor;
 }
 
+// Updates that the user gave no memory for, and what is returned for them.
+struct NewUpdates {
+  std::vector<at::Tensor> tensors;
+  py::object python;
+};
+
+NewUpdates new_updates(const TensorArgument& grads, const TensorArgument& states) {
+  NewUpdates updates;
+  const size_t count = grads.tensors().size();
+  updates.tensors.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    check_storage(grads.name(), grads.tensors()[i], i);
+    check_storage(states.name(), states.tensors()[i], i);
+    updates.tensors.push_back(empty_update(grads.tensors()[i], states.tensors()[i]));
+  }
+  if (grads.is_single()) {
+    updates.python = py::reinterpret_steal<py::object>(THPVariable_Wrap(updates.tensors[0]));
+    return updates;
+  }
+  py::list list(count);
+  for (size_t i = 0; i < count; ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(updates.tensors[i]));
+  }
+  updates.python = std::move(list);
+  return updates;
+}
+
 template <class Rule, class, class>
 struct DoorOf;
 
@@ -87,7 +114,7 @@ struct DoorOf<Rule, std::index_sequence<kState...>, std::index_sequence<kOption.
                            Repeat<kOption, py::handle>... options, py::handle out) {
     const SingleTensorCall messages(THPVariable_Check(grad.ptr()));
     const TensorArgument grads("grad", grad);
-    const TensorArgument state[] = {TensorArgument(Rule::kStates[kState], states)...};
+    const TensorArgument state[] = {{Rule::kStates[kState], states}...};
     for (const TensorArgument& list : state) check_same_kind(grads, list);
 
     const auto described = Rule::options();
@@ -95,40 +122,23 @@ struct DoorOf<Rule, std::index_sequence<kState...>, std::index_sequence<kOption.
     std::optional<at::Tensor> step_tensor;
     (take_step_tensor(step_tensor, std::get<kOption>(values)), ...);
 
-    py::object result = py::reinterpret_borrow<py::object>(out);
-    c10::SmallVector<at::Tensor, 1> updates;
+    std::optional<TensorArgument> given;
+    NewUpdates fresh;
     if (out.is_none()) {
-      result = new_updates(grads, state[0], updates);
+      fresh = new_updates(grads, state[0]);
     } else {
-      TensorArgument given("out", out);
-      check_same_kind(grads, given);
-      updates = std::move(given.tensors);
+      given.emplace("out", out);
+      check_same_kind(grads, *given);
     }
+    const at::TensorList updates = given ? given->tensors() : at::TensorList(fresh.tensors);
     if (updates.empty()) {
       Operator<Rule>::rule_and_step(step_tensor, passed_on(std::get<kOption>(values))...);
     } else {
       const py::gil_scoped_release without_gil;
-      Operator<Rule>::call(updates, grads.tensors, state[kState].tensors...,
+      Operator<Rule>::call(updates, grads.tensors(), state[kState].tensors()...,
                            passed_on(std::get<kOption>(values))..., step_tensor);
     }
-    return result;
-  }
-
- private:
-  static py::object new_updates(const TensorArgument& grads, const TensorArgument& states,
-                                c10::SmallVector<at::Tensor, 1>& updates) {
-    updates.reserve(grads.tensors.size());
-    for (size_t i = 0; i < grads.tensors.size(); ++i) {
-      check_storage(grads.name, grads.tensors[i], i);
-      check_storage(states.name, states.tensors[i], i);
-      updates.push_back(empty_update(grads.tensors[i], states.tensors[i]));
-    }
-    if (grads.is_single) return py::reinterpret_steal<py::object>(THPVariable_Wrap(updates[0]));
-    py::list list(updates.size());
-    for (size_t i = 0; i < updates.size(); ++i) {
-      PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(updates[i]));
-    }
-    return std::move(list);
+    return given ? py::reinterpret_borrow<py::object>(out) : std::move(fresh.python);
   }
 };
 

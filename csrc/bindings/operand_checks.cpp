@@ -96,40 +96,6 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-bool is_same_view(const at::Tensor& a, const at::Tensor& b) {
-  return a.is_same(b) || (a.scalar_type() == b.scalar_type() && same_strides(a, b));
-}
-
-// Finds operands that start at one address. Open addressing, so that a thousand tensors cost
-// microseconds, not a tree's or a node hash's tens.
-class AddressSet {
- public:
-  struct Entry {
-    const void* address = nullptr;
-    uint32_t list = 0;
-    uint32_t position = 0;
-  };
-
-  explicit AddressSet(size_t count) {
-    while ((size_t{1} << bits_) < 2 * count) ++bits_;
-    slots_.resize(size_t{1} << bits_);
-  }
-
-  // The entry with this address; one with a null address where there is none yet.
-  Entry& find(const void* address) {
-    const uint64_t key = reinterpret_cast<uintptr_t>(address);
-    size_t slot = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> (64 - bits_));
-    while (slots_[slot].address != nullptr && slots_[slot].address != address) {
-      slot = (slot + 1) & (slots_.size() - 1);
-    }
-    return slots_[slot];
-  }
-
- private:
-  int bits_ = 3;
-  std::vector<Entry> slots_;
-};
-
 }  // namespace
 
 SingleTensorCall::SingleTensorCall(bool is_single) : outer_(single_tensor_call) {
@@ -182,107 +148,74 @@ void check_all_meta(const char* name, at::TensorList tensors) {
   }
 }
 
-CheckedOperands::CheckedOperands(c10::ArrayRef<OperandList> lists) : lists_(lists) {
-  const OperandList& grads = lists_[kGrad];
-  for (const OperandList& list : lists_) {
-    TORCH_CHECK_VALUE(list.tensors.size() == grads.tensors.size(), list_name(list.name), " has ",
-                      list.tensors.size(), " tensors but ", list_name(grads.name), " has ",
-                      grads.tensors.size());
-  }
-  for (size_t i = 0; i < size(); ++i) check_position(i);
-  check_aliases();
-}
-
-void CheckedOperands::check_position(size_t position) const {
-  const at::Tensor& grad = lists_[kGrad].tensors[position];
-  for (const OperandList& list : lists_) {
+void check_position(OperandLists lists, size_t position) {
+  const at::Tensor& grad = lists[kGrad].tensors[position];
+  for (const OperandList& list : lists) {
     check_storage(list.name, list.tensors[position], position);
   }
-  for (const OperandList& list : lists_) {
+  for (const OperandList& list : lists) {
     const at::Tensor& tensor = list.tensors[position];
+    const std::string name = position_name(list.name, position);
+    const std::string grad_name = position_name("grad", position);
     if (tensor.device() != grad.device()) {
-      const std::string message = c10::str(
-          position_name(list.name, position), " is on ", tensor.device(), " but ",
-          position_name(lists_[kGrad].name, position), " is on ", grad.device());
+      const std::string message =
+          c10::str(name, " is on ", tensor.device(), " but ", grad_name, " is on ", grad.device());
       TORCH_CHECK_TYPE(tensor.is_meta() == grad.is_meta(), message);
       TORCH_CHECK_VALUE(false, message);
     }
-    TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), position_name(list.name, position),
-                      " has shape ", shape_text(tensor.sizes()), " but ",
-                      position_name(lists_[kGrad].name, position), " has shape ",
+    TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), name, " has shape ",
+                      shape_text(tensor.sizes()), " but ", grad_name, " has shape ",
                       shape_text(grad.sizes()));
     if (!list.in_place) continue;
-    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(),
-                position_name(list.name, position),
+    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name,
                 " is an inference tensor, which cannot be modified outside of inference mode");
-    TORCH_CHECK_VALUE(!overlaps_itself(tensor), position_name(list.name, position),
+    TORCH_CHECK_VALUE(!overlaps_itself(tensor), name,
                       " overlaps itself in memory (an expanded tensor, with shape ",
                       shape_text(tensor.sizes()), " and strides ", shape_text(tensor.strides()),
                       "), so it cannot be modified in place; pass a copy of it (.clone())");
   }
 }
 
-void CheckedOperands::check_aliases() const {
-  // Operands that are modified must be different from each other and from those that are read.
-  AddressSet addresses(lists_.size() * size());
-  const auto name_of = [&](const AddressSet::Entry& entry) {
-    return position_name(lists_[entry.list].name, entry.position);
-  };
-  const auto refuse = [&](const AddressSet::Entry& first, const AddressSet::Entry& second) {
-    TORCH_CHECK_VALUE(false, name_of(second), " starts at the same element as ", name_of(first),
-                      ", and ", name_of(first),
-                      " is modified in place; pass a different tensor for each (only `out` may be "
-                      "`grad`)");
-  };
-  for (const bool in_place : {true, false}) {
-    for (uint32_t k = 0; k < lists_.size(); ++k) {
-      if (lists_[k].in_place != in_place) continue;
-      for (uint32_t i = 0; i < size(); ++i) {
-        const at::Tensor& tensor = lists_[k].tensors[i];
-        if (tensor.numel() == 0) continue;
-        const AddressSet::Entry here{
-            in_place ? tensor.mutable_data_ptr() : tensor.const_data_ptr(), k, i};
-        AddressSet::Entry& found = addresses.find(here.address);
-        if (found.address == nullptr) {
-          if (in_place) found = here;
-        } else if (in_place || found.list != kUpdate || found.position != i ||
-                   !is_same_view(lists_[kUpdate].tensors[i], tensor)) {
-          refuse(found, here);
-        }
-      }
-    }
-  }
-}
-
-bool CheckedOperands::shares_dense_layout(size_t position) const {
-  bool all_contiguous = true;
-  for (const OperandList& list : lists_) {
-    all_contiguous &= list.tensors[position].is_contiguous();
-  }
-  if (all_contiguous) return true;
-  const at::Tensor& state = lists_[kFirstState].tensors[position];
+bool shares_dense_layout(OperandLists lists, size_t position) {
+  const at::Tensor& state = lists[kFirstState].tensors[position];
   return state.is_non_overlapping_and_dense() &&
-         std::all_of(lists_.begin(), lists_.end(), [&](const OperandList& list) {
+         std::all_of(lists.begin(), lists.end(), [&](const OperandList& list) {
            return same_strides(list.tensors[position], state);
          });
 }
 
-at::Tensor CheckedOperands::stand_in(const OperandList& list, size_t position,
-                                     const at::Tensor& layout) {
+bool is_same_view(const at::Tensor& a, const at::Tensor& b) {
+  return a.is_same(b) || (a.scalar_type() == b.scalar_type() && same_strides(a, b));
+}
+
+void refuse_alias(const OperandList& first, size_t first_position, const OperandList& second,
+                  size_t second_position) {
+  const std::string first_name = position_name(first.name, first_position);
+  TORCH_CHECK_VALUE(false, position_name(second.name, second_position),
+                    " starts at the same element as ", first_name, ", and ", first_name,
+                    " is modified in place; pass a different tensor for each (only `out` may be "
+                    "`grad`)");
+}
+
+at::Tensor StandIns::find(const OperandList& list, size_t position, bool is_read,
+                          const at::Tensor& layout) {
   const at::Tensor& tensor = list.tensors[position];
   if (same_strides(tensor, layout)) return tensor;
   at::Tensor dense =
       at::empty_strided(layout.sizes(), layout.strides(), layout.options().dtype(tensor.dtype()));
-  if (&list != &lists_[kUpdate]) dense.copy_(tensor);
+  if (is_read) dense.copy_(tensor);
   stand_ins_.push_back({tensor, dense, list.in_place});
   return dense;
 }
 
-void CheckedOperands::finish() {
+void StandIns::write_back() const {
   for (const StandIn& stand_in : stand_ins_) {
     if (stand_in.in_place) stand_in.original.copy_(stand_in.dense);
   }
-  for (const OperandList& list : lists_) {
+}
+
+void bump_versions(OperandLists lists) {
+  for (const OperandList& list : lists) {
     if (!list.in_place) continue;
     for (const at::Tensor& tensor : list.tensors) {
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

@@ -4,10 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
-#include <c10/util/SmallVector.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "../engine/operands.h"
 
@@ -39,42 +40,8 @@ class SingleTensorCall {
 std::string position_name(const char* name, size_t position);
 std::string list_name(const char* name);
 
-// The layout that a position's operands are brought to where they do not share a dense one: that of
-// its state, which is also the layout of a new update.
+// A new update: of the layout of its state, and of the dtype that gradient and state promote to.
 at::Tensor empty_update(const at::Tensor& grad, const at::Tensor& state);
-
-// A tensor that stands in for one whose layout the engine cannot sweep beside the others'.
-struct StandIn {
-  at::Tensor original;
-  at::Tensor dense;
-  bool in_place;
-};
-
-// Positions in the lists that passed all checks. `lists` are in the order of a row's operands.
-class CheckedOperands {
- public:
-  explicit CheckedOperands(c10::ArrayRef<OperandList> lists);
-
-  size_t size() const { return lists_[kGrad].tensors.size(); }
-
-  // The tensor to compute with: the user's, or its stand-in. Filled ones are those that are read.
-  template <int kOperands>
-  Row<kOperands> row(size_t position, double scale);
-
-  // Writes stand-ins back, and tells autograd what was modified.
-  void finish();
-
- private:
-  bool shares_dense_layout(size_t position) const;
-  void check_position(size_t position) const;
-  void check_aliases() const;
-  at::Tensor stand_in(const OperandList& list, size_t position, const at::Tensor& layout);
-
-  c10::ArrayRef<OperandList> lists_;
-  std::vector<StandIn> stand_ins_;
-};
-
-DType to_dtype(at::ScalarType type);
 
 // A layout and a dtype that can be computed with, or a TypeError.
 void check_storage(const char* name, const at::Tensor& tensor, size_t position);
@@ -82,29 +49,174 @@ void check_storage(const char* name, const at::Tensor& tensor, size_t position);
 // For operators on meta tensors: real ones among them are an error.
 void check_all_meta(const char* name, at::TensorList tensors);
 
+DType to_dtype(at::ScalarType type);
+
+using OperandLists = c10::ArrayRef<OperandList>;  // in the order of a row's operands
+
+// Every check of one position by itself.
+void check_position(OperandLists lists, size_t position);
+
+// Whether a position needs none of those: each tensor is contiguous and like the gradient, on the
+// CPU, of a known dtype, and nothing more than a tensor.
+inline bool is_plain_beside(const at::Tensor& tensor, const at::Tensor& grad) {
+  // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
+  constexpr c10::DispatchKeySet kPlainKeys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                            c10::DispatchKey::ADInplaceOrView});
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  const at::ScalarType type = tensor.scalar_type();
+  return impl.key_set() == kPlainKeys && impl.is_contiguous() &&
+         impl.sizes() == grad.unsafeGetTensorImpl()->sizes() &&
+         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+}
+
+// Whether all operands of a position lie in memory in the same order, without gaps.
+bool shares_dense_layout(OperandLists lists, size_t position);
+
+bool is_same_view(const at::Tensor& a, const at::Tensor& b);
+
+// Raises because `second` starts where `first`, which is modified in place, does.
+[[noreturn]] void refuse_alias(const OperandList& first, size_t first_position,
+                               const OperandList& second, size_t second_position);
+
+// Tensors that stand in for those whose layout an engine cannot sweep beside the others'.
+class StandIns {
+ public:
+  // The tensor to compute with: the user's own where its layout is `layout`'s.
+  at::Tensor find(const OperandList& list, size_t position, bool is_read, const at::Tensor& layout);
+  void write_back() const;
+
+ private:
+  struct StandIn {
+    at::Tensor original;
+    at::Tensor dense;
+    bool in_place;
+  };
+  std::vector<StandIn> stand_ins_;
+};
+
+// Tells autograd what was modified.
+void bump_versions(OperandLists lists);
+
+// Finds operands that start at one address. Open addressing, so that a thousand tensors cost
+// microseconds, not a tree's or a node hash's tens.
+class AddressSet {
+ public:
+  struct Entry {
+    const void* address = nullptr;
+    uint32_t list = 0;
+    uint32_t position = 0;
+  };
+
+  explicit AddressSet(size_t count) {
+    while ((size_t{1} << bits_) < 2 * count) ++bits_;
+    slots_.resize(size_t{1} << bits_);
+  }
+
+  // The entry with this address; one with a null address where there is none yet.
+  Entry& find(const void* address) {
+    const uint64_t key = reinterpret_cast<uintptr_t>(address);
+    size_t slot = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> (64 - bits_));
+    while (slots_[slot].address != nullptr && slots_[slot].address != address) {
+      slot = (slot + 1) & (slots_.size() - 1);
+    }
+    return slots_[slot];
+  }
+
+ private:
+  int bits_ = 3;
+  std::vector<Entry> slots_;
+};
+
+// A table of lists that passed all checks.
 template <int kOperands>
-Row<kOperands> CheckedOperands::row(size_t position, double scale) {
-  Row<kOperands> row;
-  row.scale = scale;
-  row.numel = lists_[kGrad].tensors[position].numel();
-  row.compute = DType::kFloat32;
-  const bool is_dense = shares_dense_layout(position);
-  const at::Tensor layout = is_dense ? at::Tensor()
-                                     : empty_update(lists_[kGrad].tensors[position],
-                                                    lists_[kFirstState].tensors[position]);
-  for (int k = 0; k < kOperands; ++k) {
-    const OperandList& list = lists_[static_cast<size_t>(k)];
-    const at::Tensor& tensor = list.tensors[position];
-    row.dtype[k] = to_dtype(tensor.scalar_type());
-    if (k != kUpdate && row.dtype[k] == DType::kFloat64) row.compute = DType::kFloat64;
-    if (is_dense) {
+class CheckedTable {
+ public:
+  // `scale_of(position)` is the factor for that position's update.
+  template <class ScaleOf>
+  CheckedTable(const std::array<OperandList, kOperands>& lists, ScaleOf scale_of) : lists_(lists) {
+    const at::TensorList grads = lists_[kGrad].tensors;
+    for (const OperandList& list : lists_) {
+      TORCH_CHECK_VALUE(list.tensors.size() == grads.size(), list_name(list.name), " has ",
+                        list.tensors.size(), " tensors but ", list_name("grad"), " has ",
+                        grads.size());
+    }
+    std::vector<size_t> strided;
+    table_.rows.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      bool is_plain = true;
+      for (const OperandList& list : lists_) is_plain &= is_plain_beside(list.tensors[i], grads[i]);
+      if (!is_plain) {
+        check_position(lists_, i);
+        if (!shares_dense_layout(lists_, i)) strided.push_back(i);
+      }
+      table_.append(row(i, scale_of(i)));
+    }
+    check_aliases();
+    for (const size_t i : strided) use_stand_ins(i);
+  }
+
+  const Table<kOperands>& table() const { return table_; }
+
+  // To be called after the sweep.
+  void finish() const {
+    stand_ins_.write_back();
+    bump_versions(lists_);
+  }
+
+ private:
+  Row<kOperands> row(size_t position, double scale) const {
+    Row<kOperands> row;
+    row.scale = scale;
+    row.numel = lists_[kGrad].tensors[position].numel();
+    row.compute = DType::kFloat32;
+    for (int k = 0; k < kOperands; ++k) {
+      const OperandList& list = lists_[static_cast<size_t>(k)];
+      const at::Tensor& tensor = list.tensors[position];
+      row.dtype[k] = to_dtype(tensor.scalar_type());
+      if (k != kUpdate && row.dtype[k] == DType::kFloat64) row.compute = DType::kFloat64;
       row.data[k] = list.in_place ? tensor.mutable_data_ptr()
                                   : const_cast<void*>(tensor.const_data_ptr());
-    } else {
-      row.data[k] = stand_in(list, position, layout).mutable_data_ptr();
+    }
+    return row;
+  }
+
+  // Operands that are modified must be different from each other and from those that are read.
+  void check_aliases() const {
+    AddressSet modified(table_.rows.size() * kOperands);
+    for (uint32_t i = 0; i < table_.rows.size(); ++i) {
+      if (table_.rows[i].numel == 0) continue;
+      for (uint32_t k = 0; k < kOperands; ++k) {
+        if (!lists_[k].in_place) continue;
+        AddressSet::Entry& entry = modified.find(table_.rows[i].data[k]);
+        if (entry.address != nullptr) {
+          refuse_alias(lists_[entry.list], entry.position, lists_[k], i);
+        }
+        entry = {table_.rows[i].data[k], k, i};
+      }
+    }
+    for (uint32_t i = 0; i < table_.rows.size(); ++i) {
+      if (table_.rows[i].numel == 0) continue;
+      const AddressSet::Entry& entry = modified.find(table_.rows[i].data[kGrad]);
+      if (entry.address == nullptr) continue;
+      const bool is_own_update = entry.list == kUpdate && entry.position == i &&
+                                 is_same_view(lists_[kUpdate].tensors[i], lists_[kGrad].tensors[i]);
+      if (!is_own_update) refuse_alias(lists_[entry.list], entry.position, lists_[kGrad], i);
     }
   }
-  return row;
-}
+
+  void use_stand_ins(size_t position) {
+    const at::Tensor layout = empty_update(lists_[kGrad].tensors[position],
+                                           lists_[kFirstState].tensors[position]);
+    for (int k = 0; k < kOperands; ++k) {
+      table_.rows[position].data[k] =
+          stand_ins_.find(lists_[static_cast<size_t>(k)], position, k != kUpdate, layout)
+              .mutable_data_ptr();
+    }
+  }
+
+  const std::array<OperandList, kOperands>& lists_;
+  Table<kOperands> table_;
+  StandIns stand_ins_;
+};
 
 }  // namespace emopt

@@ -151,18 +151,15 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
                   typename Travels<Options>::Type... options,
                   const std::optional<at::Tensor>& step_tensor) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [rule, step] = rule_and_step(step_tensor, std::move(options)...);
+    const auto rule_and_its_step = rule_and_step(step_tensor, std::move(options)...);
+    const Rule& rule = rule_and_its_step.first;
     const std::array<OperandList, kNumOperands<Rule>> lists{
         OperandList{"out", updates, true}, OperandList{"grad", grads, false},
         OperandList{Rule::kStates[kState], states, true}...};
-    CheckedOperands operands(lists);
-    Table<kNumOperands<Rule>> table;
-    table.rows.reserve(operands.size());
-    for (size_t i = 0; i < operands.size(); ++i) {
-      table.append(operands.row<kNumOperands<Rule>>(i, update_scale(rule, grads, i)));
-    }
-    cpu::sweep(rule, step, table);
-    operands.finish();
+    CheckedTable<kNumOperands<Rule>> checked(
+        lists, [&](size_t position) { return update_scale(rule, grads, position); });
+    cpu::sweep(rule, rule_and_its_step.second, checked.table());
+    checked.finish();
   }
 
   // Nothing to compute, but real tensors among meta ones end up here.

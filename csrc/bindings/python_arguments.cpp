@@ -40,34 +40,45 @@ std::optional<int64_t> as_integer(py::handle value) {
 
 }  // namespace
 
-TensorArgument::TensorArgument(const char* name_, py::handle value) : name(name_) {
+TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name) {
+  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
   if (THPVariable_Check(value.ptr())) {
-    is_single = true;
-    tensors.push_back(THPVariable_Unpack(value.ptr()));
+    is_single_ = true;
+    alive_ = py::reinterpret_borrow<py::object>(value);
+    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
     return;
   }
   TORCH_CHECK_TYPE(PySequence_Check(value.ptr()) && !PyUnicode_Check(value.ptr()), name,
                    " must be a Tensor or a sequence of Tensors, not ", type_name(value));
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
-  if (!items) throw py::error_already_set();
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-  PyObject** const item = PySequence_Fast_ITEMS(items.ptr());
-  tensors.reserve(static_cast<size_t>(count));
+  // A tuple of our own: another thread may change the list while this one computes.
+  alive_ = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
+  if (!alive_) throw py::error_already_set();
+  const Py_ssize_t count = PyTuple_GET_SIZE(alive_.ptr());
+  // First all checks, then all borrowing: an exception from here would give back what is borrowed.
   for (Py_ssize_t i = 0; i < count; ++i) {
-    TORCH_CHECK_TYPE(THPVariable_Check(item[i]), position_name(name, static_cast<size_t>(i)),
-                     " must be a Tensor, not ", type_name(item[i]));
-    tensors.push_back(THPVariable_Unpack(item[i]));
+    PyObject* const item = PyTuple_GET_ITEM(alive_.ptr(), i);
+    TORCH_CHECK_TYPE(THPVariable_Check(item), position_name(name, static_cast<size_t>(i)),
+                     " must be a Tensor, not ", type_name(item));
+  }
+  tensors_.reserve(static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const item = PyTuple_GET_ITEM(alive_.ptr(), i);
+    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(item)));
   }
 }
 
+TensorArgument::~TensorArgument() {
+  for (at::Tensor& tensor : tensors_) c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(tensor);
+}
+
 void check_same_kind(const TensorArgument& grad, const TensorArgument& other) {
-  TORCH_CHECK_VALUE(grad.is_single == other.is_single, other.name, " is a ",
-                    other.is_single ? "single Tensor" : "sequence", " but ", grad.name, " is a ",
-                    grad.is_single ? "single Tensor" : "sequence",
+  TORCH_CHECK_VALUE(grad.is_single() == other.is_single(), other.name(), " is ",
+                    other.is_single() ? "a single Tensor" : "a sequence", " but ", grad.name(),
+                    " is ", grad.is_single() ? "a single Tensor" : "a sequence",
                     "; pass all of them as Tensors, or all as sequences of Tensors");
-  TORCH_CHECK_VALUE(grad.tensors.size() == other.tensors.size(), list_name(other.name), " has ",
-                    other.tensors.size(), " tensors but ", list_name(grad.name), " has ",
-                    grad.tensors.size());
+  TORCH_CHECK_VALUE(grad.tensors().size() == other.tensors().size(), list_name(other.name()),
+                    " has ", other.tensors().size(), " tensors but ", list_name(grad.name()),
+                    " has ", grad.tensors().size());
 }
 
 double read_number(const char* name, py::handle value) {

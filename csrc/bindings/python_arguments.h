@@ -15,12 +15,25 @@
 namespace emopt {
 
 // A tensor, or a sequence of tensors.
-struct TensorArgument {
-  const char* name;
-  bool is_single = false;
-  c10::SmallVector<at::Tensor, 1> tensors;
-
+//
+// The tensors are borrowed from their Python objects, which `alive_` keeps: counting a reference to
+// each of a thousand tensors, and giving it back, would cost more than all checks of them.
+class TensorArgument {
+ public:
   TensorArgument(const char* name, py::handle value);
+  ~TensorArgument();
+  TensorArgument(const TensorArgument&) = delete;
+  TensorArgument& operator=(const TensorArgument&) = delete;
+
+  const char* name() const { return name_; }
+  bool is_single() const { return is_single_; }
+  at::TensorList tensors() const { return tensors_; }
+
+ private:
+  const char* name_;
+  bool is_single_ = false;
+  py::object alive_;
+  c10::SmallVector<at::Tensor, 1> tensors_;
 };
 
 // All lists, or all single tensors.

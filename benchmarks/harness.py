@@ -1,0 +1,274 @@
+"""How the suites check, time and report: nothing here knows what a contender computes.
+
+A figure is a ratio of two contenders' times, taken in one process with the contenders in turn, so
+that what slows the machine down slows both. Its spread over the rounds is reported beside it.
+"""
+
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from roof import compiler, cpu_model
+from torch import Tensor
+
+import emerging_optimizers
+from emerging_optimizers._native import native
+
+# A sample is at least this long, so that neither the clock nor a call's jitter is what is measured.
+_SAMPLE_SECONDS = 1e-3
+# So many rounds are taken of the slowest contender, whatever the budget.
+_MIN_ROUNDS = 5
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the values that a tenth of the rounds lies below and above."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise at least two values."""
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        return cls(statistics.median(values), deciles[0], deciles[-1])
+
+
+@dataclass
+class Samples:
+    """One contender's times.
+
+    Attributes:
+        calls: Calls that a sample consists of.
+        seconds: Of one call, by round.
+        spent: Seconds of all samples together.
+    """
+
+    calls: int
+    seconds: dict[int, float] = field(default_factory=dict)
+    spent: float = 0.0
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call in the median round."""
+        return statistics.median(self.seconds.values())
+
+    @property
+    def minimum(self) -> float:
+        """Seconds of a call in the fastest round."""
+        return min(self.seconds.values())
+
+
+class Comparison:
+    """The times of contenders that took turns."""
+
+    def __init__(self, samples: dict[str, Samples]) -> None:
+        self.samples = samples
+
+    def ratio(self, numerator: str, denominator: str) -> Spread | None:
+        """Return how many times as long the first takes, round by round.
+
+        None where one of them did not take part.
+        """
+        if numerator not in self.samples or denominator not in self.samples:
+            return None
+        over = self.samples[numerator].seconds
+        under = self.samples[denominator].seconds
+        return Spread.of([over[i] / under[i] for i in over.keys() & under.keys()])
+
+
+def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison:
+    """Time the steps in turn, A B C, C B A and so on, for about ``budget`` seconds.
+
+    The first one is part of every round. Another one sits out the later rounds once it has used up
+    its share of the budget, so that a slow contender leaves time for many rounds of the fast ones.
+    Every step must have run before.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        samples = {name: Samples(_calls_per_sample(step)) for name, step in steps.items()}
+        first, *others = steps
+        share = budget / len(steps)
+        deadline = time.perf_counter() + budget
+        number = 0
+        while True:
+            is_late = time.perf_counter() > deadline
+            due = [
+                name
+                for name in others
+                if len(samples[name].seconds) < _MIN_ROUNDS
+                or (not is_late and samples[name].spent < share)
+            ]
+            if not due and (others or is_late) and number >= _MIN_ROUNDS:
+                return Comparison(samples)
+            turns = [first, *due]
+            for name in turns if number % 2 == 0 else reversed(turns):
+                taken = samples[name]
+                seconds = _sample(steps[name], taken.calls)
+                taken.seconds[number] = seconds / taken.calls
+                taken.spent += seconds
+            number += 1
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _sample(step: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in repeat(None, calls):
+        step()
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def _calls_per_sample(step: Callable[[], object]) -> int:
+    calls = 1
+    while True:
+        seconds = min(_sample(step, calls) for _ in range(3 if calls > 1 else 1))
+        if seconds >= _SAMPLE_SECONDS:
+            return calls
+        calls = math.ceil(calls * min(8.0, 1.2 * _SAMPLE_SECONDS / seconds))
+
+
+# ---- correctness ---------------------------------------------------------------------------------
+
+# Rounding errors, in units of the last place of 1, that a formula of ten operations on values of
+# about 1 may be off by.
+_ULPS = 32
+# Signs of values within rounding of 0 may turn over: fewer than one in so many.
+_ELEMENTS_PER_TURNED_SIGN = 100_000
+# Compared at a time, so that the comparison stays in the cache.
+_PIECE = 1 << 18
+
+
+class WrongResultError(AssertionError):
+    """A contender does not compute what it is timed for."""
+
+
+def check_close(
+    what: str, actual: Sequence[Tensor], expected: Sequence[Tensor], is_sign: bool = False
+) -> None:
+    """Raise where tensors differ by more than rounding.
+
+    Args:
+        what: Names the tensors in the error.
+        actual: What was computed.
+        expected: What that must be.
+        is_sign: Allow a few signs of almost 0 to have turned over.
+    """
+    differing, total, largest = 0, 0, 0.0
+    for a, b in _pieces(actual, expected):
+        difference = (a - b).abs_()
+        is_wrong = ~(difference <= _ULPS * torch.finfo(a.dtype).eps * (1 + b.abs()))
+        differing += int(is_wrong.sum())
+        total += a.numel()
+        largest = max(largest, difference.max().item())
+    if differing > (total // _ELEMENTS_PER_TURNED_SIGN if is_sign else 0):
+        raise WrongResultError(
+            f"{what}: {differing} of {total} elements differ by more than rounding, by {largest:g}"
+        )
+
+
+def _pieces(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for one, other in zip(a, b, strict=True):
+        yield from zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def peak_growth(step: Callable[[], object]) -> int | None:
+    """Return by how many bytes the process grows at most during a call; None where not known."""
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+        before = _kibibytes(status.read_text(), "VmRSS")
+        step()
+        return max(0, _kibibytes(status.read_text(), "VmHWM") - before) * 1024
+    except OSError:
+        return None
+
+
+def _kibibytes(status: str, key: str) -> int:
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1])
+
+
+# ---- reporting -----------------------------------------------------------------------------------
+
+
+def describe_run() -> dict[str, Any]:
+    """Return what a figure must be read with: machine, versions, threads, date and command."""
+    script = Path(sys.argv[0])
+    return {
+        "cpu": cpu_model(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "package": emerging_optimizers.__version__,
+        "instruction_set": native.active_isa() if native is not None else None,
+        "roof_compiler": _compiler_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+    }
+
+
+def _compiler_version() -> str | None:
+    try:
+        answer = subprocess.run([compiler(), "--version"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.partition("\n")[0] or None
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table in Markdown; columns from the third on are numbers."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join(aligned)} |"
+
+    ruler = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(map(line, [header, ruler, *rows]))
+
+
+def format_spread(spread: Spread | None, scale: float = 1.0, digits: int = 2) -> str:
+    """Return ``median (p10 to p90)``."""
+    if spread is None:
+        return "-"
+    median, p10, p90 = (
+        f"{value * scale:.{digits}f}" for value in (spread.median, spread.p10, spread.p90)
+    )
+    return f"{median} ({p10} to {p90})"
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a report; dataclasses in it become objects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, default=asdict) + "\n")

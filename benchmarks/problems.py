@@ -1,0 +1,234 @@
+"""What the suites measure: the table of rules, the table of shapes, and the tensors of both."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers import scalar_optimizers
+from emerging_optimizers.scalar_optimizers.adam import _adam
+from emerging_optimizers.scalar_optimizers.ademamix import _ademamix
+from emerging_optimizers.scalar_optimizers.laprop import _laprop
+from emerging_optimizers.scalar_optimizers.lion import _lion
+from emerging_optimizers.scalar_optimizers.signum import _signum
+from emerging_optimizers.scalar_optimizers.sim_ademamix import _sim_ademamix
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule and the hyperparameters it is measured with.
+
+    Attributes:
+        name: Its stem.
+        function: The package's function.
+        formula: The package's formula in plain PyTorch operations; it takes the same arguments.
+        states: The names of its states. One that ends in ``_sq`` is never negative.
+        options: Hyperparameters, in the order in which the function takes them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    formula: Callable[..., Tensor]
+    states: tuple[str, ...]
+    options: dict[str, Any]
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The hyperparameters' values, to be passed by position."""
+        return tuple(self.options.values())
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether the update is a sign; that of a value within rounding of 0 may turn over."""
+        return self.name in ("lion", "signum")
+
+
+_RULES = (
+    Rule(
+        "adam",
+        scalar_optimizers.calculate_adam_update,
+        _adam,
+        ("exp_avg", "exp_avg_sq"),
+        {
+            "betas": (0.9, 0.999),
+            "correct_bias": True,
+            "use_nesterov": False,
+            "step": 1000,
+            "eps": 1e-8,
+        },
+    ),
+    Rule(
+        "ademamix",
+        scalar_optimizers.calculate_ademamix_update,
+        _ademamix,
+        ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+        {
+            "num_beta_slow_warmup_steps": 10000,
+            "num_alpha_warmup_steps": 10000,
+            "betas": (0.9, 0.999, 0.9999),
+            "step": 1000,
+            "eps": 1e-8,
+            "correct_bias": True,
+            "alpha": 5.0,
+        },
+    ),
+    Rule(
+        "laprop",
+        scalar_optimizers.calculate_laprop_update,
+        _laprop,
+        ("exp_avg", "exp_avg_sq"),
+        {"correct_bias": True, "betas": (0.9, 0.999), "step": 1000, "eps": 1e-8},
+    ),
+    Rule(
+        "lion",
+        scalar_optimizers.calculate_lion_update,
+        _lion,
+        ("exp_avg",),
+        {"momentum_beta": 0.9, "momentum_beta2": 0.99},
+    ),
+    Rule(
+        "signum",
+        scalar_optimizers.calculate_signum_update,
+        _signum,
+        ("exp_avg",),
+        {
+            "momentum_beta": 0.95,
+            "correct_bias": True,
+            "use_nesterov": True,
+            "step": 1000,
+            "use_shape_scaling": False,
+        },
+    ),
+    Rule(
+        "sim_ademamix",
+        scalar_optimizers.calculate_sim_ademamix_update,
+        _sim_ademamix,
+        ("exp_avg", "exp_avg_sq"),
+        {
+            "num_beta_fast_warmup_steps": 10000,
+            "min_beta_fast": 0.9,
+            "betas": (0.999, 0.999),
+            "step": 1000,
+            "eps": 1e-8,
+            "correct_bias": True,
+            "alpha": 2.0,
+        },
+    ),
+)
+RULES = {rule.name: rule for rule in _RULES}
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The tensors of one call.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What a reader calls it.
+        sizes: One shape per tensor.
+        is_single: Whether the call takes a tensor, not a list of one.
+    """
+
+    name: str
+    title: str
+    sizes: Sequence[tuple[int, ...]] = field(repr=False)
+    is_single: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether the tensors have different shapes."""
+        return len(set(self.sizes)) > 1
+
+
+def _gpt2_sizes(
+    width: int = 768, layers: int = 12, vocabulary: int = 50257, context: int = 1024
+) -> list[tuple[int, ...]]:
+    """Return the shapes of GPT-2's parameters, the small model's by default (124 million)."""
+    norm: list[tuple[int, ...]] = [(width,), (width,)]
+    layer: list[tuple[int, ...]] = [
+        *norm,
+        (width, 3 * width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        *norm,
+        (width, 4 * width),
+        (4 * width,),
+        (4 * width, width),
+        (width,),
+    ]
+    return [(vocabulary, width), (context, width), *(layer * layers), *norm]
+
+
+_SHAPES = (
+    Shape("large", "one tensor of 48 Mi elements", [(48 * 1024 * 1024,)]),
+    Shape("gpt2", "the 148 tensors of GPT-2 small", _gpt2_sizes()),
+    Shape("1000x1000", "1000 tensors of 1000 elements", [(1000,)] * 1000),
+    Shape("1000x8", "1000 tensors of 8 elements", [(8,)] * 1000),
+    Shape("single", "a single tensor of 8 elements", [(8,)], is_single=True),
+)
+SHAPES = {shape.name: shape for shape in _SHAPES}
+
+
+# ---- the tensors of a rule at a shape ------------------------------------------------------------
+
+
+class Problem:
+    """A rule at a shape, with the tensors that all contenders work on.
+
+    Attributes:
+        rule: The rule.
+        shape: The shape.
+        grads: One gradient per tensor of the shape.
+        states: One such list per state of the rule.
+        updates: Where contenders that take an ``out=`` put their update.
+    """
+
+    def __init__(self, rule: Rule, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+        self.rule = rule
+        self.shape = shape
+        generator = torch.Generator().manual_seed(0)
+        self.grads = [torch.randn(size, generator=generator).to(dtype) for size in shape.sizes]
+        self.states = []
+        for name in rule.states:
+            # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
+            fill = _positive if name.endswith("_sq") else torch.randn
+            self.states.append([fill(size, generator=generator).to(dtype) for size in shape.sizes])
+        self.updates = [torch.zeros_like(grad) for grad in self.grads]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all gradients together."""
+        return sum(grad.numel() for grad in self.grads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a step must move: gradient, states in and out, update.
+
+        A cache line that is read only because it is about to be written is not counted.
+        """
+        once = sum(tensor.nbytes for tensor in (*self.grads, *self.updates))
+        return once + 2 * sum(tensor.nbytes for state in self.states for tensor in state)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the gradient(s), then each of the states, as the package's function takes them."""
+        return tuple(self.as_given(tensors) for tensors in (self.grads, *self.states))
+
+    def as_given(self, tensors: list[Tensor]) -> Tensor | list[Tensor]:
+        """Return the list itself, or its one tensor where the call takes a single tensor."""
+        return tensors[0] if self.shape.is_single else tensors
+
+    def positions(self) -> Iterator[tuple[Tensor, ...]]:
+        """Return, tensor by tensor, the gradient and its states."""
+        return zip(self.grads, *self.states, strict=True)
+
+
+def _positive(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(size, generator=generator).add_(0.1)

@@ -1,0 +1,440 @@
+"""What the tests of the update functions share: operands, calls, and what is a right answer."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import RULES, Array, Expected, Rule, Value
+from torch import Tensor
+
+import emerging_optimizers
+
+Case = Mapping[str, Any]
+
+every_rule = pytest.mark.parametrize("rule", list(RULES.values()), ids=str)
+every_case = pytest.mark.parametrize(
+    ("rule", "case_name"),
+    [
+        pytest.param(rule, name, id=f"{rule}-{name}")
+        for rule in RULES.values()
+        for name in rule.cases
+    ],
+)
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_F32, _F64, _BF16, _F16 = DTYPES
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The dtypes of one position: the gradient's, and those of up to three states."""
+
+    grad: torch.dtype
+    states: tuple[torch.dtype, torch.dtype, torch.dtype]
+
+    def of(self, rule: Rule) -> tuple[torch.dtype, ...]:
+        """The states' last ones, so that rules with few states meet the unusual ones."""
+        return self.states[-len(rule.states) :]
+
+
+MIXES = {
+    "float32": Mix(_F32, (_F32, _F32, _F32)),
+    "float64": Mix(_F64, (_F64, _F64, _F64)),
+    "bfloat16": Mix(_BF16, (_BF16, _BF16, _BF16)),
+    "float16": Mix(_F16, (_F16, _F16, _F16)),
+    "bfloat16 grad, float32 states": Mix(_BF16, (_F32, _F32, _F32)),
+    "float32 grad, bfloat16 states": Mix(_F32, (_BF16, _BF16, _BF16)),
+    "float16 grad, bfloat16 states": Mix(_F16, (_BF16, _BF16, _BF16)),
+    "mixed states": Mix(_BF16, (_BF16, _F16, _F32)),
+    "float32 grad, one float64 state": Mix(_F32, (_F32, _F32, _F64)),
+    "bfloat16 grad, one bfloat16 state": Mix(_BF16, (_F64, _F32, _BF16)),
+    "float64 grad, half states": Mix(_F64, (_F16, _F16, _BF16)),
+}
+every_mix = pytest.mark.parametrize("mix", list(MIXES.values()), ids=list(MIXES))
+
+# The digits and the smallest exponent of normal numbers of each type.
+_FORMATS = {_F32: (24, -126), _F64: (53, -1022), _BF16: (8, -126), _F16: (11, -14)}
+
+# Error of the arithmetic in units of the terms' size.
+_UNITS = {_F32: 6 * 2.0**-23, _F64: 256 * 2.0**-52}
+
+
+def ulp(values: Array, dtype: torch.dtype) -> Array:
+    """The distance of `dtype`'s numbers around each value; that of subnormals near 0."""
+    digits, lowest = _FORMATS[dtype]
+    exponents = np.where(values == 0, lowest, np.frexp(values)[1] - 1)
+    return np.ldexp(1.0, np.maximum(exponents, lowest) - (digits - 1))
+
+
+def overflow_threshold(dtype: torch.dtype) -> float:
+    """What rounds to infinity: from halfway between the largest number and the next power of 2."""
+    largest = torch.finfo(dtype).max
+    return largest + float(ulp(np.array(largest), dtype)) / 2
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to `dtype` directly, to nearest even.
+
+    PyTorch's own conversion to a half type goes through float32, which rounds twice.
+    """
+    assert values.dtype == _F64
+    if dtype == _F64:
+        return values.clone()
+    exact = to_numpy(values)
+    with np.errstate(all="ignore"):
+        spacing = ulp(exact, dtype)
+        rounded = np.rint(exact / spacing) * spacing
+    rounded = np.where(np.isfinite(exact), rounded, exact)
+    beyond = np.isfinite(exact) & (np.abs(exact) >= overflow_threshold(dtype))
+    rounded = np.where(beyond, np.copysign(np.inf, exact), np.copysign(rounded, exact))
+    # Exact from here on: each is a number of the type.
+    return torch.from_numpy(np.ascontiguousarray(rounded)).reshape(values.shape).to(dtype)
+
+
+def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """What a position with operands of these dtypes is computed in."""
+    return _F64 if _F64 in dtypes else _F32
+
+
+# ---- operands ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operands:
+    """What one position of a call reads and modifies."""
+
+    grad: Tensor
+    states: list[Tensor]
+
+    def clone(self) -> "Operands":
+        return Operands(self.grad.detach().clone(), [s.detach().clone() for s in self.states])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.grad, *self.states))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(tensor.dtype for tensor in self)
+
+    @property
+    def update_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.grad.dtype, self.states[0].dtype)
+
+
+def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> Operands:
+    """A gradient and states as training might bring them, and worse.
+
+    Both signs, eight decades, zeros in each operand, and averages that the gradient cancels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(tuple(shape), dtype=_F64, generator=generator)
+
+    decades = torch.rand(tuple(shape), dtype=_F64, generator=generator) * 8 - 6
+    magnitude = 10**decades
+    grad = normal() * magnitude
+    grad.view(-1)[3::7] = 0
+    states = []
+    for name, dtype in zip(rule.states, mix.of(rule), strict=True):
+        state = normal() * magnitude
+        if name == "exp_avg_sq":
+            state = (state * state).clamp_(max=torch.finfo(_F16).max / 2)
+            state.view(-1)[5::13] = 0
+        else:
+            state.view(-1)[5::11] = 0
+            state.view(-1)[2::9] = grad.view(-1)[2::9] * (-(1 - 0.9) / 0.9)
+        states.append(state.to(dtype))
+    return Operands(grad.to(mix.grad), states)
+
+
+def call(rule: Rule, case: Case, operands: Operands | Sequence[Operands], out: Any = None) -> Any:
+    """Call the rule's function on a position, or on a list of them."""
+    if isinstance(operands, Operands):
+        return rule.function(operands.grad, *operands.states, **case, out=out)
+    grads = [position.grad for position in operands]
+    states = [[position.states[i] for position in operands] for i in range(len(rule.states))]
+    return rule.function(grads, *states, **case, out=out)
+
+
+# ---- the layouts that one position's operands can have -----------------------------------------------
+
+# Each takes the values (dense, 4-D), the operand's index (0 is the gradient) and the last index.
+Layout = Callable[[Tensor, int, int], Tensor]
+
+
+def _contiguous(values: Tensor, index: int, last: int) -> Tensor:
+    return values.contiguous()
+
+
+def _transposed(values: Tensor, index: int, last: int) -> Tensor:
+    return values.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _permuted(values: Tensor, index: int, last: int) -> Tensor:
+    return values.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+
+
+def _channels_last(values: Tensor, index: int, last: int) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def _one_channel(values: Tensor, index: int, last: int) -> Tensor:
+    """Strides that differ only where they do not matter."""
+    values = values[:, :1].contiguous()
+    return values if index == 0 else values.contiguous(memory_format=torch.channels_last)
+
+
+def _odd_offset(values: Tensor, index: int, last: int) -> Tensor:
+    buffer = torch.full((values.numel() + 32,), 7.0, dtype=values.dtype)
+    offset = 2 * index + 1
+    return buffer[offset : offset + values.numel()].view(values.shape).copy_(values)
+
+
+def _strided_slice(values: Tensor, index: int, last: int) -> Tensor:
+    buffer = torch.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0, dtype=values.dtype)
+    return buffer[..., ::2].copy_(values)
+
+
+def _expanded_grad(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index else values[:1].clone().expand(values.shape)
+
+
+def _scalar_grad(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index else values[0, 0, 0, 0].clone().expand(values.shape)
+
+
+def _grad_laid_out_otherwise(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index else _transposed(values, index, last)
+
+
+def _first_state_laid_out_otherwise(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index != 1 else _channels_last(values, index, last)
+
+
+def _last_state_not_dense(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index != last else _strided_slice(values, index, last)
+
+
+def _first_state_not_dense(values: Tensor, index: int, last: int) -> Tensor:
+    return values if index != 1 else _strided_slice(values, index, last)
+
+
+def _all_different(values: Tensor, index: int, last: int) -> Tensor:
+    kinds: list[Layout] = [_strided_slice, _transposed, _odd_offset, _permuted]
+    return kinds[index](values, index, last)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": _contiguous,
+    "transposed": _transposed,
+    "permuted": _permuted,
+    "channels_last": _channels_last,
+    "one channel": _one_channel,
+    "odd offsets": _odd_offset,
+    "strided slices": _strided_slice,
+    "expanded grad": _expanded_grad,
+    "grad of one element": _scalar_grad,
+    "grad laid out otherwise": _grad_laid_out_otherwise,
+    "first state laid out otherwise": _first_state_laid_out_otherwise,
+    "last state not dense": _last_state_not_dense,
+    "first state not dense": _first_state_not_dense,
+    "all different": _all_different,
+}
+
+LAYOUT_SHAPE = (3, 4, 5, 6)
+
+
+def lay_out(operands: Operands, layout: Layout) -> Operands:
+    last = len(operands.states)
+    grad, *states = (layout(tensor, index, last) for index, tensor in enumerate(operands))
+    return Operands(grad, states)
+
+
+# ---- right answers -------------------------------------------------------------------------------
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    return tensor.detach().double().contiguous().numpy()
+
+
+def expected_of(rule: Rule, case: Case, before: Operands) -> Expected:
+    grad, *states = (to_numpy(tensor) for tensor in before)
+    return rule.oracle(grad, *states, **case)
+
+
+def assert_within(got: Tensor, expected: Value, arithmetic: torch.dtype, label: str) -> None:
+    """Assert that the error is that of the arithmetic, and of one rounding for a shorter type."""
+    found, (wanted, size) = to_numpy(got), expected
+    assert found.shape == wanted.shape, f"{label}: shape {found.shape}, not {wanted.shape}"
+    with np.errstate(all="ignore"):
+        bound = _UNITS[arithmetic] * size
+        error = np.where(found == wanted, 0.0, np.abs(found - wanted))
+        if _FORMATS[got.dtype][0] < _FORMATS[arithmetic][0]:
+            # A finite number may round to infinity.
+            can_overflow = np.abs(wanted) + bound >= overflow_threshold(got.dtype)
+            has_overflowed = np.isinf(found) & (np.sign(found) == np.sign(wanted))
+            error = np.where(has_overflowed & can_overflow, 0.0, error)
+            bound = bound + ulp(np.where(np.isfinite(found), found, 0.0), got.dtype) / 2
+        is_right = (error <= bound) | (np.isnan(found) & np.isnan(wanted))
+        if is_right.all():
+            return
+        excess = np.where(is_right, -1.0, error / bound)
+        excess = np.where(np.isnan(excess), np.inf, excess)
+    worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), excess.shape))
+    raise AssertionError(
+        f"{label} is wrong at {np.count_nonzero(~is_right)} of {is_right.size} elements. Worst at"
+        f" index {worst}: got {found[worst]!r}, wanted {wanted[worst]!r}, error"
+        f" {error[worst]:.3g} = {excess[worst]:.3g} times the bound {bound[worst]:.3g}"
+    )
+
+
+def _with_open_signs(got: Tensor, expected: Expected, arithmetic: torch.dtype) -> Value:
+    """The update's signs where the value before them is certain; elsewhere any sign will do."""
+    assert expected.before_sign is not None
+    value, size = expected.before_sign
+    with np.errstate(all="ignore"):
+        error = _UNITS[arithmetic] * size
+        is_certain = (np.abs(value) > error) | (error == 0) | ~np.isfinite(value)
+    any_sign = np.sign(to_numpy(got)) * expected.scale
+    update = np.where(is_certain, expected.update.value, any_sign)
+    return Value(update, np.where(is_certain, expected.update.size, np.abs(any_sign)))
+
+
+def assert_close_to_oracle(
+    rule: Rule,
+    case: Case,
+    before: Operands,
+    update: Tensor,
+    states: Sequence[Tensor],
+    label: str = "",
+) -> None:
+    """Assert that the update and every state are what the float64 formula makes of `before`."""
+    expected = expected_of(rule, case, before)
+    arithmetic = arithmetic_dtype(before.dtypes)
+    label = f"{rule} {label} {dict(case)}"
+    wanted = expected.update
+    if expected.before_sign is not None:
+        wanted = _with_open_signs(update, expected, arithmetic)
+    assert_within(update, wanted, arithmetic, f"{label}: update ({update.dtype})")
+    for name, state, value in zip(rule.states, states, expected.states, strict=True):
+        assert_within(state, value, arithmetic, f"{label}: {name} ({state.dtype})")
+
+
+def has_equal_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors have the same bits, or a NaN each."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    bits_a, bits_b = (t.detach().contiguous().view(integer) for t in (a, b))
+    return (bits_a == bits_b) | (a.isnan() & b.isnan())
+
+
+def assert_equal_bits(got: Tensor, wanted: Tensor, label: str) -> None:
+    assert got.dtype == wanted.dtype, f"{label}: {got.dtype}, not {wanted.dtype}"
+    assert got.shape == wanted.shape, f"{label}: {tuple(got.shape)}, not {tuple(wanted.shape)}"
+    same = has_equal_bits(got, wanted)
+    if bool(same.all()):
+        return
+    index = tuple((~same).nonzero()[0].tolist())
+    raise AssertionError(
+        f"{label} differs at {int((~same).sum())} of {same.numel()} elements. First at index"
+        f" {index}: {got[index].item()!r}, not {wanted[index].item()!r}"
+    )
+
+
+def assert_equal_results(
+    rule: Rule,
+    got: tuple[Tensor, Operands],
+    wanted: tuple[Tensor, Operands],
+    label: str = "",
+) -> None:
+    """Assert that two calls gave the same bits: (update, operands) of each."""
+    (update, operands), (wanted_update, wanted_operands) = got, wanted
+    assert_equal_bits(update, wanted_update, f"{rule} {label}: update")
+    for name, state, other in zip(
+        rule.states, operands.states, wanted_operands.states, strict=True
+    ):
+        assert_equal_bits(state, other, f"{rule} {label}: {name}")
+
+
+def _surroundings(tensor: Tensor, contents: Tensor) -> Tensor | None:
+    """The buffer that a view was cut from, with `contents` in the view's place."""
+    base = tensor._base
+    if base is None or 0 in tensor.stride():
+        return None
+    buffer = base.detach().clone()
+    view = buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    view.copy_(contents)
+    return buffer
+
+
+def check_call(
+    rule: Rule,
+    case: Case,
+    operands: Operands | Sequence[Operands],
+    out: Any = None,
+    label: str = "",
+) -> Any:
+    """Call, and check everything that holds for every call; returns what the function returned."""
+    is_single = isinstance(operands, Operands)
+    positions: Sequence[Operands] = [operands] if isinstance(operands, Operands) else operands
+    outs: Sequence[Tensor | None] = [None] * len(positions)
+    if out is not None:
+        outs = [out] if is_single else out
+    before = [position.clone() for position in positions]
+    buffers = [
+        [_surroundings(t, b) for t, b in zip(p, q, strict=True)]
+        for p, q in zip(positions, before, strict=True)
+    ]
+    returned = call(rule, case, operands, out)
+    if out is not None:
+        assert returned is out
+    elif not is_single:
+        assert type(returned) is list
+    updates = [returned] if is_single else returned
+    assert len(updates) == len(positions)
+    for i, (position, old) in enumerate(zip(positions, before, strict=True)):
+        update, given = updates[i], outs[i]
+        where = label if is_single else f"{label}[{i}]"
+        where += f" shape {tuple(position.grad.shape)}"
+        if given is None:
+            state = position.states[0]
+            assert update.dtype == position.update_dtype
+            assert update.shape == position.grad.shape
+            assert update.stride() == torch.empty_like(state).stride()
+        if given is not position.grad:
+            assert_equal_bits(position.grad, old.grad, f"{rule} {where}: grad")
+        assert not update.requires_grad
+        assert_close_to_oracle(rule, case, old, update, position.states, where)
+        for tensor, contents, buffer in zip(position, old, buffers[i], strict=True):
+            if buffer is not None and tensor is not given:
+                after = _surroundings(tensor, contents)
+                assert after is not None
+                assert_equal_bits(after, buffer, f"{rule} {where}: memory around an operand")
+    return returned
+
+
+# ---- other processes -----------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run code in a fresh interpreter that finds this package and these tests."""
+    package_root = Path(emerging_optimizers.__file__).parent.parent
+    path = os.pathsep.join([str(package_root), str(Path(__file__).parent)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
