@@ -5,7 +5,7 @@ messages are the same; one table of tests holds the two together.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NewType
 
 import torch
@@ -25,7 +25,15 @@ _STEP_DTYPES = (torch.int64, torch.float32)
 
 
 def _number_text(value: float) -> str:
-    return repr(value).removesuffix(".0")
+    return repr(float(value)).removesuffix(".0")
+
+
+def _is_sequence(value: Any) -> bool:
+    return hasattr(value, "__getitem__") and not isinstance(value, (str, dict))
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_number(value: Any) -> bool:
@@ -68,7 +76,7 @@ def read_whole_number(name: str, value: Any, expected: str) -> int:
 
 def read_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
     """Return a tuple of floats for a sequence of ``count`` numbers."""
-    if isinstance(values, str) or not hasattr(values, "__getitem__"):
+    if not _is_sequence(values):
         raise TypeError(f"{name} must be a sequence of numbers, not {type(values).__name__}")
     numbers = tuple(read_number(f"{name}[{i}]", value) for i, value in enumerate(values))
     if len(numbers) != count:
@@ -80,8 +88,8 @@ def read_step_tensor(step: Tensor) -> float:
     """Return the value of a 0-dim tensor."""
     if step.dim() != 0 or step.dtype not in _STEP_DTYPES:
         raise TypeError(
-            f"step is a tensor of dtype {step.dtype} with {step.dim()} dimensions; expected an int"
-            " or a 0-dim tensor of dtype int64 or float32"
+            f"step is a tensor of dtype {_dtype_text(step.dtype)} with {step.dim()} dimensions;"
+            " expected an int or a 0-dim tensor of dtype int64 or float32"
         )
     return step.item()
 
@@ -247,7 +255,7 @@ def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:
     """Return whether a single tensor was passed, and the list of tensors."""
     if isinstance(value, Tensor):
         return True, [value]
-    if isinstance(value, str) or not isinstance(value, Iterable) or not hasattr(value, "__len__"):
+    if not _is_sequence(value):
         raise TypeError(
             f"{name} must be a Tensor or a sequence of Tensors, not {type(value).__name__}"
         )

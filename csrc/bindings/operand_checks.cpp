@@ -27,31 +27,6 @@ bool is_supported_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// "int64", "float8_e4m3fn": as Python spells it, after "torch.".
-std::string dtype_text(at::ScalarType type) {
-  switch (type) {
-    case at::kByte: return "uint8";
-    case at::kChar: return "int8";
-    case at::kShort: return "int16";
-    case at::kInt: return "int32";
-    case at::kLong: return "int64";
-    case at::kHalf: return "float16";
-    case at::kFloat: return "float32";
-    case at::kDouble: return "float64";
-    case at::kComplexHalf: return "complex32";
-    case at::kComplexFloat: return "complex64";
-    case at::kComplexDouble: return "complex128";
-    case at::kBool: return "bool";
-    case at::kBFloat16: return "bfloat16";
-    default: {
-      std::string text = c10::toString(type);
-      std::transform(text.begin(), text.end(), text.begin(),
-                     [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-      return text;
-    }
-  }
-}
-
 // Dimensions of more than one element, from the smallest stride to the largest.
 using Dimension = std::pair<int64_t, int64_t>;  // stride, size
 c10::SmallVector<Dimension, 6> dimensions_by_stride(const at::Tensor& tensor) {
@@ -97,6 +72,30 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
 }
 
 }  // namespace
+
+std::string dtype_text(at::ScalarType type) {
+  switch (type) {
+    case at::kByte: return "uint8";
+    case at::kChar: return "int8";
+    case at::kShort: return "int16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    case at::kHalf: return "float16";
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kComplexHalf: return "complex32";
+    case at::kComplexFloat: return "complex64";
+    case at::kComplexDouble: return "complex128";
+    case at::kBool: return "bool";
+    case at::kBFloat16: return "bfloat16";
+    default: {
+      std::string text = c10::toString(type);
+      std::transform(text.begin(), text.end(), text.begin(),
+                     [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+      return text;
+    }
+  }
+}
 
 SingleTensorCall::SingleTensorCall(bool is_single) : outer_(single_tensor_call) {
   single_tensor_call = is_single;

@@ -51,6 +51,9 @@ void check_all_meta(const char* name, at::TensorList tensors);
 
 DType to_dtype(at::ScalarType type);
 
+// "int64", "float8_e4m3fn": as Python spells it, after "torch.".
+std::string dtype_text(at::ScalarType type);
+
 using OperandLists = c10::ArrayRef<OperandList>;  // in the order of a row's operands
 
 // Every check of one position by itself.

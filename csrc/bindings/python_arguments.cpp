@@ -26,16 +26,28 @@ std::optional<double> as_number(py::handle value) {
   return number;
 }
 
-// A whole number's value; empty where the object is none.
-std::optional<int64_t> as_integer(py::handle value) {
+// A list, a tuple, an array, a ParameterList: what can be indexed, but by position.
+bool is_sequence(py::handle value) {
+  return (PySequence_Check(value.ptr()) || PyMapping_Check(value.ptr())) &&
+         !PyUnicode_Check(value.ptr()) && !PyDict_Check(value.ptr());
+}
+
+int64_t read_whole_number(const char* name, py::handle value, const char* expected) {
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  int overflow = 0;
-  const int64_t integer = index ? PyLong_AsLongLongAndOverflow(index.ptr(), &overflow) : 0;
-  if (!index || overflow != 0) {
-    PyErr_Clear();
-    return std::nullopt;
+  if (index) {
+    int overflow = 0;
+    const int64_t integer = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+    TORCH_CHECK_VALUE(overflow == 0, name, " is beyond the range of int64");
+    return integer;
   }
-  return integer;
+  PyErr_Clear();
+  const auto number = as_number(value);
+  TORCH_CHECK_TYPE(number.has_value(), name, " must be ", expected, ", not ", type_name(value));
+  TORCH_CHECK_VALUE(!std::isnan(*number), name, " is nan; expected a whole number");
+  TORCH_CHECK_TYPE(std::isfinite(*number) && std::floor(*number) == *number, name, " is ",
+                   number_text(*number), "; expected a whole number");
+  TORCH_CHECK_VALUE(std::abs(*number) < 0x1p63, name, " is beyond the range of int64");
+  return static_cast<int64_t>(*number);
 }
 
 }  // namespace
@@ -48,7 +60,7 @@ TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name)
     tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
     return;
   }
-  TORCH_CHECK_TYPE(PySequence_Check(value.ptr()) && !PyUnicode_Check(value.ptr()), name,
+  TORCH_CHECK_TYPE(is_sequence(value), name,
                    " must be a Tensor or a sequence of Tensors, not ", type_name(value));
   // A tuple of our own: another thread may change the list while this one computes.
   alive_ = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
@@ -98,20 +110,11 @@ bool read_flag(const char* name, py::handle value) {
 
 std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
   if (value.is_none()) return std::nullopt;
-  const auto integer = as_integer(value);
-  if (integer.has_value()) return integer;
-  const auto number = as_number(value);
-  TORCH_CHECK_VALUE(!number.has_value() || !std::isnan(*number), name,
-                    " is nan; expected a whole number or None");
-  TORCH_CHECK_TYPE(number.has_value() && std::floor(*number) == *number &&
-                       std::abs(*number) < 9007199254740992.0,
-                   name, " must be a whole number or None, not ",
-                   number.has_value() ? number_text(*number) : type_name(value));
-  return static_cast<int64_t>(*number);
+  return read_whole_number(name, value, "a whole number or None");
 }
 
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
-  TORCH_CHECK_TYPE(PySequence_Check(value.ptr()) && !PyUnicode_Check(value.ptr()), name,
+  TORCH_CHECK_TYPE(is_sequence(value), name,
                    " must be a sequence of numbers, not ", type_name(value));
   const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
   if (!items) throw py::error_already_set();
@@ -128,25 +131,9 @@ c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
 }
 
 StepValue read_step(py::handle value) {
-  if (PyLong_CheckExact(value.ptr())) {
-    const auto integer = as_integer(value);
-    TORCH_CHECK_VALUE(integer.has_value(), "step is beyond the range of int64");
-    return {c10::SymInt(*integer), std::nullopt};
-  }
   if (THPVariable_Check(value.ptr())) return {c10::SymInt(0), THPVariable_Unpack(value.ptr())};
-  if (torch::is_symint(value)) {
-    return {value.cast<c10::SymInt>(), std::nullopt};
-  }
-  const auto integer = as_integer(value);
-  if (integer.has_value()) return {c10::SymInt(*integer), std::nullopt};
-  const auto number = as_number(value);
-  TORCH_CHECK_TYPE(number.has_value(), "step must be an int, not ", type_name(value));
-  TORCH_CHECK_VALUE(!std::isnan(*number), "step is nan; expected a whole number");
-  TORCH_CHECK_TYPE(std::floor(*number) == *number, "step is ", number_text(*number),
-                   "; expected a whole number");
-  TORCH_CHECK_VALUE(std::abs(*number) < 9007199254740992.0, "step is ", number_text(*number),
-                    "; expected a whole number below 2^53");
-  return {c10::SymInt(static_cast<int64_t>(*number)), std::nullopt};
+  if (torch::is_symint(value)) return {value.cast<c10::SymInt>(), std::nullopt};
+  return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};
 }
 
 }  // namespace emopt

@@ -2,6 +2,8 @@
 
 #include <charconv>
 
+#include "operand_checks.h"
+
 namespace emopt {
 
 std::string number_text(double value) {
@@ -32,7 +34,7 @@ double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, 
     TORCH_CHECK_TYPE(
         step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
                                     step_tensor->scalar_type() == at::kFloat),
-        "step is a tensor of dtype ", step_tensor->dtype(), " with ", step_tensor->dim(),
+        "step is a tensor of dtype ", dtype_text(step_tensor->scalar_type()), " with ", step_tensor->dim(),
         " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32");
     TORCH_CHECK_VALUE(step_tensor->is_cpu(), "step is on ", step_tensor->device(),
                       " but the tensors are on cpu");

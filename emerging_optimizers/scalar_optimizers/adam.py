@@ -32,7 +32,8 @@ def _adam(
     return exp_avg_hat.div_((exp_avg_sq / c2).sqrt_().add_(eps))
 
 
-_enter = Rule("adam", _adam).door()
+_RULE = Rule("adam", _adam)
+_enter = _RULE.door()
 
 
 def calculate_adam_update(

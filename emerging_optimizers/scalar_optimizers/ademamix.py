@@ -39,7 +39,8 @@ def _check(betas: Sequence[float], num_beta_slow_warmup_steps: int | None, **_: 
     check_half_life("betas[2]", betas[2], num_beta_slow_warmup_steps)
 
 
-_enter = Rule("ademamix", _ademamix, check=_check).door()
+_RULE = Rule("ademamix", _ademamix, check=_check)
+_enter = _RULE.door()
 
 
 def calculate_ademamix_update(

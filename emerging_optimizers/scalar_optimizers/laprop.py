@@ -27,7 +27,8 @@ def _laprop(
     return exp_avg / c1
 
 
-_enter = Rule("laprop", _laprop).door()
+_RULE = Rule("laprop", _laprop)
+_enter = _RULE.door()
 
 
 def calculate_laprop_update(

@@ -19,7 +19,8 @@ def _lion(
     return update
 
 
-_enter = Rule("lion", _lion).door()
+_RULE = Rule("lion", _lion)
+_enter = _RULE.door()
 
 
 def calculate_lion_update(

@@ -31,7 +31,8 @@ def _signum(
     return update
 
 
-_enter = Rule("signum", _signum).door()
+_RULE = Rule("signum", _signum)
+_enter = _RULE.door()
 
 
 def calculate_signum_update(

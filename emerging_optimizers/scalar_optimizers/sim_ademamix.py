@@ -41,7 +41,8 @@ def _check(
     check_half_life("betas[0]", betas[0], num_beta_fast_warmup_steps)
 
 
-_enter = Rule("sim_ademamix", _sim_ademamix, check=_check).door()
+_RULE = Rule("sim_ademamix", _sim_ademamix, check=_check)
+_enter = _RULE.door()
 
 
 def calculate_sim_ademamix_update(

@@ -1,0 +1,13 @@
+// CHECK for the C++ tests: they need no torch and no test framework.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+#define CHECK(condition)                                                              \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      std::fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                   \
+    }                                                                                 \
+  } while (false)
