@@ -4,6 +4,7 @@ A figure is a ratio of two contenders' times, taken in one process with the cont
 that what slows the machine down slows both. Its spread over the rounds is reported beside it.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -38,18 +39,28 @@ _MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A median, and the values that a tenth of the rounds lies below and above."""
+class Ratio:
+    """A ratio of two contenders' times.
+
+    Attributes:
+        median: Of the ratios of all rounds in which both took part.
+        p10: A tenth of these ratios are lower.
+        p90: A tenth of them are higher.
+        of_minima: Fastest sample over fastest sample. Where other processes take the processor away
+            this is the one to trust: they only ever make a sample longer.
+    """
 
     median: float
     p10: float
     p90: float
+    of_minima: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Summarise at least two values."""
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
-        return cls(statistics.median(values), deciles[0], deciles[-1])
+    def of(cls, over: Sequence[float], under: Sequence[float]) -> "Ratio":
+        """Summarise the times of at least two rounds."""
+        ratios = [a / b for a, b in zip(over, under, strict=True)]
+        deciles = statistics.quantiles(ratios, n=10, method="inclusive")
+        return cls(statistics.median(ratios), deciles[0], deciles[-1], min(over) / min(under))
 
 
 @dataclass
@@ -78,12 +89,19 @@ class Samples:
 
 
 class Comparison:
-    """The times of contenders that took turns."""
+    """The times of contenders that took turns.
 
-    def __init__(self, samples: dict[str, Samples]) -> None:
+    Attributes:
+        samples: The times, by contender.
+        taken_by_others: The part of the machine's processor time that other processes used
+            meanwhile; None where not known.
+    """
+
+    def __init__(self, samples: dict[str, Samples], taken_by_others: float | None) -> None:
         self.samples = samples
+        self.taken_by_others = taken_by_others
 
-    def ratio(self, numerator: str, denominator: str) -> Spread | None:
+    def ratio(self, numerator: str, denominator: str) -> Ratio | None:
         """Return how many times as long the first takes, round by round.
 
         None where one of them did not take part.
@@ -92,7 +110,8 @@ class Comparison:
             return None
         over = self.samples[numerator].seconds
         under = self.samples[denominator].seconds
-        return Spread.of([over[i] / under[i] for i in over.keys() & under.keys()])
+        rounds = over.keys() & under.keys()
+        return Ratio.of([over[i] for i in rounds], [under[i] for i in rounds])
 
 
 def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison:
@@ -106,6 +125,7 @@ def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison
     was_enabled = gc.isenabled()
     gc.disable()
     try:
+        processor = _ProcessorTime.now()
         samples = {name: Samples(_calls_per_sample(step)) for name, step in steps.items()}
         first, *others = steps
         share = budget / len(steps)
@@ -120,7 +140,7 @@ def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison
                 or (not is_late and samples[name].spent < share)
             ]
             if not due and (others or is_late) and number >= _MIN_ROUNDS:
-                return Comparison(samples)
+                return Comparison(samples, processor.taken_by_others())
             turns = [first, *due]
             for name in turns if number % 2 == 0 else reversed(turns):
                 taken = samples[name]
@@ -143,10 +163,40 @@ def _sample(step: Callable[[], object], calls: int) -> float:
 def _calls_per_sample(step: Callable[[], object]) -> int:
     calls = 1
     while True:
-        seconds = min(_sample(step, calls) for _ in range(3 if calls > 1 else 1))
+        seconds = _sample(step, calls)
+        if seconds < 100 * _SAMPLE_SECONDS:  # else it is a long call, not one that was interrupted
+            seconds = min(seconds, *(_sample(step, calls) for _ in range(4)))
         if seconds >= _SAMPLE_SECONDS:
             return calls
         calls = math.ceil(calls * min(8.0, 1.2 * _SAMPLE_SECONDS / seconds))
+
+
+@dataclass(frozen=True)
+class _ProcessorTime:
+    """Seconds of all cores together since the machine started; None where not known."""
+
+    total: float | None
+    busy: float
+    own: float
+
+    @classmethod
+    def now(cls) -> "_ProcessorTime":
+        own = time.process_time()
+        try:
+            fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        except OSError:
+            return cls(None, 0.0, own)
+        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in fields]
+        idle, waiting = ticks[3:5]
+        return cls(sum(ticks), sum(ticks) - idle - waiting, own)
+
+    def taken_by_others(self) -> float | None:
+        """Return the part of all that passed since, which other processes used."""
+        now = _ProcessorTime.now()
+        if self.total is None or now.total is None or now.total == self.total:
+            return None
+        others = (now.busy - self.busy) - (now.own - self.own)
+        return max(0.0, others / (now.total - self.total))
 
 
 # ---- correctness ---------------------------------------------------------------------------------
@@ -176,16 +226,32 @@ def check_close(
         is_sign: Allow a few signs of almost 0 to have turned over.
     """
     differing, total, largest = 0, 0, 0.0
-    for a, b in _pieces(actual, expected):
-        difference = (a - b).abs_()
-        is_wrong = ~(difference <= _ULPS * torch.finfo(a.dtype).eps * (1 + b.abs()))
-        differing += int(is_wrong.sum())
-        total += a.numel()
-        largest = max(largest, difference.max().item())
+    with one_thread():
+        for a, b in _pieces(actual, expected):
+            difference = (a - b).abs_()
+            is_wrong = ~(difference <= _ULPS * torch.finfo(a.dtype).eps * (1 + b.abs()))
+            differing += int(is_wrong.sum())
+            total += a.numel()
+            largest = max(largest, difference.max().item())
     if differing > (total // _ELEMENTS_PER_TURNED_SIGN if is_sign else 0):
         raise WrongResultError(
             f"{what}: {differing} of {total} elements differ by more than rounding, by {largest:g}"
         )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch to the calling thread.
+
+    On a busy machine, threads that wait for each other at the end of each of many short operations
+    take many times as long as one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pieces(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,12 +324,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(line, [header, ruler, *rows]))
 
 
-def format_spread(spread: Spread | None, scale: float = 1.0, digits: int = 2) -> str:
+def format_ratio(ratio: Ratio | None, scale: float = 1.0, digits: int = 2) -> str:
     """Return ``median (p10 to p90)``."""
-    if spread is None:
+    if ratio is None:
         return "-"
     median, p10, p90 = (
-        f"{value * scale:.{digits}f}" for value in (spread.median, spread.p10, spread.p90)
+        f"{value * scale:.{digits}f}" for value in (ratio.median, ratio.p10, ratio.p90)
     )
     return f"{median} ({p10} to {p90})"
 

@@ -21,3 +21,6 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
+
+if native is not None:
+    native.active_isa()  # a wrong EMERGING_OPTIMIZERS_ISA is an error now, not in the first step

@@ -167,7 +167,7 @@ def call(rule: Rule, case: Case, operands: Operands | Sequence[Operands], out: A
     return rule.function(grads, *states, **case, out=out)
 
 
-# ---- the layouts that one position's operands can have -----------------------------------------------
+# ---- the layouts that one position's operands can have -------------------------------------------
 
 # Each takes the values (dense, 4-D), the operand's index (0 is the gradient) and the last index.
 Layout = Callable[[Tensor, int, int], Tensor]
@@ -294,7 +294,7 @@ def assert_within(got: Tensor, expected: Value, arithmetic: torch.dtype, label: 
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(excess), excess.shape))
     raise AssertionError(
         f"{label} is wrong at {np.count_nonzero(~is_right)} of {is_right.size} elements. Worst at"
-        f" index {worst}: got {found[worst]!r}, wanted {wanted[worst]!r}, error"
+        f" index {worst}: got {float(found[worst])!r}, wanted {float(wanted[worst])!r}, error"
         f" {error[worst]:.3g} = {excess[worst]:.3g} times the bound {bound[worst]:.3g}"
     )
 
@@ -347,7 +347,7 @@ def assert_equal_bits(got: Tensor, wanted: Tensor, label: str) -> None:
     index = tuple((~same).nonzero()[0].tolist())
     raise AssertionError(
         f"{label} differs at {int((~same).sum())} of {same.numel()} elements. First at index"
-        f" {index}: {got[index].item()!r}, not {wanted[index].item()!r}"
+        f" {index}: got {got[index].item()!r}, wanted {wanted[index].item()!r}"
     )
 
 

@@ -12,18 +12,17 @@ namespace emopt {
 
 namespace {
 
-// ---- operators -----------------------------------------------------------------------------------------
+// ---- operators
+// -----------------------------------------------------------------------------------------
 
 TORCH_LIBRARY(emerging_optimizers, m) {
-#define EMOPT_DEFINE(Rule) \
-  m.def(Operator<Rule>::schema().c_str(), {at::Tag::pt2_compliant_tag});
+#define EMOPT_DEFINE(Rule) m.def(Operator<Rule>::schema().c_str(), {at::Tag::pt2_compliant_tag});
   EMOPT_FOR_EACH_RULE(EMOPT_DEFINE)
 #undef EMOPT_DEFINE
 }
 
 TORCH_LIBRARY_IMPL(emerging_optimizers, CPU, m) {
-#define EMOPT_IMPLEMENT(Rule) \
-  m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::cpu));
+#define EMOPT_IMPLEMENT(Rule) m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::cpu));
   EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
 #undef EMOPT_IMPLEMENT
 }
@@ -44,7 +43,8 @@ TORCH_LIBRARY_IMPL(emerging_optimizers, Autograd, m) {
 #undef EMOPT_IMPLEMENT
 }
 
-// ---- the eager door ------------------------------------------------------------------------------------
+// ---- the eager door
+// ------------------------------------------------------------------------------------
 
 // How each kind of option is read from Python, and passed on.
 template <class Rule>
@@ -143,11 +143,11 @@ struct DoorOf<Rule, std::index_sequence<kState...>, std::index_sequence<kOption.
 };
 
 template <class Rule>
-using Door =
-    DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
-           std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
+using Door = DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
+                    std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
 
-// ---- the module ----------------------------------------------------------------------------------------
+// ---- the module
+// ----------------------------------------------------------------------------------------
 
 std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
   std::vector<std::string> result;
@@ -158,9 +158,8 @@ std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  cpu::active_isa();  // a wrong EMERGING_OPTIMIZERS_ISA is an error here, not in the first step
-#define EMOPT_BIND(Rule)                                    \
-  m.def((std::string(Rule::kName) + "_update").c_str(),     \
+#define EMOPT_BIND(Rule)                                \
+  m.def((std::string(Rule::kName) + "_update").c_str(), \
         torch::wrap_pybind_function(Door<Rule>::update));
   EMOPT_FOR_EACH_RULE(EMOPT_BIND)
 #undef EMOPT_BIND

@@ -63,8 +63,8 @@ void check_position(OperandLists lists, size_t position);
 // CPU, of a known dtype, and nothing more than a tensor.
 inline bool is_plain_beside(const at::Tensor& tensor, const at::Tensor& grad) {
   // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
-  constexpr c10::DispatchKeySet kPlainKeys({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                            c10::DispatchKey::ADInplaceOrView});
+  constexpr c10::DispatchKeySet kPlainKeys(
+      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView});
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const at::ScalarType type = tensor.scalar_type();
   return impl.key_set() == kPlainKeys && impl.is_contiguous() &&
@@ -177,8 +177,8 @@ class CheckedTable {
       const at::Tensor& tensor = list.tensors[position];
       row.dtype[k] = to_dtype(tensor.scalar_type());
       if (k != kUpdate && row.dtype[k] == DType::kFloat64) row.compute = DType::kFloat64;
-      row.data[k] = list.in_place ? tensor.mutable_data_ptr()
-                                  : const_cast<void*>(tensor.const_data_ptr());
+      row.data[k] =
+          list.in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     }
     return row;
   }
@@ -208,8 +208,8 @@ class CheckedTable {
   }
 
   void use_stand_ins(size_t position) {
-    const at::Tensor layout = empty_update(lists_[kGrad].tensors[position],
-                                           lists_[kFirstState].tensors[position]);
+    const at::Tensor layout =
+        empty_update(lists_[kGrad].tensors[position], lists_[kFirstState].tensors[position]);
     for (int k = 0; k < kOperands; ++k) {
       table_.rows[position].data[k] =
           stand_ins_.find(lists_[static_cast<size_t>(k)], position, k != kUpdate, layout)

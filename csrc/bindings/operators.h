@@ -8,8 +8,8 @@
 // `step_tensor` takes the place of `step` where it is given: a step that only a tensor knows.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymInt.h>
 #include <torch/library.h>
 
@@ -29,7 +29,8 @@ namespace emopt {
 
 inline constexpr const char* kNamespace = "emerging_optimizers";
 
-// ---- how each kind of option travels through an operator --------------------------------------------
+// ---- how each kind of option travels through an operator
+// --------------------------------------------
 
 template <class Option>
 struct Travels;
@@ -80,7 +81,8 @@ struct Travels<StepArgument> {
 template <size_t, class T>
 using Repeat = T;
 
-// ---- what a rule may ask for beside its arithmetic ----------------------------------------------------
+// ---- what a rule may ask for beside its arithmetic
+// ----------------------------------------------------
 
 template <class Rule, class = void>
 inline constexpr bool kHasShapeScale = false;
@@ -101,7 +103,8 @@ double update_scale(const Rule& rule, at::TensorList grads, size_t position) {
   return 1.0;
 }
 
-// ---- the operator ------------------------------------------------------------------------------------
+// ---- the operator
+// ------------------------------------------------------------------------------------
 
 template <class Rule, class, class>
 class OperatorOf;
@@ -196,7 +199,7 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
 };
 
 template <class Rule>
-using Operator = OperatorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
-                            decltype(Rule::options())>;
+using Operator =
+    OperatorOf<Rule, std::make_index_sequence<kNumStates<Rule>>, decltype(Rule::options())>;
 
 }  // namespace emopt

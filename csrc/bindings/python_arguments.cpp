@@ -60,8 +60,8 @@ TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name)
     tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
     return;
   }
-  TORCH_CHECK_TYPE(is_sequence(value), name,
-                   " must be a Tensor or a sequence of Tensors, not ", type_name(value));
+  TORCH_CHECK_TYPE(is_sequence(value), name, " must be a Tensor or a sequence of Tensors, not ",
+                   type_name(value));
   // A tuple of our own: another thread may change the list while this one computes.
   alive_ = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
   if (!alive_) throw py::error_already_set();
@@ -114,8 +114,8 @@ std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
 }
 
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
-  TORCH_CHECK_TYPE(is_sequence(value), name,
-                   " must be a sequence of numbers, not ", type_name(value));
+  TORCH_CHECK_TYPE(is_sequence(value), name, " must be a sequence of numbers, not ",
+                   type_name(value));
   const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
   if (!items) throw py::error_already_set();
   c10::SmallVector<double, 3> numbers;

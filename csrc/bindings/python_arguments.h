@@ -1,11 +1,10 @@
 // What users pass from Python: read, with messages that name the argument.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
-
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>

@@ -31,11 +31,11 @@ void check_domain(const std::string& name, double value, Domain domain) {
 double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest) {
   double value = static_cast<double>(step);
   if (step_tensor.has_value()) {
-    TORCH_CHECK_TYPE(
-        step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
-                                    step_tensor->scalar_type() == at::kFloat),
-        "step is a tensor of dtype ", dtype_text(step_tensor->scalar_type()), " with ", step_tensor->dim(),
-        " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32");
+    TORCH_CHECK_TYPE(step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
+                                                 step_tensor->scalar_type() == at::kFloat),
+                     "step is a tensor of dtype ", dtype_text(step_tensor->scalar_type()), " with ",
+                     step_tensor->dim(),
+                     " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32");
     TORCH_CHECK_VALUE(step_tensor->is_cpu(), "step is on ", step_tensor->device(),
                       " but the tensors are on cpu");
     value = step_tensor->scalar_type() == at::kLong

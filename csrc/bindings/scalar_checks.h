@@ -18,8 +18,8 @@ std::string number_text(double value);
 
 void check_domain(const std::string& name, double value, Domain domain);
 
-// The step that a call runs at: `step_tensor`'s value where there is one. Raises for a value that is
-// no whole number, and for one below `lowest`.
+// The step that a call runs at: `step_tensor`'s value where there is one. Raises for a value that
+// is no whole number, and for one below `lowest`.
 double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest);
 
 template <class Rule, class Value>

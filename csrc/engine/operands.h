@@ -27,10 +27,10 @@ template <int kOperands>
 struct Row {
   void* data[kOperands];
   DType dtype[kOperands];
-  DType compute;   // kFloat32, or kFloat64 where an operand that is read is float64
-  double scale;    // a factor for the update (Signum's shape scaling), else 1
+  DType compute;  // kFloat32, or kFloat64 where an operand that is read is float64
+  double scale;   // a factor for the update (Signum's shape scaling), else 1
   int64_t numel;
-  int64_t start;   // the number of elements in all earlier rows
+  int64_t start;  // the number of elements in all earlier rows
 };
 
 template <int kOperands>
@@ -52,8 +52,8 @@ struct Place {
 };
 
 // Where a share of the work begins that is cut at the table's element `element`. Cuts fall on
-// multiples of `tile`, counted from the first element of a row, whatever the cut that was asked for:
-// so each tile is done whole, by one thread.
+// multiples of `tile`, counted from the first element of a row, whatever the cut that was asked
+// for: so each tile is done whole, by one thread.
 template <int kOperands>
 Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
   const auto& rows = table.rows;

@@ -16,10 +16,9 @@ struct Adam {
   double eps;
 
   static constexpr auto options() {
-    return std::make_tuple(option("betas", &Adam::betas, Domain::kBeta),
-                           option("correct_bias", &Adam::correct_bias),
-                           option("use_nesterov", &Adam::use_nesterov), StepArgument{},
-                           option("eps", &Adam::eps));
+    return std::make_tuple(
+        option("betas", &Adam::betas, Domain::kBeta), option("correct_bias", &Adam::correct_bias),
+        option("use_nesterov", &Adam::use_nesterov), StepArgument{}, option("eps", &Adam::eps));
   }
 
   template <class Real>

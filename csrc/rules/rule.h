@@ -22,6 +22,7 @@
 #pragma once
 
 #include <math.h>
+
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -38,7 +39,8 @@
 
 namespace emopt {
 
-// ---- arithmetic ----------------------------------------------------------------------------------
+// ---- arithmetic
+// ----------------------------------------------------------------------------------
 
 // average <- beta * average + (1 - beta) * value. `1 - beta` is taken in double: in float it would
 // lose the digits that matter when beta is close to 1.
@@ -64,7 +66,8 @@ EMOPT_FN Real sign(Real x) {
 EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
 EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 
-// ---- the description of a rule's arguments ---------------------------------------------------------
+// ---- the description of a rule's arguments
+// ---------------------------------------------------------
 
 enum class Domain {
   kAny,          // any number but NaN
@@ -75,14 +78,14 @@ enum class Domain {
 template <class Rule, class Value>
 struct Option {
   const char* name;
-  Value Rule::*member;
+  Value Rule::* member;
   Domain domain;
 };
 
 // An option for a flag (bool) or for a number of warm-up steps (int64_t; None is passed as 0, which
 // means the same: the final value from the first step).
 template <class Rule, class Value>
-constexpr Option<Rule, Value> option(const char* name, Value Rule::*member,
+constexpr Option<Rule, Value> option(const char* name, Value Rule::* member,
                                      Domain domain = Domain::kNonNegative) {
   return {name, member, domain};
 }

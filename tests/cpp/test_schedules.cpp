@@ -7,7 +7,9 @@
 
 namespace {
 
-bool is_close(double a, double b, double relative) { return std::abs(a - b) <= relative * std::abs(b); }
+bool is_close(double a, double b, double relative) {
+  return std::abs(a - b) <= relative * std::abs(b);
+}
 
 void test_one_minus_power() {
   CHECK(emopt::one_minus_power(0.9, 0) == 0.0);

@@ -36,10 +36,26 @@ struct Buffer {
   double get(int64_t i) const {
     const unsigned char* at = bytes.data() + offset + static_cast<size_t>(i) * size_of(dtype);
     switch (dtype) {
-      case DType::kFloat32: { float x; std::memcpy(&x, at, 4); return x; }
-      case DType::kFloat64: { double x; std::memcpy(&x, at, 8); return x; }
-      case DType::kBFloat16: { emopt::BFloat16 x; std::memcpy(&x, at, 2); return emopt::widen(x); }
-      case DType::kFloat16: { emopt::Float16 x; std::memcpy(&x, at, 2); return emopt::widen(x); }
+      case DType::kFloat32: {
+        float x;
+        std::memcpy(&x, at, 4);
+        return x;
+      }
+      case DType::kFloat64: {
+        double x;
+        std::memcpy(&x, at, 8);
+        return x;
+      }
+      case DType::kBFloat16: {
+        emopt::BFloat16 x;
+        std::memcpy(&x, at, 2);
+        return emopt::widen(x);
+      }
+      case DType::kFloat16: {
+        emopt::Float16 x;
+        std::memcpy(&x, at, 2);
+        return emopt::widen(x);
+      }
     }
     return 0;
   }
@@ -47,10 +63,26 @@ struct Buffer {
   void put(int64_t i, Real value) {
     unsigned char* at = bytes.data() + offset + static_cast<size_t>(i) * size_of(dtype);
     switch (dtype) {
-      case DType::kFloat32: { const auto x = emopt::Round<float>::from(value); std::memcpy(at, &x, 4); break; }
-      case DType::kFloat64: { const auto x = emopt::Round<double>::from(value); std::memcpy(at, &x, 8); break; }
-      case DType::kBFloat16: { const auto x = emopt::Round<emopt::BFloat16>::from(value); std::memcpy(at, &x, 2); break; }
-      case DType::kFloat16: { const auto x = emopt::Round<emopt::Float16>::from(value); std::memcpy(at, &x, 2); break; }
+      case DType::kFloat32: {
+        const auto x = emopt::Round<float>::from(value);
+        std::memcpy(at, &x, 4);
+        break;
+      }
+      case DType::kFloat64: {
+        const auto x = emopt::Round<double>::from(value);
+        std::memcpy(at, &x, 8);
+        break;
+      }
+      case DType::kBFloat16: {
+        const auto x = emopt::Round<emopt::BFloat16>::from(value);
+        std::memcpy(at, &x, 2);
+        break;
+      }
+      case DType::kFloat16: {
+        const auto x = emopt::Round<emopt::Float16>::from(value);
+        std::memcpy(at, &x, 2);
+        break;
+      }
     }
   }
 };

@@ -117,7 +117,7 @@ void sweep(const Steps<Rule>& steps, const Table<kNumOperands<Rule>>& table, Pla
                 });
 }
 
-#define EMOPT_INSTANTIATE(Rule)                                                               \
+#define EMOPT_INSTANTIATE(Rule) \
   template void sweep<Rule>(const Steps<Rule>&, const Table<kNumOperands<Rule>>&, Place, Place);
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE

@@ -15,8 +15,8 @@
 namespace emopt::cpu {
 
 // Elements that are widened, computed and rounded together where an operand is not stored in the
-// arithmetic type: small enough for all operands to stay in the L1 cache. With bfloat16 gradient and
-// update and float32 states, 128 to 256 were fastest, 1024 took 1.4 times as long (Zen 3).
+// arithmetic type: small enough for all operands to stay in the L1 cache. With bfloat16 gradient
+// and update and float32 states, 128 to 256 were fastest, 1024 took 1.4 times as long (Zen 3).
 inline constexpr int64_t kTile = 128;
 
 // A rule at one step, in both arithmetic types.
@@ -34,11 +34,11 @@ using SweepFunction = void (*)(const Steps<Rule>&, const Table<kNumOperands<Rule
 }  // namespace emopt::cpu
 
 // Sweeps the rule over the rows between two places of a table, on the calling thread.
-#define EMOPT_DECLARE_UNIT(unit)                                                             \
-  namespace emopt::cpu::unit {                                                               \
-  template <class Rule>                                                                      \
+#define EMOPT_DECLARE_UNIT(unit)                                                            \
+  namespace emopt::cpu::unit {                                                              \
+  template <class Rule>                                                                     \
   void sweep(const Steps<Rule>& steps, const Table<kNumOperands<Rule>>& table, Place begin, \
-             Place end);                                                                     \
+             Place end);                                                                    \
   }
 
 EMOPT_DECLARE_UNIT(baseline)

@@ -1,0 +1,273 @@
+"""The same bits whatever the list partition, thread count, memory alignment and instruction set."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import RULES, Rule
+from support import (
+    DTYPES,
+    MIXES,
+    Case,
+    Mix,
+    Operands,
+    assert_equal_results,
+    call,
+    every_case,
+    every_mix,
+    every_rule,
+    make_operands,
+    run_python,
+)
+from torch import Tensor
+
+from emerging_optimizers._native import native
+
+needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+
+# Shares of a thread's work (16384 elements) are cut through the large ones.
+_SIZES = (1, 127, 0, 40000, 129, 16385, 4097, 128, 50001, 2, 16384)
+
+
+def _positions(rule: Rule, mixes: list[Mix]) -> list[Operands]:
+    return [
+        make_operands(rule, (1, size), mixes[i % len(mixes)], seed=i)
+        for i, size in enumerate(_SIZES)
+    ]
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- list partition ------------------------------------------------------------------------------
+
+
+@every_case
+def test_one_list_or_each_tensor_alone(rule: Rule, case_name: str) -> None:
+    case = rule.cases[case_name]
+    together = _positions(rule, list(MIXES.values()))
+    alone = [position.clone() for position in together]
+    updates = call(rule, case, together)
+    for i, position in enumerate(alone):
+        update = call(rule, case, position)
+        assert_equal_results(rule, (updates[i], together[i]), (update, position), f"[{i}]")
+
+
+@every_rule
+@every_mix
+def test_list_partitions(rule: Rule, mix: Mix) -> None:
+    original = _positions(rule, [mix])
+    whole = [position.clone() for position in original]
+    updates = call(rule, rule.usual, whole)
+    for cut in (1, 4):
+        parts = [position.clone() for position in original]
+        results = call(rule, rule.usual, parts[:cut]) + call(rule, rule.usual, parts[cut:])
+        for i in range(len(original)):
+            got, wanted = (results[i], parts[i]), (updates[i], whole[i])
+            assert_equal_results(rule, got, wanted, f"[{i}], cut at {cut}")
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@every_rule
+@every_mix
+def test_number_of_threads(rule: Rule, mix: Mix, num_threads: None) -> None:
+    results = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        listed, single = _positions(rule, [mix]), make_operands(rule, (70001,), mix)
+        updates = [*call(rule, rule.usual, listed), call(rule, rule.usual, single)]
+        results[threads] = list(zip(updates, [*listed, single], strict=True))
+    for threads in (2, 3):
+        for i, (got, wanted) in enumerate(zip(results[threads], results[1], strict=True)):
+            assert_equal_results(rule, got, wanted, f"[{i}], {threads} threads")
+
+
+def _busy_time_by_thread() -> dict[str, int]:
+    """CPU time of each thread of this process, in clock ticks."""
+    times = {}
+    for task in os.listdir("/proc/self/task"):
+        try:
+            text = Path(f"/proc/self/task/{task}/stat").read_text()
+        except OSError:  # the thread has ended
+            continue
+        # The name, in parentheses, may hold spaces. User and system time are fields 14 and 15.
+        fields = text.rpartition(")")[2].split()
+        times[task] = int(fields[11]) + int(fields[12])
+    return times
+
+
+@needs_native
+@needs_proc
+@every_rule
+def test_two_threads_do_the_work(rule: Rule, num_threads: None) -> None:
+    # The CPU time of threads tells, not the wall time: it does not depend on what else is running.
+    torch.set_num_threads(2)
+    operands = make_operands(rule, (1 << 20,), MIXES["float32"])
+    out = torch.empty(1 << 20)
+    call(rule, rule.usual, operands, out=out)
+    before = _busy_time_by_thread()
+    end = time.process_time() + 0.4  # 40 ticks of the usual 10 ms, shared by the threads
+    while time.process_time() < end:
+        call(rule, rule.usual, operands, out=out)
+    after = _busy_time_by_thread()
+    busy = sorted(after[task] - before.get(task, 0) for task in after)
+    assert len(busy) > 1
+    assert busy[-2] >= busy[-1] / 3, f"clock ticks of each thread: {busy}"
+
+
+@needs_native
+@needs_proc
+def test_one_openmp_runtime_is_loaded() -> None:
+    # A second one would bring a second pool of threads, deaf to torch.set_num_threads.
+    done = run_python(
+        "import torch\n"
+        "from oracle import RULES\n"
+        "tensors = [torch.zeros(100000) for _ in range(3)]\n"
+        "RULES['adam'].function(*tensors, **RULES['adam'].usual)\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    assert done.returncode == 0, done.stderr
+    files = {line.split()[-1] for line in done.stdout.splitlines() if "/" in line}
+    names = ("libgomp", "libomp", "libiomp")
+    runtimes = {os.path.realpath(file) for file in files if Path(file).name.startswith(names)}
+    assert len(runtimes) == 1, runtimes
+
+
+# ---- memory alignment ----------------------------------------------------------------------------
+
+
+def _at_offset(tensor: Tensor, offset: int) -> Tensor:
+    buffer = torch.empty(tensor.numel() + 32, dtype=tensor.dtype)
+    return buffer[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@every_rule
+@every_mix
+def test_memory_alignment(rule: Rule, mix: Mix) -> None:
+    # Sizes with and without a remainder at any vector width, and more than one tile.
+    for size in (1, 7, 31, 64, 333):
+        aligned = make_operands(rule, (size,), mix)
+        original = aligned.clone()
+        update = call(rule, rule.usual, aligned)
+        for offset in range(17):
+            for stagger in (0, 1, 5):  # all operands alike, and each otherwise
+                grad, *states = (
+                    _at_offset(tensor, (offset + i * stagger) % 17)
+                    for i, tensor in enumerate(original)
+                )
+                out = _at_offset(update, (offset + (1 + len(states)) * stagger) % 17).fill_(7)
+                moved = Operands(grad, states)
+                call(rule, rule.usual, moved, out=out)
+                label = f"{size} elements, offset {offset}, stagger {stagger}"
+                assert_equal_results(rule, (out, moved), (update, aligned), label)
+
+
+# ---- instruction set -----------------------------------------------------------------------------
+
+_SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e38, -1.0, 65504.0)
+
+
+def _with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
+    """Ordinary values, and NaN, infinities, zeros, subnormals and overflows in all places."""
+    operands = make_operands(rule, (3, 1367), mix, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in zip(("grad", *rule.states), operands, strict=True):
+        specials = torch.tensor(_SPECIALS, dtype=torch.float64).to(tensor.dtype)
+        chosen = specials[torch.randint(len(specials), tensor.shape, generator=generator)]
+        if name == "exp_avg_sq":
+            chosen = chosen.abs()
+        is_special = torch.rand(tensor.shape, generator=generator) < 0.2
+        tensor.copy_(torch.where(is_special, chosen, tensor))
+    return operands
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    """A hash of all bits; of a NaN, only that it is one."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        canonical = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor)
+        digest.update(canonical.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_case(rule: Rule, case: Case, original: Operands) -> str:
+    operands = original.clone()
+    update = call(rule, case, operands)
+    rounded = []
+    for dtype in DTYPES:
+        out = torch.empty_like(update, dtype=dtype)
+        rounded.append(call(rule, case, original.clone(), out=out))
+    return _digest([update, *operands.states, *rounded])
+
+
+def digests() -> dict[str, str]:
+    """A hash of the results of each rule, case and mix of dtypes."""
+    found = {}
+    for rule in RULES.values():
+        for seed, (mix_name, mix) in enumerate(MIXES.items()):
+            operands = _with_specials(rule, mix, seed)
+            for case_name, case in rule.cases.items():
+                key = f"{rule}, {case_name}, {mix_name}"
+                found[key] = _digest_of_case(rule, case, operands)
+    return found
+
+
+_PRINT_DIGESTS = """
+import json
+import torch
+import test_bits
+torch.set_num_threads(1)
+from emerging_optimizers._native import native
+print(json.dumps({"isa": native and native.active_isa(), "digests": test_bits.digests()}))
+"""
+
+
+@needs_native
+def test_instruction_sets(num_threads: None) -> None:
+    assert native is not None
+    torch.set_num_threads(1)  # small tensors gain nothing from more
+    supported = native.supported_isas()
+    assert native.active_isa() in supported
+    assert set(supported) <= set(native.compiled_isas())
+    here = digests()
+    for isa in supported:
+        done = run_python(_PRINT_DIGESTS, EMERGING_OPTIMIZERS_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        there = json.loads(done.stdout)
+        assert there["isa"] == isa
+        different = [key for key in here if here[key] != there["digests"][key]]
+        assert not different, f"{isa} differs from {native.active_isa()}: {different}"
+
+
+@needs_native
+def test_unknown_instruction_set_is_an_error() -> None:
+    # Not a silent change of speed: whoever forces an instruction set wants that one.
+    done = run_python("import emerging_optimizers", EMERGING_OPTIMIZERS_ISA="nonsense")
+    assert "EMERGING_OPTIMIZERS_ISA" in done.stderr
+    assert "nonsense" in done.stderr
+    assert "baseline" in done.stderr, "the message lists what there is"
+    assert done.returncode != 0, f"it was imported all the same: {done.stderr}"
+
+
+@needs_native
+def test_empty_instruction_set_is_the_default() -> None:
+    assert native is not None
+    done = run_python(
+        "from emerging_optimizers._native import native; print(native.active_isa())",
+        EMERGING_OPTIMIZERS_ISA="",
+    )
+    assert done.stdout.strip() == native.supported_isas()[-1], done.stderr

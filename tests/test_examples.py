@@ -1,0 +1,78 @@
+"""The examples run from a shell and leave what they say they leave."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RULES = ["adam", "ademamix", "laprop", "lion", "signum", "sim_ademamix"]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    # Where everything is meant to be installed, a missing part is a failure.
+    bool(missing) and not os.environ.get("CI"),
+    reason=f"the demo extra is not installed ({' and '.join(missing)} missing)",
+)
+
+
+def run_example(output, *arguments, environment=None):
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    script = [sys.executable, "examples/train_char_lm.py", "--threads", "1"]
+    done = subprocess.run(
+        [*script, *arguments, "--output", str(output)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def check_outputs(output, done, rules, steps):
+    printed = [line.split()[0] for line in done.out.splitlines() if line.split()[:1]]
+    assert [word for word in printed if word in RULES] == rules
+    report = json.loads((output / "table.json").read_text())
+    assert [row["rule"] for row in report["table"]] == rules
+    for row in report["table"]:
+        assert row["steps"] == steps
+        assert row["last_held_out_loss"] < row["first_held_out_loss"]
+        assert row["native_ms_per_step"] > 0
+        assert row["plain_ms_per_step"] > 0
+    assert report["machine"]["threads"] == 1
+    assert report["model"]["tensors"] >= 100
+    # A character costs less to guess, the more of those before it are known.
+    assert report["held_out_baselines"]["bigram"] < report["held_out_baselines"]["unigram"] < 4
+    assert (output / "loss.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_one_rule_fails_where_it_has_not_learned(tmp_path):
+    done = run_example(tmp_path, "--rule", "lion", "--steps", "3")
+    assert done.status == 1, done.err
+    check_outputs(tmp_path, done, ["lion"], 3)
+
+
+def test_all_rules(tmp_path):
+    done = run_example(tmp_path, "--rule", "all", "--steps", "2", "--no-check")
+    assert done.status == 0, done.err
+    check_outputs(tmp_path, done, RULES, 2)
+    report = json.loads((tmp_path / "table.json").read_text())
+    firsts = {row["first_held_out_loss"] for row in report["table"]}
+    assert len(firsts) == 1, "the rules did not start from the same weights"
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError(name='tqdm')")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run_example(tmp_path, environment={"PYTHONPATH": paths})
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == (
+        'tqdm is missing: pip install "emerging-optimizers-native[demo]"'
+    )
