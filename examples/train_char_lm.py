@@ -110,7 +110,7 @@ class Rule:
 # Second moments forget within 100 steps and slow moments within 70, because a run is short: the
 # 0.999 and 0.9999 of long runs would still be warming up at its end. An update's typical size tells
 # how the learning rates compare: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for
-# the two AdEMAMix.
+# the two AdEMAMix. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
 RULES = {
     "adam": Rule(
         calculate_adam_update,
@@ -156,14 +156,14 @@ RULES = {
         calculate_lion_update,
         lion._lion,
         num_states=1,
-        lr=1e-3,
+        lr=8e-4,
         options=lambda step, steps: {"momentum_beta": 0.9, "momentum_beta2": 0.98},
     ),
     "signum": Rule(
         calculate_signum_update,
         signum._signum,
         num_states=1,
-        lr=1e-3,
+        lr=8e-4,
         options=lambda step, steps: {
             "momentum_beta": 0.9,
             "correct_bias": True,
@@ -177,7 +177,7 @@ RULES = {
         calculate_sim_ademamix_update,
         sim_ademamix._sim_ademamix,
         num_states=2,
-        lr=1e-3,
+        lr=4e-4,
         options=lambda step, steps: {
             "num_beta_fast_warmup_steps": steps,
             "min_beta_fast": 0.9,
@@ -447,10 +447,12 @@ def check_agreement(optimizer: ListOptimizer, lr: float) -> None:
     ours = torch.cat([update.flatten() for update in native.native()])
     theirs = torch.cat([update.flatten() for update in plain.plain()])
     # Rounding may turn the sign of a sum that cancels, hence a share and not a largest difference.
-    differing = (~torch.isclose(ours, theirs, rtol=1e-4, atol=1e-5)).float().mean().item()
+    differing = (
+        (~torch.isclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)).float().mean().item()
+    )
     if differing > 1e-4:
         raise RuntimeError(f"{differing:.2%} of the native updates differ from the plain ones")
-    torch.testing.assert_close(native.states, plain.states, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(native.states, plain.states, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 def time_steps(optimizer: ListOptimizer, lr: float) -> tuple[float, float]:
@@ -545,7 +547,7 @@ def draw(runs: list[Run], nats: dict[str, float], path: Path) -> None:
     """Draw training and held-out losses against steps, side by side."""
     matplotlib.use("Agg")  # draws into files; needs no display
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 5), sharex=True, sharey=True, layout="constrained"
+        1, 2, figsize=(13, 5), sharex=True, sharey=True, layout="constrained"
     )
     smoothing = 10
     for run, color in zip(runs, itertools.cycle(COLORS)):
@@ -560,15 +562,19 @@ def draw(runs: list[Run], nats: dict[str, float], path: Path) -> None:
             label=f"{run.name} ({run.held_out_losses[-1]:.2f})",
         )
     for axes in (left, right):
-        for name, style in (("unigram", "--"), ("bigram", ":")):
+        # Each label stands where no curve is likely to pass.
+        for name, style, x, align in (
+            ("unigram", "--", 0.99, "right"),
+            ("bigram", ":", 0.01, "left"),
+        ):
             axes.axhline(nats[name], color="0.35", linestyle=style, linewidth=1.2, zorder=1)
             axes.annotate(
                 f"held-out {name} {nats[name]:.2f}",
-                (0.99, nats[name]),
+                (x, nats[name]),
                 xycoords=axes.get_yaxis_transform(),
                 xytext=(0, 3),
                 textcoords="offset points",
-                ha="right",
+                ha=align,
                 color="0.35",
                 fontsize=9,
             )
@@ -578,7 +584,17 @@ def draw(runs: list[Run], nats: dict[str, float], path: Path) -> None:
     left.set_title(f"Training loss (mean of {smoothing} steps)")
     left.set_ylabel("cross-entropy per character (nats)")
     right.set_title("Held-out loss")
-    right.legend(title="rule (last loss)", loc="upper right", frameon=False)
+    # What sets the rules apart happens below the unigram's loss, so the first steps are cut off.
+    ends = [run.held_out_losses[-1] for run in runs if finite(run.held_out_losses[-1])]
+    left.set_ylim(top=max(nats["unigram"], *ends) + 0.5)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        title="rule (last held-out loss)",
+        loc="outside right center",
+        frameon=False,
+    )
     figure.suptitle("Character model: same initial weights, same batches, one rule per curve")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -677,6 +693,10 @@ def main() -> int:
         "held_out_baselines": nats,
         "learned_at_most": bar,
         "table": rows,
+        "held_out_curves": {
+            run.name: {"steps": run.held_out_steps, "losses": [*map(finite, run.held_out_losses)]}
+            for run in runs
+        },
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     table_path, chart_path = arguments.output / "table.json", arguments.output / "loss.png"

@@ -167,21 +167,22 @@ void check_position(OperandLists lists, size_t position) {
   }
   for (const OperandList& list : lists) {
     const at::Tensor& tensor = list.tensors[position];
-    const std::string name = position_name(list.name, position);
-    const std::string grad_name = position_name("grad", position);
+    // Named only where a check fails.
+    const auto name = [&] { return position_name(list.name, position); };
+    const auto grad_name = [&] { return position_name("grad", position); };
     if (tensor.device() != grad.device()) {
-      const std::string message =
-          c10::str(name, " is on ", tensor.device(), " but ", grad_name, " is on ", grad.device());
+      const std::string message = c10::str(name(), " is on ", tensor.device(), " but ", grad_name(),
+                                           " is on ", grad.device());
       TORCH_CHECK_TYPE(tensor.is_meta() == grad.is_meta(), message);
       TORCH_CHECK_VALUE(false, message);
     }
-    TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), name, " has shape ",
-                      shape_text(tensor.sizes()), " but ", grad_name, " has shape ",
+    TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), name(), " has shape ",
+                      shape_text(tensor.sizes()), " but ", grad_name(), " has shape ",
                       shape_text(grad.sizes()));
     if (!list.in_place) continue;
-    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name,
+    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(),
                 " is an inference tensor, which cannot be modified outside of inference mode");
-    TORCH_CHECK_VALUE(!overlaps_itself(tensor), name,
+    TORCH_CHECK_VALUE(!overlaps_itself(tensor), name(),
                       " overlaps itself in memory (an expanded tensor, with shape ",
                       shape_text(tensor.sizes()), " and strides ", shape_text(tensor.strides()),
                       "), so it cannot be modified in place; pass a copy of it (.clone())");

@@ -63,11 +63,13 @@ void check_position(OperandLists lists, size_t position);
 // CPU, of a known dtype, and nothing more than a tensor.
 inline bool is_plain_beside(const at::Tensor& tensor, const at::Tensor& grad) {
   // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
-  constexpr c10::DispatchKeySet kPlainKeys(
-      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView});
+  constexpr auto kCpu = c10::BackendComponent::CPUBit;
+  const c10::DispatchKeySet plain_keys = c10::DispatchKeySet(c10::DispatchKey::CPU) |
+                                         c10::getAutogradRelatedKeySetFromBackend(kCpu) |
+                                         c10::getAutocastRelatedKeySetFromBackend(kCpu);
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const at::ScalarType type = tensor.scalar_type();
-  return impl.key_set() == kPlainKeys && impl.is_contiguous() &&
+  return impl.key_set() == plain_keys && impl.is_contiguous() &&
          impl.sizes() == grad.unsafeGetTensorImpl()->sizes() &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
