@@ -6,6 +6,7 @@ kernels (another device, or nothing compiled), the plain formula is applied posi
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -207,5 +208,17 @@ class Rule:
         result = self.formula(grad.to(real), *widened, **options)
         for state, wide in zip(states, widened, strict=True):
             if wide is not state:
-                state.copy_(wide)
-        update.copy_(result)
+                _store(state, wide)
+        _store(update, result)
+
+
+def _store(target: Tensor, values: Tensor) -> None:
+    """Copy, rounding once, where PyTorch goes from float64 to a half type by way of float32."""
+    if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
+        # Round to odd first: a second rounding, to a shorter type, is then the only one that counts.
+        nearest = values.float()
+        back = nearest.double()
+        is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
+        towards = torch.where(back < values, math.inf, -math.inf).float()
+        values = torch.where(is_exact_or_odd, nearest, nearest.nextafter(towards))
+    target.copy_(values)
