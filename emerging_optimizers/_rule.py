@@ -215,7 +215,7 @@ class Rule:
 def _store(target: Tensor, values: Tensor) -> None:
     """Copy, rounding once, where PyTorch goes from float64 to a half type by way of float32."""
     if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
-        # Round to odd first: a second rounding, to a shorter type, is then the only one that counts.
+        # Round to odd first: of the two roundings, only the second, to a shorter type, then counts.
         nearest = values.float()
         back = nearest.double()
         is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
