@@ -12,8 +12,7 @@ namespace emopt {
 
 namespace {
 
-// ---- operators
-// -----------------------------------------------------------------------------------------
+// ---- operators ----------------------------------------------------------------------------------
 
 TORCH_LIBRARY(emerging_optimizers, m) {
 #define EMOPT_DEFINE(Rule) m.def(Operator<Rule>::schema().c_str(), {at::Tag::pt2_compliant_tag});
@@ -43,8 +42,7 @@ TORCH_LIBRARY_IMPL(emerging_optimizers, Autograd, m) {
 #undef EMOPT_IMPLEMENT
 }
 
-// ---- the eager door
-// ------------------------------------------------------------------------------------
+// ---- the eager door -----------------------------------------------------------------------------
 
 // How each kind of option is read from Python, and passed on.
 template <class Rule>
@@ -146,8 +144,7 @@ template <class Rule>
 using Door = DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
                     std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
 
-// ---- the module
-// ----------------------------------------------------------------------------------------
+// ---- the module ---------------------------------------------------------------------------------
 
 std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
   std::vector<std::string> result;

@@ -29,8 +29,7 @@ namespace emopt {
 
 inline constexpr const char* kNamespace = "emerging_optimizers";
 
-// ---- how each kind of option travels through an operator
-// --------------------------------------------
+// ---- how each kind of option travels through an operator ----------------------------------------
 
 template <class Option>
 struct Travels;
@@ -81,8 +80,7 @@ struct Travels<StepArgument> {
 template <size_t, class T>
 using Repeat = T;
 
-// ---- what a rule may ask for beside its arithmetic
-// ----------------------------------------------------
+// ---- what a rule may ask for beside its arithmetic ----------------------------------------------
 
 template <class Rule, class = void>
 inline constexpr bool kHasShapeScale = false;
@@ -103,8 +101,7 @@ double update_scale(const Rule& rule, at::TensorList grads, size_t position) {
   return 1.0;
 }
 
-// ---- the operator
-// ------------------------------------------------------------------------------------
+// ---- the operator -------------------------------------------------------------------------------
 
 template <class Rule, class, class>
 class OperatorOf;

@@ -29,8 +29,7 @@ EMOPT_FN To bit_cast(From from) {
   return to;
 }
 
-// ---- widening: exact
-// -------------------------------------------------------------------------------
+// ---- widening: exact ----------------------------------------------------------------------------
 
 EMOPT_FN float widen(float x) { return x; }
 EMOPT_FN double widen(double x) { return x; }
@@ -48,8 +47,7 @@ EMOPT_FN float widen(Float16 x) {
   return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
 }
 
-// ---- rounding: to nearest even
-// ---------------------------------------------------------------------
+// ---- rounding: to nearest even ------------------------------------------------------------------
 
 template <class To>
 struct Round;

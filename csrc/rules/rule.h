@@ -39,8 +39,7 @@
 
 namespace emopt {
 
-// ---- arithmetic
-// ----------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 // average <- beta * average + (1 - beta) * value. `1 - beta` is taken in double: in float it would
 // lose the digits that matter when beta is close to 1.
@@ -66,8 +65,7 @@ EMOPT_FN Real sign(Real x) {
 EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
 EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 
-// ---- the description of a rule's arguments
-// ---------------------------------------------------------
+// ---- the description of a rule's arguments ------------------------------------------------------
 
 enum class Domain {
   kAny,          // any number but NaN
