@@ -1,61 +1,75 @@
 # Every target works in a fresh clone: it makes a virtual environment in .venv, installs torch and
-# what else is needed, and compiles the package.
+# what else is needed there, and compiles the package. With PYTHON=... the environment of that
+# interpreter, which has torch already, is used instead.
 
-PYTHON ?= python3
 VENV ?= .venv
-# The torch to build and test against. Another one, or another index: make test TORCH="torch==2.11.0"
+# The torch to build and test against, as pip takes it: make test TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
-BIN := $(VENV)/bin
+ifeq ($(origin PYTHON),undefined)
+  PY := $(VENV)/bin/python
+  BIN := $(VENV)/bin
+  # A new environment's worth of work whenever another torch is asked for.
+  TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
+else
+  PY := $(PYTHON)
+  BIN := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+  TORCH_STAMP :=
+endif
+
+INSTALLED := build/.installed-$(shell echo '$(PY) $(TORCH_STAMP)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-INSTALLED := $(VENV)/.installed
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test python-test cpp-test lint format demo bench clean
+.PHONY: help install test python-test cpp-test lint format demo bench chart clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-install: $(INSTALLED)  ## Install the package, compiled, with everything for development into .venv
+install: $(INSTALLED)  ## Install the package, compiled, with everything for development
 
-# torch comes first: the package is compiled against it.
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" ninja $(TORCH)
+$(VENV)/.torch-%:
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet "setuptools>=77" ninja $(TORCH)
 	@touch $@
 
-$(INSTALLED): $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
-	@touch $@
+# The package is compiled against the torch that is there, so not in isolation.
+$(INSTALLED): $(TORCH_STAMP) $(SOURCES)
+	$(PY) -m pip install --quiet "setuptools>=77" ninja
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
+	@mkdir -p $(@D) && touch $@
 
 test: cpp-test python-test  ## Run all tests: C++ under sanitizers, then Python with all doctests
 
 python-test: $(INSTALLED)
-	$(BIN)/python -m pytest --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
+	$(PY) -m pytest --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
 
 cpp-test: $(INSTALLED)
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-	$(BIN)/cmake --build build/cmake
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 lint: $(INSTALLED)  ## Check formatting, style and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED)  ## Format Python and C++
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 demo: $(INSTALLED)  ## Train a small language model with each rule; table and curves in build/demo
-	$(BIN)/python examples/train_char_lm.py --rule all --output build/demo
+	$(PY) examples/train_char_lm.py --rule all --output build/demo
 
 bench: $(INSTALLED)  ## Measure the update functions; figures in build/bench_functions.json
-	$(BIN)/python benchmarks/bench_functions.py --json build/bench_functions.json
+	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
+
+chart: $(INSTALLED)  ## Draw the README's chart from the committed result
+	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
 
 clean:  ## Remove what was built, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

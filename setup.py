@@ -1,11 +1,19 @@
-"""Builds emerging_optimizers._C against the torch that is installed, and says what it chose."""
+"""Builds emerging_optimizers._C against the torch that is installed, and says what it chose.
 
+EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out: the package then runs on plain PyTorch
+operations. Without that variable it is left out where there is no C++ compiler; with =1 that is an
+error.
+"""
+
+import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 try:
+    import torch
     from torch.utils import cpp_extension
 except ModuleNotFoundError as error:
     if error.name != "torch":
@@ -18,15 +26,10 @@ except ModuleNotFoundError as error:
     )
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("csrc/engine/cpu", "csrc/bindings")
-    for path in (ROOT / folder).glob("*.cpp")
-)
 
 # No contraction into fused multiply-adds: each operation is rounded by itself, so every instruction
 # set gives the same bits. The two other flags let loops with a square root or a comparison become
-# vector loops; they change no result.
+# vector loops; they change no result. Debug information would make the module twenty times larger.
 COMPILE_ARGS = {
     "unix": [
         "-O3",
@@ -46,18 +49,40 @@ OPENMP_ARGS = {
 }
 
 
-def extension() -> cpp_extension.CppExtension:
-    compiler = "msvc" if sys.platform == "win32" else "unix"
-    openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
-    print(f"emerging_optimizers: compiling for torch {cpp_extension.torch.__version__}")
-    print("emerging_optimizers: CPU engine with every instruction set of the target")
-    print("emerging_optimizers: CUDA engine: no (this version has none)")
-    return cpp_extension.CppExtension(
-        "emerging_optimizers._C",
-        SOURCES,
-        extra_compile_args=COMPILE_ARGS[compiler] + openmp_compile,
-        extra_link_args=openmp_link,
+def files(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def say(text: str) -> None:
+    print(f"emerging_optimizers: {text}")
+
+
+def native_module() -> list[cpp_extension.CppExtension]:
+    wanted = os.environ.get("EMERGING_OPTIMIZERS_NATIVE", "")
+    compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+    if wanted == "0":
+        say("no native kernels (EMERGING_OPTIMIZERS_NATIVE=0)")
+        return []
+    if wanted != "1" and shutil.which(compiler.split()[0]) is None:
+        say(
+            f"no native kernels, because there is no C++ compiler ({compiler}); set CXX to name one"
+        )
+        return []
+    say(
+        f"CPU kernels for torch {torch.__version__}, by {compiler}; EMERGING_OPTIMIZERS_ISA chooses"
     )
+    say("the instruction set at run time. CUDA kernels: none in this version")
+    openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
+    options = COMPILE_ARGS["msvc" if sys.platform == "win32" else "unix"]
+    return [
+        cpp_extension.CppExtension(
+            "emerging_optimizers._C",
+            files("engine/cpu/*.cpp") + files("bindings/*.cpp"),
+            depends=files("**/*.h") + files("**/*.inl"),
+            extra_compile_args=options + openmp_compile,
+            extra_link_args=openmp_link,
+        )
+    ]
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+setup(ext_modules=native_module(), cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
 
-Bars are memory bandwidth, one group a rule; the black mark over each group is the roof, a plain
+Bars are memory bandwidth, one group a rule; the line over each group is the roof, a plain
 loop with the same reads and writes, measured in the same run. The colours and the grey of the text
 read on a light page and on a dark one; the background is transparent.
 """
@@ -18,10 +18,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+# Many small tensors spread the contenders over two orders of magnitude: these panels are logarithmic.
 PANELS = {
-    "gpt2": "The 148 tensors of GPT-2 small",
-    "1000x1000": "1000 tensors of 1000 elements",
-    "1000x8": "1000 tensors of 8 elements",
+    "gpt2": ("The 148 tensors of GPT-2 small", "linear"),
+    "1000x1000": ("1000 tensors of 1000 elements", "log"),
+    "1000x8": ("1000 tensors of 8 elements", "log"),
 }
 CONTENDERS = {
     "package": ("this package", "#0072b2"),
@@ -33,7 +34,7 @@ ROOF = "#d55e00"
 GREY = "#808080"
 
 
-def draw_panel(axes: Axes, title: str, figures: list[dict[str, Any]]) -> None:
+def draw_panel(axes: Axes, title: str, scale: str, figures: list[dict[str, Any]]) -> None:
     """Draw one shape: a group of bars for each rule."""
     speed = {(f["rule"], f["contender"]): f["gigabytes_per_second"] for f in figures}
     rules = list(dict.fromkeys(f["rule"] for f in figures))
@@ -52,8 +53,9 @@ def draw_panel(axes: Axes, title: str, figures: list[dict[str, Any]]) -> None:
         label="roof: a plain loop",
     )
     axes.set_title(title, color=GREY)
+    axes.set_yscale(scale)
     axes.set_xticks(range(len(rules)), rules, rotation=30, ha="right")
-    axes.tick_params(colors=GREY)
+    axes.tick_params(which="both", colors=GREY)
     axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -71,8 +73,8 @@ def main() -> None:
 
     mpl.rcParams["svg.hashsalt"] = "functions"  # the same result gives the same file
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
-    for axes, (shape, title) in zip(panels, PANELS.items(), strict=True):
-        draw_panel(axes, title, [f for f in result["figures"] if f["shape"] == shape])
+    for axes, (shape, (title, scale)) in zip(panels, PANELS.items(), strict=True):
+        draw_panel(axes, title, scale, [f for f in result["figures"] if f["shape"] == shape])
     panels[0].set_ylabel("GB/s read and written (median)", color=GREY)
     figure.legend(
         *panels[0].get_legend_handles_labels(),

@@ -36,19 +36,24 @@ def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        or hasattr(value, "__float__")
-        or hasattr(value, "__index__")
-    )
+def _as_float(value: Any) -> float | None:
+    """Return a number's value; None where the object is none, or none that a float holds."""
+    if isinstance(value, float):
+        return value
+    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
 def read_number(name: str, value: Any) -> float:
     """Return a float for whatever Python takes for a number."""
-    if not _is_number(value):
+    number = _as_float(value)
+    if number is None:
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    return float(value)
+    return number
 
 
 def read_flag(name: str, value: Any) -> bool:
@@ -64,9 +69,9 @@ def read_whole_number(name: str, value: Any, expected: str) -> int:
         return value
     if hasattr(value, "__index__"):
         return int(value.__index__())
-    if not _is_number(value):
+    number = _as_float(value)
+    if number is None:
         raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
-    number = float(value)
     if math.isnan(number):
         raise ValueError(f"{name} is nan; expected a whole number")
     if not number.is_integer():
@@ -107,6 +112,8 @@ def check_domain(name: str, value: float, domain: Any) -> None:
 
 def check_step(step: int, correct_bias: bool) -> None:
     """Raise for a step before the first."""
+    if step >= 2**63:
+        raise ValueError("step is beyond the range of int64")
     if correct_bias and step < 1:
         raise ValueError(
             f"step is {step}; expected step >= 1 (with bias correction, steps count from 1)"
@@ -146,6 +153,7 @@ def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling:
             )
     for position in range(len(grads.tensors)):
         _check_position(operands, position, single)
+        _check_device(grads, position, grads, 0, single)
         grad = grads.tensors[position]
         if use_shape_scaling and grad.dim() != 2:
             raise ValueError(
@@ -176,6 +184,18 @@ _LAYOUTS = {
 }
 
 
+def _check_device(
+    operand: Operand, position: int, other: Operand, other_position: int, single: bool
+) -> None:
+    """Raise where a real tensor stands beside a meta one."""
+    tensor, beside = operand.tensors[position], other.tensors[other_position]
+    if tensor.is_meta != beside.is_meta:
+        raise TypeError(
+            f"{_position_name(operand.name, position, single)} is on {tensor.device} but"
+            f" {_position_name(other.name, other_position, single)} is on {beside.device}"
+        )
+
+
 def _check_position(operands: Sequence[Operand], position: int, single: bool) -> None:
     grad = operands[0].tensors[position]
     for operand in operands:
@@ -183,14 +203,20 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
     for operand in operands:
         tensor = operand.tensors[position]
         name = _position_name(operand.name, position, single)
-        grad_name = _position_name("grad", position, single)
+        _check_device(operand, position, operands[0], position, single)
         if tensor.device != grad.device:
-            error = ValueError if tensor.is_meta == grad.is_meta else TypeError
-            raise error(f"{name} is on {tensor.device} but {grad_name} is on {grad.device}")
+            grad_name = _position_name("grad", position, single)
+            raise ValueError(f"{name} is on {tensor.device} but {grad_name} is on {grad.device}")
         if tensor.shape != grad.shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} but {grad_name} has shape"
-                f" {tuple(grad.shape)}"
+                f"{name} has shape {tuple(tensor.shape)} but"
+                f" {_position_name('grad', position, single)} has shape {tuple(grad.shape)}"
+            )
+        if not torch.compiler.is_compiling() and _has_no_memory(tensor):
+            raise ValueError(f"{name} has no memory: its storage was resized to 0")
+        if operand.in_place and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{name} is an inference tensor, which cannot be modified outside of inference mode"
             )
         if operand.in_place and _overlaps_itself(tensor):
             raise ValueError(
@@ -198,6 +224,10 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
                 f" {tuple(tensor.shape)} and strides {tensor.stride()}), so it cannot be modified"
                 " in place; pass a copy of it (.clone())"
             )
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -210,6 +240,8 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     )
     reach = 0
     is_nested = True
+    if len({stride for stride, _ in dimensions}) < len(dimensions):
+        return True
     for stride, size in dimensions:
         is_nested = is_nested and stride > reach
         reach += stride * (size - 1)
@@ -225,9 +257,11 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
     modified: dict[tuple[torch.device, int], tuple[str, int, Tensor]] = {}
-    for operand in sorted(operands, key=lambda operand: not operand.in_place):
+    for operand in sorted(
+        operands, key=lambda operand: (not operand.in_place, operand.name != "out")
+    ):
         for position, tensor in enumerate(operand.tensors):
-            if tensor.numel() == 0:
+            if tensor.numel() == 0 or tensor.is_meta:
                 continue
             key = (tensor.device, tensor.data_ptr())
             found = modified.get(key)

@@ -187,12 +187,16 @@ class Rule:
             value = _checks.read_step_tensor(step_tensor)
             options = options | {"step": _checks.read_whole_number("step", value, "an int")}
         self._check_options(options)
-        operands = [Operand("grad", grads, False), Operand("out", updates, True)]
+        operands = [Operand("grad", grads, False)]
         operands += [
             Operand(name, state, True) for name, state in zip(self._states, states, strict=True)
         ]
+        # The update comes last: where the user passed none, it was made to fit the first state.
+        operands.append(Operand("out", updates, True))
         _checks.check_operands(operands, single, options.get("use_shape_scaling", False))
         for update, grad, *state in zip(updates, grads, *states, strict=True):
+            if grad.numel() == 0:
+                continue
             if native is not None and grad.device.type in _NATIVE_DEVICES:
                 lists = [[tensor] for tensor in (update, grad, *state)]
                 self._operator(*lists, *options.values())

@@ -46,6 +46,16 @@ def test_instruction_set_is_one_of_the_compiled() -> None:
     assert set(native.supported_isas()) <= set(native.compiled_isas())
 
 
+def test_module_for_another_torch_is_not_used() -> None:
+    code = "import torch; torch.__version__ = '9.9.0'; import emerging_optimizers as package;"
+    command = [sys.executable, "-c", code + "package.show_config()"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    reason = f"compiled for torch {native.torch_version}, but this is torch 9.9.0"
+    assert f"none in use, plain PyTorch is used ({reason})" in result.stdout
+    warning = "RuntimeWarning: emerging_optimizers runs without its native kernels, on plain"
+    assert f"{warning} PyTorch: {reason}" in result.stderr
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A folder with this package, into which NVIDIA's distribution was installed as well."""

@@ -149,8 +149,17 @@ TENSOR_ROWS = {
         change("state", 3, lambda t: t.to_sparse_csr()), TypeError,
         f"{{state}}s[3] has layout SparseCsr; {LAYOUT}"),
     "meta state": (
-        change("state", 3, lambda t: t.to("meta")), TypeError, None),
-    "meta out": (change("out", 3, lambda t: t.to("meta")), TypeError, None),
+        change("state", 3, lambda t: t.to("meta")), TypeError,
+        "{state}s[3] is on meta but grads[3] is on cpu"),
+    "meta out": (
+        change("out", 3, lambda t: t.to("meta")), TypeError,
+        "out[3] is on meta but grads[3] is on cpu"),
+    "meta position": (
+        lambda lists: [t.__setitem__(3, t[3].to("meta")) for t in lists.values()], TypeError,
+        "grads[3] is on meta but grads[0] is on cpu"),
+    "no memory": (
+        lambda lists: lists["grad"][3].untyped_storage().resize_(0), ValueError,
+        "grads[3] has no memory: its storage was resized to 0"),
     "expanded state": (
         change("state", 3, lambda t: t[:1].clone().expand(3, 4)), ValueError,
         "{state}s[3] " + EXPANDED.replace("{strides}", "(0, 1)")),
@@ -185,12 +194,25 @@ def test_tensors(path: str, rule: Rule, row: str) -> None:
     modify, error, message = TENSOR_ROWS[row]
     lists = make_lists(rule)
     modify(lists)
-    if message is None:  # which of the two is named depends on the way in
-        with pytest.raises(TypeError, match=r"is on (meta|cpu) but"):
-            call(rule, lists)
-        return
     message = message.replace("{state}", rule.states[-1])
     assert_refused(error, message, lists, lambda: call(rule, lists))
+
+
+def test_first_state_is_named_where_there_is_no_out(path: str, rule: Rule) -> None:
+    """New updates are made to fit the first state; the user did not pass them."""
+    name = rule.states[0]
+    for wrong, error, message in [
+        (torch.rand(4, 3), ValueError, "{name} has shape (4, 3) but {grad} has shape (3, 4)"),
+        (torch.rand(3, 4, device="meta"), TypeError, "{name} is on meta but {grad} is on cpu"),
+    ]:
+        lists = make_lists(rule)
+        del lists["out"]
+        lists[name][3] = wrong
+        text = message.format(name=f"{name}s[3]", grad="grads[3]")
+        assert_refused(error, text, lists, lambda lists=lists: call(rule, lists))
+        lists = {key: tensors[3:] for key, tensors in lists.items()}
+        text = message.format(name=name, grad="grad")
+        assert_refused(error, text, lists, lambda lists=lists: call(rule, lists, single=True))
 
 
 def test_without_out(path: str, rule: Rule) -> None:
@@ -249,7 +271,7 @@ def test_not_tensors(path: str, rule: Rule, wrong: Any) -> None:
         call(rule, lists)
 
 
-def test_inference_tensors_outside_of_inference_mode(rule: Rule) -> None:
+def test_inference_tensors_outside_of_inference_mode(path: str, rule: Rule) -> None:
     lists = make_lists(rule)
     with torch.inference_mode():
         lists[rule.states[0]][3] = torch.rand(3, 4)
@@ -272,6 +294,13 @@ def test_shape_scaling_of_other_than_matrices(path: str) -> None:
             lists,
             lambda lists=lists: call(RULES["signum"], lists, use_shape_scaling=True),
         )
+
+
+def test_shape_scaling_of_empty_matrices(path: str) -> None:
+    lists = make_lists(RULES["signum"])
+    for tensors in lists.values():
+        tensors[1] = torch.empty(0, 0)
+    assert call(RULES["signum"], lists, use_shape_scaling=True)[1].shape == (0, 0)
 
 
 def test_different_devices(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +352,14 @@ SCALAR_ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("adam", {"step": torch.tensor(-1.0)}, ValueError, "step is -1" + STEP_1),
     ("adam", {"step": NAN}, ValueError, "step is nan; expected a whole number"),
     ("adam", {"step": torch.tensor(NAN)}, ValueError, "step is nan; expected a whole number"),
+    ("adam", {"step": float("inf")}, TypeError, "step is inf; expected a whole number"),
+    ("adam", {"step": torch.tensor(float("inf"))}, TypeError,
+     "step is inf; expected a whole number"),
+    ("adam", {"step": 10**30}, ValueError, "step is beyond the range of int64"),
+    ("adam", {"step": -100000, "correct_bias": False}, ValueError,
+     "step is -100000; expected step >= 0"),
+    ("adam", {"eps": 10**400}, TypeError, "eps must be a number, not int"),
+    ("adam", {"eps": torch.ones(2)}, TypeError, "eps must be a number, not Tensor"),
     ("adam", {"step": 2.5}, TypeError, "step is 2.5; expected a whole number"),
     ("adam", {"step": torch.tensor(2.5)}, TypeError, "step is 2.5; expected a whole number"),
     ("adam", {"step": "1"}, TypeError, "step must be an int, not str"),

@@ -81,6 +81,12 @@ struct NewUpdates {
   py::object python;
 };
 
+py::object wrapped(const at::Tensor& tensor) {
+  auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  if (!object) throw py::error_already_set();
+  return object;
+}
+
 NewUpdates new_updates(const TensorArgument& grads, const TensorArgument& states) {
   NewUpdates updates;
   const size_t count = grads.tensors().size();
@@ -91,12 +97,13 @@ NewUpdates new_updates(const TensorArgument& grads, const TensorArgument& states
     updates.tensors.push_back(empty_update(grads.tensors()[i], states.tensors()[i]));
   }
   if (grads.is_single()) {
-    updates.python = py::reinterpret_steal<py::object>(THPVariable_Wrap(updates.tensors[0]));
+    updates.python = wrapped(updates.tensors[0]);
     return updates;
   }
   py::list list(count);
   for (size_t i = 0; i < count; ++i) {
-    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(updates.tensors[i]));
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i),
+                    wrapped(updates.tensors[i]).release().ptr());
   }
   updates.python = std::move(list);
   return updates;

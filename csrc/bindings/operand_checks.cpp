@@ -6,7 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <numeric>
+#include <cctype>
 #include <sstream>
 
 namespace emopt {
@@ -27,6 +27,23 @@ bool is_supported_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
+// The update comes last: where the user passed none, it was made to fit the first state.
+const OperandList& in_check_order(OperandLists lists, size_t k) {
+  return lists[(k + kGrad) % lists.size()];
+}
+
+void check_device(const OperandList& list, size_t position, const OperandList& other,
+                  size_t other_position) {
+  const at::Tensor& tensor = list.tensors[position];
+  const at::Tensor& beside = other.tensors[other_position];
+  if (tensor.device() == beside.device()) return;
+  const std::string message =
+      c10::str(position_name(list.name, position), " is on ", tensor.device(), " but ",
+               position_name(other.name, other_position), " is on ", beside.device());
+  TORCH_CHECK_TYPE(tensor.is_meta() == beside.is_meta(), message);
+  TORCH_CHECK_VALUE(false, message);
+}
+
 // Dimensions of more than one element, from the smallest stride to the largest.
 using Dimension = std::pair<int64_t, int64_t>;  // stride, size
 c10::SmallVector<Dimension, 6> dimensions_by_stride(const at::Tensor& tensor) {
@@ -43,6 +60,9 @@ bool overlaps_itself(const at::Tensor& tensor) {
   if (tensor.numel() <= 1 || tensor.is_non_overlapping_and_dense()) return false;
   const auto dimensions = dimensions_by_stride(tensor);
   if (dimensions.front().first == 0) return true;
+  for (size_t d = 1; d < dimensions.size(); ++d) {
+    if (dimensions[d].first == dimensions[d - 1].first) return true;
+  }
   int64_t reach = 0;  // the last element's offset over the dimensions so far
   bool is_nested = true;
   for (const auto& [stride, size] : dimensions) {
@@ -153,32 +173,34 @@ void check_storage(const char* name, const at::Tensor& tensor, size_t position) 
                    "; expected float32, float64, bfloat16 or float16");
 }
 
-void check_all_meta(const char* name, at::TensorList tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    TORCH_CHECK_TYPE(tensors[i].is_meta(), position_name(name, i), " is on ", tensors[i].device(),
-                     " but other tensors of the call are on meta");
+void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor) {
+  const at::TensorList grads = lists[kGrad].tensors;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    for (size_t k = 0; k < lists.size(); ++k) {
+      const OperandList& list = in_check_order(lists, k);
+      if (i < list.tensors.size()) check_device(list, i, lists[kGrad], i);
+    }
+    check_device(lists[kGrad], i, lists[kGrad], 0);
   }
+  TORCH_CHECK_TYPE(grads.empty() || grads[0].is_meta(), "step is on ",
+                   step_tensor.has_value() ? step_tensor->device() : at::kMeta, " but ",
+                   position_name("grad", 0), " is on ", grads[0].device());
 }
 
 void check_position(OperandLists lists, size_t position) {
   const at::Tensor& grad = lists[kGrad].tensors[position];
-  for (const OperandList& list : lists) {
+  for (size_t k = 0; k < lists.size(); ++k) {
+    const OperandList& list = in_check_order(lists, k);
     check_storage(list.name, list.tensors[position], position);
   }
-  for (const OperandList& list : lists) {
+  for (size_t k = 0; k < lists.size(); ++k) {
+    const OperandList& list = in_check_order(lists, k);
     const at::Tensor& tensor = list.tensors[position];
-    // Named only where a check fails.
-    const auto name = [&] { return position_name(list.name, position); };
-    const auto grad_name = [&] { return position_name("grad", position); };
-    if (tensor.device() != grad.device()) {
-      const std::string message = c10::str(name(), " is on ", tensor.device(), " but ", grad_name(),
-                                           " is on ", grad.device());
-      TORCH_CHECK_TYPE(tensor.is_meta() == grad.is_meta(), message);
-      TORCH_CHECK_VALUE(false, message);
-    }
+    const auto name = [&] { return position_name(list.name, position); };  // where a check fails
+    check_device(list, position, lists[kGrad], position);
     TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), name(), " has shape ",
-                      shape_text(tensor.sizes()), " but ", grad_name(), " has shape ",
-                      shape_text(grad.sizes()));
+                      shape_text(tensor.sizes()), " but ", position_name("grad", position),
+                      " has shape ", shape_text(grad.sizes()));
     if (!list.in_place) continue;
     TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(),
                 " is an inference tensor, which cannot be modified outside of inference mode");

@@ -1,5 +1,5 @@
-// From lists of tensors to the engine's table: every check of a tensor is made here, before
-// anything is written.
+// From lists of tensors to the engine's table, with the checks of each tensor and of all of them
+// together, before anything is written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,9 +47,6 @@ at::Tensor empty_update(const at::Tensor& grad, const at::Tensor& state);
 // A layout and a dtype that can be computed with, or a TypeError.
 void check_storage(const char* name, const at::Tensor& tensor, size_t position);
 
-// For operators on meta tensors: real ones among them are an error.
-void check_all_meta(const char* name, at::TensorList tensors);
-
 DType to_dtype(at::ScalarType type);
 
 // "int64", "float8_e4m3fn": as Python spells it, after "torch.".
@@ -58,6 +56,9 @@ using OperandLists = c10::ArrayRef<OperandList>;  // in the order of a row's ope
 
 // Every check of one position by itself.
 void check_position(OperandLists lists, size_t position);
+
+// For operators on meta tensors, which end up here also where only some of them are.
+void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
 // Whether a position needs none of those: each tensor is contiguous and like the gradient, on the
 // CPU, of a known dtype, and nothing more than a tensor.
@@ -156,6 +157,10 @@ class CheckedTable {
       }
       table_.append(row(i, scale_of(i)));
     }
+    // What is modified gets memory of its own first, where it shared a copy-on-write storage.
+    for (const bool in_place : {true, false}) {
+      for (size_t i = 0; i < grads.size(); ++i) find_data(i, in_place);
+    }
     check_aliases();
     for (const size_t i : strided) use_stand_ins(i);
   }
@@ -175,14 +180,24 @@ class CheckedTable {
     row.numel = lists_[kGrad].tensors[position].numel();
     row.compute = DType::kFloat32;
     for (int k = 0; k < kOperands; ++k) {
-      const OperandList& list = lists_[static_cast<size_t>(k)];
-      const at::Tensor& tensor = list.tensors[position];
-      row.dtype[k] = to_dtype(tensor.scalar_type());
+      row.dtype[k] = to_dtype(lists_[static_cast<size_t>(k)].tensors[position].scalar_type());
       if (k != kUpdate && row.dtype[k] == DType::kFloat64) row.compute = DType::kFloat64;
-      row.data[k] =
-          list.in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
     }
     return row;
+  }
+
+  void find_data(size_t position, bool in_place) {
+    Row<kOperands>& row = table_.rows[position];
+    for (int k = 0; k < kOperands; ++k) {
+      const OperandList& list = lists_[static_cast<size_t>(k)];
+      if (list.in_place != in_place) continue;
+      const at::Tensor& tensor = list.tensors[position];
+      row.data[k] =
+          in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+      TORCH_CHECK_VALUE(row.data[k] != nullptr || row.numel == 0,
+                        position_name(list.name, position),
+                        " has no memory: its storage was resized to 0");
+    }
   }
 
   // Operands that are modified must be different from each other and from those that are read.

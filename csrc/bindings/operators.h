@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -153,25 +152,27 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto rule_and_its_step = rule_and_step(step_tensor, std::move(options)...);
     const Rule& rule = rule_and_its_step.first;
-    const std::array<OperandList, kNumOperands<Rule>> lists{
-        OperandList{"out", updates, true}, OperandList{"grad", grads, false},
-        OperandList{Rule::kStates[kState], states, true}...};
+    const auto lists = operand_lists(updates, grads, states...);
     CheckedTable<kNumOperands<Rule>> checked(
         lists, [&](size_t position) { return update_scale(rule, grads, position); });
     cpu::sweep(rule, rule_and_its_step.second, checked.table());
     checked.finish();
   }
 
-  // Nothing to compute, but real tensors among meta ones end up here.
+  // Nothing to compute.
   static void meta(at::TensorList updates, at::TensorList grads,
                    Repeat<kState, at::TensorList>... states, typename Travels<Options>::Type...,
-                   const std::optional<at::Tensor>&) {
-    check_all_meta("out", updates);
-    check_all_meta("grad", grads);
-    (check_all_meta(Rule::kStates[kState], states), ...);
+                   const std::optional<at::Tensor>& step_tensor) {
+    check_all_meta(operand_lists(updates, grads, states...), step_tensor);
   }
 
  private:
+  static std::array<OperandList, kNumOperands<Rule>> operand_lists(
+      at::TensorList updates, at::TensorList grads, Repeat<kState, at::TensorList>... states) {
+    return {OperandList{"out", updates, true}, OperandList{"grad", grads, false},
+            OperandList{Rule::kStates[kState], states, true}...};
+  }
+
   template <class Option>
   static std::string schema_of(const Option& option) {
     return std::string(Travels<Option>::kSchema) + option.name;

@@ -20,6 +20,13 @@ std::optional<double> as_number(py::handle value) {
   if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    // Neither a number nor one that a double holds. Anything else, an interrupt say, is passed on.
+    if (PyErr_ExceptionMatches(PyExc_TypeError) == 0 &&
+        PyErr_ExceptionMatches(PyExc_ValueError) == 0 &&
+        PyErr_ExceptionMatches(PyExc_RuntimeError) == 0 &&
+        PyErr_ExceptionMatches(PyExc_OverflowError) == 0) {
+      throw py::error_already_set();
+    }
     PyErr_Clear();
     return std::nullopt;
   }
@@ -116,15 +123,13 @@ std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
   TORCH_CHECK_TYPE(is_sequence(value), name, " must be a sequence of numbers, not ",
                    type_name(value));
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
   if (!items) throw py::error_already_set();
   c10::SmallVector<double, 3> numbers;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-  PyObject** const item = PySequence_Fast_ITEMS(items.ptr());
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    const auto number = as_number(item[i]);
-    TORCH_CHECK_TYPE(number.has_value(), name, "[", i, "] must be a number, not ",
-                     type_name(item[i]));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
+    const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
+    const auto number = as_number(item);
+    TORCH_CHECK_TYPE(number.has_value(), name, "[", i, "] must be a number, not ", type_name(item));
     numbers.push_back(*number);
   }
   return numbers;

@@ -7,9 +7,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
-#include <string>
-
-#include "../rules/rule.h"
 
 namespace emopt {
 

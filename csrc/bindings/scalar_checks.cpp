@@ -8,24 +8,24 @@ namespace emopt {
 
 std::string number_text(double value) {
   char text[32];
-  const auto end = std::to_chars(text, text + sizeof(text), value).ptr;
+  const bool is_short_integer = std::abs(value) < 1e16 && std::floor(value) == value;
+  const auto end = is_short_integer
+                       ? std::to_chars(text, text + sizeof(text), static_cast<int64_t>(value)).ptr
+                       : std::to_chars(text, text + sizeof(text), value).ptr;
   return std::string(text, end);
 }
 
-void check_domain(const std::string& name, double value, Domain domain) {
-  switch (domain) {
-    case Domain::kAny:
-      TORCH_CHECK_VALUE(!std::isnan(value), name, " is nan; expected a number");
-      break;
-    case Domain::kBeta:
-      TORCH_CHECK_VALUE(value >= 0.0 && value < 1.0, name, " is ", number_text(value),
-                        "; expected 0 <= ", name, " < 1");
-      break;
-    case Domain::kNonNegative:
-      TORCH_CHECK_VALUE(value >= 0.0, name, " is ", number_text(value), "; expected ", name,
-                        " >= 0");
-      break;
-  }
+void check_domain(const char* name, int index, double value, Domain domain) {
+  const bool is_inside = domain == Domain::kBeta          ? value >= 0.0 && value < 1.0
+                         : domain == Domain::kNonNegative ? value >= 0.0
+                                                          : !std::isnan(value);
+  if (is_inside) return;
+  const std::string full_name =
+      index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+  const std::string expected = domain == Domain::kBeta          ? "0 <= " + full_name + " < 1"
+                               : domain == Domain::kNonNegative ? full_name + " >= 0"
+                                                                : "a number";
+  TORCH_CHECK_VALUE(false, full_name, " is ", number_text(value), "; expected ", expected);
 }
 
 double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest) {
@@ -42,8 +42,8 @@ double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, 
                 ? static_cast<double>(*step_tensor->const_data_ptr<int64_t>())
                 : static_cast<double>(*step_tensor->const_data_ptr<float>());
     TORCH_CHECK_VALUE(!std::isnan(value), "step is nan; expected a whole number");
-    TORCH_CHECK_TYPE(std::floor(value) == value, "step is ", number_text(value),
-                     "; expected a whole number");
+    TORCH_CHECK_TYPE(std::isfinite(value) && std::floor(value) == value, "step is ",
+                     number_text(value), "; expected a whole number");
   }
   TORCH_CHECK_VALUE(value >= static_cast<double>(lowest), "step is ", number_text(value),
                     "; expected step >= ", lowest,

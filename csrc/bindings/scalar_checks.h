@@ -13,10 +13,11 @@
 
 namespace emopt {
 
-// 0.9 as "0.9", not as "0.90000000000000002".
+// 0.9 as "0.9", not as "0.90000000000000002"; 1000000.0 as "1000000".
 std::string number_text(double value);
 
-void check_domain(const std::string& name, double value, Domain domain);
+// `index` is the value's place in a sequence; -1 where it is not in one.
+void check_domain(const char* name, int index, double value, Domain domain);
 
 // The step that a call runs at: `step_tensor`'s value where there is one. Raises for a value that
 // is no whole number, and for one below `lowest`.
@@ -26,11 +27,10 @@ template <class Rule, class Value>
 void check_option(const Rule& rule, const Option<Rule, Value>& option) {
   if constexpr (std::is_array_v<Value>) {
     for (size_t i = 0; i < std::extent_v<Value>; ++i) {
-      check_domain(std::string(option.name) + "[" + std::to_string(i) + "]",
-                   (rule.*option.member)[i], option.domain);
+      check_domain(option.name, static_cast<int>(i), (rule.*option.member)[i], option.domain);
     }
   } else if constexpr (!std::is_same_v<Value, bool>) {
-    check_domain(option.name, static_cast<double>(rule.*option.member), option.domain);
+    check_domain(option.name, -1, static_cast<double>(rule.*option.member), option.domain);
   }
 }
 

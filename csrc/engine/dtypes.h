@@ -1,8 +1,8 @@
 // The storage types, and the way between each of them and the arithmetic type of a rule.
 //
-// Every conversion rounds once, to nearest even, and is written with integer operations and exact
-// floating-point ones, so that compilers vectorise it for any instruction set and the bits are the
-// same on all of them, under any setting for subnormals. A NaN stays a NaN.
+// Every conversion rounds once, to nearest even. Those of the 16-bit types are written with integer
+// operations and floating-point ones that are exact, so that compilers vectorise them for any
+// instruction set and the bits are the same on all of them. A NaN stays a NaN.
 #pragma once
 
 #include <cstdint>
