@@ -18,7 +18,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-# Many small tensors spread the contenders over two orders of magnitude: these panels are logarithmic.
+# Many small tensors spread the contenders over two orders of magnitude: logarithmic panels.
 PANELS = {
     "gpt2": ("The 148 tensors of GPT-2 small", "linear"),
     "1000x1000": ("1000 tensors of 1000 elements", "log"),
