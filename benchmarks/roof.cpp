@@ -1,6 +1,6 @@
-// The roof: how fast a plain loop moves what a rule must move. For each element of each row it reads
-// the gradient and the states, and writes the states in place and the update: ordinary loads and
-// stores, one share of the flat range of elements per thread, next to no arithmetic.
+// The roof: how fast a plain loop moves what a rule must move. For each element of each row it
+// reads the gradient and the states, and writes the states in place and the update: ordinary loads
+// and stores, one share of the flat range of elements per thread, next to no arithmetic.
 //
 // What it writes to each operand is the mean of the absolute values that it read: that needs every
 // one of them, and however often it is repeated the values neither grow nor become subnormal.
