@@ -9,7 +9,7 @@
 //   static constexpr auto options()                their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
 //   std::string problem() const                    (optional) what is wrong between hyperparameters
-//   static double shape_scale(rows, cols)          (optional) a factor for each 2-D tensor's update,
+//   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  where its member `use_shape_scaling` is true
 //
 // (where it has a member `correct_bias` that is true, steps count from 1), and
