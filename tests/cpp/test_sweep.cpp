@@ -1,5 +1,5 @@
-// Each instruction set's loops against the rule called element by element, with canaries around
-// every operand: nothing outside of a row is touched.
+// Each instruction set's loops against the rule called element by element. Nothing outside of a row
+// is touched: what lies before an operand is compared, and AddressSanitizer knows where it ends.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
