@@ -153,8 +153,9 @@ def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling:
             )
     for position in range(len(grads.tensors)):
         _check_position(operands, position, single)
-        _check_device(grads, position, grads, 0, single)
         grad = grads.tensors[position]
+        if grad.is_meta != grads.tensors[0].is_meta:
+            _check_device(grads, position, grads, 0, single)
         if use_shape_scaling and grad.dim() != 2:
             raise ValueError(
                 f"{_position_name('grad', position, single)} has {grad.dim()} dimensions;"
@@ -171,8 +172,10 @@ def check_storage(name: str, tensor: Tensor, position: int, single: bool) -> Non
         layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
         raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
     if tensor.dtype not in DTYPES:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} has dtype {dtype}; expected float32, float64, bfloat16 or float16")
+        raise TypeError(
+            f"{name} has dtype {_dtype_text(tensor.dtype)}; expected float32, float64, bfloat16 or"
+            " float16"
+        )
 
 
 _LAYOUTS = {
@@ -187,10 +190,10 @@ _LAYOUTS = {
 def _check_device(
     operand: Operand, position: int, other: Operand, other_position: int, single: bool
 ) -> None:
-    """Raise where a real tensor stands beside a meta one."""
     tensor, beside = operand.tensors[position], other.tensors[other_position]
-    if tensor.is_meta != beside.is_meta:
-        raise TypeError(
+    if tensor.device != beside.device:
+        error = ValueError if tensor.is_meta == beside.is_meta else TypeError
+        raise error(
             f"{_position_name(operand.name, position, single)} is on {tensor.device} but"
             f" {_position_name(other.name, other_position, single)} is on {beside.device}"
         )
@@ -204,9 +207,6 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
         tensor = operand.tensors[position]
         name = _position_name(operand.name, position, single)
         _check_device(operand, position, operands[0], position, single)
-        if tensor.device != grad.device:
-            grad_name = _position_name("grad", position, single)
-            raise ValueError(f"{name} is on {tensor.device} but {grad_name} is on {grad.device}")
         if tensor.shape != grad.shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} but"
@@ -238,10 +238,11 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
         if size > 1
     )
+    strides = {stride for stride, _ in dimensions}
+    if 0 in strides or len(strides) < len(dimensions):
+        return True
     reach = 0
     is_nested = True
-    if len({stride for stride, _ in dimensions}) < len(dimensions):
-        return True
     for stride, size in dimensions:
         is_nested = is_nested and stride > reach
         reach += stride * (size - 1)
@@ -249,8 +250,6 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         return False
     offsets = [0]
     for stride, size in dimensions:
-        if stride == 0:
-            return True
         offsets = [offset + i * stride for i in range(size) for offset in offsets]
     return len(set(offsets)) < len(offsets)
 
