@@ -33,13 +33,14 @@ install: $(INSTALLED)  ## Install the package, compiled, with everything for dev
 $(VENV)/.torch-%:
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet "setuptools>=77" ninja $(TORCH)
-	@touch $@
+	@rm -f $(VENV)/.torch-* && touch $@
 
-# The package is compiled against the torch that is there, so not in isolation.
+# The package is compiled against the torch that is there, so not in isolation; and in place, so for
+# one environment at a time: whatever was installed before no longer counts.
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" ninja
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
-	@mkdir -p $(@D) && touch $@
+	@mkdir -p $(@D) && rm -f build/.installed-* && touch $@
 
 test: cpp-test python-test  ## Run all tests: C++ under sanitizers, then Python with all doctests
 
