@@ -3,14 +3,20 @@
 EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out: the package then runs on plain PyTorch
 operations. Without that variable it is left out where there is no C++ compiler; with =1 that is an
 error.
+
+EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out where
+torch has no CUDA, or there is no nvcc that fits it; with =1 that is an error. TORCH_CUDA_ARCH_LIST
+names the GPUs to compile for.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 try:
     import torch
@@ -26,6 +32,7 @@ except ModuleNotFoundError as error:
     )
 
 ROOT = Path(__file__).parent
+MODULE = "emerging_optimizers._C"
 
 # No contraction into fused multiply-adds: each operation is rounded by itself, so every instruction
 # set gives the same bits. The two other flags let loops with a square root or a comparison become
@@ -41,6 +48,9 @@ COMPILE_ARGS = {
     ],
     "msvc": ["/O2", "/fp:precise"],
 }
+# No contraction here either, so that the bits are the CPU's; division and square root are correctly
+# rounded by default.
+NVCC_ARGS = ["-O3", "--fmad=false", "--threads=0"]
 # at::parallel_for is compiled into its caller: without OpenMP here it would be serial.
 OPENMP_ARGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),
@@ -57,7 +67,33 @@ def say(text: str) -> None:
     print(f"emerging_optimizers: {text}")
 
 
-def native_module() -> list[cpp_extension.CppExtension]:
+def nvcc_version() -> str | None:
+    """Return "13.0", or None where there is no nvcc."""
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    nvcc = shutil.which("nvcc", path=str(Path(cpp_extension.CUDA_HOME) / "bin"))
+    if nvcc is None:
+        return None
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return found.group(1) if found else None
+
+
+def why_no_cuda() -> str | None:
+    """Say what keeps the CUDA kernels from being compiled; None where nothing does."""
+    if os.environ.get("EMERGING_OPTIMIZERS_CUDA") == "0":
+        return "EMERGING_OPTIMIZERS_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    version = nvcc_version()
+    if version is None:
+        return f"there is no nvcc; torch was built with CUDA {torch.version.cuda} (set CUDA_HOME)"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
+    return None
+
+
+def native_module() -> list[setuptools.Extension]:
     wanted = os.environ.get("EMERGING_OPTIMIZERS_NATIVE", "")
     compiler = os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
     if wanted == "0":
@@ -71,18 +107,31 @@ def native_module() -> list[cpp_extension.CppExtension]:
     say(
         f"CPU kernels for torch {torch.__version__}, by {compiler}; EMERGING_OPTIMIZERS_ISA chooses"
     )
-    say("the instruction set at run time. CUDA kernels: none in this version")
+    say("the instruction set at run time")
     openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
-    options = COMPILE_ARGS["msvc" if sys.platform == "win32" else "unix"]
+    cxx_args = COMPILE_ARGS["msvc" if sys.platform == "win32" else "unix"] + openmp_compile
+    sources = files("engine/cpu/*.cpp") + files("bindings/*.cpp")
+    common = {
+        "depends": files("**/*.h") + files("**/*.inl"),
+        "extra_link_args": openmp_link,
+    }
+    reason = why_no_cuda()
+    if reason is not None:
+        if os.environ.get("EMERGING_OPTIMIZERS_CUDA") == "1":
+            sys.exit(f"emerging_optimizers: EMERGING_OPTIMIZERS_CUDA=1, but {reason}")
+        say(f"no CUDA kernels: {reason}")
+        return [cpp_extension.CppExtension(MODULE, sources, extra_compile_args=cxx_args, **common)]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those that torch finds")
+    say(f"CUDA kernels, by nvcc {nvcc_version()}, for {architectures} (TORCH_CUDA_ARCH_LIST)")
     return [
-        cpp_extension.CppExtension(
-            "emerging_optimizers._C",
-            files("engine/cpu/*.cpp") + files("bindings/*.cpp"),
-            depends=files("**/*.h") + files("**/*.inl"),
-            extra_compile_args=options + openmp_compile,
-            extra_link_args=openmp_link,
+        cpp_extension.CUDAExtension(
+            MODULE,
+            sources + files("engine/cuda/*.cpp") + files("engine/cuda/*.cu"),
+            define_macros=[("EMOPT_CUDA", "1")],
+            extra_compile_args={"cxx": cxx_args, "nvcc": NVCC_ARGS},
+            **common,
         )
     ]
 
 
-setup(ext_modules=native_module(), cmdclass={"build_ext": cpp_extension.BuildExtension})
+setuptools.setup(ext_modules=native_module(), cmdclass={"build_ext": cpp_extension.BuildExtension})

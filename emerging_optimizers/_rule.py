@@ -18,7 +18,10 @@ from ._checks import Operand, Step, WarmupSteps
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
-_NATIVE_DEVICES = frozenset({"cpu"})
+# The types of the devices that the compiled module has kernels for.
+_NATIVE_DEVICES = (
+    () if native is None else ("cpu", *(["cuda"] if native.cuda_architectures else []))
+)
 # As a table: torch.promote_types itself would be recorded as an operation of a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
@@ -197,7 +200,7 @@ class Rule:
         for update, grad, *state in zip(updates, grads, *states, strict=True):
             if grad.numel() == 0:
                 continue
-            if native is not None and grad.device.type in _NATIVE_DEVICES:
+            if grad.device.type in _NATIVE_DEVICES:
                 lists = [[tensor] for tensor in (update, grad, *state)]
                 self._operator(*lists, *options.values())
             else:

@@ -20,11 +20,13 @@ TORCH_LIBRARY(emerging_optimizers, m) {
 #undef EMOPT_DEFINE
 }
 
-TORCH_LIBRARY_IMPL(emerging_optimizers, CPU, m) {
-#define EMOPT_IMPLEMENT(Rule) m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::cpu));
-  EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
+#define EMOPT_IMPLEMENT(Rule) \
+  m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::native));
+TORCH_LIBRARY_IMPL(emerging_optimizers, CPU, m){EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)}
+#if EMOPT_CUDA
+TORCH_LIBRARY_IMPL(emerging_optimizers, CUDA, m){EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)}
+#endif
 #undef EMOPT_IMPLEMENT
-}
 
 TORCH_LIBRARY_IMPL(emerging_optimizers, Meta, m) {
 #define EMOPT_IMPLEMENT(Rule) \
@@ -159,6 +161,17 @@ std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
   return result;
 }
 
+// "sm_90"
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> result;
+#if EMOPT_CUDA
+  for (const int architecture : cuda::compiled_architectures()) {
+    result.push_back("sm_" + std::to_string(architecture / 10));
+  }
+#endif
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -169,7 +182,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #undef EMOPT_BIND
 
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("cuda_architectures") = py::list();
+  m.attr("cuda_architectures") = py::cast(cuda_architectures());
   m.def("compiled_isas", [] { return names(cpu::compiled_isas()); });
   m.def("supported_isas", [] { return names(cpu::supported_isas()); });
   m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });

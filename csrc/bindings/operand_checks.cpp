@@ -187,6 +187,16 @@ void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_te
                    position_name("grad", 0), " is on ", grads[0].device());
 }
 
+void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor) {
+  if (!step_tensor.has_value() || step_tensor->is_cpu()) return;
+  const at::TensorList grads = lists[kGrad].tensors;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK_VALUE(grads[i].device() == step_tensor->device(), "step is on ",
+                      step_tensor->device(), " but ", position_name("grad", i), " is on ",
+                      grads[i].device());
+  }
+}
+
 void check_position(OperandLists lists, size_t position) {
   const at::Tensor& grad = lists[kGrad].tensors[position];
   for (size_t k = 0; k < lists.size(); ++k) {

@@ -61,17 +61,24 @@ void check_position(OperandLists lists, size_t position);
 void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
 // Whether a position needs none of those: each tensor is contiguous and like the gradient, on the
-// CPU, of a known dtype, and nothing more than a tensor.
-inline bool is_plain_beside(const at::Tensor& tensor, const at::Tensor& grad) {
+// CPU or a CUDA device, of a known dtype, and nothing more than a tensor.
+inline bool is_plain(const at::Tensor& grad) {
   // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
-  constexpr auto kCpu = c10::BackendComponent::CPUBit;
-  const c10::DispatchKeySet plain_keys = c10::DispatchKeySet(c10::DispatchKey::CPU) |
-                                         c10::getAutogradRelatedKeySetFromBackend(kCpu) |
-                                         c10::getAutocastRelatedKeySetFromBackend(kCpu);
+  constexpr auto plain_keys = [](c10::DispatchKey key, c10::BackendComponent backend) {
+    return c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(backend) |
+           c10::getAutocastRelatedKeySetFromBackend(backend);
+  };
+  const c10::DispatchKeySet keys = grad.unsafeGetTensorImpl()->key_set();
+  return keys == plain_keys(c10::DispatchKey::CPU, c10::BackendComponent::CPUBit) ||
+         keys == plain_keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
+}
+
+inline bool is_like(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
   const at::ScalarType type = tensor.scalar_type();
-  return impl.key_set() == plain_keys && impl.is_contiguous() &&
-         impl.sizes() == grad.unsafeGetTensorImpl()->sizes() &&
+  return impl.key_set() == grad_impl.key_set() && impl.device() == grad_impl.device() &&
+         impl.is_contiguous() && impl.sizes() == grad_impl.sizes() &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
 
@@ -79,6 +86,9 @@ inline bool is_plain_beside(const at::Tensor& tensor, const at::Tensor& grad) {
 bool shares_dense_layout(OperandLists lists, size_t position);
 
 bool is_same_view(const at::Tensor& a, const at::Tensor& b);
+
+// Raises where a step that only a device knows is not with the tensors. `step_tensor` may be empty.
+void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
 // Raises because `second` starts where `first`, which is modified in place, does.
 [[noreturn]] void refuse_alias(const OperandList& first, size_t first_position,
@@ -149,9 +159,9 @@ class CheckedTable {
     std::vector<size_t> strided;
     table_.rows.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
-      bool is_plain = true;
-      for (const OperandList& list : lists_) is_plain &= is_plain_beside(list.tensors[i], grads[i]);
-      if (!is_plain) {
+      bool needs_no_checks = is_plain(grads[i]);
+      for (const OperandList& list : lists_) needs_no_checks &= is_like(list.tensors[i], grads[i]);
+      if (!needs_no_checks) {
         check_position(lists_, i);
         if (!shares_dense_layout(lists_, i)) strided.push_back(i);
       }
@@ -175,9 +185,11 @@ class CheckedTable {
 
  private:
   Row<kOperands> row(size_t position, double scale) const {
+    const at::Tensor& grad = lists_[kGrad].tensors[position];
     Row<kOperands> row;
+    row.device = grad.is_cuda() ? grad.get_device() : kHost;
     row.scale = scale;
-    row.numel = lists_[kGrad].tensors[position].numel();
+    row.numel = grad.numel();
     row.compute = DType::kFloat32;
     for (int k = 0; k < kOperands; ++k) {
       row.dtype[k] = to_dtype(lists_[static_cast<size_t>(k)].tensors[position].scalar_type());
@@ -197,6 +209,13 @@ class CheckedTable {
       TORCH_CHECK_VALUE(row.data[k] != nullptr || row.numel == 0,
                         position_name(list.name, position),
                         " has no memory: its storage was resized to 0");
+      // What the CPU takes, a GPU does not.
+      TORCH_CHECK_VALUE(
+          row.device == kHost || reinterpret_cast<uintptr_t>(row.data[k]) %
+                                         static_cast<uintptr_t>(size_of(row.dtype[k])) ==
+                                     0,
+          position_name(list.name, position), " does not start at a multiple of its ",
+          size_of(row.dtype[k]), "-byte elements");
     }
   }
 

@@ -20,7 +20,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../engine/cpu/sweep.h"
+#include "../engine/sweep.h"
 #include "operand_checks.h"
 #include "scalar_checks.h"
 
@@ -135,27 +135,29 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
   }
 
   // A call's hyperparameters, checked.
-  static std::pair<Rule, double> rule_and_step(const std::optional<at::Tensor>& step_tensor,
-                                               typename Travels<Options>::Type... options) {
+  static std::pair<Rule, StepSource> rule_and_step(const std::optional<at::Tensor>& step_tensor,
+                                                   typename Travels<Options>::Type... options) {
     Rule rule;
     int64_t step = 0;
     put_all(rule, step, std::index_sequence_for<Options...>(), options...);
     check_hyperparameters(rule);
-    if constexpr (!(std::is_same_v<Options, StepArgument> || ...)) return {rule, 0.0};
+    if constexpr (!(std::is_same_v<Options, StepArgument> || ...)) return {rule, {}};
     return {rule, checked_step(step, step_tensor, lowest_step(rule))};
   }
 
-  static void cpu(at::TensorList updates, at::TensorList grads,
-                  Repeat<kState, at::TensorList>... states,
-                  typename Travels<Options>::Type... options,
-                  const std::optional<at::Tensor>& step_tensor) {
+  // On the CPU and, where it is compiled for, on CUDA devices.
+  static void native(at::TensorList updates, at::TensorList grads,
+                     Repeat<kState, at::TensorList>... states,
+                     typename Travels<Options>::Type... options,
+                     const std::optional<at::Tensor>& step_tensor) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto rule_and_its_step = rule_and_step(step_tensor, std::move(options)...);
     const Rule& rule = rule_and_its_step.first;
     const auto lists = operand_lists(updates, grads, states...);
+    check_step_device(lists, step_tensor);
     CheckedTable<kNumOperands<Rule>> checked(
         lists, [&](size_t position) { return update_scale(rule, grads, position); });
-    cpu::sweep(rule, rule_and_its_step.second, checked.table());
+    sweep(rule, rule_and_its_step.second, checked.table());
     checked.finish();
   }
 

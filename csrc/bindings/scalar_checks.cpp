@@ -28,7 +28,8 @@ void check_domain(const char* name, int index, double value, Domain domain) {
   TORCH_CHECK_VALUE(false, full_name, " is ", number_text(value), "; expected ", expected);
 }
 
-double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest) {
+StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor,
+                        int64_t lowest) {
   double value = static_cast<double>(step);
   if (step_tensor.has_value()) {
     TORCH_CHECK_TYPE(step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
@@ -36,11 +37,13 @@ double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, 
                      "step is a tensor of dtype ", dtype_text(step_tensor->scalar_type()), " with ",
                      step_tensor->dim(),
                      " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32");
-    TORCH_CHECK_VALUE(step_tensor->is_cpu(), "step is on ", step_tensor->device(),
-                      " but the tensors are on cpu");
-    value = step_tensor->scalar_type() == at::kLong
-                ? static_cast<double>(*step_tensor->const_data_ptr<int64_t>())
-                : static_cast<double>(*step_tensor->const_data_ptr<float>());
+    const bool is_int64 = step_tensor->scalar_type() == at::kLong;
+    TORCH_CHECK_TYPE(step_tensor->is_cpu() || step_tensor->is_cuda(), "step is on ",
+                     step_tensor->device(), "; expected a tensor on the CPU or a CUDA device");
+    const void* const address = step_tensor->const_data_ptr();
+    if (step_tensor->is_cuda()) return {0.0, address, is_int64};
+    value = is_int64 ? static_cast<double>(*static_cast<const int64_t*>(address))
+                     : static_cast<double>(*static_cast<const float*>(address));
     TORCH_CHECK_VALUE(!std::isnan(value), "step is nan; expected a whole number");
     TORCH_CHECK_TYPE(std::isfinite(value) && std::floor(value) == value, "step is ",
                      number_text(value), "; expected a whole number");
@@ -48,7 +51,7 @@ double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, 
   TORCH_CHECK_VALUE(value >= static_cast<double>(lowest), "step is ", number_text(value),
                     "; expected step >= ", lowest,
                     lowest == 1 ? " (with bias correction, steps count from 1)" : "");
-  return value;
+  return {value, nullptr, false};
 }
 
 }  // namespace emopt

@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "../rules/rule.h"
+#include "../engine/operands.h"
 
 namespace emopt {
 
@@ -19,9 +19,9 @@ std::string number_text(double value);
 // `index` is the value's place in a sequence; -1 where it is not in one.
 void check_domain(const char* name, int index, double value, Domain domain);
 
-// The step that a call runs at: `step_tensor`'s value where there is one. Raises for a value that
-// is no whole number, and for one below `lowest`.
-double checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest);
+// The step that a call runs at: `step_tensor`'s where there is one. Raises for a value that is no
+// whole number, and for one below `lowest`; the value of a CUDA tensor is not looked at.
+StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest);
 
 template <class Rule, class Value>
 void check_option(const Rule& rule, const Option<Rule, Value>& option) {

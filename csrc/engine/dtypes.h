@@ -14,6 +14,10 @@ namespace emopt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+EMOPT_FN int size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -23,12 +23,15 @@ inline constexpr int kNumStates = static_cast<int>(std::size(Rule::kStates));
 template <class Rule>
 inline constexpr int kNumOperands = kFirstState + kNumStates<Rule>;
 
+inline constexpr int8_t kHost = -1;  // in place of a device's index
+
 template <int kOperands>
 struct Row {
   void* data[kOperands];
   DType dtype[kOperands];
-  DType compute;  // kFloat32, or kFloat64 where an operand that is read is float64
-  double scale;   // a factor for the update (Signum's shape scaling), else 1
+  DType compute;          // kFloat32, or kFloat64 where an operand that is read is float64
+  int8_t device = kHost;  // or the index of a CUDA device
+  double scale;           // a factor for the update (Signum's shape scaling), else 1
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
 };
@@ -37,12 +40,26 @@ template <int kOperands>
 struct Table {
   std::vector<Row<kOperands>> rows;
   int64_t numel = 0;
+  bool any_on_host = false;
+  bool any_on_device = false;
 
   void append(Row<kOperands> row) {
     row.start = numel;
     numel += row.numel;
+    any_on_host |= row.device == kHost;
+    any_on_device |= row.device != kHost;
     rows.push_back(row);
   }
+};
+
+// The step of a call: known to the host, or in a CUDA device's memory, where the host does not
+// look.
+struct StepSource {
+  double value = 0.0;
+  const void* address = nullptr;  // of a float32, or an int64; null where the host knows the step
+  bool is_int64 = false;
+
+  EMOPT_FN bool is_on_device() const { return address != nullptr; }
 };
 
 // A place in a table: element `offset` of row `row`.

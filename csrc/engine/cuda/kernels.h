@@ -1,0 +1,19 @@
+// The CUDA unit's interface.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "../../rules/all.h"
+#include "launch.h"
+
+namespace emopt::cuda {
+
+template <class Launch>
+cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream);
+
+// 900 for sm_90.
+std::vector<int> compiled_architectures();
+
+}  // namespace emopt::cuda

@@ -1,0 +1,91 @@
+// From a table to launches: which rows go together, and in how many launches.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "launch.h"
+
+namespace emopt::cuda {
+
+// What all rows of a launch have in common: the device, and the type of each operand.
+template <int kOperands>
+uint64_t launch_key(const Row<kOperands>& row) {
+  static_assert(kOperands <= 7, "a byte each");
+  uint64_t key = static_cast<uint8_t>(row.device);
+  for (int k = 0; k < kOperands; ++k) key = key << 8 | static_cast<uint8_t>(row.dtype[k]);
+  return key;
+}
+
+// The rows on CUDA devices that have elements, those of one key side by side, else in order.
+template <int kOperands>
+std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
+  std::vector<const Row<kOperands>*> rows;
+  rows.reserve(table.rows.size());
+  bool is_uniform = true;
+  for (const Row<kOperands>& row : table.rows) {
+    if (row.device == kHost || row.numel == 0) continue;
+    is_uniform &= rows.empty() || launch_key(row) == launch_key(*rows.front());
+    rows.push_back(&row);
+  }
+  if (!is_uniform) {
+    std::stable_sort(rows.begin(), rows.end(),
+                     [](const auto* a, const auto* b) { return launch_key(*a) < launch_key(*b); });
+  }
+  return rows;
+}
+
+// Fills one launch with rows from `begin` on, and hands it to `enqueue(device, launch, blocks)`.
+// Returns the first row that it has no more room for.
+template <class Launch, class Iterator, class Enqueue>
+Iterator fill_and_enqueue(const typename Launch::Rule& rule, const StepSource& step, Iterator begin,
+                          Iterator end, Enqueue& enqueue) {
+  constexpr int kOperands = Launch::kOperands;
+  Launch launch(rule, step, (*begin)->dtype);
+  int64_t blocks = 0;
+  Iterator at = begin;
+  for (; at != end && launch.num_rows < Launch::kCapacity; ++at) {
+    const Row<kOperands>& row = **at;
+    const int64_t chunks = num_chunks(row.numel);
+    if (blocks + chunks > kMaxBlocks && at != begin) break;
+    const uint32_t r = launch.num_rows++;
+    for (int k = 0; k < kOperands; ++k) launch.data[k][r] = row.data[k];
+    launch.numel[r] = row.numel;
+    launch.scale[r] = static_cast<typename Launch::Real>(row.scale);
+    launch.first_block[r] = static_cast<uint32_t>(blocks);
+    launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
+    blocks += chunks;
+  }
+  enqueue((*begin)->device, launch, static_cast<uint32_t>(blocks));
+  return at;
+}
+
+// Hands all rows on CUDA devices to `enqueue`, in as few launches as they fit in.
+template <class Rule, class Enqueue>
+void for_each_launch(const Rule& rule, const StepSource& step,
+                     const Table<kNumOperands<Rule>>& table, bool allow_large, Enqueue enqueue) {
+  const auto rows = rows_by_key(table);
+  for (auto at = rows.begin(); at != rows.end();) {
+    const uint64_t key = launch_key(**at);
+    const auto end =
+        std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
+    const auto fill = [&](auto real) {
+      using Small = Launch<Rule, decltype(real), kSmallLaunch>;
+      using Large = Launch<Rule, decltype(real), kLargeLaunch>;
+      while (at != end) {
+        at = allow_large && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity)
+                 ? fill_and_enqueue<Large>(rule, step, at, end, enqueue)
+                 : fill_and_enqueue<Small>(rule, step, at, end, enqueue);
+      }
+    };
+    if ((*at)->compute == DType::kFloat64) {
+      fill(double());
+    } else {
+      fill(float());
+    }
+  }
+}
+
+}  // namespace emopt::cuda

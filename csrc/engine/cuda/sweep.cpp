@@ -1,0 +1,64 @@
+#include "sweep.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace emopt::cuda {
+
+namespace {
+
+// Whether the driver, too, takes more than 4096 bytes of arguments.
+bool takes_large_launches() {
+  static const bool takes = [] {
+    int version = 0;
+    C10_CUDA_CHECK(cudaDriverGetVersion(&version));
+    return version >= 12010;
+  }();
+  return takes;
+}
+
+std::string capability(int major, int minor) {
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+void check_launch(cudaError_t error, int device) {
+  if (error == cudaErrorNoKernelImageForDevice) {
+    int major = 0, minor = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    std::string compiled;
+    for (const int architecture : compiled_architectures()) {
+      compiled += " " + capability(architecture / 100, architecture / 10 % 10);
+    }
+    TORCH_CHECK(false, "emerging_optimizers was compiled for GPUs of compute capability", compiled,
+                ", but cuda:", device, " has ", capability(major, minor),
+                "; compile it again with TORCH_CUDA_ARCH_LIST=", capability(major, minor));
+  }
+  C10_CUDA_CHECK(error);
+}
+
+}  // namespace
+
+template <class Rule>
+void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Rule>>& table) {
+  for_each_launch(rule, step, table, takes_large_launches(),
+                  [](int8_t device, const auto& launch, uint32_t num_blocks) {
+                    const c10::cuda::CUDAGuard guard(device);
+                    check_launch(enqueue(launch, num_blocks, c10::cuda::getCurrentCUDAStream()),
+                                 device);
+                  });
+}
+
+#define EMOPT_INSTANTIATE(Rule) \
+  template void sweep<Rule>(const Rule&, const StepSource&, const Table<kNumOperands<Rule>>&);
+EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
+#undef EMOPT_INSTANTIATE
+
+}  // namespace emopt::cuda
