@@ -9,12 +9,15 @@
 
 namespace emopt::cuda {
 
+// A vector is laid over elements of any type.
 #if defined(__GNUC__)
-struct alignas(kVectorBytes) __attribute__((may_alias)) Vector {
+#define EMOPT_MAY_ALIAS __attribute__((may_alias))
 #else
-struct alignas(kVectorBytes) Vector {
+#define EMOPT_MAY_ALIAS
 #endif
-  uint32_t words[4];
+
+struct EMOPT_MAY_ALIAS Vector {
+  alignas(kVectorBytes) uint32_t words[4];
 };
 
 // The elements that a thread holds of one operand, as they lie in memory: four of the tile's first

@@ -1,0 +1,41 @@
+"""CUDA devices without a GPU, for tests: the CUDA engine's own code, run on the host.
+
+The package's compiled module is built once more with CUDA in it, where what a block of threads does
+runs on the host (tests/cpp/emulated_engine.cpp), and PyTorch is given CUDA devices whose memory is
+the host's (tests/cpp/emulated_device.cpp). There are no streams and no graphs.
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.utils import cpp_extension
+
+_ROOT = Path(__file__).parent.parent
+_ARGS = ["-O1", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+
+
+def start() -> ModuleType:
+    """Build the module, and put it where the package looks for its own."""
+    assert "emerging_optimizers" not in sys.modules, "too late: the package was imported"
+    csrc = _ROOT / "csrc"
+    sources = [*csrc.glob("engine/cpu/*.cpp"), *csrc.glob("bindings/*.cpp")]
+    sources += (_ROOT / "tests" / "cpp").glob("emulated_*.cpp")
+    folder = _ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    module = cpp_extension.load(
+        "emulated_cuda",
+        [str(source) for source in sorted(sources)],
+        extra_cflags=["-DEMOPT_CUDA=1", *_ARGS],
+        extra_include_paths=[str(csrc)],
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+    )
+    sys.modules["emerging_optimizers._C"] = module
+    # What PyTorch asks of its own CUDA modules before it makes a tensor, or prints one.
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.current_device = lambda: 0
+    return module
