@@ -23,7 +23,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test python-test cpp-test lint format demo bench chart clean
+.PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart \
+    clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,10 +43,15 @@ $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
 	@mkdir -p $(@D) && rm -f build/.installed-* && touch $@
 
-test: cpp-test python-test  ## Run all tests: C++ under sanitizers, then Python with all doctests
+test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
 
 python-test: $(INSTALLED)
 	$(PY) -m pytest --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
+
+# The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in.
+emulated-test: $(INSTALLED)
+	$(PY) -m pytest --device emulated tests/test_cuda.py tests/test_functions.py \
+	    tests/test_identities.py tests/test_properties.py
 
 cpp-test: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja
@@ -58,6 +64,14 @@ lint: $(INSTALLED)  ## Check formatting, style and types
 	$(PY) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
+# The package is there already: this adds what its extra names, and compiles nothing.
+$(INSTALLED)-cuda-check: $(INSTALLED)
+	$(PY) -m pip install --quiet "emerging-optimizers-native[cuda-check]"
+	@touch $@
+
+cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and read their code; needs no GPU
+	$(PY) tests/cuda_check.py
+
 format: $(INSTALLED)  ## Format Python and C++
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -68,6 +82,10 @@ demo: $(INSTALLED)  ## Train a small language model with each rule; table and cu
 
 bench: $(INSTALLED)  ## Measure the update functions; figures in build/bench_functions.json
 	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
+
+# For a machine where nothing can be installed: only that interpreter's packages are used.
+gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
+	$(PY) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 chart: $(INSTALLED)  ## Draw the README's chart from the committed result
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg

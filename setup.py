@@ -4,9 +4,9 @@ EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out: the package then ru
 operations. Without that variable it is left out where there is no C++ compiler; with =1 that is an
 error.
 
-EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out where
-torch has no CUDA, or there is no nvcc that fits it; with =1 that is an error. TORCH_CUDA_ARCH_LIST
-names the GPUs to compile for.
+EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out
+where torch has no CUDA, or there is no nvcc that fits it; with =1 that is an error.
+TORCH_CUDA_ARCH_LIST names the GPUs to compile for.
 """
 
 import os

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Contender, Package
+from contenders import CONTENDERS, Contender, Package, check
 from harness import (
     Comparison,
-    Ratio,
-    check_close,
+    Verdict,
     compare,
     describe_run,
     format_ratio,
     format_table,
     one_thread,
     peak_growth,
+    report_targets,
+    significant,
     write_json,
 )
 from problems import RULES, SHAPES, Problem, Rule, Shape
@@ -124,40 +125,6 @@ def measure(rule: Rule, shape: Shape, contenders: Sequence[Contender], budget: f
     return result
 
 
-def check(problem: Problem, contenders: Sequence[Contender], steps: dict[str, Any]) -> None:
-    """Raise unless each step's update and states are what they must be, on equal inputs."""
-    initial = [[tensor.clone() for tensor in state] for state in problem.states]
-    expected: dict[Any, list[list[Tensor]]] = {}
-    names = ("update", *problem.rule.states)
-    for contender in contenders:
-        expect = type(contender).expect
-        if expect not in expected:
-            _restore(problem, initial)
-            contender.expect(problem)
-            expected[expect] = [
-                [tensor.clone() for tensor in tensors]
-                for tensors in (problem.updates, *problem.states)
-            ]
-        _restore(problem, initial)
-        result = steps[contender.name]()
-        updates = problem.updates if result is None else result
-        updates = [updates] if isinstance(updates, Tensor) else updates
-        is_sign = problem.rule.is_sign
-        for name, actual, wanted in zip(
-            names, (updates, *problem.states), expected[expect], strict=True
-        ):
-            what = f"{contender.name}, {problem.rule.name} at {problem.shape.name}: {name}"
-            check_close(what, actual, wanted, is_sign=is_sign and name == "update")
-
-
-def _restore(problem: Problem, states: list[list[Tensor]]) -> None:
-    for update in problem.updates:
-        update.fill_(float("nan"))
-    for state, before in zip(problem.states, states, strict=True):
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-
-
 # ---- memory on every dense path ------------------------------------------------------------------
 
 # Layouts and dtypes that the CPU engine treats differently from a contiguous float32 tensor.
@@ -216,8 +183,8 @@ def report_shape(shape: Shape, results: Sequence[Result]) -> str:
                 [
                     result.rule.name,
                     CONTENDERS[name].title,
-                    _significant(samples.median * 1e3),
-                    _significant(samples.minimum * 1e3),
+                    significant(samples.median * 1e3),
+                    significant(samples.minimum * 1e3),
                     f"{result.nbytes / samples.median * 1e-9:.2f}",
                     format_ratio(of_roof, scale=100, digits=0),
                     "1" if name == result.ours else format_ratio(times_ours),
@@ -236,21 +203,6 @@ def _warning(results: Sequence[Result]) -> str:
         f"\n\nOther processes used up to {largest:.0%} of the processor time meanwhile: trust the"
         " minima, or better, measure again."
     )
-
-
-def _significant(value: float) -> str:
-    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
-
-
-@dataclass
-class Verdict:
-    """Whether a rule reaches a target."""
-
-    target: str
-    rule: str
-    wanted: str
-    measured: Ratio | float
-    met: bool
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
@@ -272,20 +224,6 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             wanted = f"< {MEMORY_LIMIT:g}"
             reached.append(Verdict(title, result.rule.name, wanted, result.growth, met))
     return reached
-
-
-def report_targets(reached: Sequence[Verdict]) -> str:
-    """Return the table of the targets."""
-    header = ["target", "rule", "wanted", "measured", "of minima", ""]
-    rows = []
-    for verdict in reached:
-        if isinstance(verdict.measured, Ratio):
-            measured = [format_ratio(verdict.measured), f"{verdict.measured.of_minima:.2f}"]
-        else:
-            measured = [f"{verdict.measured:.5f}", ""]
-        met = "met" if verdict.met else "MISSED"
-        rows.append([verdict.target, verdict.rule, verdict.wanted, *measured, met])
-    return f"\nTargets\n\n{format_table(header, rows)}"
 
 
 def report_memory(paths: dict[str, float | None]) -> str:

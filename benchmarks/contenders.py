@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from harness import check_close
 from problems import Problem
 from roof import prepare_roof
 from torch import Tensor
@@ -162,6 +163,43 @@ _CONTENDERS: tuple[Contender, ...] = (
     Roof(),
 )
 CONTENDERS = {contender.name: contender for contender in _CONTENDERS}
+
+
+# ---- correctness ---------------------------------------------------------------------------------
+
+
+def check(problem: Problem, contenders: Sequence[Contender], steps: dict[str, Any]) -> None:
+    """Raise unless each step's update and states are what they must be, on equal inputs."""
+    initial = [[tensor.clone() for tensor in state] for state in problem.states]
+    expected: dict[Any, list[list[Tensor]]] = {}
+    names = ("update", *problem.rule.states)
+    for contender in contenders:
+        expect = type(contender).expect
+        if expect not in expected:
+            _restore(problem, initial)
+            contender.expect(problem)
+            expected[expect] = [
+                [tensor.clone() for tensor in tensors]
+                for tensors in (problem.updates, *problem.states)
+            ]
+        _restore(problem, initial)
+        result = steps[contender.name]()
+        updates = problem.updates if result is None else result
+        updates = [updates] if isinstance(updates, Tensor) else updates
+        is_sign = problem.rule.is_sign
+        for name, actual, wanted in zip(
+            names, (updates, *problem.states), expected[expect], strict=True
+        ):
+            what = f"{contender.name}, {problem.rule.name} at {problem.shape.name}: {name}"
+            check_close(what, actual, wanted, is_sign=is_sign and name == "update")
+
+
+def _restore(problem: Problem, states: list[list[Tensor]]) -> None:
+    for update in problem.updates:
+        update.fill_(float("nan"))
+    for state, before in zip(problem.states, states, strict=True):
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
 
 
 # ---- the formulas on lists -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timezone
 from itertools import repeat
 from pathlib import Path
@@ -29,8 +29,6 @@ from torch import Tensor
 import emerging_optimizers
 from emerging_optimizers._native import native
 
-# A sample is at least this long, so that neither the clock nor a call's jitter is what is measured.
-_SAMPLE_SECONDS = 1e-3
 # So many rounds are taken of the slowest contender, whatever the budget.
 _MIN_ROUNDS = 5
 
@@ -62,6 +60,10 @@ class Ratio:
         deciles = statistics.quantiles(ratios, n=10, method="inclusive")
         return cls(statistics.median(ratios), deciles[0], deciles[-1], min(over) / min(under))
 
+    def scaled(self, factor: float) -> "Ratio":
+        """Return the ratio of something that is proportional to time."""
+        return Ratio(*(value * factor for value in astuple(self)))
+
 
 @dataclass
 class Samples:
@@ -76,6 +78,12 @@ class Samples:
     calls: int
     seconds: dict[int, float] = field(default_factory=dict)
     spent: float = 0.0
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Seconds of a call that a tenth of the rounds stay below, and a tenth are above."""
+        deciles = statistics.quantiles(self.seconds.values(), n=10, method="inclusive")
+        return deciles[0], deciles[-1]
 
     @property
     def median(self) -> float:
@@ -114,19 +122,37 @@ class Comparison:
         return Ratio.of([over[i] for i in rounds], [under[i] for i in rounds])
 
 
-def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison:
+class Clock:
+    """How a sample is timed: on the host, calls back to back."""
+
+    # A sample is at least this many seconds long, so that neither the clock nor a call's jitter is
+    # what is measured.
+    shortest = 1e-3
+
+    def seconds(self, step: Callable[[], object], calls: int) -> float:
+        """Return how long so many calls take."""
+        start = time.perf_counter_ns()
+        for _ in repeat(None, calls):
+            step()
+        return (time.perf_counter_ns() - start) * 1e-9
+
+
+def compare(
+    steps: dict[str, Callable[[], object]], budget: float, clock: Clock | None = None
+) -> Comparison:
     """Time the steps in turn, A B C, C B A and so on, for about ``budget`` seconds.
 
     The first one is part of every round. Another one sits out the later rounds once it has used up
     its share of the budget, so that a slow contender leaves time for many rounds of the fast ones.
     Every step must have run before.
     """
+    clock = clock or Clock()
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         processor = _ProcessorTime.now()
-        samples = {name: Samples(_calls_per_sample(step)) for name, step in steps.items()}
+        samples = {name: Samples(_calls_per_sample(step, clock)) for name, step in steps.items()}
         first, *others = steps
         share = budget / len(steps)
         deadline = time.perf_counter() + budget
@@ -144,7 +170,7 @@ def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison
             turns = [first, *due]
             for name in turns if number % 2 == 0 else reversed(turns):
                 taken = samples[name]
-                seconds = _sample(steps[name], taken.calls)
+                seconds = clock.seconds(steps[name], taken.calls)
                 taken.seconds[number] = seconds / taken.calls
                 taken.spent += seconds
             number += 1
@@ -153,22 +179,15 @@ def compare(steps: dict[str, Callable[[], object]], budget: float) -> Comparison
             gc.enable()
 
 
-def _sample(step: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter_ns()
-    for _ in repeat(None, calls):
-        step()
-    return (time.perf_counter_ns() - start) * 1e-9
-
-
-def _calls_per_sample(step: Callable[[], object]) -> int:
+def _calls_per_sample(step: Callable[[], object], clock: Clock) -> int:
     calls = 1
     while True:
-        seconds = _sample(step, calls)
-        if seconds < 100 * _SAMPLE_SECONDS:  # else it is a long call, not one that was interrupted
-            seconds = min(seconds, *(_sample(step, calls) for _ in range(4)))
-        if seconds >= _SAMPLE_SECONDS:
+        seconds = clock.seconds(step, calls)
+        if seconds < 100 * clock.shortest:  # else it is a long call, not one that was interrupted
+            seconds = min(seconds, *(clock.seconds(step, calls) for _ in range(4)))
+        if seconds >= clock.shortest:
             return calls
-        calls = math.ceil(calls * min(8.0, 1.2 * _SAMPLE_SECONDS / seconds))
+        calls = math.ceil(calls * min(8.0, 1.2 * clock.shortest / seconds))
 
 
 @dataclass(frozen=True)
@@ -206,8 +225,10 @@ class _ProcessorTime:
 _ULPS = 32
 # Signs of values within rounding of 0 may turn over: fewer than one in so many.
 _ELEMENTS_PER_TURNED_SIGN = 100_000
-# Compared at a time, so that the comparison stays in the cache.
+# Compared at a time: so many that the comparison stays in the cache, on other devices so many that
+# launches do not count.
 _PIECE = 1 << 18
+_DEVICE_PIECE = 1 << 24
 
 
 class WrongResultError(AssertionError):
@@ -258,7 +279,8 @@ def one_thread() -> Iterator[None]:
 
 def _pieces(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(a, b, strict=True):
-        yield from zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
+        size = _PIECE if one.is_cpu else _DEVICE_PIECE
+        yield from zip(one.reshape(-1).split(size), other.reshape(-1).split(size), strict=True)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -334,6 +356,36 @@ def format_ratio(ratio: Ratio | None, scale: float = 1.0, digits: int = 2) -> st
         f"{value * scale:.{digits}f}" for value in (ratio.median, ratio.p10, ratio.p90)
     )
     return f"{median} ({p10} to {p90})"
+
+
+def significant(value: float) -> str:
+    """Return some three digits that count."""
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+@dataclass
+class Verdict:
+    """Whether a rule reaches a target."""
+
+    target: str
+    rule: str
+    wanted: str
+    measured: Ratio | float | None
+    met: bool
+
+
+def report_targets(reached: Sequence[Verdict]) -> str:
+    """Return the table of the targets."""
+    header = ["target", "rule", "wanted", "measured", "of minima", ""]
+    rows = []
+    for verdict in reached:
+        if isinstance(verdict.measured, Ratio):
+            measured = [format_ratio(verdict.measured), f"{verdict.measured.of_minima:.2f}"]
+        else:
+            measured = ["-" if verdict.measured is None else f"{verdict.measured:.4g}", ""]
+        met = "met" if verdict.met else "not measured" if verdict.measured is None else "MISSED"
+        rows.append([verdict.target, verdict.rule, verdict.wanted, *measured, met])
+    return f"\nTargets\n\n{format_table(header, rows)}"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -191,17 +191,43 @@ class Problem:
         updates: Where contenders that take an ``out=`` put their update.
     """
 
-    def __init__(self, rule: Rule, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        *,
+        state_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        offsets: Sequence[int] | None = None,
+    ) -> None:
+        """Make the tensors.
+
+        Args:
+            rule: The rule.
+            shape: The shape.
+            dtype: Of gradients and updates.
+            state_dtype: Of states, where that is another one.
+            device: Where all tensors are.
+            offsets: At which element of a buffer the tensors of each list begin: the gradients,
+                each state's, the updates. Each is its buffer's first one without.
+        """
         self.rule = rule
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        self.grads = [torch.randn(size, generator=generator).to(dtype) for size in shape.sizes]
-        self.states = []
-        for name in rule.states:
-            # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
-            fill = _positive if name.endswith("_sq") else torch.randn
-            self.states.append([fill(size, generator=generator).to(dtype) for size in shape.sizes])
-        self.updates = [torch.zeros_like(grad) for grad in self.grads]
+        generator = torch.Generator(device).manual_seed(0)
+        dtypes = [dtype, *([state_dtype or dtype] * len(rule.states)), dtype]
+        # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
+        fills = [_positive if name.endswith("_sq") else torch.randn for name in rule.states]
+        lists = [
+            [
+                _at_offset(fill(size, generator=generator, device=device).to(to), offset)
+                for size in shape.sizes
+            ]
+            for fill, to, offset in zip(
+                (torch.randn, *fills, _zeros), dtypes, offsets or [0] * len(dtypes), strict=True
+            )
+        ]
+        self.grads, *self.states, self.updates = lists
 
     @property
     def numel(self) -> int:
@@ -230,5 +256,17 @@ class Problem:
         return zip(self.grads, *self.states, strict=True)
 
 
-def _positive(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(size, generator=generator).add_(0.1)
+def _positive(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
+    return torch.rand(size, generator=generator, device=device).add_(0.1)
+
+
+def _zeros(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
+    return torch.zeros(size, device=device)
+
+
+def _at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """Return the tensor, or a copy that begins at this element of a buffer and ends with it."""
+    if offset == 0:
+        return tensor
+    buffer = tensor.new_empty(offset + tensor.numel())
+    return buffer[offset:].view(tensor.shape).copy_(tensor)

@@ -1,3 +1,5 @@
+from collections.abc import Generator, Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -7,19 +9,60 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
+# A GPU; emulated devices are something else.
+HAS_GPU = torch.cuda.is_available()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda", "emulated"],
+        default="cpu",
+        help="where tensors are; emulated: CUDA devices on the host (tests/emulation.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "emulated":
+        import emulation
+
+        emulation.start()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
+    is_emulated = config.getoption("--device") == "emulated"
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "cuda" in item.keywords and not HAS_GPU and not is_emulated:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        if "real" in item.keywords and is_emulated:
+            item.add_marker(pytest.mark.skip(reason="not on emulated devices"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """On a machine with a GPU, count a CUDA test that is skipped as failed."""
+    report = yield
+    if HAS_GPU and report.skipped and "cuda" in item.keywords and "slow" not in item.keywords:
+        report.outcome = "failed"
+        report.longrepr = f"skipped on a machine with a GPU: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make tensors on the device under test, where a test names none."""
+    if request.config.getoption("--device") == "cpu":
+        yield
+        return
+    with torch.device("cuda"):
+        yield

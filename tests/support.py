@@ -1,5 +1,6 @@
 """What the tests of the update functions share: operands, calls, and what is a right answer."""
 
+import math
 import os
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     beyond = np.isfinite(exact) & (np.abs(exact) >= overflow_threshold(dtype))
     rounded = np.where(beyond, np.copysign(np.inf, exact), np.copysign(rounded, exact))
     # Exact from here on: each is a number of the type.
-    return torch.from_numpy(np.ascontiguousarray(rounded)).reshape(values.shape).to(dtype)
+    rounded = np.ascontiguousarray(rounded)
+    return torch.from_numpy(rounded).reshape(values.shape).to(values.device, dtype)
 
 
 def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -136,12 +138,13 @@ def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> 
 
     Both signs, eight decades, zeros in each operand, and averages that the gradient cancels.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.get_default_device()
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(tuple(shape), dtype=_F64, generator=generator)
+        return torch.randn(tuple(shape), dtype=_F64, generator=generator, device="cpu")
 
-    decades = torch.rand(tuple(shape), dtype=_F64, generator=generator) * 8 - 6
+    decades = torch.rand(tuple(shape), dtype=_F64, generator=generator, device="cpu") * 8 - 6
     magnitude = 10**decades
     grad = normal() * magnitude
     grad.view(-1)[3::7] = 0
@@ -154,8 +157,25 @@ def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> 
         else:
             state.view(-1)[5::11] = 0
             state.view(-1)[2::9] = grad.view(-1)[2::9] * (-(1 - 0.9) / 0.9)
-        states.append(state.to(dtype))
-    return Operands(grad.to(mix.grad), states)
+        states.append(state.to(device, dtype))
+    return Operands(grad.to(device, mix.grad), states)
+
+
+_SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e38, -1.0, 65504.0)
+
+
+def with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
+    """Ordinary values, and NaN, infinities, zeros, subnormals and overflows in all places."""
+    operands = make_operands(rule, (3, 1367), mix, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in zip(("grad", *rule.states), operands, strict=True):
+        specials = torch.tensor(_SPECIALS, dtype=torch.float64).to(tensor.dtype)
+        chosen = specials[torch.randint(len(specials), tensor.shape, generator=generator)]
+        if name == "exp_avg_sq":
+            chosen = chosen.abs()
+        is_special = torch.rand(tensor.shape, generator=generator) < 0.2
+        tensor.copy_(torch.where(is_special, chosen, tensor))
+    return operands
 
 
 def call(rule: Rule, case: Case, operands: Operands | Sequence[Operands], out: Any = None) -> Any:
@@ -265,7 +285,7 @@ def lay_out(operands: Operands, layout: Layout) -> Operands:
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    return tensor.detach().double().contiguous().numpy()
+    return tensor.detach().cpu().double().contiguous().numpy()
 
 
 def expected_of(rule: Rule, case: Case, before: Operands) -> Expected:

@@ -24,6 +24,7 @@ from support import (
     every_rule,
     make_operands,
     run_python,
+    with_specials,
 )
 from torch import Tensor
 
@@ -184,22 +185,6 @@ def test_memory_alignment(rule: Rule, mix: Mix) -> None:
 
 # ---- instruction set -----------------------------------------------------------------------------
 
-_SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e38, -1.0, 65504.0)
-
-
-def _with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
-    """Ordinary values, and NaN, infinities, zeros, subnormals and overflows in all places."""
-    operands = make_operands(rule, (3, 1367), mix, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in zip(("grad", *rule.states), operands, strict=True):
-        specials = torch.tensor(_SPECIALS, dtype=torch.float64).to(tensor.dtype)
-        chosen = specials[torch.randint(len(specials), tensor.shape, generator=generator)]
-        if name == "exp_avg_sq":
-            chosen = chosen.abs()
-        is_special = torch.rand(tensor.shape, generator=generator) < 0.2
-        tensor.copy_(torch.where(is_special, chosen, tensor))
-    return operands
-
 
 def _digest(tensors: list[Tensor]) -> str:
     """A hash of all bits; of a NaN, only that it is one."""
@@ -225,7 +210,7 @@ def digests() -> dict[str, str]:
     found = {}
     for rule in RULES.values():
         for seed, (mix_name, mix) in enumerate(MIXES.items()):
-            operands = _with_specials(rule, mix, seed)
+            operands = with_specials(rule, mix, seed)
             for case_name, case in rule.cases.items():
                 key = f"{rule}, {case_name}, {mix_name}"
                 found[key] = _digest_of_case(rule, case, operands)

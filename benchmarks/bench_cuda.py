@@ -1,0 +1,744 @@
+"""The update functions on one GPU, against its copy bandwidth and the same formulas in PyTorch.
+
+    python benchmarks/bench_cuda.py --json build/bench_cuda.json   # all of it, some minutes
+    python benchmarks/bench_cuda.py --quick --rules adam lion      # only what the targets need
+
+Each contender is checked first: this package against the formula in PyTorch's operations on the
+same device and, bit for bit, against its own CPU kernel; the others against this package. Then all
+are timed in turn on the same tensors; see ``harness.py`` for how. Bytes are those that the
+algorithm reads and writes; the roof is ``copy_`` of a large tensor, in turn with the rest, by the
+bytes that it reads and writes.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from contenders import CONTENDERS, Compiled, Contender, Eager, Foreach, Package, Step, check
+from gpu import describe_gpu, why_no_gpu
+from harness import (
+    Clock,
+    Comparison,
+    Ratio,
+    Verdict,
+    WrongResultError,
+    compare,
+    describe_run,
+    format_ratio,
+    format_table,
+    report_targets,
+    significant,
+    write_json,
+)
+from problems import RULES, SHAPES, Problem, Rule, Shape
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from emerging_optimizers._native import native
+
+# ---- what is to be reached -----------------------------------------------------------------------
+
+# Parts of the copy's bandwidth.
+PART_OF_COPY = {"large": 0.90, "large-bfloat16": 0.90, "gpt2": 0.85}
+# Operands at odd elements of their buffers: a part of the aligned operands' bandwidth.
+PART_OF_ALIGNED = 0.80
+# One call on 1000 tensors: its kernels, milliseconds of the host, part of torch._foreach's time.
+LAUNCHES = 2
+HOST_MILLISECONDS = 0.6
+PART_OF_FOREACH = 1 / 3
+
+
+# ---- the device, and a stand-in for it -----------------------------------------------------------
+
+
+class Device(ABC):
+    """What the clocks need of a device.
+
+    Attributes:
+        type: As PyTorch calls it.
+        memory: Bytes that are free.
+        cache: Bytes of its last cache.
+    """
+
+    type: ClassVar[str]
+    memory: int
+    cache: int
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """Note the time at which the device gets here."""
+
+    @abstractmethod
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the time between two marks that the device has reached."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until the device has done everything."""
+
+    @abstractmethod
+    def occupy(self, seconds: float) -> None:
+        """Keep the device busy for at least so long, without memory."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what a figure must be read with."""
+
+
+class Gpu(Device):
+    """The current CUDA device."""
+
+    type = "cuda"
+    # More than any GPU's clock does in a second.
+    _CYCLES_PER_SECOND = 3e9
+
+    def __init__(self) -> None:
+        self.memory = torch.cuda.mem_get_info()[0]
+        self.cache = describe_gpu()["l2_bytes"]
+
+    def mark(self) -> Any:
+        """Record an event."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the time between two events."""
+        return float(start.elapsed_time(end)) * 1e-3
+
+    def wait(self) -> None:
+        """Synchronise."""
+        torch.cuda.synchronize()
+
+    def occupy(self, seconds: float) -> None:
+        """Enqueue a kernel that spins."""
+        torch.cuda._sleep(int(seconds * self._CYCLES_PER_SECOND))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the GPU's properties, and what the package was compiled for."""
+        compiled = [] if native is None else list(native.cuda_architectures)
+        return {**describe_gpu(), "compiled_architectures": compiled}
+
+
+class StandIn(Device):
+    """The CPU in a GPU's place, so that all the rest can be run where there is none."""
+
+    type = "cpu"
+    memory = 1 << 20
+    cache = 1 << 12
+
+    def mark(self) -> Any:
+        """Read the clock."""
+        return time.perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the difference."""
+        return float(end - start)
+
+    def wait(self) -> None:
+        """Return: nothing is under way."""
+
+    def occupy(self, seconds: float) -> None:
+        """Return: nothing needs time to be enqueued."""
+
+    def describe(self) -> dict[str, Any]:
+        """Say that there is no GPU."""
+        return {"name": "none: a smoke test, whose figures mean nothing"}
+
+
+class QueueClock(Clock):
+    """Calls back to back, by the device's clock, host and device working at the same time."""
+
+    name = "calls back to back, host included"
+    shortest = 5e-3
+    lead = 0.0
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def seconds(self, step: Callable[[], object], calls: int) -> float:
+        """Return how long so many calls take."""
+        if self.lead:
+            self._device.occupy(self.lead)
+        start = self._device.mark()
+        for _ in repeat(None, calls):
+            step()
+        end = self._device.mark()
+        self._device.wait()
+        return self._device.seconds(start, end)
+
+
+class DeviceClock(QueueClock):
+    """The device alone, for calls that take it longer than the host.
+
+    It is kept busy until the host is ahead of it, and so never waits. For operands several times
+    as large as its cache: each call finds nothing there.
+    """
+
+    name = "device alone, calls back to back"
+    lead = 5e-4
+
+
+class ColdClock(Clock):
+    """The device alone, its cache full of something else.
+
+    Each call is enqueued whole while the device is kept busy, so that it never waits for the host.
+    Reading fills the cache: what was written there would have to be written back meanwhile.
+    """
+
+    name = "device alone, cache cold"
+    shortest = 0.0  # each call is timed by itself
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._other = torch.ones(device.cache, device=device.type)  # four times the cache's bytes
+        self._sum = torch.empty((), device=device.type)
+
+    def seconds(self, step: Callable[[], object], calls: int) -> float:
+        """Return how long so many calls take."""
+        device = self._device
+        total = 0.0
+        for _ in repeat(None, calls):
+            begin = time.perf_counter()
+            step()
+            of_host = time.perf_counter() - begin
+            device.wait()
+            device.occupy(3 * of_host + 1e-3)
+            torch.sum(self._other, dim=0, out=self._sum)
+            start = device.mark()
+            step()
+            end = device.mark()
+            device.wait()
+            total += device.seconds(start, end)
+        return total
+
+
+class HostClock(Clock):
+    """The host alone: until the call returns, with nothing in the device's queue."""
+
+    name = "host alone, nothing queued"
+    shortest = 0.0
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def seconds(self, step: Callable[[], object], calls: int) -> float:
+        """Return how long so many calls take."""
+        total = 0
+        for _ in repeat(None, calls):
+            self._device.wait()
+            start = time.perf_counter_ns()
+            step()
+            total += time.perf_counter_ns() - start
+        self._device.wait()
+        return total * 1e-9
+
+
+def count_launches(step: Callable[[], object], device: Device) -> int | None:
+    """Return how many kernels a call runs on the device; None where the profiler sees none."""
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    names: list[str] = []
+    for _ in range(2):  # the first time, the profiler itself is starting
+        with profile(activities=[activity]) as profiler:
+            step()
+            device.wait()
+        names = [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    return len([name for name in names if not name.startswith(("Memcpy", "Memset"))]) or None
+
+
+# ---- contenders on this device alone -------------------------------------------------------------
+
+
+class Formula(Contender):
+    """The formula on widened operands; the package is checked against it, nobody times it."""
+
+    name = "formula"
+    title = "formula"
+
+    def prepare(self, problem: Problem) -> Step:
+        """Return a loop over the tensors."""
+        rule = problem.rule
+        return lambda: [
+            rule.formula(grad.float(), *states, *rule.values).to(grad.dtype)
+            for grad, *states in problem.positions()
+        ]
+
+
+class DeviceStep(Package):
+    """This package, with a step that only the device knows."""
+
+    name = "device-step"
+    title = "this package, step on the device"
+
+    def prepare(self, problem: Problem) -> Step:
+        """Return one call on all tensors."""
+        step = torch.tensor(problem.rule.options["step"], device=problem.grads[0].device)
+        problem = copy.copy(problem)
+        options = problem.rule.options | {"step": step}
+        problem.rule = dataclasses.replace(problem.rule, options=options)
+        return super().prepare(problem)
+
+
+class FusedAdam(Contender):
+    """PyTorch's own fused Adam, which applies the update to the parameters as well."""
+
+    name = "torch-adam"
+    title = "torch.optim.Adam, fused (applies the update, too)"
+    optimizer: ClassVar[Callable[..., torch.optim.Optimizer]] = torch.optim.Adam
+
+    def prepare(self, problem: Problem) -> Step:
+        """Return the optimizer's step from parameters that are 0: it makes them the update's -1."""
+        parameters = [torch.zeros_like(grad) for grad in problem.grads]
+        options = {key: problem.rule.options[key] for key in ("betas", "eps")}
+        optimizer = type(self).optimizer(
+            parameters, lr=1.0, weight_decay=0.0, fused=True, **options
+        )
+        before = torch.tensor(float(problem.rule.options["step"] - 1))
+        for parameter, grad, *averages in zip(
+            parameters, problem.grads, *problem.states, strict=True
+        ):
+            parameter.grad = grad
+            optimizer.state[parameter] = {
+                "step": before.to(grad.device, copy=True),
+                "exp_avg": averages[0],
+                "exp_avg_sq": averages[1],
+            }
+
+        def step() -> list[Tensor]:
+            optimizer.step()
+            return parameters
+
+        return step
+
+    def expect(self, problem: Problem) -> None:
+        """Put what the first step makes of the parameters in the update's place."""
+        super().expect(problem)
+        torch._foreach_neg_(problem.updates)
+
+
+class FusedAdamW(FusedAdam):
+    """The same with decoupled weight decay, of 0."""
+
+    name = "torch-adamw"
+    title = "torch.optim.AdamW, fused (applies the update, too)"
+    optimizer = torch.optim.AdamW
+
+
+class Copy:
+    """The roof: one large tensor copied to another.
+
+    Attributes:
+        nbytes: Read and written.
+    """
+
+    def __init__(self, device: Device, size: int) -> None:
+        source = torch.rand(size // 4, device=device.type)
+        target = torch.zeros_like(source)
+        self.nbytes = source.nbytes + target.nbytes
+        self.step = lambda: target.copy_(source)
+        self.step()
+        if not torch.equal(source, target):
+            raise WrongResultError("the copy is not equal to its source")
+
+
+TITLES = {
+    **{name: contender.title for name, contender in CONTENDERS.items()},
+    **{c.name: c.title for c in (DeviceStep, FusedAdam, FusedAdamW)},
+    "copy": "copy_ of a large tensor",
+    "aligned": "this package, aligned",
+    "offset-1": "this package, all operands at element 1",
+    "odd-offsets": "this package, at different odd elements",
+}
+
+# Compared with the CPU's bits, at each end of each tensor.
+_END = 1 << 18
+
+
+def check_bits(problem: Problem) -> None:
+    """Raise unless this package gives the bits of its CPU kernel."""
+    rule = problem.rule
+    grads, *states, updates = map(_ends, (problem.grads, *problem.states, problem.updates))
+    rule.function(grads, *states, *rule.values, out=updates)
+    Package().prepare(problem)()
+    lists = (problem.updates, *problem.states)
+    for name, tensors, wanted in zip(
+        ("update", *rule.states), lists, (updates, *states), strict=True
+    ):
+        pairs = zip(map(_bits, _ends(tensors)), map(_bits, wanted), strict=True)
+        differing = sum(int((a != b).sum()) for a, b in pairs)
+        if differing:
+            raise WrongResultError(
+                f"{rule.name} at {problem.shape.name}: {differing} elements of {name} differ in"
+                " their bits from the CPU's"
+            )
+
+
+def _ends(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies on the CPU of the first and the last elements of each tensor."""
+    parts = []
+    for flat in (tensor.reshape(-1) for tensor in tensors):
+        parts += [flat] if flat.numel() <= 2 * _END else [flat[:_END], flat[-_END:]]
+    return [part.to("cpu", copy=True) for part in parts]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """The times of some contenders, in turn, on one rule's problem."""
+
+    case: str
+    rule: str
+    clock: str
+    nbytes: int
+    copied: int
+    comparison: Comparison
+    ours: str = "package"
+
+    def bytes_of(self, name: str) -> int:
+        """Return the bytes that a contender must move."""
+        return self.copied if name == "copy" else self.nbytes
+
+    def part_of_copy(self, name: str) -> Ratio | None:
+        """Return a contender's bandwidth over that of the copy."""
+        ratio = self.comparison.ratio("copy", name)
+        return None if ratio is None else ratio.scaled(self.bytes_of(name) / self.copied)
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Return the contenders' rows for the JSON report."""
+        return [
+            {
+                "case": self.case,
+                "rule": self.rule,
+                "contender": name,
+                "clock": self.clock,
+                "rounds": len(samples.seconds),
+                "calls_per_sample": samples.calls,
+                "median_seconds": samples.median,
+                "p10_seconds": samples.spread[0],
+                "p90_seconds": samples.spread[1],
+                "min_seconds": samples.minimum,
+                "bytes": self.bytes_of(name),
+                "gigabytes_per_second": self.bytes_of(name) / samples.median * 1e-9,
+                "part_of_copy": self.part_of_copy(name),
+                "compared_with": self.ours,
+                "times_as_long": self.comparison.ratio(name, self.ours),
+            }
+            for name, samples in self.comparison.samples.items()
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """Return the contenders' rows for the reader."""
+        return [
+            [
+                self.rule,
+                TITLES[name],
+                significant(samples.median * 1e3),
+                " to ".join(significant(seconds * 1e3) for seconds in samples.spread),
+                f"{self.bytes_of(name) / samples.median * 1e-9:.0f}",
+                format_ratio(self.part_of_copy(name), scale=100, digits=1),
+                "1"
+                if name == self.ours
+                else format_ratio(self.comparison.ratio(name, self.ours), digits=3),
+                str(len(samples.seconds)),
+            ]
+            for name, samples in self.comparison.samples.items()
+        ]
+
+
+@dataclass
+class Suite:
+    """A run.
+
+    Attributes:
+        device: What is measured.
+        budget: Seconds that the contenders of a rule share at a time.
+        quick: Leave out the contenders that no target needs.
+        results: All times.
+        targets: Whether they are reached.
+        launches: Kernels of one call on many tensors, by contender and rule.
+        unavailable: Why contenders that need not work do not.
+        errors: What went wrong, by case and rule.
+    """
+
+    device: Device
+    budget: float
+    quick: bool = False
+    results: list[Result] = field(default_factory=list)
+    targets: list[Verdict] = field(default_factory=list)
+    launches: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_real = isinstance(self.device, Gpu)
+        # One tensor of 256 Mi elements and a copy of 4 GiB, or what the memory allows: five
+        # operands, twice that for what checks and formulas hold, and the copy.
+        large = (1 << 28) if is_real else (1 << 10)
+        while is_real and 4 * large * 20 > self.device.memory:
+            large //= 2
+        self.copy = Copy(self.device, 16 * large)
+        count = 1000 if is_real else 5
+        self.shapes = {
+            "large": Shape("large", _title(large), [(large,)], is_single=True),
+            "offsets": Shape("offsets", _title(large // 4), [(large // 4,)], is_single=True),
+            "gpt2": SHAPES["gpt2"] if is_real else Shape("gpt2", "smoke", [(7, 5), (9,)]),
+            "many": Shape("many", f"{count} tensors of {count} elements", [(count,)] * count),
+        }
+        self.shapes["launches"] = self.shapes["many"]
+        self.queue = QueueClock(self.device)
+        self.alone = DeviceClock(self.device)
+        self.cold = ColdClock(self.device)
+        self.host = HostClock(self.device)
+
+    def prepare(self, problem: Problem, contenders: Sequence[Contender]) -> dict[str, Step]:
+        """Return the steps of those contenders that work, all checked."""
+        check_bits(problem)
+        check(problem, [Formula()], {"formula": Formula().prepare(problem)})
+        steps: dict[str, Step] = {}
+        for contender in contenders:
+            try:
+                step = contender.prepare(problem)
+                check(problem, [contender], {contender.name: step})
+            except Exception as error:
+                if not isinstance(contender, Compiled | FusedAdam):
+                    raise
+                where = f"{contender.name}, {problem.rule.name}"
+                self.unavailable[where] = _first_line(error)
+            else:
+                steps[contender.name] = step
+        return steps
+
+    def time(
+        self,
+        case: str,
+        problem: Problem,
+        steps: dict[str, Step],
+        clock: QueueClock | ColdClock | HostClock,
+        ours: str = "package",
+        budget: float | None = None,
+    ) -> Result:
+        """Time the steps in turn."""
+        comparison = compare(dict(steps), budget or self.budget, clock)
+        rule = problem.rule.name
+        self.results.append(
+            Result(case, rule, clock.name, problem.nbytes, self.copy.nbytes, comparison, ours)
+        )
+        return self.results[-1]
+
+    def judge(
+        self, target: str, rule: Rule, measured: Ratio | float | None, sign: str, limit: float
+    ) -> None:
+        """Note whether a target is reached."""
+        value = measured.median if isinstance(measured, Ratio) else measured
+        met = value is not None and (value >= limit if sign == ">=" else value <= limit)
+        self.targets.append(Verdict(target, rule.name, f"{sign} {limit:.3g}", measured, met))
+
+    def measure_bandwidth(self, case: str, rule: Rule) -> None:
+        """Compare with the copy's bandwidth, and a step on the device with one on the host."""
+        shape = self.shapes[case.partition("-")[0]]
+        is_short = case.endswith("-bfloat16")
+        dtype = torch.bfloat16 if is_short else torch.float32
+        problem = Problem(rule, shape, dtype, state_dtype=torch.float32, device=self.device.type)
+        contenders: list[Contender] = [Package()]
+        if "step" in rule.options and not is_short:
+            contenders.append(DeviceStep())
+        if not self.quick and not is_short:
+            contenders.append(Foreach())
+        steps = self.prepare(problem, contenders)
+        result = self.time(case, problem, steps | {"copy": self.copy.step}, self.alone)
+        title = CASES[case].format(shape.title)
+        part = result.part_of_copy("package")
+        self.judge(f"{title}: bandwidth / copy", rule, part, ">=", PART_OF_COPY[case])
+
+    def measure_offsets(self, case: str, rule: Rule) -> None:
+        """Compare operands that begin at odd elements of their buffers with aligned ones."""
+        count = 2 + len(rule.states)
+        offsets = {
+            "aligned": [0] * count,
+            "offset-1": [1] * count,
+            "odd-offsets": [2 * operand + 1 for operand in range(count)],
+        }
+        problems = {
+            name: Problem(rule, self.shapes[case], device=self.device.type, offsets=at)
+            for name, at in offsets.items()
+        }
+        steps = {
+            name: self.prepare(problem, [Package()])["package"]
+            for name, problem in problems.items()
+        }
+        problem = problems["aligned"]
+        steps["copy"] = self.copy.step
+        result = self.time(case, problem, steps, self.alone, ours="aligned")
+        for name in ("offset-1", "odd-offsets"):
+            part = result.comparison.ratio("aligned", name)
+            title = f"{self.shapes[case].title}, {name}: bandwidth / aligned"
+            self.judge(title, rule, part, ">=", PART_OF_ALIGNED)
+
+    def measure_many(self, case: str, rule: Rule) -> None:
+        """Time a call on many small tensors: the host, both together, and the device."""
+        shape = self.shapes[case]
+        problem = Problem(rule, shape, device=self.device.type)
+        fused = [FusedAdam(), FusedAdamW()] if rule.name == "adam" and not self.quick else []
+        contenders: list[Contender] = [Package(), Foreach(), *fused]
+        slow: list[Contender] = [] if self.quick else [Eager(), Compiled()]
+        steps = self.prepare(problem, [*contenders, *slow])
+        few = {name: steps[name] for name in steps if name not in ("eager", "compiled")}
+        third = self.budget / 3
+        on_host = self.time(case, problem, few, self.host, budget=third)
+        of_call = on_host.comparison.samples["package"].median * 1e3
+        self.judge(f"{shape.title}: host ms of a call", rule, of_call, "<=", HOST_MILLISECONDS)
+        for clock, chosen in ((self.queue, steps), (self.cold, few)):
+            result = self.time(case, problem, chosen, clock, budget=third)
+            part = result.comparison.ratio("package", "foreach")
+            title = f"{shape.title}: time / foreach, {clock.name}"
+            self.judge(title, rule, part, "<=", PART_OF_FOREACH)
+
+    def measure_launches(self, case: str, rule: Rule) -> None:
+        """Count the kernels of a call on many small tensors."""
+        shape = self.shapes[case]
+        problem = Problem(rule, shape, device=self.device.type)
+        for name, step in self.prepare(problem, [Package(), Foreach()]).items():
+            of_name = self.launches.setdefault(name, {})
+            of_name[rule.name] = count_launches(step, self.device)
+        launches = self.launches["package"][rule.name]
+        self.judge(f"{shape.title}: kernels of a call", rule, launches, "<=", LAUNCHES)
+
+    def run(self, case: str, rule: Rule) -> None:
+        """Measure a case; what goes wrong is noted, so that the rest is measured, too."""
+        print(f"{case}, {rule.name} ...", file=sys.stderr, flush=True)
+        measure = {
+            "offsets": self.measure_offsets,
+            "many": self.measure_many,
+            "launches": self.measure_launches,
+        }
+        try:
+            measure.get(case, self.measure_bandwidth)(case, rule)
+        except Exception as error:
+            self.errors[f"{case}, {rule.name}"] = _first_line(error)
+            print(f"FAILED: {_first_line(error)}", file=sys.stderr, flush=True)
+
+    def copy_bandwidth(self) -> list[float]:
+        """Return the copy's gigabytes per second: the median of each time it took part."""
+        taken = [result.comparison.samples.get("copy") for result in self.results]
+        return [self.copy.nbytes / samples.median * 1e-9 for samples in taken if samples]
+
+    def report(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Return everything for the JSON report."""
+        return {
+            "run": run,
+            "budget_seconds": self.budget,
+            "copy_bytes": self.copy.nbytes,
+            "copy_gigabytes_per_second": self.copy_bandwidth(),
+            "figures": [figure for result in self.results for figure in result.figures()],
+            "launches": self.launches,
+            "targets": self.targets,
+            "unavailable": self.unavailable,
+            "errors": self.errors,
+        }
+
+
+# What is measured, and how a reader calls it; {} is what the shape is called. Launches come last,
+# since a profiler that has run once may leave launches slower.
+CASES = {
+    "large": "{}, float32",
+    "large-bfloat16": "{}, bfloat16 gradient and update, float32 states",
+    "gpt2": "{}, float32",
+    "offsets": "{}, float32, at odd elements of buffers",
+    "many": "{}, float32",
+    "launches": "{}, float32",
+}
+
+
+def _title(numel: int) -> str:
+    return f"one tensor of {numel >> 20} Mi elements"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# ---- reporting -----------------------------------------------------------------------------------
+
+
+def report_case(suite: Suite, case: str) -> str:
+    """Return the tables of a case, one for each clock."""
+    header = ["rule", "contender", "ms", "p10 to p90", "GB/s", "% of copy", "times ours", "rounds"]
+    results = [result for result in suite.results if result.case == case]
+    title = CASES[case].format(suite.shapes[case.partition("-")[0]].title)
+    tables = []
+    for clock in dict.fromkeys(result.clock for result in results):
+        rows = [row for result in results if result.clock == clock for row in result.rows()]
+        tables.append(f"\n{title}; {clock}\n\n{format_table(header, rows)}")
+    return "\n".join(tables)
+
+
+def why_not() -> str | None:
+    """Say what keeps the suite from being run here; None where nothing does."""
+    if (reason := why_no_gpu()) is not None:
+        return reason
+    if native is None or not native.cuda_architectures:
+        return (
+            "emerging_optimizers is compiled without CUDA kernels (python -m emerging_optimizers)"
+        )
+    return None
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds per case and rule")
+    parser.add_argument("--quick", action="store_true", help="only what the targets compare")
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    # Runs every line on the CPU, on a few elements; the figures mean nothing.
+    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run the suite."""
+    arguments = parse_arguments()
+    reason = None if arguments.smoke else why_not()
+    if reason is not None:
+        print(f"bench_cuda.py: nothing to measure: {reason}", file=sys.stderr)
+        sys.exit(2)
+    device = StandIn() if arguments.smoke else Gpu()
+    run = {**describe_run(), "gpu": device.describe()}
+    print("\n".join(f"{key}: {value}" for key, value in run.items()), flush=True)
+
+    suite = Suite(device, arguments.budget, arguments.quick)
+    for case in arguments.cases:
+        for name in arguments.rules:
+            suite.run(case, RULES[name])
+        print(report_case(suite, case), flush=True)
+        if arguments.json is not None:  # each time, so that an interrupted run leaves its figures
+            write_json(arguments.json, suite.report(run))
+    print(f"\nKernels of a call on many tensors: {suite.launches}")
+    print(report_targets(suite.targets))
+    for kind, found in (("not available", suite.unavailable), ("FAILED", suite.errors)):
+        for where, what in found.items():
+            print(f"\n{kind}: {where}: {what}")
+    if suite.errors:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
