@@ -1,5 +1,6 @@
 """What an installation says of itself, and of what is wrong with it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith(f"emerging_optimizers {emerging_optimizers.__version__}\n")
     assert f"torch: {torch.__version__} (built for {native.torch_version})\n" in text
     assert f"{', '.join(native.compiled_isas())} compiled, {native.active_isa()} in use\n" in text
-    assert "CUDA: no\n" in text
+    assert f"CUDA: {', '.join(native.cuda_architectures) or 'no'}\n" in text
     assert f"threads: {torch.get_num_threads()}\n" in text
 
 
@@ -54,6 +55,47 @@ def test_module_for_another_torch_is_not_used() -> None:
     assert f"none in use, plain PyTorch is used ({reason})" in result.stdout
     warning = "RuntimeWarning: emerging_optimizers runs without its native kernels, on plain"
     assert f"{warning} PyTorch: {reason}" in result.stderr
+
+
+# ---- what setup.py chooses -----------------------------------------------------------------------
+
+SETUP = PACKAGE.parent / "setup.py"
+needs_source = pytest.mark.skipif(not SETUP.exists(), reason="runs in a source tree")
+needs_torch_without_cuda = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has CUDA"
+)
+
+
+def run_setup(**environment: str) -> "subprocess.CompletedProcess[str]":
+    """Let setup.py choose, and build nothing."""
+    return subprocess.run(
+        [sys.executable, str(SETUP), "--version"],
+        cwd=SETUP.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_source
+@needs_torch_without_cuda
+def test_cuda_is_left_out_where_torch_has_none() -> None:
+    reason = f"torch {torch.__version__} is built without CUDA"
+    assert f"no CUDA kernels: {reason}\n" in run_setup(EMERGING_OPTIMIZERS_CUDA="").stdout
+    insisted = run_setup(EMERGING_OPTIMIZERS_CUDA="1")
+    assert insisted.returncode != 0
+    assert insisted.stderr == f"emerging_optimizers: EMERGING_OPTIMIZERS_CUDA=1, but {reason}\n"
+
+
+@needs_source
+def test_cuda_can_be_switched_off() -> None:
+    done = run_setup(EMERGING_OPTIMIZERS_CUDA="0")
+    assert done.returncode == 0
+    assert "no CUDA kernels: EMERGING_OPTIMIZERS_CUDA=0\n" in done.stdout
+
+
+# ---- the other distribution of this name ---------------------------------------------------------
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 
 #include "cpu/sweep.h"
 #if EMOPT_CUDA
-#include "cuda/sweep.h"
+#include "cuda/device_sweep.h"
 #endif
 
 namespace emopt {

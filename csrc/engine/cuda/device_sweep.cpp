@@ -1,4 +1,4 @@
-#include "sweep.h"
+#include "device_sweep.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
