@@ -20,7 +20,7 @@ endif
 
 INSTALLED := build/.installed-$(shell echo '$(PY) $(TORCH_STAMP)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart \

@@ -1,8 +1,8 @@
 // The CUDA engine on the host: the launches that the real one would make, each block's threads run
 // one pair after the other. Takes the place of engine/cuda/device_sweep.cpp and kernels.cu.
 #include "engine/cuda/chunk.h"
-#include "engine/cuda/plan.h"
 #include "engine/cuda/device_sweep.h"
+#include "engine/cuda/plan.h"
 
 namespace emopt::cuda {
 
