@@ -48,8 +48,10 @@ test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers
 python-test: $(INSTALLED)
 	$(PY) -m pytest --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
 
-# The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in.
+# The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in; for a
+# PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
 emulated-test: $(INSTALLED)
+	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
 	$(PY) -m pytest --device emulated tests/test_cuda.py tests/test_functions.py \
 	    tests/test_identities.py tests/test_properties.py
 

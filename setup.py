@@ -5,8 +5,8 @@ operations. Without that variable it is left out where there is no C++ compiler;
 error.
 
 EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out
-where torch has no CUDA, or there is no nvcc that fits it; with =1 that is an error.
-TORCH_CUDA_ARCH_LIST names the GPUs to compile for.
+where torch has no CUDA, or there is no nvcc of its major version; with =1 that is an error.
+TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this machine.
 """
 
 import os
@@ -51,6 +51,9 @@ COMPILE_ARGS = {
 # No contraction here either, so that the bits are the CPU's; division and square root are correctly
 # rounded by default.
 NVCC_ARGS = ["-O3", "--fmad=false", "--threads=0"]
+# The kernels' arguments take more than 4096 bytes, and are constant: what is older has not that.
+OLDEST_NVCC = (12, 1)
+OLDEST_GPU = (7, 0)
 # at::parallel_for is compiled into its caller: without OpenMP here it would be serial.
 OPENMP_ARGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),
@@ -90,7 +93,27 @@ def why_no_cuda() -> str | None:
         return f"there is no nvcc; torch was built with CUDA {torch.version.cuda} (set CUDA_HOME)"
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
+    if numbers(version) < OLDEST_NVCC:
+        return f"nvcc is of CUDA {version}, older than 12.1"
+    if not architectures():
+        return "all GPUs here are older than compute capability 7.0"
     return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def architectures() -> str:
+    """Return what to compile for: what the user says, else this machine's GPUs, else the usual."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not found:
+        return "8.0;9.0+PTX"
+    return ";".join(
+        f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_GPU
+    )
 
 
 def native_module() -> list[setuptools.Extension]:
@@ -121,14 +144,16 @@ def native_module() -> list[setuptools.Extension]:
             sys.exit(f"emerging_optimizers: EMERGING_OPTIMIZERS_CUDA=1, but {reason}")
         say(f"no CUDA kernels: {reason}")
         return [cpp_extension.CppExtension(MODULE, sources, extra_compile_args=cxx_args, **common)]
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those that torch finds")
-    say(f"CUDA kernels, by nvcc {nvcc_version()}, for {architectures} (TORCH_CUDA_ARCH_LIST)")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+    say(f"CUDA kernels, by nvcc {nvcc_version()}, for {architectures()} (TORCH_CUDA_ARCH_LIST)")
+    hidden = [] if sys.platform == "win32" else ["-Xcompiler=-fvisibility=hidden"]
+    nvcc_args = NVCC_ARGS + hidden
     return [
         cpp_extension.CUDAExtension(
             MODULE,
             sources + files("engine/cuda/*.cpp") + files("engine/cuda/*.cu"),
             define_macros=[("EMOPT_CUDA", "1")],
-            extra_compile_args={"cxx": cxx_args, "nvcc": NVCC_ARGS},
+            extra_compile_args={"cxx": cxx_args, "nvcc": nvcc_args},
             **common,
         )
     ]

@@ -19,6 +19,7 @@ _ARGS = ["-O1", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-ma
 def start() -> ModuleType:
     """Build the module, and put it where the package looks for its own."""
     assert "emerging_optimizers" not in sys.modules, "too late: the package was imported"
+    assert torch.version.cuda is None, "PyTorch has CUDA kernels of its own: use a real device"
     csrc = _ROOT / "csrc"
     sources = [*csrc.glob("engine/cpu/*.cpp"), *csrc.glob("bindings/*.cpp")]
     sources += (_ROOT / "tests" / "cpp").glob("emulated_*.cpp")

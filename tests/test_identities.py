@@ -40,11 +40,13 @@ float_dtypes = pytest.mark.parametrize("dtype", list(_TOLERANCE), ids=str)
 
 def _gradients(steps: int, dtype: torch.dtype) -> Tensor:
     """Of one sign at each element, so that averages do not cancel and relative errors are small."""
-    generator = torch.Generator().manual_seed(1)
-    signs = torch.randn(37, generator=generator, dtype=torch.float64).sign()
-    sizes = 0.1 + torch.rand(steps, 37, generator=generator, dtype=torch.float64)
-    decades = 10 ** (torch.rand(37, generator=generator, dtype=torch.float64) * 6 - 3)
-    return (signs * sizes * decades).to(dtype)
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(1)
+        signs = torch.randn(37, generator=generator, dtype=torch.float64).sign()
+        sizes = 0.1 + torch.rand(steps, 37, generator=generator, dtype=torch.float64)
+        decades = 10 ** (torch.rand(37, generator=generator, dtype=torch.float64) * 6 - 3)
+    return (signs * sizes * decades).to(device, dtype)
 
 
 def _assert_relatively_close(got: Tensor, wanted: Tensor, label: str) -> None:

@@ -83,7 +83,7 @@ def calculate_ademamix_update(
         betas: Decay rates of the fast average, the second moment and the slow average, in this
             order, each in [0, 1).
         step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. One on a CUDA device is not read by the host, and so not checked.
+            int64 or float32. The CUDA kernels read one on their device, unchecked.
         eps: Added to the denominator; not negative.
         correct_bias: Divide the fast average and the second moment by what a constant 1 would have
             brought them to by now.

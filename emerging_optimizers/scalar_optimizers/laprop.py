@@ -61,7 +61,7 @@ def calculate_laprop_update(
         correct_bias: Divide averages by what a constant 1 would have brought them to by now.
         betas: Decay rates of the two averages, each in [0, 1).
         step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. One on a CUDA device is not read by the host, and so not checked.
+            int64 or float32. The CUDA kernels read one on their device, unchecked.
         eps: Added to the denominator; not negative.
         out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
             sequence of them. May be `grad` itself.

@@ -66,7 +66,7 @@ def calculate_signum_update(
         correct_bias: Divide by what a constant 1 would have brought the average to by now.
         use_nesterov: Look one step ahead.
         step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. One on a CUDA device is not read by the host, and so not checked.
+            int64 or float32. The CUDA kernels read one on their device, unchecked.
         use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; needs 2-D
             tensors.
         out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a

@@ -81,7 +81,7 @@ def calculate_sim_ademamix_update(
         min_beta_fast: The fast beta at the start of its warm-up, in [0, 1).
         betas: Decay rates of the momentum and of the second moment, each in [0, 1).
         step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. One on a CUDA device is not read by the host, and so not checked.
+            int64 or float32. The CUDA kernels read one on their device, unchecked.
         eps: Added to the denominator; not negative.
         correct_bias: Divide momentum and second moment by what a constant 1 would have brought them
             to by now.

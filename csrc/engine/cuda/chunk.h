@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../epilogue.h"
@@ -36,12 +37,16 @@ EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
     visit(float());
   } else if (dtype == DType::kBFloat16) {
     visit(BFloat16());
-  } else if (dtype == DType::kFloat16) {
-    visit(Float16());
-  } else if (sizeof(Real) == sizeof(double) || k == kUpdate) {
+  } else if ((sizeof(Real) == sizeof(double) || k == kUpdate) && dtype == DType::kFloat64) {
     visit(double());
+  } else {
+    visit(Float16());
   }
 }
+
+template <size_t kBytes>
+using BitsOf =
+    std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
 
 // ---- the rule -----------------------------------------------------------------------------------
 
@@ -59,34 +64,37 @@ using States = std::make_index_sequence<kOperands - kFirstState>;
 
 // ---- one element at a time ----------------------------------------------------------------------
 
-// The elements of a chunk before and after its body; all, where it has none.
-struct Ends {
-  uint32_t head;   // elements before the body
-  uint32_t body;   // elements of the body
-  uint32_t count;  // elements before and after it
-
-  EMOPT_FN uint32_t element(uint32_t i) const { return i < head ? i : i + body; }
-};
-
-// Neighbouring threads access neighbouring elements, and a thread's loads come before its stores.
+// The elements of a chunk before and after its body: fewer than a block has threads, unless there
+// is no body. Neighbouring threads access neighbouring elements, and no load waits for another.
 template <class Real, int kOperands, class Step, class Epilogue>
 EMOPT_FN void sweep_ends(const Step& step, Epilogue epilogue, const DType* dtype,
-                         char* const (&data)[kOperands], Ends ends, uint32_t thread) {
-  for (uint32_t i = thread; i < ends.count; i += kScattered * kThreads) {
-    uint32_t elements[kScattered];
-    EMOPT_UNROLL
-    for (uint32_t j = 0; j < kScattered; ++j) {
-      const uint32_t at = i + j * kThreads;
-      elements[j] = ends.element(at < ends.count ? at : i);  // one too many is only read
-    }
-    Real values[kOperands][kScattered];
+                         char* const (&data)[kOperands], uint32_t head, uint32_t body,
+                         uint32_t length, uint32_t thread) {
+  const uint32_t count = length - body;
+  for (uint32_t i = thread; i < count; i += kHeld * kThreads) {
+    const uint32_t first = i < head ? i : i + body;
+    BitsOf<sizeof(Real)> bits[kOperands][kHeld] = {};
     EMOPT_UNROLL
     for (int k = kGrad; k < kOperands; ++k) {
       with_type_of<Real>(k, dtype[k], [&](auto type) {
-        const auto* const from = reinterpret_cast<const decltype(type)*>(data[k]);
+        const auto* const from = reinterpret_cast<const decltype(type)*>(data[k]) + first;
         EMOPT_UNROLL
-        for (uint32_t j = 0; j < kScattered; ++j) {
-          values[k][j] = static_cast<Real>(widen(from[elements[j]]));
+        for (uint32_t j = 0; j < kHeld; ++j) {
+          if (i + j * kThreads >= count) continue;
+          bits[k][j] =
+              static_cast<BitsOf<sizeof(Real)>>(bit_cast<BitsOf<sizeof(type)>>(from[j * kThreads]));
+        }
+      });
+    }
+    Real values[kOperands][kHeld];
+    EMOPT_UNROLL
+    for (int k = kGrad; k < kOperands; ++k) {
+      with_type_of<Real>(k, dtype[k], [&](auto type) {
+        using Stored = decltype(type);
+        EMOPT_UNROLL
+        for (uint32_t j = 0; j < kHeld; ++j) {
+          const auto stored = bit_cast<Stored>(static_cast<BitsOf<sizeof(type)>>(bits[k][j]));
+          values[k][j] = static_cast<Real>(widen(stored));
         }
       });
     }
@@ -96,10 +104,10 @@ EMOPT_FN void sweep_ends(const Step& step, Epilogue epilogue, const DType* dtype
       if (k == kGrad) continue;
       with_type_of<Real>(k, dtype[k], [&](auto type) {
         using Stored = decltype(type);
-        auto* const to = reinterpret_cast<Stored*>(data[k]);
+        auto* const to = reinterpret_cast<Stored*>(data[k]) + first;
         EMOPT_UNROLL
-        for (uint32_t j = 0; j < kScattered; ++j) {
-          if (i + j * kThreads < ends.count) to[elements[j]] = Round<Stored>::from(values[k][j]);
+        for (uint32_t j = 0; j < kHeld; ++j) {
+          if (i + j * kThreads < count) to[j * kThreads] = Round<Stored>::from(values[k][j]);
         }
       });
     }
@@ -199,7 +207,7 @@ EMOPT_FN void sweep_chunk(const Launch& launch, const typename Launch::Step& ste
   sweep_body<Real, kLanes>(step, epilogue, launch.dtype, data, head, head + body, thread);
   EMOPT_UNROLL
   for (int lane = 0; lane < kLanes; ++lane) {
-    sweep_ends<Real>(step, epilogue, launch.dtype, data, Ends{head, body, length - body},
+    sweep_ends<Real>(step, epilogue, launch.dtype, data, head, body, length,
                      thread + static_cast<uint32_t>(lane));
   }
 }

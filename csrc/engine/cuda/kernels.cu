@@ -1,5 +1,6 @@
 // The kernel, and its instances. Sees no torch.
 #include <new>
+#include <type_traits>
 
 #include "chunk.h"
 #include "kernels.h"
@@ -35,8 +36,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Launch>)
 
 template <class Launch>
 cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream) {
-  sweep<StoreUpdate><<<num_blocks, kThreads, 0, stream>>>(launch);
-  return cudaGetLastError();
+  static_assert(std::is_trivially_copyable_v<Launch> && sizeof(Launch) <= Launch::kBytes);
+  // Not by <<<>>>, which would copy the arguments, and leave the error among those of others.
+  void* arguments[] = {const_cast<Launch*>(&launch)};
+  return cudaLaunchKernel(&sweep<StoreUpdate, Launch>, num_blocks, kThreads, arguments, 0, stream);
 }
 
 std::vector<int> compiled_architectures() { return {__CUDA_ARCH_LIST__}; }

@@ -32,12 +32,13 @@ struct LaunchHead {
 
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
 // into chunks, counted from its first element; each is a block's work.
-template <class Rule_, class Real_, size_t kBytes>
+template <class Rule_, class Real_, size_t kBytes_>
 struct Launch : LaunchHead<Rule_, Real_> {
   using Rule = Rule_;
   using Real = Real_;
   using Head = LaunchHead<Rule, Real>;
   using Head::kOperands;
+  static constexpr size_t kBytes = kBytes_;
 
   static constexpr size_t kRowBytes =
       kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) + sizeof(uint32_t) + 1;

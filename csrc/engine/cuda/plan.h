@@ -25,9 +25,12 @@ std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
   std::vector<const Row<kOperands>*> rows;
   rows.reserve(table.rows.size());
   bool is_uniform = true;
+  uint64_t first_key = 0;
   for (const Row<kOperands>& row : table.rows) {
     if (row.device == kHost || row.numel == 0) continue;
-    is_uniform &= rows.empty() || launch_key(row) == launch_key(*rows.front());
+    const uint64_t key = launch_key(row);
+    if (rows.empty()) first_key = key;
+    is_uniform &= key == first_key;
     rows.push_back(&row);
   }
   if (!is_uniform) {

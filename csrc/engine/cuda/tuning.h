@@ -13,8 +13,7 @@
 
 namespace emopt::cuda {
 
-// The widest access that a thread makes. All chips since sm_50 have it; a warp of them covers 512
-// bytes, whole sectors in any order.
+// The widest access that a thread makes. All chips that the kernel is for have it.
 inline constexpr int kVectorBytes = 16;
 
 // Elements that a thread holds at a time: a vector of a 2-byte type, two of float32, four of
@@ -22,9 +21,6 @@ inline constexpr int kVectorBytes = 16;
 // on a multiprocessor (80 registers each) 72 KiB, about twice what 4.3 TB/s over 132
 // multiprocessors needs to cover a microsecond. Reckoned, not yet measured.
 inline constexpr uint32_t kHeld = 8;
-
-// Elements that a thread holds at a time where each access is of one element.
-inline constexpr uint32_t kScattered = 4;
 
 // Threads of a block, and elements that one round of a block covers.
 inline constexpr uint32_t kThreads = 256;

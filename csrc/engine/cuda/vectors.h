@@ -1,5 +1,6 @@
-// The accesses of the equal-phase loop. Every access to global memory in this file is of 16 bytes,
-// and a warp's accesses cover whole sectors; `make cuda-check` reads the disassembly for that.
+// The accesses of the equal-phase loop. Every access to global memory in this file is of 16 bytes;
+// `make cuda-check` reads the disassembly for that. A warp's accesses are side by side (but for
+// float64, of whose 32-byte sectors two in a row cover half each).
 #pragma once
 
 #include <cstdint>
