@@ -6,6 +6,7 @@
 #include <torch/version.h>
 
 #include "operators.h"
+#include "optimizer_step.h"
 #include "python_arguments.h"
 
 namespace emopt {
@@ -153,6 +154,55 @@ template <class Rule>
 using Door = DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
                     std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
 
+// ---- the optimizers' step -----------------------------------------------------------------------
+
+// Steps the parameters of a group that have a gradient: `params` is a list of tensors, `state` a
+// dictionary of their states' dictionaries. Returns the positions in the list of those that have to
+// be stepped otherwise; unless `leave` is true, nothing is done then.
+template <class Rule, class>
+struct StepOf;
+
+template <class Rule, size_t... kOption>
+struct StepOf<Rule, std::index_sequence<kOption...>> {
+  static std::vector<Py_ssize_t> step(const py::list& params, const py::dict& state, bool masters,
+                                      bool leave, double lr, double grad_factor, double l2,
+                                      double weight_factor,
+                                      Repeat<kOption, py::handle>... options) {
+    const auto described = Rule::options();
+    const auto values = std::make_tuple(read(std::get<kOption>(described), options)...);
+    const Rule rule =
+        Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
+    OptimizerStep<Rule, false> plain;
+    OptimizerStep<Rule, true> mastered;
+    std::vector<Py_ssize_t> left;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
+      TORCH_CHECK_TYPE(THPVariable_Check(object), "params[", i, "] must be a Tensor");
+      const at::Tensor& param = THPVariable_Unpack(object);
+      const at::Tensor& grad = param.grad();
+      if (!grad.defined()) continue;
+      PyObject* const own = PyDict_GetItemWithError(state.ptr(), object);
+      if (own == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      const bool has_master =
+          masters && (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
+      const bool is_taken =
+          own != nullptr && PyDict_Check(own) &&
+          (has_master ? mastered.take(rule, param, grad, own) : plain.take(rule, param, grad, own));
+      if (!is_taken) left.push_back(i);
+    }
+    if (left.empty() || leave) {
+      const py::gil_scoped_release without_gil;
+      plain.sweep(rule, {grad_factor, l2, weight_factor, lr});
+      mastered.sweep(rule, {grad_factor, l2, weight_factor, lr});
+    }
+    return left;
+  }
+};
+
+template <class Rule>
+using Stepper =
+    StepOf<Rule, std::make_index_sequence<std::tuple_size_v<decltype(Rule::options())>>>;
+
 // ---- the module ---------------------------------------------------------------------------------
 
 std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
@@ -178,6 +228,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #define EMOPT_BIND(Rule)                                \
   m.def((std::string(Rule::kName) + "_update").c_str(), \
         torch::wrap_pybind_function(Door<Rule>::update));
+  EMOPT_FOR_EACH_RULE(EMOPT_BIND)
+#undef EMOPT_BIND
+#define EMOPT_BIND(Rule)                              \
+  m.def((std::string(Rule::kName) + "_step").c_str(), \
+        torch::wrap_pybind_function(Stepper<Rule>::step));
   EMOPT_FOR_EACH_RULE(EMOPT_BIND)
 #undef EMOPT_BIND
 

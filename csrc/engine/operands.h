@@ -1,7 +1,8 @@
 // The checked, dtype-erased table of parallel lists: what an engine sweeps.
 //
-// A row is one tensor's position in the lists; its operands are the update, the gradient and the
-// states, all of one length and one memory layout, so that element i of each is at index i.
+// A row is one tensor's position in the lists; its operands are the update (or the parameter that
+// it is applied to), the gradient, the states and what the epilogue adds, all of one length and one
+// memory layout, so that element i of each is at index i.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "epilogue.h"
 
 namespace emopt {
 
@@ -20,8 +22,15 @@ inline constexpr int kFirstState = 2;
 template <class Rule>
 inline constexpr int kNumStates = static_cast<int>(std::size(Rule::kStates));
 
-template <class Rule>
-inline constexpr int kNumOperands = kFirstState + kNumStates<Rule>;
+template <class Rule, class Epilogue = StoreUpdate>
+inline constexpr int kNumOperands = kFirstState + kNumStates<Rule> + Epilogue::kOperands;
+
+constexpr bool is_read(int k) { return k != kUpdate; }
+
+template <class Rule, class Epilogue>
+constexpr bool is_written(int k) {
+  return k != kGrad && (k < kFirstState + kNumStates<Rule> || Epilogue::kWritesOwn);
+}
 
 inline constexpr int8_t kHost = -1;  // in place of a device's index
 

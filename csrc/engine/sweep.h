@@ -19,10 +19,10 @@ void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Ru
     for (const auto& row : table.rows) {
       if (row.device == kHost) on_host.append(row);
     }
-    return cpu::sweep(rule, step.value, on_host);
+    return cpu::sweep(rule, step.value, StoreUpdate(), on_host);
   }
 #endif
-  cpu::sweep(rule, step.value, table);
+  cpu::sweep(rule, step.value, StoreUpdate(), table);
 }
 
 }  // namespace emopt

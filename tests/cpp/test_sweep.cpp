@@ -32,8 +32,8 @@ void check(emopt::cpu::SweepFunction<emopt::Adam> sweep, std::mt19937_64& random
   const int64_t cut = static_cast<int64_t>(random() % static_cast<uint64_t>(table.numel));
   const auto at = [&](int64_t element) { return place_of(table, element, emopt::cpu::kTile); };
   const emopt::cpu::Steps<emopt::Adam> steps(rule, 3);
-  sweep(steps, table, at(0), at(cut));
-  sweep(steps, table, at(cut), at(table.numel));
+  sweep(steps, {}, table, at(0), at(cut));
+  sweep(steps, {}, table, at(cut), at(table.numel));
   for (size_t r = 0; r < rows.size(); ++r) {
     for (size_t k = 0; k < 4; ++k) CHECK(rows[r][k].bytes == expected[r][k].bytes);
   }
@@ -44,10 +44,13 @@ void check(emopt::cpu::SweepFunction<emopt::Adam> sweep, std::mt19937_64& random
 int main() {
   for (const emopt::cpu::Isa isa : emopt::cpu::supported_isas()) {
     std::printf("%s\n", emopt::cpu::name(isa));
-    emopt::cpu::SweepFunction<emopt::Adam> sweep = emopt::cpu::baseline::sweep<emopt::Adam>;
+    emopt::cpu::SweepFunction<emopt::Adam> sweep =
+        emopt::cpu::baseline::sweep<emopt::Adam, emopt::StoreUpdate>;
 #if EMOPT_X86_UNITS
-    if (isa == emopt::cpu::Isa::kAVX2) sweep = emopt::cpu::avx2::sweep<emopt::Adam>;
-    if (isa == emopt::cpu::Isa::kAVX512) sweep = emopt::cpu::avx512::sweep<emopt::Adam>;
+    if (isa == emopt::cpu::Isa::kAVX2)
+      sweep = emopt::cpu::avx2::sweep<emopt::Adam, emopt::StoreUpdate>;
+    if (isa == emopt::cpu::Isa::kAVX512)
+      sweep = emopt::cpu::avx512::sweep<emopt::Adam, emopt::StoreUpdate>;
 #endif
     std::mt19937_64 random(0);
     for (int round = 0; round < 200; ++round) check(sweep, random);

@@ -54,27 +54,35 @@ void store_tile(DType dtype, void* to, int64_t offset, const Real* from, int64_t
   }
 }
 
-// The one loop that computes. `operands` are in the order of a row; the update may be the gradient.
-template <class Real, class Step, std::size_t... kState>
-void apply_rule(const Step& shared_step, StoreUpdate<Real> epilogue, Real* const* operands,
-                int64_t n, std::index_sequence<kState...>) {
-  const Step step = shared_step;  // a copy cannot alias what the loop writes
+// The one loop that computes. `operands` are in the order of a row; the first one may be another's
+// memory, too: an update that is the gradient, a parameter that is its own weight.
+template <class Real, class Epilogue, class Step, class After, std::size_t... kState,
+          std::size_t... kOwn>
+void apply_rule(const Step& shared_step, const After& shared_after, Real* const* operands,
+                int64_t n, std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
+  const Step step = shared_step;  // copies cannot alias what the loop writes
+  const After epilogue = shared_after;
   Real* const update = operands[kUpdate];
   const Real* const grad = operands[kGrad];
   Real* const states[] = {operands[kFirstState + kState]...};
+  [[maybe_unused]] Real* const owns[] = {operands[kFirstState + sizeof...(kState) + kOwn]...,
+                                         nullptr};
   EMOPT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     Real state[] = {states[kState][i]...};
-    update[i] = epilogue(step(grad[i], state[kState]...));
+    [[maybe_unused]] Real own[] = {owns[kOwn][i]..., Real(0)};
+    const Real result = step(epilogue.before(grad[i], own[kOwn]...), state[kState]...);
+    update[i] = epilogue.after(result, own[kOwn]...);
     ((states[kState][i] = state[kState]), ...);
+    if constexpr (Epilogue::kWritesOwn) ((owns[kOwn][i] = own[kOwn]), ...);
   }
 }
 
 // One part of one row. Operands that are stored in the arithmetic type are used where they are;
 // where all are, the whole part is a single tile.
-template <class Real, class Step, int kOperands>
-void sweep_part(const Step& step, DType real, const Row<kOperands>& row, int64_t begin,
-                int64_t end) {
+template <class Real, class Rule, class Epilogue, class Step, int kOperands>
+void sweep_part(const Step& step, const Epilogue& epilogue, DType real, const Row<kOperands>& row,
+                int64_t begin, int64_t end) {
   alignas(64) Real buffer[kOperands][kTile];
   Real* operands[kOperands];
   bool is_staged[kOperands];
@@ -84,42 +92,47 @@ void sweep_part(const Step& step, DType real, const Row<kOperands>& row, int64_t
     any_staged |= is_staged[k];
     operands[k] = buffer[k];
   }
-  const StoreUpdate<Real> epilogue{static_cast<Real>(row.scale)};
+  const typename Epilogue::template At<Real> after(epilogue, row.scale);
   const int64_t tile = any_staged ? kTile : end - begin;
   for (int64_t offset = begin; offset < end; offset += tile) {
     const int64_t n = end - offset < tile ? end - offset : tile;
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k]) {
         operands[k] = static_cast<Real*>(row.data[k]) + offset;
-      } else if (k != kUpdate) {
+      } else if (is_read(k)) {
         load_tile<Real>(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
     }
-    apply_rule(step, epilogue, operands, n, std::make_index_sequence<kOperands - kFirstState>());
+    apply_rule<Real, Epilogue>(step, after, operands, n,
+                               std::make_index_sequence<kNumStates<Rule>>(),
+                               std::make_index_sequence<Epilogue::kOperands>());
     for (int k = 0; k < kOperands; ++k) {
-      if (is_staged[k] && k != kGrad) {
+      if (is_staged[k] && is_written<Rule, Epilogue>(k)) {
         store_tile<Real>(row.dtype[k], row.data[k], offset, buffer[k], n);
       }
     }
   }
 }
 
-template <class Rule>
-void sweep(const Steps<Rule>& steps, const Table<kNumOperands<Rule>>& table, Place begin,
-           Place end) {
-  for_each_part(table, begin, end,
-                [&](const Row<kNumOperands<Rule>>& row, int64_t from, int64_t to) {
-                  if (row.compute == DType::kFloat64) {
-                    sweep_part<double>(steps.float64, DType::kFloat64, row, from, to);
-                  } else {
-                    sweep_part<float>(steps.float32, DType::kFloat32, row, from, to);
-                  }
-                });
+template <class Rule, class Epilogue>
+void sweep(const Steps<Rule>& steps, const Epilogue& epilogue,
+           const Table<kNumOperands<Rule, Epilogue>>& table, Place begin, Place end) {
+  using RowOf = Row<kNumOperands<Rule, Epilogue>>;
+  for_each_part(table, begin, end, [&](const RowOf& row, int64_t from, int64_t to) {
+    if (row.compute == DType::kFloat64) {
+      sweep_part<double, Rule>(steps.float64, epilogue, DType::kFloat64, row, from, to);
+    } else {
+      sweep_part<float, Rule>(steps.float32, epilogue, DType::kFloat32, row, from, to);
+    }
+  });
 }
 
-#define EMOPT_INSTANTIATE(Rule) \
-  template void sweep<Rule>(const Steps<Rule>&, const Table<kNumOperands<Rule>>&, Place, Place);
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                             \
+  template void sweep<Rule, Epilogue>(const Steps<Rule>&, const Epilogue&, \
+                                      const Table<kNumOperands<Rule, Epilogue>>&, Place, Place);
+#define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE
+#undef EMOPT_INSTANTIATE_WITH
 
 }  // namespace emopt::cpu::EMOPT_UNIT

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "../../rules/all.h"
-#include "../epilogue.h"
 #include "../operands.h"
 #include "isa.h"
 
@@ -29,17 +28,18 @@ struct Steps {
   Steps(const Rule& rule, double step) : float32(rule, step), float64(rule, step) {}
 };
 
-template <class Rule>
-using SweepFunction = void (*)(const Steps<Rule>&, const Table<kNumOperands<Rule>>&, Place, Place);
+template <class Rule, class Epilogue = StoreUpdate>
+using SweepFunction = void (*)(const Steps<Rule>&, const Epilogue&,
+                               const Table<kNumOperands<Rule, Epilogue>>&, Place, Place);
 
 }  // namespace emopt::cpu
 
 // Sweeps the rule over the rows between two places of a table, on the calling thread.
-#define EMOPT_DECLARE_UNIT(unit)                                                            \
-  namespace emopt::cpu::unit {                                                              \
-  template <class Rule>                                                                     \
-  void sweep(const Steps<Rule>& steps, const Table<kNumOperands<Rule>>& table, Place begin, \
-             Place end);                                                                    \
+#define EMOPT_DECLARE_UNIT(unit)                                                        \
+  namespace emopt::cpu::unit {                                                          \
+  template <class Rule, class Epilogue>                                                 \
+  void sweep(const Steps<Rule>& steps, const Epilogue& epilogue,                        \
+             const Table<kNumOperands<Rule, Epilogue>>& table, Place begin, Place end); \
   }
 
 EMOPT_DECLARE_UNIT(baseline)

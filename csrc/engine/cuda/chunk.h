@@ -55,7 +55,7 @@ EMOPT_FN void apply(const Step& step, Epilogue epilogue, Real (&values)[kOperand
                     std::index_sequence<kState...>) {
   EMOPT_UNROLL
   for (uint32_t i = 0; i < kCount; ++i) {
-    values[kUpdate][i] = epilogue(step(values[kGrad][i], values[kFirstState + kState][i]...));
+    values[kUpdate][i] = epilogue.after(step(values[kGrad][i], values[kFirstState + kState][i]...));
   }
 }
 
@@ -186,7 +186,7 @@ EMOPT_FN void sweep_body(const Step& step, Epilogue epilogue, const DType* dtype
 // ---- a block ------------------------------------------------------------------------------------
 
 // `thread` and the `kLanes - 1` threads after it.
-template <template <class> class Epilogue, int kLanes, class Launch>
+template <class Epilogue, int kLanes, class Launch>
 EMOPT_FN void sweep_chunk(const Launch& launch, const typename Launch::Step& step, uint32_t block,
                           uint32_t thread) {
   using Real = typename Launch::Real;
@@ -198,7 +198,7 @@ EMOPT_FN void sweep_chunk(const Launch& launch, const typename Launch::Step& ste
   const uint32_t peel = launch.peel[row];
   const uint32_t head = peel < length && peel != kNoPhase ? peel : length;
   const uint32_t body = (length - head) / kHeld * kHeld;
-  const Epilogue<Real> epilogue{launch.scale[row]};
+  const typename Epilogue::template At<Real> epilogue(Epilogue(), launch.scale[row]);
   char* data[kOperands];
   EMOPT_UNROLL
   for (int k = 0; k < kOperands; ++k) {

@@ -17,7 +17,7 @@ constexpr int kMinBlocks = sizeof(typename Launch::Real) == 4 ? 3
                            : Launch::kOperands < 5            ? 2
                                                               : 1;
 
-template <template <class> class Epilogue, class Launch>
+template <class Epilogue, class Launch>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<Launch>)
     sweep(const __grid_constant__ Launch launch) {
   using Step = typename Launch::Step;
