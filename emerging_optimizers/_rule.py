@@ -73,12 +73,13 @@ class Rule:
         self.formula = formula
         self._check = check
         parameters = inspect.signature(formula).parameters.values()
-        self._states = [p.name for p in parameters if p.annotation is Tensor][1:]
+        self.states = [p.name for p in parameters if p.annotation is Tensor][1:]
         self._options = [
             _Option.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
+        self.options = [option.name for option in self._options]
         if _fallbacks is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
@@ -98,18 +99,18 @@ class Rule:
 
     def _call(self, *arguments: Any) -> Any:
         """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
-        num_tensors = 1 + len(self._states)
+        num_tensors = 1 + len(self.states)
         out = arguments[-1]
         single, grads = _checks.read_tensors("grad", arguments[0])
         states = []
-        for name, value in zip(self._states, arguments[1:num_tensors], strict=True):
+        for name, value in zip(self.states, arguments[1:num_tensors], strict=True):
             states.append(self._read_beside(grads, single, name, value))
         options, step_tensor = self._read_options(arguments[num_tensors:-1])
         if out is None:
             updates = []
             for position, (grad, state) in enumerate(zip(grads, states[0], strict=True)):
                 _checks.check_storage("grad", grad, position, single)
-                _checks.check_storage(self._states[0], state, position, single)
+                _checks.check_storage(self.states[0], state, position, single)
                 dtype = _PROMOTED[grad.dtype, state.dtype]
                 updates.append(torch.empty_like(state, dtype=dtype, requires_grad=False))
             out = updates[0] if single else updates
@@ -154,7 +155,8 @@ class Rule:
                 options[name] = _checks.read_whole_number(name, value, "a whole number or None")
         return options, step_tensor
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise for hyperparameters out of their domains."""
         for option in self._options:
             value = options[option.name]
             if option.kind == "step":
@@ -169,10 +171,9 @@ class Rule:
 
     def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """Serve as the operator's kernel: all its arguments, in the order of its schema."""
-        num_lists = 2 + len(self._states)
+        num_lists = 2 + len(self.states)
         updates, grads, *states = arguments[:num_lists]
-        names = [option.name for option in self._options]
-        options = dict(zip(names, arguments[num_lists:], strict=True))
+        options = dict(zip(self.options, arguments[num_lists:], strict=True))
         single = native is not None and native.is_single_tensor_call()
         self._apply(updates, grads, states, options, step_tensor, single)
 
@@ -189,10 +190,10 @@ class Rule:
         if step_tensor is not None:
             value = _checks.read_step_tensor(step_tensor)
             options = options | {"step": _checks.read_whole_number("step", value, "an int")}
-        self._check_options(options)
+        self.check_options(options)
         operands = [Operand("grad", grads, False)]
         operands += [
-            Operand(name, state, True) for name, state in zip(self._states, states, strict=True)
+            Operand(name, state, True) for name, state in zip(self.states, states, strict=True)
         ]
         # The update comes last: where the user passed none, it was made to fit the first state.
         operands.append(Operand("out", updates, True))
@@ -209,17 +210,21 @@ class Rule:
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], options: dict[str, Any]
     ) -> None:
+        store(update, self.compute_update(grad, states, options))
+
+    def compute_update(self, grad: Tensor, states: list[Tensor], options: dict[str, Any]) -> Tensor:
+        """Apply the formula in float32 or float64; return the update as that, a new tensor."""
         is_double = any(tensor.dtype == torch.float64 for tensor in (grad, *states))
         real = torch.float64 if is_double else torch.float32
         widened = [state.to(real) for state in states]
-        result = self.formula(grad.to(real), *widened, **options)
+        update = self.formula(grad.to(real), *widened, **options)
         for state, wide in zip(states, widened, strict=True):
             if wide is not state:
-                _store(state, wide)
-        _store(update, result)
+                store(state, wide)
+        return update
 
 
-def _store(target: Tensor, values: Tensor) -> None:
+def store(target: Tensor, values: Tensor) -> None:
     """Copy, rounding once, where PyTorch goes from float64 to a half type by way of float32."""
     if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
         # Round to odd first: of the two roundings, only the second, to a shorter type, then counts.

@@ -1,13 +1,22 @@
-"""Element-wise ("scalar") optimizers: their update functions over tensors and lists of tensors."""
+"""Element-wise ("scalar") optimizers: update functions over tensors and lists, and optimizers."""
 
-from .adam import calculate_adam_update
-from .ademamix import calculate_ademamix_update
-from .laprop import calculate_laprop_update
-from .lion import calculate_lion_update
-from .signum import calculate_signum_update
-from .sim_ademamix import calculate_sim_ademamix_update
+from .._optimizer import ScalarOptimizer
+from .adam import Adam, AdamW, calculate_adam_update
+from .ademamix import AdEMAMix, calculate_ademamix_update
+from .laprop import LaProp, calculate_laprop_update
+from .lion import Lion, calculate_lion_update
+from .signum import Signum, calculate_signum_update
+from .sim_ademamix import SimplifiedAdEMAMix, calculate_sim_ademamix_update
 
 __all__ = [
+    "AdEMAMix",
+    "Adam",
+    "AdamW",
+    "LaProp",
+    "Lion",
+    "ScalarOptimizer",
+    "Signum",
+    "SimplifiedAdEMAMix",
     "calculate_adam_update",
     "calculate_ademamix_update",
     "calculate_laprop_update",

@@ -1,10 +1,14 @@
 """Adam, with or without Nesterov momentum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
 
@@ -107,3 +111,184 @@ def calculate_adam_update(
         workshop 2016.
     """
     return _enter(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps, out)
+
+
+class Adam(ScalarOptimizer):
+    r"""Adam, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_adam_update`. Takes the arguments of
+    :class:`torch.optim.Adam`, in their positions, and its state dicts.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        amsgrad: Refused.
+        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
+        nesterov: Look one step ahead, as NAdam does (without its momentum schedule).
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        decoupled_weight_decay: True is another way to say ``weight_decay_method="decoupled"``.
+        foreach: Accepted and ignored; cannot be combined with ``fused=True``.
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range, or `amsgrad`.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import Adam
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Adam([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization",
+        https://arxiv.org/abs/1412.6980.
+    """
+
+    _rule = _RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        correct_bias: bool = True,
+        nesterov: bool = False,
+        weight_decay_method: str = "l2",
+        decoupled_weight_decay: bool = False,
+        foreach: bool | None = None,
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        _refuse_amsgrad(amsgrad)
+        if decoupled_weight_decay:
+            if weight_decay_method not in ("l2", "decoupled"):
+                raise ValueError(
+                    "decoupled_weight_decay=True cannot be combined with"
+                    f" weight_decay_method={weight_decay_method!r}"
+                )
+            weight_decay_method = "decoupled"
+        if foreach and options.get("fused"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "correct_bias": correct_bias,
+            "nesterov": nesterov,
+            "foreach": foreach,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "betas": tuple(map(float, group["betas"])),
+            "correct_bias": group["correct_bias"],
+            "use_nesterov": group["nesterov"],
+            "eps": group["eps"],
+        }
+
+    def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
+        # A torch.optim.AdamW is an Adam with this key.
+        _refuse_amsgrad(saved.get("amsgrad", False))
+        if saved.get("decoupled_weight_decay") and "weight_decay_method" not in saved:
+            return {**saved, "weight_decay_method": "decoupled"}
+        return saved
+
+
+def _refuse_amsgrad(amsgrad: bool) -> None:
+    if amsgrad:
+        raise ValueError(
+            "amsgrad=True is not supported; torch.optim.Adam and torch.optim.AdamW have it"
+        )
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p &\leftarrow p - \gamma \lambda p \\
+        p &\leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_adam_update`. Takes the arguments of
+    :class:`torch.optim.AdamW`, in their positions, and its state dicts.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        amsgrad: Refused.
+        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
+        nesterov: Look one step ahead, as NAdam does (without its momentum schedule).
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        foreach: Accepted and ignored; cannot be combined with ``fused=True``.
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range, or `amsgrad`.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import AdamW
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+        https://arxiv.org/abs/1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        correct_bias: bool = True,
+        nesterov: bool = False,
+        weight_decay_method: str = "decoupled",
+        foreach: bool | None = None,
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            correct_bias=correct_bias,
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            foreach=foreach,
+            **options,
+        )

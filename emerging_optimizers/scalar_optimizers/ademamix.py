@@ -1,10 +1,14 @@
 """AdEMAMix: Adam with a second, slower average of the gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step, WarmupSteps
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction, check_half_life, half_life_warmup, linear_warmup
 
@@ -133,3 +137,90 @@ def calculate_ademamix_update(
         alpha,
         out,
     )
+
+
+class AdEMAMix(ScalarOptimizer):
+    r"""AdEMAMix, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_ademamix_update`.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Decay rates of the fast average, of the second moment and of the slow average, each
+            in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        alpha: Weight of the slow average, at the end of its warm-up.
+        num_beta_slow_warmup_steps: Steps until the slow beta has its final value; None: from the
+            start.
+        num_alpha_warmup_steps: Steps until `alpha` is reached; None: from the start.
+        correct_bias: Divide the fast average and the second moment by what a constant 1 would have
+            brought them to by now.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import AdEMAMix
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = AdEMAMix([weight], lr=0.1, alpha=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
+        https://arxiv.org/abs/2409.03137.
+    """
+
+    _rule = _RULE
+    _num_betas = 3
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        alpha: float = 5.0,
+        num_beta_slow_warmup_steps: int | None = None,
+        num_alpha_warmup_steps: int | None = None,
+        correct_bias: bool = True,
+        weight_decay_method: str = "decoupled",
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "alpha": alpha,
+            "num_beta_slow_warmup_steps": num_beta_slow_warmup_steps,
+            "num_alpha_warmup_steps": num_alpha_warmup_steps,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "num_beta_slow_warmup_steps": group["num_beta_slow_warmup_steps"],
+            "num_alpha_warmup_steps": group["num_alpha_warmup_steps"],
+            "betas": tuple(map(float, group["betas"])),
+            "eps": group["eps"],
+            "correct_bias": group["correct_bias"],
+            "alpha": group["alpha"],
+        }

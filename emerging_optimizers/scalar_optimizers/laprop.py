@@ -1,12 +1,19 @@
 """LaProp: Adam with the gradient normalised before it is averaged."""
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
+
+_logger = logging.getLogger(__name__)
 
 
 def _laprop(
@@ -93,3 +100,85 @@ def calculate_laprop_update(
         https://arxiv.org/abs/2002.04839.
     """
     return _enter(grad, exp_avg, exp_avg_sq, correct_bias, betas, step, eps, out)
+
+
+class LaProp(ScalarOptimizer):
+    r"""LaProp, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_laprop_update`.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Decay rates of the averages of the normalised gradient and of the squared gradient,
+            each in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
+        frob_normalize: After the step, scale each parameter to the Frobenius norm that it had
+            before. Leaves nothing of weight decay but a smaller step; together, an error is logged.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import LaProp
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = LaProp([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Ziyin, Wang and Ueda, "LaProp: Separating Momentum and Adaptivity in Adam",
+        https://arxiv.org/abs/2002.04839.
+    """
+
+    _rule = _RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        frob_normalize: bool = False,
+        weight_decay_method: str = "decoupled",
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        if frob_normalize and weight_decay != 0.0:
+            _logger.error(
+                "LaProp with frob_normalize=True restores the norm that weight_decay=%g shrinks;"
+                " use weight_decay=0",
+                weight_decay,
+            )
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "correct_bias": correct_bias,
+            "frob_normalize": frob_normalize,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "correct_bias": group["correct_bias"],
+            "betas": tuple(map(float, group["betas"])),
+            "eps": group["eps"],
+        }

@@ -1,10 +1,14 @@
 """Lion: the sign of an interpolated momentum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 
 
@@ -78,3 +82,65 @@ def calculate_lion_update(
     if momentum_beta2 is None:
         momentum_beta2 = momentum_beta
     return _enter(grad, exp_avg, momentum_beta, momentum_beta2, out)
+
+
+class Lion(ScalarOptimizer):
+    r"""Lion, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_lion_update`.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Weight of the momentum in the update, and decay rate of the momentum, each in [0, 1).
+        weight_decay: Strength of the weight decay.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import Lion
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Lion([weight], lr=0.1, weight_decay=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Chen et al., "Symbolic Discovery of Optimization Algorithms",
+        https://arxiv.org/abs/2302.06675.
+    """
+
+    _rule = _RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = map(float, group["betas"])
+        return {"momentum_beta": beta1, "momentum_beta2": beta2}

@@ -1,10 +1,14 @@
 """Signum: the sign of the momentum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta, Step
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
 
@@ -102,3 +106,90 @@ def calculate_signum_update(
     return _enter(
         grad, exp_avg, momentum_beta, correct_bias, use_nesterov, step, use_shape_scaling, out
     )
+
+
+class Signum(ScalarOptimizer):
+    r"""Signum, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_signum_update`.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        momentum: Decay rate of the average of the gradient, in [0, 1).
+        weight_decay: Strength of the weight decay.
+        correct_bias: Divide by what a constant 1 would have brought the average to by now.
+        nesterov: Look one step ahead.
+        use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; needs 2-D
+            parameters.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import Signum
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Signum([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems",
+        https://arxiv.org/abs/1802.04434; the scaling by shape: https://arxiv.org/abs/2506.07254.
+    """
+
+    _rule = _RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        nesterov: bool = False,
+        use_shape_scaling: bool = False,
+        weight_decay_method: str = "decoupled",
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "correct_bias": correct_bias,
+            "nesterov": nesterov,
+            "use_shape_scaling": use_shape_scaling,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "momentum_beta": group["momentum"],
+            "correct_bias": group["correct_bias"],
+            "use_nesterov": group["nesterov"],
+            "use_shape_scaling": False,  # see _update_scale
+        }
+
+    def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
+        super()._check_param(group, param)
+        if group["use_shape_scaling"] and param.dim() != 2:
+            raise ValueError(
+                f"use_shape_scaling needs 2-D parameters; one has shape {tuple(param.shape)}"
+            )
+
+    def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
+        # By the parameter's own shape: the formula would see a shard's, or a complex one's parts.
+        return 2 / (param.shape[0] + param.shape[1]) if group["use_shape_scaling"] else 1.0

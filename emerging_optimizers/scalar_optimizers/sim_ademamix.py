@@ -1,10 +1,14 @@
 """Simplified AdEMAMix: one momentum buffer, mixed with the gradient itself."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step, WarmupSteps
+from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction, check_half_life, half_life_warmup
 
@@ -131,3 +135,90 @@ def calculate_sim_ademamix_update(
         alpha,
         out,
     )
+
+
+class SimplifiedAdEMAMix(ScalarOptimizer):
+    r"""Simplified AdEMAMix, as a ``torch.optim`` optimizer.
+
+    .. math::
+        p \leftarrow p - \gamma u
+
+    with :math:`u` as in :func:`calculate_sim_ademamix_update`.
+
+    Args:
+        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
+        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
+            parameters keep every bit.
+        betas: Decay rates of the momentum and of the second moment, each in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        correct_bias: Divide momentum and second moment by what a constant 1 would have brought them
+            to by now.
+        num_beta_fast_warmup_steps: Steps until the fast beta has its final value; None: from the
+            start.
+        min_beta_fast: The fast beta at the start of its warm-up, in [0, 1).
+        alpha: Weight of the gradient beside the momentum.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
+            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
+            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+
+    Raises:
+        ValueError: A hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers import SimplifiedAdEMAMix
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = SimplifiedAdEMAMix([weight], lr=0.1, alpha=0.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([ 0.9000, -1.9000])
+
+    Reference:
+        Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
+        https://arxiv.org/abs/2409.03137; Morwani, Vyas, Zhang and Kakade, "Connections between
+        Schedule-Free Optimizers, AdEMAMix, and Accelerated SGD Variants",
+        https://arxiv.org/abs/2502.02431.
+    """
+
+    _rule = _RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9999, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        num_beta_fast_warmup_steps: int | None = None,
+        min_beta_fast: float = 0.9,
+        alpha: float = 2.0,
+        weight_decay_method: str = "decoupled",
+        **options: Unpack[SharedOptions],
+    ) -> None:
+        hyperparameters = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "correct_bias": correct_bias,
+            "num_beta_fast_warmup_steps": num_beta_fast_warmup_steps,
+            "min_beta_fast": min_beta_fast,
+            "alpha": alpha,
+        }
+        super().__init__(params, hyperparameters, options)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "num_beta_fast_warmup_steps": group["num_beta_fast_warmup_steps"],
+            "min_beta_fast": group["min_beta_fast"],
+            "betas": tuple(map(float, group["betas"])),
+            "eps": group["eps"],
+            "correct_bias": group["correct_bias"],
+            "alpha": group["alpha"],
+        }

@@ -1,0 +1,565 @@
+"""What the optimizers share: everything but the rule, its hyperparameters and its documentation."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypedDict, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
+
+from . import _checks
+from ._rounding import (
+    draw_seed,
+    element_indices,
+    random_bits,
+    round_stochastically,
+    rounding_key,
+)
+from ._rule import Rule, store
+
+StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
+
+_HALF = (torch.bfloat16, torch.float16)
+_STATE_DTYPES = (torch.float32, *_HALF)
+_MASTER = "master_param"
+
+
+class SharedOptions(TypedDict, total=False):
+    """The keyword-only options of every optimizer; `ScalarOptimizer` documents them."""
+
+    maximize: bool
+    fused: bool | None
+    capturable: bool
+    state_dtype: StateDtype
+    master_weights: bool
+    stochastic_rounding: bool
+    differentiable: bool
+
+
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "fused": None,
+    "capturable": False,
+    "state_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "differentiable": False,
+}
+
+# How a group is stored and run. A loaded state dict sets hyperparameters, but none of these: it may
+# come from another machine, or from an optimizer that was set up otherwise.
+_KEPT_ON_LOAD = (
+    "fused",
+    "foreach",
+    "capturable",
+    "state_dtype",
+    "master_weights",
+    "stochastic_rounding",
+)
+
+# By what a parameter is multiplied before its update.
+_KEEP: dict[str, Callable[[float, float], float]] = {
+    "decoupled": lambda lr, weight_decay: 1 - lr * weight_decay,
+    "independent": lambda lr, weight_decay: 1 - weight_decay,
+    "palm": lambda lr, weight_decay: 1 - lr * lr * weight_decay,
+    "l2": lambda lr, weight_decay: 1.0,
+}
+
+
+def _is_fraction(value: Any) -> bool:
+    return bool(0.0 <= value < 1.0)
+
+
+def _is_not_negative(value: Any) -> bool:
+    return bool(value >= 0.0)
+
+
+def _is_number(value: Any) -> bool:
+    return not math.isnan(value)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or bool(value >= 0)
+
+
+# The hyperparameters that are single values: what torch.optim's errors call them, and their domain.
+_DOMAINS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("learning rate", _is_not_negative),
+    "eps": ("epsilon value", _is_not_negative),
+    "weight_decay": ("weight_decay value", _is_not_negative),
+    "momentum": ("momentum", _is_fraction),
+    "min_beta_fast": ("min_beta_fast", _is_fraction),
+    "alpha": ("alpha", _is_number),
+    "num_alpha_warmup_steps": ("num_alpha_warmup_steps", _is_count),
+    "num_beta_slow_warmup_steps": ("num_beta_slow_warmup_steps", _is_count),
+    "num_beta_fast_warmup_steps": ("num_beta_fast_warmup_steps", _is_count),
+}
+
+
+class StepArguments(NamedTuple):
+    """What one call of ``step`` passes to every group's step.
+
+    Args:
+        grad_multiplier: Every gradient is multiplied by it.
+        grad_scale: Every gradient is divided by it; from a ``GradScaler``.
+        found_inf: Nothing is to change where it is not 0; from a ``GradScaler``.
+        seed: 64 random bits; 0 where no group rounds stochastically.
+    """
+
+    grad_multiplier: float | Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    seed: int
+
+
+class _Saved:
+    """A loaded state tensor, hidden from torch, which would cast it to its parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class ScalarOptimizer(torch.optim.Optimizer):
+    r"""Base of the optimizers whose update is computed element by element.
+
+    With :math:`\gamma` as `lr` and :math:`\lambda` as `weight_decay`, the methods of weight decay
+    are
+
+    - "decoupled": :math:`p \leftarrow p - \gamma \lambda p`,
+    - "independent": :math:`p \leftarrow p - \lambda p`,
+    - "palm": :math:`p \leftarrow p - \gamma^2 \lambda p`, all before the update, and
+    - "l2": :math:`g \leftarrow g + \lambda p`, without a change of ``p.grad``.
+
+    The options below are keyword arguments of all the optimizers; each parameter group may set them
+    for itself. Arithmetic is float32, or float64 where a parameter, its gradient or one of its
+    states is. Each result is rounded once.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
+            optimizer.
+        hyperparameters: The defaults of a group's own keys: ``lr``, ``weight_decay``,
+            ``weight_decay_method`` and what the rule needs.
+        maximize: Go up instead of down.
+        fused: None: one native call for a group, where there is one for its parameters, else a loop
+            of plain PyTorch operations. False: the loop. True: the native call, or an error.
+        capturable: Keep the step counters on the parameters' devices, for CUDA graphs.
+        state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
+            dict of them by state key. None: that of the parameter, or of the loaded state.
+        master_weights: Keep a float32 copy of each bfloat16 or float16 parameter in its state, as
+            ``master_param``. It is updated, and the parameter is its rounding. It starts as the
+            parameter's value at its first step; what else is written to that later is lost.
+        stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random, so
+            that their mean is right. The bits depend on a seed that each step draws from PyTorch's
+            default CPU generator, the step number, the parameter's position in the optimizer and
+            the element's index, and on nothing else: replicas need generators of one state.
+        differentiable: Refused.
+    """
+
+    _rule: ClassVar[Rule]
+    _num_betas: ClassVar[int] = 2
+
+    # torch.amp.GradScaler then leaves it to `step` to unscale and to skip.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
+    ) -> None:
+        for name in options:
+            if name not in _SHARED_DEFAULTS:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
+                )
+        defaults = {**hyperparameters, **_SHARED_DEFAULTS, **options}
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    # ---- what a rule adds ------------------------------------------------------------------------
+
+    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the rule's formula, but for the tensors and ``step``."""
+        raise NotImplementedError
+
+    def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
+        """Return by what the update of this parameter is multiplied, beside the learning rate."""
+        return 1.0
+
+    def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
+        """Raise for a parameter that cannot be updated, or not with its gradient."""
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if grad.shape != param.shape:
+            # Only by way of `param.data`: autograd checks what is assigned to `.grad`.
+            raise RuntimeError(
+                f"a parameter has shape {tuple(param.shape)} but its gradient has shape"
+                f" {tuple(grad.shape)}"
+            )
+        if not param.is_floating_point() and not param.is_complex():
+            raise TypeError(f"a parameter has dtype {param.dtype}, which cannot be optimized")
+
+    # ---- groups ----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, whose missing keys take the defaults."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        for key, (name, is_in_domain) in _DOMAINS.items():
+            if key in group and not is_in_domain(group[key]):
+                raise ValueError(f"Invalid {name}: {group[key]}")
+        if "betas" in group:
+            betas = _checks.read_numbers("betas", group["betas"], self._num_betas)
+            for i, beta in enumerate(betas):
+                if not _is_fraction(beta):
+                    raise ValueError(f"Invalid beta at index {i}: {beta}")
+        if group["weight_decay_method"] not in _KEEP:
+            raise ValueError(
+                f"Invalid weight_decay_method: {group['weight_decay_method']!r}; expected one of"
+                f" {', '.join(map(repr, _KEEP))}"
+            )
+        self._check_options(group)
+        self._rule.check_options({**self._hyperparameters(group), "step": 1})
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        if group["differentiable"]:
+            raise ValueError(
+                f"{type(self).__name__} does not support differentiable=True: its step records no"
+                " autograd graph; torch.optim has optimizers that do"
+            )
+        if group["master_weights"] and group["stochastic_rounding"]:
+            raise ValueError(
+                "master_weights and stochastic_rounding cannot be combined: a parameter with a"
+                " float32 master loses nothing to rounding"
+            )
+        option = group["state_dtype"]
+        by_key = option if isinstance(option, Mapping) else dict.fromkeys(self._rule.states, option)
+        for key, dtype in by_key.items():
+            if key not in self._rule.states:
+                raise ValueError(
+                    f"Invalid state_dtype: {type(self).__name__} has no state {key!r}; it has"
+                    f" {', '.join(map(repr, self._rule.states))}"
+                )
+            if dtype is not None and dtype not in _STATE_DTYPES:
+                raise ValueError(
+                    f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
+                    " torch.float16"
+                )
+
+    # ---- states ----------------------------------------------------------------------------------
+
+    def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return a parameter's state, with what is missing from it added."""
+        state: dict[str, Any] = self.state[param]
+        step = state.get("step")
+        if not isinstance(step, Tensor):
+            device = param.device if group["capturable"] else "cpu"
+            state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)
+        for name in self._rule.states:
+            if name not in state:
+                state[name] = torch.zeros_like(
+                    param,
+                    dtype=_configured_dtype(group, name, param),
+                    memory_format=torch.preserve_format,
+                )
+        if _has_master(group, param) and _MASTER not in state:
+            state[_MASTER] = param.detach().to(torch.float32)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, of this optimizer or of one with the same states.
+
+        States take the dtype that `state_dtype` says, or stay as they were saved. Hyperparameters
+        are loaded, and those that are missing take the defaults; what says how a group is stored
+        and run (`fused`, `capturable`, `state_dtype`, `master_weights`, `stochastic_rounding`)
+        stays.
+
+        Args:
+            state_dict: The optimizer's state. Its tensors are not copied where they fit.
+        """
+        # Registered only now, so that it sees what the user's hooks return.
+        hook = self.register_load_state_dict_pre_hook(_before_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved group in this optimizer's terms."""
+        return saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled, copied or loaded; of an older version, too."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, default in {**_SHARED_DEFAULTS, **self.defaults}.items():
+                group.setdefault(key, default)
+            for param in group["params"]:
+                if param in self.state:
+                    _settle_state(group, param, self.state[param])
+        for values in self.state.values():
+            # What belongs to no parameter stays as it was saved.
+            if isinstance(values, dict):
+                values.update({k: v.tensor for k, v in values.items() if isinstance(v, _Saved)})
+
+    # ---- the step --------------------------------------------------------------------------------
+
+    @overload
+    def step(
+        self, closure: None = None, *, grad_multiplier: float | Tensor | None = None
+    ) -> None: ...
+
+    @overload
+    def step(
+        self, closure: Callable[[], float], *, grad_multiplier: float | Tensor | None = None
+    ) -> float: ...
+
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_multiplier: float | Tensor | None = None,
+    ) -> float | None:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: Evaluates the model again, with gradients enabled, and returns the loss.
+            grad_multiplier: A number or a one-element tensor, by which every gradient is multiplied
+                on the way, such as the coefficient of a clipped norm. ``p.grad`` is not modified.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step(1.0 if grad_multiplier is None else grad_multiplier)
+        return loss
+
+    # Under torch.compile, a clean graph break.
+    @_disable_dynamo
+    @torch.no_grad()
+    def _step(self, grad_multiplier: float | Tensor) -> None:
+        if isinstance(grad_multiplier, Tensor) and grad_multiplier.numel() != 1:
+            raise ValueError("Tensor grad_multiplier must be 1-element")
+        draws = any(group["stochastic_rounding"] for group in self.param_groups)
+        arguments = StepArguments(
+            grad_multiplier,
+            # A GradScaler sets these for the duration of the call.
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            draw_seed() if draws else 0,
+        )
+        first_position = 0
+        for group in self.param_groups:
+            if group["fused"] is False or not self._native_step(group, first_position, arguments):
+                if group["fused"]:
+                    raise RuntimeError(
+                        f"fused=True, but {type(self).__name__} has no native step for these"
+                        " parameters; fused=None takes one where there is one"
+                    )
+                self._plain_step(group, first_position, arguments)
+            first_position += len(group["params"])
+
+    def _native_step(
+        self, group: dict[str, Any], first_position: int, arguments: StepArguments
+    ) -> bool:
+        """Step a group in one native call; return False, having done nothing, where there is none.
+
+        Args:
+            group: The parameter group.
+            first_position: The number of its first parameter in the optimizer.
+            arguments: What the call of ``step`` passes.
+        """
+        return False
+
+    def _plain_step(
+        self, group: dict[str, Any], first_position: int, arguments: StepArguments
+    ) -> None:
+        params = [
+            (position, param)
+            for position, param in enumerate(group["params"], first_position)
+            if param.grad is not None
+        ]
+        for _, param in params:
+            self._check_param(group, param)
+        if arguments.found_inf is not None:
+            for _, param in params:
+                # As with the native step, which does not read `found_inf` on the host, so that the
+                # counters of CUDA parameters can only advance on their device.
+                state = self._init_state(group, param)
+                if param.device.type == "cuda":
+                    state["step"] = state["step"].to(param.device)
+        # Numbers on a device are read here, those of the counters included: this is the loop for
+        # devices without kernels, and it cannot be captured in a CUDA graph.
+        if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
+            return
+        factor = float(arguments.grad_multiplier)
+        if arguments.grad_scale is not None:
+            factor /= float(arguments.grad_scale)
+        if group["maximize"]:
+            factor = -factor
+        lr = float(group["lr"])
+        for position, param in params:
+            self._plain_update(group, param, lr, factor, position, arguments.seed)
+
+    def _plain_update(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        lr: float,
+        factor: float,
+        position: int,
+        seed: int,
+    ) -> None:
+        weight_decay, method = float(group["weight_decay"]), group["weight_decay_method"]
+        state = self._init_state(group, param)
+        state["step"] += 1
+        step = int(state["step"])
+        target = state[_MASTER] if _has_master(group, param) else param
+        values = _as_local(target)
+        states = [_as_local(state[name]) for name in self._rule.states]
+        assert param.grad is not None
+        grad = _as_local(_placed_like(param.grad, param))
+
+        is_double = torch.float64 in (grad.dtype, values.dtype, *(s.dtype for s in states))
+        real = torch.float64 if is_double else torch.float32
+        grad = grad.to(real)
+        weights = values.to(real)
+        if factor != 1.0:
+            grad = grad * factor
+        if method == "l2" and weight_decay != 0.0:
+            grad = grad + weights * weight_decay
+        options = {**self._hyperparameters(group), "step": step}
+        if "step" not in self._rule.options:
+            del options["step"]
+        update = self._rule.compute_update(grad, states, options)
+        if lr == 0.0:
+            return  # not even 0 times a NaN reaches the parameter
+
+        norm = _norm(weights, target) if group.get("frob_normalize", False) else None
+        keep = _KEEP[method](lr, weight_decay)
+        if keep != 1.0:
+            weights.mul_(keep)
+        scale = self._update_scale(group, param)
+        if scale != 1.0:
+            update.mul_(scale)
+        weights.sub_(update.mul_(lr))
+        if norm is not None:
+            new_norm = _norm(weights, target)
+            weights.mul_(torch.where(new_norm > 0, norm / new_norm, 1.0).to(weights.dtype))
+
+        if weights is not values:
+            if group["stochastic_rounding"] and values.dtype in _HALF:
+                bits = random_bits(rounding_key(seed, position, step), element_indices(values))
+                values.copy_(round_stochastically(weights.float(), values.dtype, bits))
+            else:
+                store(values, weights)
+        if target is not param:
+            _as_local(param).copy_(values)
+
+
+def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Change what is to be loaded before torch sees it; a hook."""
+    assert isinstance(optimizer, ScalarOptimizer)
+    groups = state_dict["param_groups"]
+    if len(groups) == len(optimizer.param_groups):  # if not, torch says so
+        groups = [
+            {**optimizer._translate_group(saved), **{k: own[k] for k in _KEPT_ON_LOAD if k in own}}
+            for saved, own in zip(groups, optimizer.param_groups, strict=True)
+        ]
+    state = {
+        key: {k: _Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for key, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+# ---- one parameter -------------------------------------------------------------------------------
+
+
+def _configured_dtype(group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
+    """Return the dtype that an option says for a state, if one does."""
+    option = group["state_dtype"]
+    if param.is_complex():
+        return None
+    dtype: torch.dtype | None = option.get(name) if isinstance(option, Mapping) else option
+    return dtype
+
+
+def _has_master(group: dict[str, Any], param: Tensor) -> bool:
+    return bool(group["master_weights"]) and param.dtype in _HALF
+
+
+def _settle_state(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+    """Give what was loaded the device and the dtype that it has in this optimizer."""
+    if "step" in state:
+        step = state["step"]
+        if isinstance(step, _Saved):
+            step = step.tensor
+        elif not isinstance(step, Tensor):
+            step = torch.tensor(float(step), device="cpu")
+        # A counter on its parameter's device may stay there, where that is counted without a read.
+        on_device = group["capturable"] or step.device == param.device
+        state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
+    for name, value in state.items():
+        if isinstance(value, _Saved):
+            dtype = torch.float32 if name == _MASTER else _configured_dtype(group, name, param)
+            state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
+    if not _has_master(group, param):
+        state.pop(_MASTER, None)  # it would go stale
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Imported only where someone else did: it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _as_local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, as real numbers."""
+    if _is_dtensor(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if tensor.is_complex():
+        # A gradient can be a view with its conjugation still to be done.
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor
+
+
+def _placed_like(grad: Any, param: Any) -> Any:
+    """Redistribute a DTensor's gradient to the parameter's mesh and placements."""
+    if not _is_dtensor(param):
+        return grad
+    if grad.device_mesh != param.device_mesh:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = param.device_mesh
+        whole = grad.full_tensor()
+        grad = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return grad
+
+
+def _norm(local: Tensor, like: Any) -> Any:
+    """Return the Frobenius norm in float64; over all processes where `like` is a DTensor."""
+    squares = torch.linalg.vector_norm(local, dtype=torch.float64).square()
+    if _is_dtensor(like):
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        # Each dimension of the mesh that shards the tensor has parts of the sum.
+        placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]
+        squares = DTensor.from_local(
+            squares, like.device_mesh, placements, run_check=False
+        ).full_tensor()
+    return squares.sqrt()

@@ -1,0 +1,104 @@
+"""Stochastic rounding of parameters, in plain PyTorch integer operations."""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+_GOLDEN32 = 0x9E3779B9
+_GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+def draw_seed() -> int:
+    """Draw the 64 bits of one optimizer step from PyTorch's default CPU generator."""
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")) & _MASK64
+
+
+def rounding_key(seed: int, position: int, step: int) -> int:
+    """Mix what a parameter's random bits depend on, beside the element's index, into 64 bits.
+
+    With ``mix`` as in SplitMix64, modulo 2**64::
+
+        mix(x):  x += 0x9E3779B97F4A7C15
+                 x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+                 x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+                 return x ^ (x >> 31)
+        key    = mix(mix(mix(seed) ^ position) ^ step)
+
+    Args:
+        seed: The optimizer step's 64 bits.
+        position: The parameter's number in the optimizer, from 0, over all groups.
+        step: The parameter's step number, from 1.
+    """
+
+    def mix(x: int) -> int:
+        x = (x + _GOLDEN64) & _MASK64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+        return x ^ (x >> 31)
+
+    return mix(mix(mix(seed) ^ position) ^ step)
+
+
+def random_bits(key: int, index: Tensor) -> Tensor:
+    """Return 32 random bits for each element index, as int64 numbers.
+
+    Modulo 2**32, with ``low`` and ``high`` the halves of a 64-bit number::
+
+        hash(x):  x = (x ^ (x >> 16)) * 0x7FEB352D
+                  x = (x ^ (x >> 15)) * 0x846CA68B
+                  return x ^ (x >> 16)
+        bits    = hash(hash(low(index) ^ low(key)) ^ (high(key) + 0x9E3779B9 * high(index)))
+
+    Args:
+        key: From :func:`rounding_key`.
+        index: The elements' indices, int64.
+    """
+
+    def hashed(x: Tensor) -> Tensor:
+        # A product that wraps around in int64 has the right low half.
+        x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK32)
+        x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_MASK32)
+        return x ^ (x >> 16)
+
+    block = (index >> 32).mul_(_GOLDEN32).add_(key >> 32).bitwise_and_(_MASK32)
+    return hashed(hashed((index & _MASK32) ^ (key & _MASK32)) ^ block)
+
+
+def element_indices(tensor: Tensor) -> Tensor:
+    """Number the elements in the order of their memory.
+
+    That is the offset from the first element where the tensor is dense. Where it is not, the
+    numbers are those of a dense tensor of the same order of dimensions (``empty_like``).
+    """
+    strides = torch.empty_like(tensor, device="meta").stride()
+    numbers = torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device)
+    return numbers.as_strided(tensor.shape, strides)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Round float32 to one of its two neighbours in a half type, so that the mean is right.
+
+    bfloat16 drops the 16 lowest bits of a float32 number, float16 the 13 lowest: the 16 or 13
+    highest random bits are added to the number's bits, as integers, and what is to be dropped is
+    cleared. A carry from the mantissa rightly goes into the exponent. A float16 number below
+    2**-14 is a multiple of 2**-24: the magnitude, in that unit, is rounded up where its fraction
+    exceeds the 24 highest random bits, taken as a fraction, else down. NaN and infinities stay. So
+    do numbers of the half type; hence only one beyond the largest of these can become infinite.
+
+    Args:
+        values: float32.
+        dtype: bfloat16 or float16.
+        bits: 32 random bits for each element, from :func:`random_bits`.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    noise = (bits >> (32 - dropped)).to(torch.int32)
+    sums = values.contiguous().view(torch.int32).add(noise).bitwise_and_(-(1 << dropped))
+    rounded = sums.view(torch.float32)
+    if dtype == torch.float16:
+        units = values.abs().mul_(2.0**24)
+        whole = units.floor()
+        chance = (bits >> 8).float().mul_(2.0**-24)
+        tiny = torch.where(units - whole > chance, whole + 1, whole).mul_(2.0**-24)
+        rounded = torch.where(values.abs() < 2.0**-14, tiny.copysign_(values), rounded)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)
