@@ -10,6 +10,7 @@ try:
         AdEMAMix,
         LaProp,
         Lion,
+        ScalarOptimizer,
         Signum,
         SimplifiedAdEMAMix,
     )
@@ -22,6 +23,7 @@ __all__ = [
     "AdamW",
     "LaProp",
     "Lion",
+    "ScalarOptimizer",
     "Signum",
     "SimplifiedAdEMAMix",
     "__version__",

@@ -1,0 +1,195 @@
+"""The table of optimizers that their tests are crossed with, and their steps in float64."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import RULES, Array, Rule
+from support import assert_equal_bits
+from torch import Tensor
+
+from emerging_optimizers import (
+    Adam,
+    AdamW,
+    AdEMAMix,
+    LaProp,
+    Lion,
+    ScalarOptimizer,
+    Signum,
+    SimplifiedAdEMAMix,
+)
+
+METHODS = ("decoupled", "independent", "l2", "palm")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An optimizer with arguments, and the hyperparameters that its rule's oracle then takes."""
+
+    name: str
+    cls: type[ScalarOptimizer]
+    rule: Rule
+    case: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, params: Any, **arguments: Any) -> ScalarOptimizer:
+        return self.cls(params, **{**self.arguments, **arguments})
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return self.rule.states
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _setup(
+    cls: type[ScalarOptimizer], rule: str, case: Mapping[str, Any], name: str = "", **arguments: Any
+) -> Setup:
+    return Setup(f"{cls.__name__} {name}".strip(), cls, RULES[rule], case, arguments)
+
+
+_ADAM = {"betas": (0.9, 0.999), "correct_bias": True, "use_nesterov": False, "eps": 1e-8}
+_ADEMAMIX = {
+    "betas": (0.9, 0.999, 0.9999),
+    "eps": 1e-8,
+    "correct_bias": True,
+    "alpha": 5.0,
+    "num_beta_slow_warmup_steps": None,
+    "num_alpha_warmup_steps": None,
+}
+_SIM = {
+    "betas": (0.9999, 0.999),
+    "eps": 1e-8,
+    "correct_bias": True,
+    "alpha": 2.0,
+    "num_beta_fast_warmup_steps": None,
+    "min_beta_fast": 0.9,
+}
+_LAPROP = {"betas": (0.9, 0.999), "correct_bias": True, "eps": 1e-8}
+_SIGNUM = {"momentum_beta": 0.9, "correct_bias": True, "use_nesterov": False}
+_WARM = {"num_beta_slow_warmup_steps": 3, "num_alpha_warmup_steps": 4, "alpha": 2.0}
+_SIM_WARM = {"num_beta_fast_warmup_steps": 3, "min_beta_fast": 0.5, "alpha": 1.0}
+
+# One of each class, with its defaults.
+SETUPS = [
+    _setup(Adam, "adam", _ADAM),
+    _setup(AdamW, "adam", _ADAM),
+    _setup(AdEMAMix, "ademamix", _ADEMAMIX),
+    _setup(LaProp, "laprop", _LAPROP),
+    _setup(Lion, "lion", {"momentum_beta": 0.9, "momentum_beta2": 0.99}),
+    _setup(Signum, "signum", _SIGNUM),
+    _setup(SimplifiedAdEMAMix, "sim_ademamix", _SIM),
+]
+VARIANTS = [
+    _setup(Adam, "adam", _ADAM | {"use_nesterov": True}, "nesterov", nesterov=True),
+    _setup(Adam, "adam", _ADAM | {"correct_bias": False}, "uncorrected", correct_bias=False),
+    _setup(AdEMAMix, "ademamix", _ADEMAMIX | _WARM, "warm-up", **_WARM),
+    _setup(LaProp, "laprop", _LAPROP | {"correct_bias": False}, "uncorrected", correct_bias=False),
+    _setup(Signum, "signum", _SIGNUM | {"use_nesterov": True}, "nesterov", nesterov=True),
+    _setup(
+        Signum,
+        "signum",
+        _SIGNUM | {"use_shape_scaling": True},
+        "shape scaling",
+        use_shape_scaling=True,
+    ),
+    _setup(SimplifiedAdEMAMix, "sim_ademamix", _SIM | _SIM_WARM, "warm-up", **_SIM_WARM),
+]
+every_optimizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
+every_variant = pytest.mark.parametrize("setup", SETUPS + VARIANTS, ids=str)
+
+
+@dataclass
+class Trajectory:
+    """A parameter and its states in float64, which `step` moves as the setup's optimizer should."""
+
+    setup: Setup
+    param: Array
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    method: str = "decoupled"
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.param = self.param.copy()
+        self.states = [np.zeros_like(self.param) for _ in self.setup.states]
+
+    def step(self, grad: Array) -> None:
+        self.count += 1
+        step = {} if self.setup.rule.name == "lion" else {"step": self.count}
+        if self.method == "l2":
+            grad = grad + self.weight_decay * self.param
+        expected = self.setup.rule.oracle(grad, *self.states, **self.setup.case, **step)
+        self.states = [state.value for state in expected.states]
+        lost = {
+            "decoupled": self.lr * self.weight_decay,
+            "independent": self.weight_decay,
+            "palm": self.lr**2 * self.weight_decay,
+            "l2": 0.0,
+        }[self.method]
+        self.param = self.param - lost * self.param - self.lr * expected.update.value
+
+
+def make_params(
+    shapes: Sequence[tuple[int, ...]] = ((3, 4), (5, 2)), dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
+    """Parameters, on the default device, of the same values each time."""
+    return [torch.nn.Parameter(value) for value in _numbers(shapes, seed=1000, dtype=dtype)]
+
+
+def make_grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
+    return _numbers([tuple(p.shape) for p in params], seed=step, dtype=params[0].dtype)
+
+
+def _numbers(shapes: Sequence[tuple[int, ...]], seed: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    device = torch.get_default_device()
+    return [
+        torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(device, dtype)
+        for shape in shapes
+    ]
+
+
+def set_grads(params: Sequence[Tensor], step: int) -> None:
+    for param, grad in zip(params, make_grads(params, step), strict=True):
+        param.grad = grad
+
+
+def run(
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[Tensor],
+    steps: Sequence[int],
+    before_step: Callable[[int], None] | None = None,
+) -> None:
+    """Step with the gradients of these step numbers."""
+    for step in steps:
+        set_grads(params, step)
+        if before_step is not None:
+            before_step(step)
+        optimizer.step()
+
+
+def contents(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of all parameters and states, in order."""
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            values = optimizer.state.get(param, {}).values()
+            tensors = [param, *(v for v in values if isinstance(v, Tensor))]
+            found += [tensor.detach().clone() for tensor in tensors]
+    return found
+
+
+def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], label: str = "") -> None:
+    assert len(got) == len(wanted)
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert_equal_bits(_real(a), _real(b), f"{label} tensor {i}")
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

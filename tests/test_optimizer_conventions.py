@@ -1,0 +1,333 @@
+"""Equivalents of torch's own tests of its optimizers, on entries for ours."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from optimizers import SETUPS, Setup, assert_same, contents, make_params, run
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
+
+pytest.importorskip("expecttest", reason="torch's test utilities need it")
+
+from torch.testing._internal.common_optimizers import (
+    ErrorOptimizerInput,
+    OptimizerErrorEnum,
+    OptimizerInfo,
+    OptimizerInput,
+    get_error_inputs_for_all_optims,
+)
+
+
+def _inputs_of(setup: Setup) -> Any:
+    def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
+        found = [
+            {},
+            {"lr": 0.01},
+            {"lr": torch.tensor(0.001)},
+            {"weight_decay": 0.1},
+            {"weight_decay": 0.1, "maximize": True},
+            {"capturable": True},
+            {"weight_decay": 0.1, "weight_decay_method": "l2"},
+        ]
+        for name in ("nesterov", "frob_normalize"):
+            if name in setup.cls.__init__.__annotations__:
+                found.append({name: True})
+        if "correct_bias" in setup.case:
+            found.append({"correct_bias": False})
+        return [OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)) for kwargs in found]
+
+    return inputs
+
+
+def _error_inputs_of(setup: Setup) -> Any:
+    def inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
+        found: list[ErrorOptimizerInput] = get_error_inputs_for_all_optims(device, dtype)
+        bad = [({"weight_decay": -1}, "Invalid weight_decay value: -1")]
+        if "betas" in setup.cls.__init__.__annotations__:
+            betas = [1.0] + [0.0] * (setup.cls._num_betas - 1)
+            bad.append(({"betas": betas}, "Invalid beta at index 0: 1.0"))
+        for kwargs, message in bad:
+            entry = OptimizerInput(params=None, kwargs=kwargs, desc=message)
+            found.append(ErrorOptimizerInput(entry, error_type=ValueError, error_regex=message))
+        return found
+
+    return inputs
+
+
+OPTIM_DB = [
+    OptimizerInfo(
+        setup.cls,
+        optim_inputs_func=_inputs_of(setup),
+        optim_error_inputs_func=_error_inputs_of(setup),
+        scheduler_inputs=(
+            [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
+            [lambda opt: ExponentialLR(opt, gamma=0.99), lambda opt: ReduceLROnPlateau(opt)],
+            [lambda opt: LinearLR(opt, start_factor=0.4, total_iters=4)],
+        ),
+        supported_impls=("fused",),
+        has_capturable_arg=True,
+        supports_complex=True,
+        supports_fused_on=("cpu", "cuda"),
+    )
+    for setup in SETUPS
+]
+every_info = pytest.mark.parametrize("info", OPTIM_DB, ids=lambda info: info.name)
+
+
+@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
+def fused(request: pytest.FixtureRequest) -> bool | None:
+    return request.param
+
+
+def kwargs_of(info: OptimizerInfo, fused: bool | None) -> Iterator[dict[str, Any]]:
+    for entry in info.optim_inputs_func(device=torch.get_default_device()):
+        yield {**copy.deepcopy(entry.kwargs), "fused": fused}
+
+
+@every_info
+def test_errors(info: OptimizerInfo) -> None:
+    for entry in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
+        assert entry.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+        given = entry.optimizer_error_input
+        params = make_params() if given.params is None else given.params
+        if entry.error_type is UserWarning:
+            with pytest.warns(UserWarning, match=entry.error_regex):
+                info.optim_cls(params, **given.kwargs)
+        else:
+            with pytest.raises(entry.error_type, match=entry.error_regex):
+                info.optim_cls(params, **given.kwargs)
+
+
+@every_info
+@pytest.mark.parametrize("with_scheduler", [False, True])
+def test_goes_in_the_right_direction(
+    info: OptimizerInfo, with_scheduler: bool, fused: bool | None
+) -> None:
+    for schedulers in info.scheduler_inputs if with_scheduler else [[]]:
+        for kwargs in kwargs_of(info, fused):
+            weight, bias = (Parameter(p.detach()) for p in make_params([(10, 5), (10,)]))
+            optimizer = info.optim_cls([weight, bias], **kwargs)
+            losses = _train(optimizer, weight, bias, [make(optimizer) for make in schedulers])
+            went_up = losses[-1] > losses[0]
+            assert went_up == kwargs.get("maximize", False), kwargs
+
+
+def _train(optimizer: Any, weight: Tensor, bias: Tensor, schedulers: list[Any]) -> list[float]:
+    target = make_params([(5,)])[0].detach()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (weight.mv(target) + bias).square().sum()
+        loss.backward()
+        return loss.item()
+
+    losses = []
+    for _ in range(20):
+        losses.append(optimizer.step(closure))
+        for scheduler in schedulers:
+            scheduler.step(*losses[-1:] if isinstance(scheduler, ReduceLROnPlateau) else ())
+    return losses
+
+
+@every_info
+def test_complex_is_two_reals(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params = make_params(dtype=torch.complex64)
+        reals = [Parameter(torch.view_as_real(p.detach()).clone()) for p in params]
+        optimizer = info.optim_cls(params, **copy.deepcopy(kwargs))
+        other = info.optim_cls(reals, **kwargs)
+        for _ in range(3):
+            for tensors, one in ((params, optimizer), (reals, other)):
+                one.zero_grad()
+                loss = torch.stack([_real(t).square().sum() for t in tensors]).sum()
+                loss.backward()
+                one.step()
+        if kwargs.get("frob_normalize"):
+            continue  # the norms are summed in another order
+        assert_same(contents(optimizer), contents(other), str(kwargs))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@every_info
+def test_implementations_match(info: OptimizerInfo) -> None:
+    """Seven steps, one without gradients, and a layer that is frozen."""
+    for kwargs in kwargs_of(info, None):
+        results = []
+        for fused in (False, None):
+            torch.manual_seed(1)
+            model = torch.nn.Sequential(
+                torch.nn.Linear(4, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 1), torch.nn.Sigmoid()
+            )
+            model[2].requires_grad_(False)
+            x = make_params([(5, 4)])[0].detach()
+            options = copy.deepcopy(kwargs) | {"fused": fused}
+            optimizer = info.optim_cls(model.parameters(), **options)
+            for i in range(7):
+                optimizer.zero_grad()
+                loss = model(x).sum()
+                if i != 3:
+                    loss.backward()
+                optimizer.step()
+            results.append(contents(optimizer))
+        torch.testing.assert_close(results[1], results[0], msg=str(kwargs))
+
+
+@every_info
+def test_param_group_options(info: OptimizerInfo, fused: bool | None) -> None:
+    # Each key in a group of its own is the same as in the constructor.
+    for kwargs in kwargs_of(info, fused):
+        params, others = make_params(), make_params()
+        options = {k: v for k, v in kwargs.items() if k != "fused"}
+        optimizer = info.optim_cls([{"params": params, **copy.deepcopy(options)}], fused=fused)
+        other = info.optim_cls(others, **kwargs)
+        run(optimizer, params, [1, 2])
+        run(other, others, [1, 2])
+        assert_same(contents(optimizer), contents(other), str(kwargs))
+
+
+@every_info
+def test_tensor_lr(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        results = []
+        for lr in (0.01, torch.tensor(0.01), torch.tensor([0.01])):
+            params = make_params()
+            optimizer = info.optim_cls(params, **{**copy.deepcopy(kwargs), "lr": lr})
+            scheduler = ExponentialLR(optimizer, 0.5)
+            for step in (1, 2):
+                run(optimizer, params, [step])
+                scheduler.step()
+            assert type(optimizer.param_groups[0]["lr"]) is type(lr)
+            results.append([p.detach() for p in params])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], msg=str(kwargs))
+
+
+@every_info
+def test_no_op_without_grads(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params = make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        before = contents(optimizer)
+        optimizer.step()
+        assert_same(contents(optimizer), before, str(kwargs))
+
+
+@every_info
+def test_grads_are_never_modified(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params = make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        grads: list[Tensor] = []
+
+        def keep(step: int, params: Any = params, grads: list[Tensor] = grads) -> None:
+            grads[:] = [p.grad.clone() for p in params]
+
+        for step in (1, 2):
+            run(optimizer, params, [step], before_step=keep)
+            assert_same([p.grad for p in params if p.grad is not None], grads, str(kwargs))
+
+
+@every_info
+def test_hooks(info: OptimizerInfo, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = info.optim_cls(params, fused=fused)
+    data = [2]
+    handles = [
+        optimizer.register_step_pre_hook(lambda opt, args, kwargs: data.append(1)),
+        optimizer.register_step_post_hook(lambda opt, args, kwargs: data.append(3)),
+        optimizer.register_state_dict_pre_hook(lambda opt: data.append(4)),
+        optimizer.register_state_dict_post_hook(lambda opt, state: data.append(5)),
+        optimizer.register_load_state_dict_pre_hook(lambda opt, state: data.append(6)),
+        optimizer.register_load_state_dict_post_hook(lambda opt: data.append(7)),
+    ]
+    run(optimizer, params, [1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert data == [2, 1, 3, 4, 5, 6, 7]
+    for handle in handles:
+        handle.remove()
+    run(optimizer, params, [2])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(data) == 7
+    # A hook may replace what is loaded.
+    other = info.optim_cls(make_params(), fused=fused)
+    changed = copy.deepcopy(optimizer.state_dict())
+    changed["param_groups"][0]["lr"] = 0.125
+    other.register_load_state_dict_pre_hook(lambda opt, state: changed)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 0.125
+
+
+@every_info
+def test_deepcopy(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params = make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        run(optimizer, params, [1])
+        copied = copy.deepcopy(optimizer)
+        assert_same(contents(copied), contents(optimizer), str(kwargs))
+        run(copied, copied.param_groups[0]["params"], [2])
+        assert copied.state_dict()["state"][0]["step"].item() == 2
+        assert optimizer.state_dict()["state"][0]["step"].item() == 1
+
+
+@every_info
+def test_state_dicts_are_deterministic(info: OptimizerInfo, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params = make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        run(optimizer, params, [1, 2])
+        others = [Parameter(p.detach().clone()) for p in params]
+        other = info.optim_cls(others, **copy.deepcopy(kwargs))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        first, second = optimizer.state_dict(), other.state_dict()
+        assert first["param_groups"] == second["param_groups"]
+        assert list(first["state"]) == list(second["state"])
+        run(optimizer, params, [3, 4])
+        run(other, others, [3, 4])
+        assert_same(contents(other), contents(optimizer), str(kwargs))
+
+
+@every_info
+def test_older_state_dicts(info: OptimizerInfo, fused: bool | None) -> None:
+    new_flags = ("maximize", "capturable", "fused", "differentiable", "foreach")
+    for kwargs in kwargs_of(info, fused):
+        params = make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        run(optimizer, params, [1])
+        older = copy.deepcopy(optimizer.state_dict())
+        for group in older["param_groups"]:
+            for flag in new_flags:
+                group.pop(flag, None)
+        optimizer.load_state_dict(older)
+        run(optimizer, params, [2])
+        assert all(flag in optimizer.param_groups[0] for flag in new_flags[:4])
+
+
+@every_info
+@pytest.mark.parametrize("found_inf", [False, True])
+def test_grad_scaling(info: OptimizerInfo, found_inf: bool, fused: bool | None) -> None:
+    for kwargs in kwargs_of(info, fused):
+        params, others = make_params(), make_params()
+        optimizer = info.optim_cls(params, **kwargs)
+        other = info.optim_cls(others, **copy.deepcopy(kwargs))
+        run(optimizer, params, [1])
+        run(other, others, [1])
+        optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.found_inf = torch.tensor(float(found_inf))
+
+        def scale(step: int, params: Any = params) -> None:
+            for p in params:
+                p.grad.mul_(4)
+
+        run(optimizer, params, [2], before_step=scale)
+        if not found_inf:
+            run(other, others, [2])
+        assert_same([p.detach() for p in params], [p.detach() for p in others], str(kwargs))
+        assert optimizer.state[params[0]]["step"].item() == (1 if found_inf else 2)

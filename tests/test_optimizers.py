@@ -1,0 +1,1039 @@
+"""The optimizers: trajectories, options, and all that happens to an optimizer between steps."""
+
+import copy
+import io
+import logging
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optimizers import (
+    METHODS,
+    Setup,
+    Trajectory,
+    assert_same,
+    contents,
+    every_optimizer,
+    every_variant,
+    make_grads,
+    make_params,
+    run,
+    set_grads,
+)
+from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, run_python, to_numpy
+from torch import Tensor
+
+import emerging_optimizers
+from emerging_optimizers import Adam, AdamW, LaProp, Lion, ScalarOptimizer, Signum
+from emerging_optimizers._rounding import (
+    element_indices,
+    random_bits,
+    round_stochastically,
+    rounding_key,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
+def fused(request: pytest.FixtureRequest) -> bool | None:
+    return request.param
+
+
+def assert_near(got: Tensor, wanted: Any, tolerance: float) -> None:
+    np.testing.assert_allclose(to_numpy(got), wanted, rtol=tolerance, atol=tolerance)
+
+
+# ---- trajectories --------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_trajectory(setup: Setup, method: str, dtype: torch.dtype, fused: bool | None) -> None:
+    decay = {"lr": 0.02, "weight_decay": 0.1}
+    params = make_params(dtype=dtype)
+    optimizer = setup.make(params, **decay, weight_decay_method=method, fused=fused)
+    wanted = [Trajectory(setup, to_numpy(p), **decay, method=method) for p in params]
+    for step in range(1, 8):
+        set_grads(params, step)
+        optimizer.step()
+        for param, trajectory in zip(params, wanted, strict=True):
+            assert param.grad is not None
+            trajectory.step(to_numpy(param.grad))
+            assert_near(param, trajectory.param, TOLERANCE[dtype])
+            state = optimizer.state[param]
+            assert list(state) == ["step", *setup.states]
+            assert state["step"].item() == step
+            for name, value in zip(setup.states, trajectory.states, strict=True):
+                assert_near(state[name], value, TOLERANCE[dtype])
+
+
+@every_optimizer
+def test_maximize(setup: Setup, fused: bool | None) -> None:
+    up, down = make_params(), make_params()
+    climbing = setup.make(up, weight_decay=0.1, maximize=True, fused=fused)
+    falling = setup.make(down, weight_decay=0.1, fused=fused)
+    for step in range(1, 4):
+        set_grads(up, step)
+        for p, q in zip(up, down, strict=True):
+            assert p.grad is not None
+            q.grad = -p.grad
+        climbing.step()
+        falling.step()
+    assert_same(contents(climbing), contents(falling))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}, {"betas": (0.8, 0.9)}],
+    ids=str,
+)
+def test_against_torch(name: str, arguments: dict[str, Any], fused: bool | None) -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer = getattr(emerging_optimizers, name)(ours, lr=0.01, fused=fused, **arguments)
+    reference = getattr(torch.optim, name)(theirs, lr=0.01, **arguments)
+    for step in range(1, 101):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@every_optimizer
+@pytest.mark.parametrize("shape", [(), (1,), torch.Size([])], ids=str)
+def test_tensor_lr(setup: Setup, shape: tuple[int, ...], fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer = setup.make(params, lr=torch.full(shape, 0.25), fused=fused)
+    run(optimizer, params, [1, 2])
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    run(optimizer, params, [3])
+    other = setup.make(others, lr=0.25, fused=fused)
+    run(other, others, [1, 2])
+    other.param_groups[0]["lr"] = 0.5
+    run(other, others, [3])
+    assert_same(contents(optimizer), contents(other))
+
+
+@every_optimizer
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_lr(setup: Setup, method: str, fused: bool | None) -> None:
+    arguments: dict[str, Any] = {"weight_decay": 0.1, "weight_decay_method": method}
+    if "eps" in setup.case:
+        arguments["eps"] = 0.0
+    if setup.cls is LaProp:
+        arguments["frob_normalize"] = True
+    for lr in (0.0, torch.zeros(())):
+        for dtype in (torch.float32, torch.bfloat16):
+            params = make_params(dtype=dtype)
+            with torch.no_grad():
+                params[0].view(-1)[:4] = torch.tensor([-0.0, math.nan, math.inf, 1e-40])
+            before = [p.detach().clone() for p in params]
+            for option in ({}, {"master_weights": True}, {"stochastic_rounding": True}):
+                optimizer = setup.make(params, lr=lr, fused=fused, **option, **arguments)
+                for step in (1, 2):
+                    set_grads(params, step)
+                    assert params[0].grad is not None
+                    params[0].grad.view(-1)[:6] = torch.tensor([0, 0, 0, 0, math.nan, math.inf])
+                    optimizer.step()
+                assert_same([p.detach() for p in params], before, f"{lr} {dtype} {option}")
+                state = optimizer.state[params[1]]
+                assert state["step"].item() == 2
+                assert state[setup.states[0]].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frob_normalize(
+    dtype: torch.dtype, fused: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = [*make_params(dtype=dtype), torch.nn.Parameter(torch.zeros(3, dtype=dtype))]
+    norms = [p.detach().norm().item() for p in params]
+    before = [p.detach().clone() for p in params]
+    optimizer = LaProp(params, lr=0.1, frob_normalize=True, fused=fused)
+    assert not caplog.records
+    run(optimizer, params, range(1, 4))
+    for param, norm, old in zip(params[:2], norms, before, strict=False):
+        assert param.detach().norm().item() == pytest.approx(norm, rel=4 * torch.finfo(dtype).eps)
+        assert not torch.equal(param, old)
+    assert not params[2].any()
+    LaProp(params, frob_normalize=True, weight_decay=0.1)
+    assert [r.levelno for r in caplog.records] == [logging.ERROR]
+
+
+# ---- dtypes and layouts --------------------------------------------------------------------------
+
+
+@every_optimizer
+@every_half
+def test_half_params_are_rounded_once(setup: Setup, dtype: torch.dtype, fused: bool | None) -> None:
+    params = make_params(dtype=dtype)
+    optimizer = setup.make(params, lr=0.02, weight_decay=0.1, fused=fused)
+    method = optimizer.defaults["weight_decay_method"]
+    wanted = [Trajectory(setup, to_numpy(p), 0.02, 0.1, method) for p in params]
+    run(optimizer, params, [1])
+    for param, trajectory in zip(params, wanted, strict=True):
+        assert param.grad is not None
+        trajectory.step(to_numpy(param.grad))
+        state = optimizer.state[param]
+        values = [trajectory.param, *trajectory.states]
+        for tensor, value in zip([param, *(state[s] for s in setup.states)], values, strict=True):
+            assert tensor.dtype == dtype
+            # Values that lie next to a midpoint may go either way after float32 arithmetic.
+            nearest = round_once(torch.tensor(value), dtype)
+            assert (tensor == nearest).double().mean() > 0.8
+            assert_near(tensor, value, 2 * torch.finfo(dtype).eps)
+
+
+@every_optimizer
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(setup: Setup, layout: str, fused: bool | None) -> None:
+    if "expanded" in layout or "one element" in layout:
+        pytest.skip("of gradients only")
+    plain = make_params([LAYOUT_SHAPE])
+    values = plain[0].detach()
+    if layout == "one channel":
+        plain = [torch.nn.Parameter(values[:, :1].clone())]
+        values = plain[0].detach()
+    laid_out = [torch.nn.Parameter(LAYOUTS[layout](values.clone(), 1, 1))]
+    optimizers = [setup.make(p, fused=fused, weight_decay=0.1) for p in (plain, laid_out)]
+    for step in (1, 2):
+        set_grads(plain, step)
+        assert plain[0].grad is not None
+        laid_out[0].grad = LAYOUTS[layout](plain[0].grad.clone(), 0, 1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(contents(optimizers[1]), contents(optimizers[0]), layout)
+    for name in setup.states:
+        state = optimizers[1].state[laid_out[0]][name]
+        assert state.stride() == torch.empty_like(laid_out[0]).stride()
+
+
+@every_optimizer
+def test_shapes(setup: Setup, fused: bool | None) -> None:
+    shapes: list[tuple[int, ...]] = [(), (0,), (3, 0), (1,), (2, 1, 3)]
+    params = make_params(shapes)
+    optimizer = setup.make(params, fused=fused)
+    lr, decay, method = (
+        optimizer.defaults[key] for key in ("lr", "weight_decay", "weight_decay_method")
+    )
+    wanted = [Trajectory(setup, to_numpy(p), lr, decay, method) for p in params]
+    for step in (1, 2):
+        set_grads(params, step)
+        optimizer.step()
+        for param, trajectory in zip(params, wanted, strict=True):
+            assert param.grad is not None
+            trajectory.step(to_numpy(param.grad))
+            assert_near(param, trajectory.param, 2e-6)
+
+
+@every_optimizer
+@pytest.mark.parametrize("method", METHODS)
+def test_complex(setup: Setup, method: str, fused: bool | None) -> None:
+    params = make_params(dtype=torch.complex64)
+    reals = [torch.nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in params]
+    arguments = {"weight_decay": 0.1, "weight_decay_method": method, "fused": fused}
+    optimizer = setup.make(params, state_dtype=torch.bfloat16, **arguments)
+    other = setup.make(reals, **arguments)
+    for step in (1, 2, 3):
+        set_grads(params, step)
+        for param, real in zip(params, reals, strict=True):
+            assert param.grad is not None
+            real.grad = torch.view_as_real(param.grad).clone()
+            if step == 2:
+                param.grad = param.grad.conj().resolve_conj().conj()  # a lazy conjugation
+                assert param.grad.is_conj()
+        optimizer.step()
+        other.step()
+    assert_same(contents(optimizer), contents(other))
+    assert optimizer.state[params[0]][setup.states[0]].dtype == torch.complex64
+
+
+def test_complex_shape_scaling(fused: bool | None) -> None:
+    params = make_params([(3, 4)], dtype=torch.complex64)
+    before = params[0].detach().clone()
+    run(Signum(params, lr=1.0, use_shape_scaling=True, fused=fused), params, [1])
+    moved = torch.view_as_real(before - params[0].detach()).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 2 / 7))
+
+
+@every_optimizer
+def test_options_of_the_state_dtype(setup: Setup, fused: bool | None) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    last = setup.states[-1]
+    half = dict.fromkeys(setup.states, torch.bfloat16)
+    for option, wanted in [
+        (None, half),
+        (torch.float32, dict.fromkeys(setup.states, torch.float32)),
+        (
+            {last: torch.float16},
+            dict.fromkeys(setup.states, torch.bfloat16) | {last: torch.float16},
+        ),
+    ]:
+        optimizer = setup.make(params, state_dtype=option, fused=fused)
+        run(optimizer, params, [1, 2])
+        state = optimizer.state[params[0]]
+        assert {name: state[name].dtype for name in setup.states} == wanted
+        assert state["step"].dtype == torch.float32
+        assert state["step"].dim() == 0
+        assert state["step"].device.type == "cpu"
+
+
+@every_optimizer
+def test_capturable(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer = setup.make(params, capturable=True, fused=fused)
+    run(optimizer, params, [1, 2, 3])
+    other = setup.make(others, fused=fused)
+    run(other, others, [1, 2, 3])
+    assert optimizer.state[params[0]]["step"].device == params[0].device
+    assert optimizer.state[params[0]]["step"].item() == 3
+    torch.testing.assert_close(params, others)
+
+
+# ---- master weights and stochastic rounding ------------------------------------------------------
+
+
+@every_optimizer
+@every_half
+def test_master_weights(setup: Setup, dtype: torch.dtype, fused: bool | None) -> None:
+    params = make_params(dtype=dtype)
+    full = [torch.nn.Parameter(p.detach().float()) for p in params]
+    arguments = {"lr": 1e-4, "weight_decay": 0.1, "fused": fused}
+    optimizer = setup.make(params, master_weights=True, state_dtype=torch.float32, **arguments)
+    other = setup.make(full, master_weights=True, **arguments)
+    for step in range(1, 6):
+        set_grads(params, step)
+        for param, wide in zip(params, full, strict=True):
+            assert param.grad is not None
+            wide.grad = param.grad.float()
+        optimizer.step()
+        other.step()
+    for param, wide in zip(params, full, strict=True):
+        master = optimizer.state[param]["master_param"]
+        assert master.dtype == torch.float32
+        torch.testing.assert_close(master, wide.detach())
+        assert_equal_bits(param.detach(), master.to(dtype), "parameter")
+        assert "master_param" not in other.state[wide]
+
+
+def _random_bits(count: int, seed: int = 1, position: int = 0, step: int = 1) -> Tensor:
+    return random_bits(rounding_key(seed, position, step), torch.arange(count))
+
+
+def test_random_bits() -> None:
+    count = 100_000
+    bits = _random_bits(count)
+    assert bits.min() >= 0
+    assert bits.max() < 2**32
+    assert bits.unique().numel() > count - 10
+    others = [
+        _random_bits(count + 1)[1:],
+        _random_bits(count, seed=2),
+        _random_bits(count, position=1),
+        _random_bits(count, step=2),
+        random_bits(rounding_key(1, 0, 1), torch.arange(2**32, 2**32 + count)),
+    ]
+    sigma = 0.5 / math.sqrt(count)
+    for bit in range(32):
+        mine = (bits >> bit) & 1
+        assert abs(mine.double().mean() - 0.5) < 5 * sigma
+        for other in others:
+            assert abs((mine ^ ((other >> bit) & 1)).double().mean() - 0.5) < 5 * sigma
+
+
+def test_random_bits_by_hand() -> None:
+    # As in the docstrings, in Python's integers: what other implementations are held to.
+    def hashed(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+        return x ^ (x >> 16)
+
+    indices = [0, 1, 12345, 2**32 - 1, 2**32, 5 * 2**32 + 7, 2**40]
+    for seed in (0, 2**64 - 1, 987654321):
+        key = rounding_key(seed, 3, 17)
+        low, high = key % 2**32, key >> 32
+        wanted = [
+            hashed(hashed(i % 2**32 ^ low) ^ (high + 0x9E3779B9 * (i >> 32)) % 2**32)
+            for i in indices
+        ]
+        assert random_bits(key, torch.tensor(indices)).tolist() == wanted
+    assert rounding_key(0, 0, 0) != rounding_key(0, 0, 1) != rounding_key(0, 1, 0)
+
+
+def test_element_indices() -> None:
+    assert element_indices(torch.empty(2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert element_indices(torch.empty(3, 2).t()).tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert element_indices(torch.empty(2, 6)[:, ::2]).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert element_indices(torch.empty(())).item() == 0
+
+
+@every_half
+def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
+    count = 100_000
+    bits = _random_bits(count)
+    lowest = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}[dtype]
+    eps = torch.finfo(dtype).eps
+    cases = [(1.0, eps), (-1.0, eps), (2 - eps, eps), (3 * lowest, lowest), (0.0, lowest)]
+    for base, spacing in cases:
+        for part in (1 / 1000, 0.25, 0.5, 0.999):
+            values = torch.full((count,), base + math.copysign(part, base) * spacing)
+            rounded = round_stochastically(values, dtype, bits)
+            error = (rounded.double() - values.double()).mean().item() / spacing
+            assert abs(error) < 5 * math.sqrt(part * (1 - part) / count) + 2e-5, (base, part)
+            assert rounded.unique().numel() <= 2
+
+
+@every_half
+def test_rounding_keeps_what_is_exact(dtype: torch.dtype) -> None:
+    exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for seed in (1, 2, 3):
+        bits = _random_bits(exact.numel(), seed)
+        assert_equal_bits(round_stochastically(exact.float(), dtype, bits), exact, "exact")
+    largest = torch.finfo(dtype).max
+    just_below = torch.full((1000,), largest).nextafter(torch.tensor(0.0))
+    assert round_stochastically(just_below, dtype, _random_bits(1000)).max() == largest
+
+
+@every_optimizer
+@every_half
+def test_stochastic_rounding_of_a_step(
+    setup: Setup, dtype: torch.dtype, fused: bool | None
+) -> None:
+    count = 100_000
+    eps = torch.finfo(dtype).eps
+    param = torch.nn.Parameter(torch.full((100, count // 100), 1.5, dtype=dtype))
+    # The first update of each rule, of a gradient of ones.
+    size = torch.nn.Parameter(torch.ones(1, 1))
+    size.grad = torch.ones(1, 1)
+    setup.make([size], lr=1.0, weight_decay=0.0).step()
+    lr = 1e-3 * eps / (1 - size.item())
+    options: dict[str, Any] = {"stochastic_rounding": True, "state_dtype": torch.float32}
+    optimizer = setup.make([param], lr=lr, weight_decay=0.0, fused=fused, **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    moved = (1.5 - param.detach().double()) / eps
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    assert abs(moved.mean().item() - 1e-3) < 5 * math.sqrt(1e-3 / count)
+
+
+def test_stochastic_rounding_learns(fused: bool | None) -> None:
+    def distance(**options: Any) -> float:
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.full((64,), 4.0, dtype=torch.bfloat16))
+        optimizer = AdamW([param], lr=2e-3, weight_decay=0.0, fused=fused, **options)
+        for _ in range(1000):
+            param.grad = 2 * (param.detach() - 3.0)
+            optimizer.step()
+        return (param.detach().float() - 3.0).abs().mean().item()
+
+    assert distance() == 1.0  # each update is less than half of 4's distance to its neighbours
+    assert distance(stochastic_rounding=True) < 0.1
+    assert distance(master_weights=True, state_dtype=torch.float32) < 0.1
+
+
+@every_half
+def test_stochastic_rounding_depends_on_seed_step_position(
+    dtype: torch.dtype, fused: bool | None
+) -> None:
+    def result(seed: int = 0, groups: bool = False, frozen: bool = False) -> list[Tensor]:
+        torch.manual_seed(seed)
+        params = make_params([(30, 40)] * 3, dtype)
+        arguments: Any = [{"params": [p]} for p in params] if groups else params
+        optimizer = Lion(arguments, lr=1e-4, stochastic_rounding=True, fused=fused)
+        for step in (1, 2):
+            set_grads(params, step)
+            if frozen:
+                params[0].grad = None
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    first = result()
+    assert_same(result(), first)
+    assert_same(result(groups=True), first)
+    assert_same(result(frozen=True)[1:], first[1:])
+    assert not torch.equal(result(seed=1)[0], first[0])
+    # Neither another device's generator nor, without the option, any generator is used.
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    params = make_params(dtype=dtype)
+    run(Lion(params, fused=fused), params, [1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- mixed precision and gradient multipliers ----------------------------------------------------
+
+
+@every_optimizer
+@pytest.mark.parametrize("method", ["decoupled", "l2"])
+def test_grad_multiplier(setup: Setup, method: str, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    arguments = {"weight_decay": 0.1, "weight_decay_method": method, "fused": fused}
+    optimizer, other = setup.make(params, **arguments), setup.make(others, **arguments)
+    for step, multiplier in enumerate([0.5, torch.tensor(0.25), torch.tensor([2.0])], 1):
+        set_grads(params, step)
+        set_grads(others, step)
+        for q in others:
+            assert q.grad is not None
+            q.grad.mul_(float(multiplier))
+        optimizer.step(grad_multiplier=multiplier)
+        other.step()
+    assert_same(contents(optimizer), contents(other))
+    with pytest.raises(ValueError, match="Tensor grad_multiplier must be 1-element"):
+        optimizer.step(grad_multiplier=torch.ones(2))
+
+
+@every_optimizer
+def test_amp_attributes(setup: Setup, fused: bool | None) -> None:
+    assert setup.cls._step_supports_amp_scaling
+    params, others = make_params(), make_params()
+    options = {"weight_decay": 0.1, "fused": fused}
+    optimizer, other = setup.make(params, **options), setup.make(others, **options)
+    for step, overflow in enumerate([False, True, False, True], 1):
+        set_grads(params, step)
+        set_grads(others, step)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(1024)
+            if overflow:
+                p.grad.view(-1)[0] = math.inf
+        optimizer.grad_scale = torch.tensor(1024.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(float(overflow))  # type: ignore[attr-defined]
+        before = contents(optimizer)
+        optimizer.step()
+        if overflow:
+            assert_same(contents(optimizer), before, "overflow")
+        else:
+            other.step()
+    assert [s["step"].item() for s in optimizer.state.values()] == [2, 2]
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
+
+
+@every_optimizer
+def test_overflow_at_the_first_step(setup: Setup, fused: bool | None) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    before = [p.detach().clone() for p in params]
+    optimizer = setup.make(params, weight_decay=0.1, master_weights=True, fused=fused)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    run(optimizer, params, [1])
+    assert_same([p.detach() for p in params], before)
+    assert all(float(state["step"]) == 0 for state in optimizer.state.values())
+
+
+@every_optimizer
+def test_grad_scaler(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)
+    device = params[0].device.type
+    scaler = torch.amp.GradScaler(device, init_scale=256.0, growth_interval=100)
+    for step in range(1, 6):
+        grads = make_grads(params, step)
+        optimizer.zero_grad()
+        loss = torch.stack([(p * g).sum() for p, g in zip(params, grads, strict=True)]).sum()
+        scaler.scale(loss).backward()
+        if step == 3:
+            assert params[0].grad is not None
+            params[0].grad.view(-1)[1] = math.nan
+        elif step == 4:
+            scaler.unscale_(optimizer)
+        before = contents(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            assert_same(contents(optimizer)[:1], before[:1])
+            assert scaler.get_scale() == 128.0
+        else:
+            run(other, others, [step])
+    assert optimizer.state[params[0]]["step"].item() == 4
+    assert not hasattr(optimizer, "found_inf")
+    torch.testing.assert_close(params, others)
+
+
+@pytest.mark.cuda
+@every_optimizer
+def test_counters_move_to_the_device_for_good(setup: Setup, fused: bool | None) -> None:
+    params = [torch.nn.Parameter(p.detach().cuda()) for p in make_params()]
+    optimizer = setup.make(params, fused=fused)
+    run(optimizer, params, [1])
+    optimizer.found_inf = torch.zeros((), device="cuda")  # type: ignore[attr-defined]
+    run(optimizer, params, [2])
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    run(optimizer, params, [3])
+    steps = [optimizer.state[p]["step"] for p in params]
+    assert [step.device.type for step in steps] == ["cuda", "cuda"]
+    assert [step.item() for step in steps] == [3, 3]
+
+
+# ---- what happens between steps ------------------------------------------------------------------
+
+
+@every_optimizer
+def test_grads_are_not_modified(setup: Setup, fused: bool | None) -> None:
+    for method in METHODS:
+        params = make_params()
+        optimizer = setup.make(
+            params, weight_decay=0.1, weight_decay_method=method, maximize=True, fused=fused
+        )
+        optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
+        set_grads(params, 1)
+        grads = [p.grad for p in params]
+        copies = [g.clone() for g in grads if g is not None]
+        optimizer.step(grad_multiplier=0.5)
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+        assert_same([g for g in grads if g is not None], copies)
+
+
+@every_optimizer
+def test_params_replaced_in_groups(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    run(optimizer, params, [1])
+    replaced = torch.nn.Parameter(params[0].detach().clone())
+    optimizer.param_groups[0]["params"][0] = replaced
+    kept = params[0].detach().clone()
+    run(optimizer, [replaced, params[1]], [2])
+    assert_equal_bits(params[0].detach(), kept, "the parameter that left")
+    assert optimizer.state[replaced]["step"].item() == 1
+    assert optimizer.state[params[1]]["step"].item() == 2
+    assert not torch.equal(replaced, kept)
+
+
+@every_optimizer
+def test_missing_grads(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    optimizer.step()
+    assert not any(optimizer.state.values())
+    run(optimizer, params, [1])
+    before = contents(optimizer)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same(contents(optimizer), before)
+    # Per-parameter steps that differ: as if each had been alone.
+    params[1].grad = make_grads(params, 2)[1]
+    optimizer.step()
+    run(optimizer, params, [3])
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 3]
+    for i, steps in ((0, [1, 3]), (1, [1, 2, 3])):
+        alone = make_params()
+        other = setup.make([alone[i]], fused=fused)
+        for step in steps:
+            alone[i].grad = make_grads(alone, step)[i]
+            other.step()
+        assert_equal_bits(params[i].detach(), alone[i].detach(), f"parameter {i}")
+
+
+@every_optimizer
+def test_data_swapped(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)
+    run(optimizer, params, [1])
+    run(other, others, [1])
+    for param in params:
+        param.data = param.data.t().contiguous().t()  # other memory, laid out otherwise
+    run(optimizer, params, [2, 3])
+    run(other, others, [2, 3])
+    assert_same(contents(optimizer), contents(other))
+    for param in params:
+        param.data = param.data.bfloat16()
+    run(optimizer, params, [4])
+    assert optimizer.state[params[0]][setup.states[0]].dtype == torch.float32
+
+
+@every_optimizer
+def test_states_replaced(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)
+    run(optimizer, params, [1])
+    run(other, others, [1])
+    for state in optimizer.state.values():
+        for name in setup.states:
+            state[name] = state[name].double()
+        state["step"] = int(state["step"])
+    run(optimizer, params, [2])
+    run(other, others, [2])
+    torch.testing.assert_close(params, others)
+    assert optimizer.state[params[0]][setup.states[0]].dtype == torch.float64
+    assert isinstance(optimizer.state[params[0]]["step"], Tensor)
+    for state in optimizer.state.values():
+        state.clear()
+    run(optimizer, params, [3])
+    assert optimizer.state[params[0]]["step"].item() == 1
+
+
+@every_optimizer
+def test_groups(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params([(3, 4)] * 3), make_params([(3, 4)] * 3)
+    groups: list[dict[str, Any]] = [
+        {"params": [params[0]], "lr": 0.1, "name": "first", "extra": [1, 2]},
+        {"params": []},
+        {"params": [params[1]], "weight_decay": 0.5, "maximize": True},
+    ]
+    optimizer = setup.make(groups, lr=0.01, fused=fused)
+    run(optimizer, params[:2], [1])
+    optimizer.add_param_group({"params": [params[2]], "lr": 0.2})
+    run(optimizer, params, [2])
+    optimizer.step()
+    assert optimizer.param_groups[0]["extra"] == [1, 2]
+    options: list[dict[str, Any]] = [
+        {"lr": 0.1},
+        {"lr": 0.01, "weight_decay": 0.5, "maximize": True},
+        {"lr": 0.2},
+    ]
+    for i, steps in enumerate([[1, 2, 2], [1, 2, 2], [2, 2]]):
+        other = setup.make([others[i]], fused=fused, **options[i])
+        for step in steps:
+            others[i].grad = make_grads(others[: 2 if step == 1 else 3], step)[i]
+            other.step()
+        assert_equal_bits(params[i].detach(), others[i].detach(), f"parameter {i}")
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        optimizer.add_param_group({"params": make_params([(2,)]), "lr": -1})
+    assert len(optimizer.param_groups) == 4
+
+
+@every_optimizer
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_copies_continue(setup: Setup, how: str, fused: bool | None) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    arguments: dict[str, Any] = {"fused": fused, "master_weights": True, "weight_decay": 0.1}
+    arguments["state_dtype"] = {setup.states[0]: torch.float32}
+    optimizer = setup.make(params, **arguments)
+    run(optimizer, params, [1, 2])
+    if how == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(optimizer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        other = setup.make(copies, **arguments)
+        other.load_state_dict(state_dict=torch.load(buffer, weights_only=True))
+    assert repr(other) == repr(optimizer)
+    others = other.param_groups[0]["params"]
+    run(optimizer, params, [3, 4])
+    run(other, others, [3, 4])
+    assert_same(contents(other), contents(optimizer))
+
+
+@every_optimizer
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+def test_loaded_dtypes(setup: Setup, saved: torch.dtype, fused: bool | None) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    optimizer = setup.make(params, state_dtype=saved, fused=fused)
+    run(optimizer, params, [1])
+    state_dict = optimizer.state_dict()
+    for option in (None, torch.float32, torch.float16):
+        other = setup.make(make_params(dtype=torch.bfloat16), state_dtype=option, fused=fused)
+        other.load_state_dict(copy.deepcopy(state_dict))
+        for state in other.state.values():
+            assert {state[name].dtype for name in setup.states} == {option or saved}
+            assert state["step"].dtype == torch.float32
+        run(other, other.param_groups[0]["params"], [2])
+
+
+@every_optimizer
+def test_older_state_dicts(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, lr=0.05, fused=fused)
+    run(optimizer, params, [1, 2])
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    group = state_dict["param_groups"][0]
+    for key in list(group):
+        if key not in ("params", "lr"):
+            del group[key]
+    group["unknown"] = "kept"
+    state_dict["state"][0]["step"] = 2
+    del state_dict["state"][1]["step"]
+    state_dict["state"]["of no parameter"] = {"tensor": torch.ones(2)}
+    others = make_params()
+    other = setup.make(others, lr=0.9, fused=fused)
+    seen = []
+    other.register_load_state_dict_pre_hook(
+        lambda _, loaded: seen.append(loaded["state"][0]["step"])
+    )
+    other.load_state_dict(state_dict)
+    assert seen == [2]
+    loaded = other.param_groups[0]
+    assert loaded["lr"] == 0.05
+    assert loaded["unknown"] == "kept"
+    assert loaded["weight_decay_method"] == other.defaults["weight_decay_method"]
+    assert torch.equal(other.state["of no parameter"]["tensor"], torch.ones(2))  # type: ignore[index]
+    assert isinstance(other.state[others[0]]["step"], Tensor)
+    run(other, others, [3])
+    assert [other.state[p]["step"].item() for p in others] == [3, 1]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        setup.make(others).load_state_dict({"state": {}, "param_groups": []})
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_interchange_with_torch(name: str, direction: str, fused: bool | None) -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer = getattr(emerging_optimizers, name)(ours, lr=0.05, weight_decay=0.1, fused=fused)
+    reference = getattr(torch.optim, name)(theirs, lr=0.05, weight_decay=0.1)
+    run(optimizer, ours, [1, 2])
+    run(reference, theirs, [1, 2])
+    if direction == "from torch":
+        optimizer = getattr(emerging_optimizers, name)(ours, fused=fused)
+        optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    else:
+        reference = getattr(torch.optim, name)(theirs)
+        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, ours, [3, 4])
+    run(reference, theirs, [3, 4])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_decoupled_weight_decay_of_torch() -> None:
+    params = make_params()
+    assert Adam(params, decoupled_weight_decay=True).defaults["weight_decay_method"] == "decoupled"
+    loaded = Adam(params)
+    loaded.load_state_dict(torch.optim.AdamW(params).state_dict())
+    assert loaded.param_groups[0]["weight_decay_method"] == "decoupled"
+    with pytest.raises(ValueError, match=r"amsgrad=True is not supported; torch\.optim"):
+        loaded.load_state_dict(torch.optim.Adam(params, amsgrad=True).state_dict())
+
+
+# ---- torch's conventions -------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_closure(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = torch.stack([p.square().sum() for p in params]).sum()
+        loss.backward()
+        return loss.item()
+
+    with torch.no_grad():
+        first = optimizer.step(closure)
+        assert optimizer.step(closure=closure) < first
+    assert optimizer.step() is None
+    assert optimizer.step(closure=None) is None
+
+
+@every_optimizer
+def test_lr_schedulers(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, lr=torch.tensor(0.1), fused=fused)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(setup.make(make_params()), 0.1, total_steps=5)
+    for step in (1, 2):
+        run(optimizer, params, [step])
+        scheduler.step()
+        run(cycle.optimizer, cycle.optimizer.param_groups[0]["params"], [step])
+        cycle.step()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.025)
+
+
+@every_optimizer
+def test_hooks_and_named_parameters(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make([("a", params[0]), ("b", params[1])], fused=fused)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    run(optimizer, params, [1])
+    assert calls == ["before", "after"]
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["a", "b"]
+    assert repr(optimizer).startswith(f"{setup.cls.__name__} (\nParameter Group 0\n")
+
+
+@every_optimizer
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_training_step(setup: Setup, fused: bool | None) -> None:
+    def train(compiled: bool) -> list[Tensor]:
+        params = make_params()
+        optimizer = setup.make(params, fused=fused)
+
+        def step(x: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = (x @ params[0]).square().sum() + params[1].square().sum()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        function = torch.compile(step, backend="eager") if compiled else step
+        for _ in range(3):
+            function(torch.ones(2, 3))
+        return contents(optimizer)
+
+    assert_same(train(True), train(False))
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+_BAD = [
+    ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
+    ({"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element"),
+    ({"weight_decay": -0.5}, ValueError, "Invalid weight_decay value: -0.5"),
+    ({"weight_decay_method": "none"}, ValueError, "Invalid weight_decay_method: 'none'"),
+    ({"differentiable": True}, ValueError, "does not support differentiable=True"),
+    ({"master_weights": True, "stochastic_rounding": True}, ValueError, "cannot be combined"),
+    ({"state_dtype": torch.float64}, ValueError, "Invalid state_dtype: torch.float64"),
+    ({"state_dtype": {"other": torch.float32}}, ValueError, "has no state 'other'"),
+    ({"unknown": 1}, TypeError, "unexpected keyword argument 'unknown'"),
+]  # fmt: skip
+
+
+@every_optimizer
+@pytest.mark.parametrize(("arguments", "error", "message"), _BAD, ids=lambda v: str(v)[:40])
+def test_bad_arguments(
+    setup: Setup, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        setup.make(make_params(), **arguments)
+
+
+_BAD_HYPERPARAMETERS = [
+    ("Adam", {"betas": (1.0, 0.9)}, "Invalid beta at index 0: 1.0"),
+    ("AdamW", {"betas": (0.9, -0.1)}, "Invalid beta at index 1: -0.1"),
+    ("Lion", {"betas": (0.9, 1.5)}, "Invalid beta at index 1: 1.5"),
+    ("AdEMAMix", {"betas": (0.9, 0.9, 1.0)}, "Invalid beta at index 2: 1.0"),
+    ("AdEMAMix", {"betas": (0.9, 0.9)}, "betas has 2 values; expected 3"),
+    ("LaProp", {"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
+    ("Signum", {"momentum": 1.0}, "Invalid momentum: 1.0"),
+    ("SimplifiedAdEMAMix", {"min_beta_fast": 1.0}, "Invalid min_beta_fast: 1.0"),
+    (
+        "SimplifiedAdEMAMix",
+        {"num_beta_fast_warmup_steps": -1},
+        "Invalid num_beta_fast_warmup_steps: -1",
+    ),
+    ("SimplifiedAdEMAMix", {"alpha": math.nan}, "Invalid alpha: nan"),
+    ("AdEMAMix", {"num_alpha_warmup_steps": -1}, "Invalid num_alpha_warmup_steps: -1"),
+    ("AdEMAMix", {"num_beta_slow_warmup_steps": -1}, "Invalid num_beta_slow_warmup_steps: -1"),
+    (
+        "AdEMAMix",
+        {"betas": (0.9, 0.999, 1 - 1e-9), "num_beta_slow_warmup_steps": 10},
+        r"betas\[2\] is too close to 1 to be warmed up",
+    ),
+    ("Adam", {"amsgrad": True}, "amsgrad=True is not supported; torch.optim.Adam"),
+    ("AdamW", {"amsgrad": True}, "amsgrad=True is not supported; torch.optim.Adam"),
+    ("Adam", {"decoupled_weight_decay": True, "weight_decay_method": "palm"}, "cannot be combined"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), _BAD_HYPERPARAMETERS)
+def test_bad_hyperparameters(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(emerging_optimizers, name)(make_params(), **arguments)
+
+
+@pytest.mark.parametrize("cls", [Adam, AdamW])
+def test_arguments_of_torch(cls: type[Adam]) -> None:
+    params = make_params()
+    optimizer = cls(params, 0.1, (0.8, 0.9), 1e-6, 0.2, False, foreach=True, capturable=False)
+    assert optimizer.defaults["weight_decay"] == 0.2
+    betas: Any = (torch.tensor(0.8), torch.tensor(0.9))
+    run(cls(params, betas=betas), params, [1])
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+        cls(params, foreach=True, fused=True)
+
+
+@every_optimizer
+def test_bad_steps(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 1)
+    assert params[1].grad is not None
+    params[1].grad = params[1].grad.to_sparse()
+    message = f"{setup.cls.__name__} does not support sparse gradients"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_same([p.detach() for p in params], before, "after the error")
+
+
+def test_shape_scaling_needs_matrices(fused: bool | None) -> None:
+    params = make_params([(3, 4), (5,)])
+    optimizer = Signum(params, use_shape_scaling=True, fused=fused)
+    with pytest.raises(ValueError, match=r"use_shape_scaling needs 2-D parameters; .* \(5,\)"):
+        run(optimizer, params, [1])
+    assert_same([p.detach() for p in params], [p.detach() for p in make_params([(3, 4), (5,)])])
+
+
+@every_optimizer
+def test_fused_without_a_native_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScalarOptimizer, "_native_step", lambda *_: False)
+    params = make_params()
+    with pytest.raises(RuntimeError, match=f"fused=True, but {setup.cls.__name__} has no native"):
+        run(setup.make(params, fused=True), params, [1])
+
+
+# ---- distributed tensors -------------------------------------------------------------------------
+
+_DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from optimizers import SETUPS, make_grads, make_params
+from emerging_optimizers import LaProp
+
+
+def work(rank, file):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    placed = [[Shard(0)], [Replicate()], [Shard(1)]]
+    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, None)]
+    cases.append((LaProp, {"frob_normalize": True, "lr": 0.1}))
+    for make, options in cases:
+        plain = make_params([(5, 4)] * 3)
+        params = [
+            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, where))
+            for p, where in zip(plain, placed)
+        ]
+        optimizer, other = make(params, **options), make(plain, **options)
+        for step in (1, 2, 3):
+            for p, q, g, where in zip(params, plain, make_grads(plain, step), placed):
+                q.grad = g
+                # A gradient that is still to be summed, or is sharded otherwise.
+                share = g if rank == 0 else torch.zeros_like(g)
+                p.grad = {
+                    1: DTensor.from_local(share, mesh, [Partial()]),
+                    2: distribute_tensor(g, mesh, [Shard(1)]),
+                    3: distribute_tensor(g, mesh, where),
+                }[step]
+            optimizer.step()
+            other.step()
+        for p, q, where in zip(params, plain, placed):
+            torch.testing.assert_close(p.full_tensor(), q, msg=str(options))
+            for name, state in optimizer.state[p].items():
+                if name != "step":
+                    assert isinstance(state, DTensor) and list(state.placements) == where, name
+    if rank == 0:
+        print("done")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=2)
+"""
+
+
+def test_distributed(tmp_path: Any) -> None:
+    script = tmp_path / "distributed.py"
+    script.write_text(_DISTRIBUTED)
+    arguments = [str(script), str(tmp_path / "store")]
+    done = run_python(
+        f"import runpy, sys\nsys.argv = {arguments}\nrunpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done" in done.stdout
