@@ -234,6 +234,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not support differentiable=True: its step records no"
                 " autograd graph; torch.optim has optimizers that do"
             )
+        if group["fused"] and group.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group["master_weights"] and group["stochastic_rounding"]:
             raise ValueError(
                 "master_weights and stochastic_rounding cannot be combined: a parameter with a"
@@ -328,6 +330,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         grad_multiplier: float | Tensor | None = None,
     ) -> float | None:
         """Update the parameters that have a gradient.
+
+        In a function that ``torch.compile`` compiles, the call is a graph break: it runs as it is.
 
         Args:
             closure: Evaluates the model again, with gradients enabled, and returns the loss.
@@ -558,7 +562,7 @@ def _norm(local: Tensor, like: Any) -> Any:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         # Each dimension of the mesh that shards the tensor has parts of the sum.
-        placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]
+        placements = [Replicate() if p.is_replicate() else Partial() for p in like.placements]
         squares = DTensor.from_local(
             squares, like.device_mesh, placements, run_check=False
         ).full_tensor()

@@ -183,8 +183,6 @@ class Adam(ScalarOptimizer):
                     f" weight_decay_method={weight_decay_method!r}"
                 )
             weight_decay_method = "decoupled"
-        if foreach and options.get("fused"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         hyperparameters = {
             "lr": lr,
             "betas": betas,
