@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypedDict, overload
 
 import torch
@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import _checks
+from ._native import native
 from ._rounding import (
     draw_seed,
     element_indices,
@@ -364,34 +365,76 @@ class ScalarOptimizer(torch.optim.Optimizer):
         )
         first_position = 0
         for group in self.param_groups:
-            if group["fused"] is False or not self._native_step(group, first_position, arguments):
-                if group["fused"]:
-                    raise RuntimeError(
-                        f"fused=True, but {type(self).__name__} has no native step for these"
-                        " parameters; fused=None takes one where there is one"
-                    )
-                self._plain_step(group, first_position, arguments)
+            left: Collection[int] = range(len(group["params"]))
+            if group["fused"] is not False:
+                left = self._native_step(group, arguments)
+            if group["fused"] and any(group["params"][i].grad is not None for i in left):
+                raise RuntimeError(
+                    f"fused=True, but {type(self).__name__} has no native step for these"
+                    " parameters; fused=None takes one where there is one"
+                )
+            if left:
+                self._plain_step(group, first_position, arguments, left)
             first_position += len(group["params"])
 
-    def _native_step(
-        self, group: dict[str, Any], first_position: int, arguments: StepArguments
-    ) -> bool:
-        """Step a group in one native call; return False, having done nothing, where there is none.
+    def _native_step(self, group: dict[str, Any], arguments: StepArguments) -> Collection[int]:
+        """Step what of a group can be, in one native call.
 
         Args:
             group: The parameter group.
-            first_position: The number of its first parameter in the optimizer.
             arguments: What the call of ``step`` passes.
+
+        Returns:
+            The indices of the parameters that are left. Where `fused` is true, nothing has been
+            done if any are.
         """
-        return False
+        params = group["params"]
+        values = (group["lr"], *arguments[:3])
+        if (
+            native is None
+            or group["stochastic_rounding"]
+            or group.get("frob_normalize", False)
+            # What is on a device would be read here, and the host would wait for it.
+            or any(isinstance(value, Tensor) and not value.is_cpu for value in values)
+        ):
+            return range(len(params))
+        if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
+            return ()
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        method = group["weight_decay_method"]
+        options = {**self._hyperparameters(group), "step": 1}  # each parameter has its own
+        if "use_shape_scaling" in options:
+            options["use_shape_scaling"] = group["use_shape_scaling"]
+        step = getattr(native, f"{self._rule.name}_step")
+        numbers = (
+            lr,
+            _grad_factor(group, arguments),
+            weight_decay if method == "l2" else 0.0,
+            _KEEP[method](lr, weight_decay),
+            *(options[name] for name in self._rule.options),
+        )
+        left: list[int] = step(params, self.state, group["master_weights"], False, *numbers)
+        if not left:
+            return left
+        for i in left:
+            self._check_param(group, params[i])
+            self._init_state(group, params[i])
+        # Once more, now that no state is missing.
+        may_leave = group["fused"] is None
+        left = step(params, self.state, group["master_weights"], may_leave, *numbers)
+        return left
 
     def _plain_step(
-        self, group: dict[str, Any], first_position: int, arguments: StepArguments
+        self,
+        group: dict[str, Any],
+        first_position: int,
+        arguments: StepArguments,
+        indices: Collection[int],
     ) -> None:
         params = [
-            (position, param)
-            for position, param in enumerate(group["params"], first_position)
-            if param.grad is not None
+            (first_position + i, group["params"][i])
+            for i in indices
+            if group["params"][i].grad is not None
         ]
         for _, param in params:
             self._check_param(group, param)
@@ -406,11 +449,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         # devices without kernels, and it cannot be captured in a CUDA graph.
         if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
             return
-        factor = float(arguments.grad_multiplier)
-        if arguments.grad_scale is not None:
-            factor /= float(arguments.grad_scale)
-        if group["maximize"]:
-            factor = -factor
+        factor = _grad_factor(group, arguments)
         lr = float(group["lr"])
         for position, param in params:
             self._plain_update(group, param, lr, factor, position, arguments.seed)
@@ -487,6 +526,14 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
+    """Return by what gradients are multiplied."""
+    factor = float(arguments.grad_multiplier)
+    if arguments.grad_scale is not None:
+        factor /= float(arguments.grad_scale)
+    return -factor if group["maximize"] else factor
 
 
 # ---- one parameter -------------------------------------------------------------------------------

@@ -174,20 +174,19 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
         Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
     OptimizerStep<Rule, false> plain;
     OptimizerStep<Rule, true> mastered;
+    StateWalk states(state.ptr());
     std::vector<Py_ssize_t> left;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
       PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
       TORCH_CHECK_TYPE(THPVariable_Check(object), "params[", i, "] must be a Tensor");
       const at::Tensor& param = THPVariable_Unpack(object);
-      const at::Tensor& grad = param.grad();
-      if (!grad.defined()) continue;
-      PyObject* const own = PyDict_GetItemWithError(state.ptr(), object);
-      if (own == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (!param.grad().defined()) continue;
+      PyObject* const own = states.find(object);
       const bool has_master =
           masters && (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
       const bool is_taken =
           own != nullptr && PyDict_Check(own) &&
-          (has_master ? mastered.take(rule, param, grad, own) : plain.take(rule, param, grad, own));
+          (has_master ? mastered.take(rule, object, own) : plain.take(rule, object, own));
       if (!is_taken) left.push_back(i);
     }
     if (left.empty() || leave) {

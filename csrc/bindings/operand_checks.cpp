@@ -83,6 +83,8 @@ bool overlaps_itself(const at::Tensor& tensor) {
   return std::adjacent_find(offsets.begin(), offsets.end()) != offsets.end();
 }
 
+}  // namespace
+
 bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes();
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -90,8 +92,6 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   }
   return true;
 }
-
-}  // namespace
 
 std::string dtype_text(at::ScalarType type) {
   switch (type) {

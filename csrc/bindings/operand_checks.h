@@ -60,8 +60,8 @@ void check_position(OperandLists lists, size_t position);
 // For operators on meta tensors, which end up here also where only some of them are.
 void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
-// Whether a position needs none of those: each tensor is contiguous and like the gradient, on the
-// CPU or a CUDA device, of a known dtype, and nothing more than a tensor.
+// Whether a position needs none of those, if its tensors are contiguous, too: each is like the
+// gradient, on the CPU or a CUDA device, of a known dtype, and nothing more than a tensor.
 inline bool is_plain(const at::Tensor& grad) {
   // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
   constexpr auto plain_keys = [](c10::DispatchKey key, c10::BackendComponent backend) {
@@ -73,17 +73,20 @@ inline bool is_plain(const at::Tensor& grad) {
          keys == plain_keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
 }
 
-inline bool is_like(const at::Tensor& tensor, const at::Tensor& grad) {
+inline bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
   const at::ScalarType type = tensor.scalar_type();
   return impl.key_set() == grad_impl.key_set() && impl.device() == grad_impl.device() &&
-         impl.is_contiguous() && impl.sizes() == grad_impl.sizes() &&
+         impl.sizes() == grad_impl.sizes() &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
 
 // Whether all operands of a position lie in memory in the same order, without gaps.
 bool shares_dense_layout(OperandLists lists, size_t position);
+
+// Of one shape.
+bool same_strides(const at::Tensor& a, const at::Tensor& b);
 
 bool is_same_view(const at::Tensor& a, const at::Tensor& b);
 
@@ -160,7 +163,9 @@ class CheckedTable {
     table_.rows.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       bool needs_no_checks = is_plain(grads[i]);
-      for (const OperandList& list : lists_) needs_no_checks &= is_like(list.tensors[i], grads[i]);
+      for (const OperandList& list : lists_) {
+        needs_no_checks &= is_alike(list.tensors[i], grads[i]) && list.tensors[i].is_contiguous();
+      }
       if (!needs_no_checks) {
         check_position(lists_, i);
         if (!shares_dense_layout(lists_, i)) strided.push_back(i);

@@ -2,10 +2,13 @@
 // and sweeps them. Nothing is kept between calls, so what has been replaced meanwhile is seen.
 #pragma once
 
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/view_as_real.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <deque>
 #include <map>
 #include <utility>
 #include <vector>
@@ -15,15 +18,31 @@
 
 namespace emopt {
 
-// A dictionary's value as a tensor; null where there is none.
-inline const at::Tensor* tensor_at(PyObject* dict, PyObject* key) {
-  PyObject* const value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr) {
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return nullptr;
+// Finds the parameters' states in a dictionary. A tensor's hash is computed by Python code, which
+// takes longer than all else that a small parameter needs. But a dictionary keeps the order in
+// which states were made, and that is mostly the parameters': so the next one is looked for from
+// there on.
+class StateWalk {
+ public:
+  explicit StateWalk(PyObject* dict) : dict_(dict) {}
+
+  // Null where there is none.
+  PyObject* find(PyObject* param) {
+    PyObject *key, *value;
+    while (is_in_order_ && PyDict_Next(dict_, &next_, &key, &value) != 0) {
+      if (key == param) return value;
+    }
+    is_in_order_ = false;  // once past the end, each by its hash
+    value = PyDict_GetItemWithError(dict_, param);
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return value;
   }
-  return THPVariable_Check(value) ? &THPVariable_Unpack(value) : nullptr;
-}
+
+ private:
+  PyObject* dict_;
+  Py_ssize_t next_ = 0;
+  bool is_in_order_ = true;
+};
 
 // A string that lives as long as the process, so that looking it up costs no new one.
 inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
@@ -34,7 +53,17 @@ inline bool is_counter(const at::Tensor& step) {
          step.layout() == at::kStrided && !step.is_inference();
 }
 
+// The gradient, or a copy of it that lies in memory as the parameter does.
+inline at::Tensor laid_out_as(const at::Tensor& param, const at::Tensor& grad) {
+  const bool is_so = grad.sizes() != param.sizes() || same_strides(grad, param);
+  return is_so || !is_plain(grad) ? grad : at::empty_like(param, grad.options()).copy_(grad);
+}
+
 // The parameters of a group that have a master, or those that have none.
+//
+// Tensors are borrowed from their Python objects, which are kept alive: counting references to the
+// tensors themselves costs more than all else, since PyTorch counts some of them in Python, too.
+// Only of gradients there may be no Python object. Complex numbers are swept as pairs of real ones.
 template <class Rule, bool kHasMaster>
 class OptimizerStep {
   using Epilogue = ApplyUpdate<kHasMaster>;
@@ -44,51 +73,68 @@ class OptimizerStep {
  public:
   // Adds a parameter, with its gradient and its own state. False, with nothing added, where a state
   // is missing, or a tensor is none that the engine sweeps: it then has to be stepped otherwise.
-  bool take(const Rule& rule, const at::Tensor& param, const at::Tensor& grad, PyObject* state) {
+  bool take(const Rule& rule, PyObject* param, PyObject* state) {
     static PyObject* const step_key = interned("step");
     static PyObject* const master_key = interned("master_param");
     static const std::array<PyObject*, kNumStates<Rule>> keys = state_keys();
-    const at::Tensor* const step = tensor_at(state, step_key);
-    if (step == nullptr || !is_counter(*step)) return false;
+    const size_t num_alive = alive_.size(), num_owned = owned_.size();
     Position position;
-    position.step = *step;
-    position.value = static_cast<double>(*step->template const_data_ptr<float>()) + 1.0;
-    position.operands[kUpdate] = param;
-    position.operands[kGrad] = grad;
+    bool is_complete = true;
+    const auto keep = [&](PyObject* object) -> const at::Tensor* {
+      if (object == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      is_complete &= object != nullptr && THPVariable_Check(object);
+      if (!is_complete) return nullptr;
+      alive_.push_back(py::reinterpret_borrow<py::object>(object));
+      return as_real(THPVariable_Unpack(object));
+    };
+    position.operands[kUpdate] = keep(param);
+    position.step = keep(PyDict_GetItemWithError(state, step_key));
     for (size_t s = 0; s < keys.size(); ++s) {
-      const at::Tensor* const value = tensor_at(state, keys[s]);
-      if (value == nullptr) return false;
-      position.operands[kFirstState + s] = *value;
+      position.operands[kFirstState + s] = keep(PyDict_GetItemWithError(state, keys[s]));
     }
-    const at::Tensor* const weight = kHasMaster ? tensor_at(state, master_key) : &param;
-    if (weight == nullptr) return false;
-    position.operands[kOwn] = *weight;
-    return append(rule, std::move(position));
+    position.operands[kOwn] =
+        kHasMaster ? keep(PyDict_GetItemWithError(state, master_key)) : position.operands[kUpdate];
+    if (is_complete && is_counter(*position.step)) {
+      owned_.push_back(THPVariable_Unpack(param).grad());
+      const at::Tensor& grad = *as_real(owned_.back());
+      owned_.push_back(laid_out_as(*position.operands[kUpdate], grad));
+      position.operands[kGrad] = &owned_.back();
+      if (append(rule, position)) return true;
+    }
+    alive_.resize(num_alive);
+    owned_.resize(num_owned);
+    return false;
   }
 
   // Does the step of all of them. Needs no GIL.
   void sweep(const Rule& rule, const Epilogue& epilogue) {
-    for (auto& [value, table] : tables_) cpu::sweep(rule, value, epilogue, table);
-    for (Position& position : positions_) {
-      *position.step.template mutable_data_ptr<float>() = static_cast<float>(position.value);
-      position.step.unsafeGetTensorImpl()->bump_version();
+    for (const auto& [value, table] : tables_) cpu::sweep(rule, value, epilogue, table);
+    for (const Position& position : positions_) {
+      *position.step->template mutable_data_ptr<float>() = static_cast<float>(position.value);
+      position.step->unsafeGetTensorImpl()->bump_version();
       for (size_t k = 0; k < kOperands; ++k) {
-        const bool is_weight_itself = k == kOwn && !kHasMaster;
-        if (!is_written<Rule, Epilogue>(static_cast<int>(k)) || is_weight_itself) continue;
-        position.operands[k].unsafeGetTensorImpl()->bump_version();
+        if (is_written<Rule, Epilogue>(static_cast<int>(k))) {
+          position.operands[k]->unsafeGetTensorImpl()->bump_version();
+        }
       }
     }
   }
 
  private:
   struct Position {
-    std::array<at::Tensor, kOperands> operands;
-    at::Tensor step;
+    std::array<const at::Tensor*, kOperands> operands;
+    const at::Tensor* step;
     double value;
   };
 
-  bool append(const Rule& rule, Position position) {
-    const at::Tensor& grad = position.operands[kGrad];
+  const at::Tensor* as_real(const at::Tensor& tensor) {
+    if (!tensor.is_complex()) return &tensor;
+    owned_.push_back(at::view_as_real(tensor.resolve_conj()));
+    return &owned_.back();
+  }
+
+  bool append(const Rule& rule, Position& position) {
+    const at::Tensor& grad = *position.operands[kGrad];
     if (!grad.is_cpu() || !is_plain(grad)) return false;
     Row<kOperands> row;
     row.scale = 1.0;
@@ -100,20 +146,23 @@ class OptimizerStep {
     }
     row.numel = grad.numel();
     row.compute = DType::kFloat32;
+    const bool is_contiguous = grad.is_contiguous();
+    if (!is_contiguous && !grad.is_non_overlapping_and_dense()) return false;
     for (size_t k = 0; k < kOperands; ++k) {
-      const at::Tensor& operand = position.operands[k];
-      if (!is_like(operand, grad)) return false;
+      const at::Tensor& operand = *position.operands[k];
+      if (!is_alike(operand, grad)) return false;
+      if (is_contiguous ? !operand.is_contiguous() : !same_strides(operand, grad)) return false;
       row.dtype[k] = to_dtype(operand.scalar_type());
       if (is_read(static_cast<int>(k)) && row.dtype[k] == DType::kFloat64) {
         row.compute = DType::kFloat64;
       }
-      row.data[k] = is_written<Rule, Epilogue>(static_cast<int>(k)) || k == kOwn
-                        ? operand.mutable_data_ptr()
-                        : const_cast<void*>(operand.const_data_ptr());
+      row.data[k] =
+          k == kGrad ? const_cast<void*>(operand.const_data_ptr()) : operand.mutable_data_ptr();
       if (row.data[k] == nullptr && row.numel != 0) return false;
     }
+    position.value = static_cast<double>(*position.step->template const_data_ptr<float>()) + 1.0;
     tables_[position.value].append(row);
-    positions_.push_back(std::move(position));
+    positions_.push_back(position);
     return true;
   }
 
@@ -123,6 +172,8 @@ class OptimizerStep {
     return keys;
   }
 
+  std::vector<py::object> alive_;
+  std::deque<at::Tensor> owned_;  // positions point into it
   std::vector<Position> positions_;
   std::map<double, Table<kOperands>> tables_;  // by the number of the step
 };
