@@ -62,23 +62,28 @@ void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_te
 
 // Whether a position needs none of those, if its tensors are contiguous, too: each is like the
 // gradient, on the CPU or a CUDA device, of a known dtype, and nothing more than a tensor.
+inline c10::DispatchKeySet plain_keys(c10::DispatchKey key, c10::BackendComponent backend) {
+  // These leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
+  return c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(backend) |
+         c10::getAutocastRelatedKeySetFromBackend(backend);
+}
+inline const c10::DispatchKeySet kPlainOnCpu =
+    plain_keys(c10::DispatchKey::CPU, c10::BackendComponent::CPUBit);
+inline const c10::DispatchKeySet kPlainOnCuda =
+    plain_keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
+
 inline bool is_plain(const at::Tensor& grad) {
-  // These keys leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
-  constexpr auto plain_keys = [](c10::DispatchKey key, c10::BackendComponent backend) {
-    return c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(backend) |
-           c10::getAutocastRelatedKeySetFromBackend(backend);
-  };
   const c10::DispatchKeySet keys = grad.unsafeGetTensorImpl()->key_set();
-  return keys == plain_keys(c10::DispatchKey::CPU, c10::BackendComponent::CPUBit) ||
-         keys == plain_keys(c10::DispatchKey::CUDA, c10::BackendComponent::CUDABit);
+  return keys == kPlainOnCpu || keys == kPlainOnCuda;
 }
 
 inline bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
   const at::ScalarType type = tensor.scalar_type();
-  return impl.key_set() == grad_impl.key_set() && impl.device() == grad_impl.device() &&
-         impl.sizes() == grad_impl.sizes() &&
+  const bool is_on_same = impl.key_set() == grad_impl.key_set() &&
+                          (impl.key_set() == kPlainOnCpu || impl.device() == grad_impl.device());
+  return is_on_same && impl.sizes() == grad_impl.sizes() &&
          (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
 }
 
@@ -164,7 +169,8 @@ class CheckedTable {
     for (size_t i = 0; i < grads.size(); ++i) {
       bool needs_no_checks = is_plain(grads[i]);
       for (const OperandList& list : lists_) {
-        needs_no_checks &= is_alike(list.tensors[i], grads[i]) && list.tensors[i].is_contiguous();
+        needs_no_checks &= is_alike(list.tensors[i], grads[i]) &&
+                           list.tensors[i].unsafeGetTensorImpl()->is_contiguous();
       }
       if (!needs_no_checks) {
         check_position(lists_, i);
