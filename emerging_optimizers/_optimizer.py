@@ -146,7 +146,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         maximize: Go up instead of down.
         fused: None: one native call for a group, where there is one for its parameters, else a loop
             of plain PyTorch operations. False: the loop. True: the native call, or an error.
-        capturable: Keep the step counters on the parameters' devices, for CUDA graphs.
+        capturable: Keep the step counters on the parameters' devices. (The step of CUDA parameters
+            still reads them on the host, so that no CUDA graph can capture it.)
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
             dict of them by state key. None: that of the parameter, or of the loaded state.
         master_weights: Keep a float32 copy of each bfloat16 or float16 parameter in its state, as
@@ -440,8 +441,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             self._check_param(group, param)
         if arguments.found_inf is not None:
             for _, param in params:
-                # As with the native step, which does not read `found_inf` on the host, so that the
-                # counters of CUDA parameters can only advance on their device.
+                # From the first step that carries one, counters are where CUDA parameters are.
                 state = self._init_state(group, param)
                 if param.device.type == "cuda":
                     state["step"] = state["step"].to(param.device)

@@ -8,7 +8,7 @@ Compiles the kernels for several architectures, and fails where
   loop over ends and the reading of the step;
 - an operation could be contracted, or is not rounded as the CPU's.
 
-Whether the kernels compute the right numbers is for the tests, which need a GPU.
+Whether the kernels compute the right numbers is for the tests, on the host and on a GPU.
 """
 
 import argparse

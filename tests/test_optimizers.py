@@ -972,6 +972,19 @@ def test_shape_scaling_needs_matrices(fused: bool | None) -> None:
     assert_same([p.detach() for p in params], [p.detach() for p in make_params([(3, 4), (5,)])])
 
 
+@every_optimizer
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_parameter_that_is_in_a_group_twice(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer = setup.make([*params, params[0]], fused=fused)
+    plain = setup.make([*others, others[0]], fused=False)
+    run(optimizer, params, [1, 2])
+    run(plain, others, [1, 2])
+    assert [optimizer.state[param]["step"] for param in params] == [4, 2]
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(param, other)
+
+
 @pytest.mark.skipif(native is None, reason="there are no native kernels")
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)

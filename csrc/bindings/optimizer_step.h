@@ -10,6 +10,7 @@
 #include <array>
 #include <deque>
 #include <map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -26,13 +27,18 @@ class StateWalk {
  public:
   explicit StateWalk(PyObject* dict) : dict_(dict) {}
 
-  // Null where there is none.
+  // Null where there is none, and where it was found before: a parameter that is in a group twice
+  // cannot be stepped twice at a time.
   PyObject* find(PyObject* param) {
     PyObject *key, *value;
     while (is_in_order_ && PyDict_Next(dict_, &next_, &key, &value) != 0) {
-      if (key == param) return value;
+      if (key != param) continue;
+      found_.push_back(param);
+      return value;
     }
+    if (is_in_order_) found_before_.insert(found_.begin(), found_.end());
     is_in_order_ = false;  // once past the end, each by its hash
+    if (!found_before_.insert(param).second) return nullptr;
     value = PyDict_GetItemWithError(dict_, param);
     if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
     return value;
@@ -42,6 +48,8 @@ class StateWalk {
   PyObject* dict_;
   Py_ssize_t next_ = 0;
   bool is_in_order_ = true;
+  std::vector<PyObject*> found_;  // in order
+  std::unordered_set<PyObject*> found_before_;
 };
 
 // A string that lives as long as the process, so that looking it up costs no new one.
@@ -83,7 +91,12 @@ class OptimizerStep {
     const auto keep = [&](PyObject* object) -> const at::Tensor* {
       if (object == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
       is_complete &= object != nullptr && THPVariable_Check(object);
-      if (!is_complete) return nullptr;
+      // What is conjugated lazily does not lie in memory as its values are: it cannot be written
+      // to.
+      if (!is_complete || THPVariable_Unpack(object).is_conj()) {
+        is_complete = false;
+        return nullptr;
+      }
       alive_.push_back(py::reinterpret_borrow<py::object>(object));
       return as_real(THPVariable_Unpack(object));
     };

@@ -10,32 +10,23 @@
 
 #include "buffers.h"
 #include "check.h"
-#include "engine/cuda/chunk.h"
 #include "engine/cuda/plan.h"
 #include "rules/all.h"
+#include "run_on_host.h"
 
 using namespace emopt;
 
 namespace {
 
-// A kernel launch. With `step_on_device` as the kernel does it where the host knows no step.
 struct RunOnHost {
   int64_t* num_vector_rows;
 
   template <class Launch>
   void operator()(int8_t, const Launch& launch, uint32_t num_blocks) const {
-    typename Launch::Step step = launch.step;
-    if (launch.source.is_on_device()) {
-      step = typename Launch::Step(launch.rule, cuda::read_step(launch.source));
-    }
     for (uint32_t row = 0; row < launch.num_rows; ++row) {
       *num_vector_rows += launch.peel[row] != cuda::kNoPhase;
     }
-    for (uint32_t block = 0; block < num_blocks; ++block) {
-      for (uint32_t thread = 0; thread < cuda::kThreads; thread += 2) {
-        cuda::sweep_chunk<StoreUpdate, 2>(launch, step, block, thread);
-      }
-    }
+    run_on_host(launch, num_blocks);
   }
 };
 

@@ -55,7 +55,8 @@ EMOPT_FN void apply(const Step& step, Epilogue epilogue, Real (&values)[kOperand
                     std::index_sequence<kState...>) {
   EMOPT_UNROLL
   for (uint32_t i = 0; i < kCount; ++i) {
-    values[kUpdate][i] = epilogue.after(step(values[kGrad][i], values[kFirstState + kState][i]...));
+    values[kUpdate][i] =
+        epilogue.after(step(epilogue.before(values[kGrad][i]), values[kFirstState + kState][i]...));
   }
 }
 
