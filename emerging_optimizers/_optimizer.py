@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypedDict, overload
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -146,8 +147,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         maximize: Go up instead of down.
         fused: None: one native call for a group, where there is one for its parameters, else a loop
             of plain PyTorch operations. False: the loop. True: the native call, or an error.
-        capturable: Keep the step counters on the parameters' devices. (The step of CUDA parameters
-            still reads them on the host, so that no CUDA graph can capture it.)
+        capturable: Keep the step counters on the parameters' devices, where the native step counts
+            them without the host: CUDA graphs can capture it.
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
             dict of them by state key. None: that of the parameter, or of the loaded state.
         master_weights: Keep a float32 copy of each bfloat16 or float16 parameter in its state, as
@@ -356,6 +357,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _step(self, grad_multiplier: float | Tensor) -> None:
         if isinstance(grad_multiplier, Tensor) and grad_multiplier.numel() != 1:
             raise ValueError("Tensor grad_multiplier must be 1-element")
+        if torch.version.cuda is not None and torch.cuda.is_current_stream_capturing():
+            for i, group in enumerate(self.param_groups):
+                if not group["capturable"]:
+                    raise RuntimeError(
+                        f"a CUDA graph cannot capture a step that is counted on the host: set"
+                        f" capturable=True (param_groups[{i}] has False)"
+                    )
         draws = any(group["stochastic_rounding"] for group in self.param_groups)
         arguments = StepArguments(
             grad_multiplier,
@@ -364,66 +372,114 @@ class ScalarOptimizer(torch.optim.Optimizer):
             getattr(self, "found_inf", None),
             draw_seed() if draws else 0,
         )
-        first_position = 0
-        for group in self.param_groups:
-            left: Collection[int] = range(len(group["params"]))
-            if group["fused"] is not False:
-                left = self._native_step(group, arguments)
-            if group["fused"] and any(group["params"][i].grad is not None for i in left):
-                raise RuntimeError(
-                    f"fused=True, but {type(self).__name__} has no native step for these"
-                    " parameters; fused=None takes one where there is one"
-                )
-            if left:
-                self._plain_step(group, first_position, arguments, left)
-            first_position += len(group["params"])
+        found_inf = arguments.found_inf
+        if found_inf is not None and found_inf.is_cpu and float(found_inf) != 0.0:
+            return
+        sizes = (len(group["params"]) for group in self.param_groups)
+        positions = list(accumulate(sizes, initial=0))
+        left = self._native_step(positions, arguments)
+        for group, position, indices in zip(self.param_groups, positions, left, strict=False):
+            if indices:
+                self._plain_step(group, position, arguments, indices)
 
-    def _native_step(self, group: dict[str, Any], arguments: StepArguments) -> Collection[int]:
-        """Step what of a group can be, in one native call.
+    def _has_native_step(self, group: dict[str, Any]) -> bool:
+        return (
+            native is not None
+            and group["fused"] is not False
+            and not group.get("frob_normalize", False)
+        )
+
+    def _native_step(
+        self, positions: Sequence[int], arguments: StepArguments
+    ) -> list[Collection[int]]:
+        """Step what can be, in one native call.
 
         Args:
-            group: The parameter group.
+            positions: The number, in the optimizer, of each group's first parameter.
             arguments: What the call of ``step`` passes.
 
         Returns:
-            The indices of the parameters that are left. Where `fused` is true, nothing has been
-            done if any are.
+            For each group, the indices of the parameters that are left. These have been checked,
+            and their states are there.
         """
-        params = group["params"]
-        values = (group["lr"], *arguments[:3])
-        if (
-            native is None
-            or group["stochastic_rounding"]
-            or group.get("frob_normalize", False)
-            # What is on a device would be read here, and the host would wait for it.
-            or any(isinstance(value, Tensor) and not value.is_cpu for value in values)
-        ):
-            return range(len(params))
-        if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
-            return ()
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        method = group["weight_decay_method"]
+        groups = self.param_groups
+        left: list[Collection[int]] = [()] * len(groups)
+        calls = {}
+        for i, group in enumerate(groups):
+            if self._has_native_step(group):
+                calls[i] = self._native_arguments(group, positions[i])
+            else:
+                left[i] = self._prepare(group, range(len(group["params"])), arguments)
+                if group["fused"] and left[i]:
+                    self._raise_no_native_step()
+        if not calls:
+            return left
+        step = getattr(native, f"{self._rule.name}_step")
+        numbers = (
+            arguments.grad_multiplier,
+            1.0 if arguments.grad_scale is None else arguments.grad_scale,
+            0.0 if arguments.found_inf is None else arguments.found_inf,
+            arguments.seed,
+        )
+        # Nothing is done where any are left.
+        found: list[list[int]] = step(self.state, list(calls.values()), *numbers)
+        if any(found):
+            # Once more, now that no state is missing and gradients are where parameters are.
+            for (i, call), indices in zip(calls.items(), found, strict=True):
+                self._prepare(groups[i], indices, arguments)
+                grads = _placed_grads(groups[i]["params"], indices)
+                may_leave = groups[i]["fused"] is None
+                calls[i] = (call[0], grads, call[2], may_leave, *call[4:])
+            found = step(self.state, list(calls.values()), *numbers)
+        for i, indices in zip(calls, found, strict=True):
+            left[i] = indices
+            if groups[i]["fused"] and indices:
+                self._raise_no_native_step()
+        return left
+
+    def _native_arguments(self, group: dict[str, Any], position: int) -> tuple[Any, ...]:
         options = {**self._hyperparameters(group), "step": 1}  # each parameter has its own
         if "use_shape_scaling" in options:
             options["use_shape_scaling"] = group["use_shape_scaling"]
-        step = getattr(native, f"{self._rule.name}_step")
-        numbers = (
-            lr,
-            _grad_factor(group, arguments),
-            weight_decay if method == "l2" else 0.0,
-            _KEEP[method](lr, weight_decay),
-            *(options[name] for name in self._rule.options),
+        return (
+            group["params"],
+            None,
+            position,
+            False,
+            group["lr"],
+            group["weight_decay"],
+            group["weight_decay_method"],
+            group["maximize"],
+            group["master_weights"],
+            group["stochastic_rounding"],
+            tuple(options[name] for name in self._rule.options),
         )
-        left: list[int] = step(params, self.state, group["master_weights"], False, *numbers)
-        if not left:
-            return left
-        for i in left:
+
+    def _prepare(
+        self, group: dict[str, Any], indices: Iterable[int], arguments: StepArguments
+    ) -> list[int]:
+        """Check parameters, and make the states that they lack.
+
+        Returns:
+            The indices of those that have a gradient.
+        """
+        params = group["params"]
+        indices = [i for i in indices if params[i].grad is not None]
+        for i in indices:
             self._check_param(group, params[i])
-            self._init_state(group, params[i])
-        # Once more, now that no state is missing.
-        may_leave = group["fused"] is None
-        left = step(params, self.state, group["master_weights"], may_leave, *numbers)
-        return left
+        for i in indices:
+            state = self._init_state(group, params[i])
+            # From the first step that carries one, counters are where CUDA parameters are, so that
+            # the host need not know whether they advance.
+            if arguments.found_inf is not None and params[i].device.type == "cuda":
+                state["step"] = state["step"].to(params[i].device)
+        return indices
+
+    def _raise_no_native_step(self) -> NoReturn:
+        raise RuntimeError(
+            f"fused=True, but {type(self).__name__} has no native step for these parameters;"
+            " fused=None takes one where there is one"
+        )
 
     def _plain_step(
         self,
@@ -432,27 +488,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
         arguments: StepArguments,
         indices: Collection[int],
     ) -> None:
-        params = [
-            (first_position + i, group["params"][i])
-            for i in indices
-            if group["params"][i].grad is not None
-        ]
-        for _, param in params:
-            self._check_param(group, param)
-        if arguments.found_inf is not None:
-            for _, param in params:
-                # From the first step that carries one, counters are where CUDA parameters are.
-                state = self._init_state(group, param)
-                if param.device.type == "cuda":
-                    state["step"] = state["step"].to(param.device)
         # Numbers on a device are read here, those of the counters included: this is the loop for
         # devices without kernels, and it cannot be captured in a CUDA graph.
         if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
             return
         factor = _grad_factor(group, arguments)
         lr = float(group["lr"])
-        for position, param in params:
-            self._plain_update(group, param, lr, factor, position, arguments.seed)
+        for i in indices:
+            param = group["params"][i]
+            self._plain_update(group, param, lr, factor, first_position + i, arguments.seed)
 
     def _plain_update(
         self,
@@ -464,7 +508,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         seed: int,
     ) -> None:
         weight_decay, method = float(group["weight_decay"]), group["weight_decay_method"]
-        state = self._init_state(group, param)
+        state = self.state[param]
         state["step"] += 1
         step = int(state["step"])
         target = state[_MASTER] if _has_master(group, param) else param
@@ -600,6 +644,12 @@ def _placed_like(grad: Any, param: Any) -> Any:
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return grad
+
+
+def _placed_grads(params: Sequence[Any], indices: Iterable[int]) -> dict[int, Any]:
+    """Return, by their index, the gradients that had to be redistributed."""
+    placed = {i: _placed_like(params[i].grad, params[i]) for i in indices if _is_dtensor(params[i])}
+    return {i: grad for i, grad in placed.items() if grad is not params[i].grad}
 
 
 def _norm(local: Tensor, like: Any) -> Any:

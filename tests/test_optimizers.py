@@ -27,7 +27,7 @@ from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, run_py
 from torch import Tensor
 
 import emerging_optimizers
-from emerging_optimizers import Adam, AdamW, LaProp, Lion, ScalarOptimizer, Signum
+from emerging_optimizers import Adam, AdamW, LaProp, Lion, ScalarOptimizer, Signum, _optimizer
 from emerging_optimizers._native import native
 from emerging_optimizers._rounding import (
     element_indices,
@@ -1010,9 +1010,15 @@ def test_native_step_is_taken(
 
 @every_optimizer
 def test_fused_without_a_native_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ScalarOptimizer, "_native_step", lambda *_: range(1))
+    message = f"fused=True, but {setup.cls.__name__} has no native"
     params = make_params()
-    with pytest.raises(RuntimeError, match=f"fused=True, but {setup.cls.__name__} has no native"):
+    params[1] = torch.nn.Parameter(params[1].detach()[:, ::2])  # with gaps in its memory
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=message):
+        run(setup.make(params, fused=True), params, [1])
+    assert_same([p.detach() for p in params], before)
+    monkeypatch.setattr(_optimizer, "native", None)
+    with pytest.raises(RuntimeError, match=message):
         run(setup.make(params, fused=True), params, [1])
 
 

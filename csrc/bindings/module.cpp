@@ -156,45 +156,68 @@ using Door = DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
 
 // ---- the optimizers' step -----------------------------------------------------------------------
 
-// Steps the parameters of a group that have a gradient: `params` is a list of tensors, `state` a
-// dictionary of their states' dictionaries. Returns the positions in the list of those that have to
-// be stepped otherwise; unless `leave` is true, nothing is done then.
+WeightDecay read_method(const std::string& name) {
+  if (name == "decoupled") return WeightDecay::kDecoupled;
+  if (name == "independent") return WeightDecay::kIndependent;
+  if (name == "l2") return WeightDecay::kL2;
+  TORCH_CHECK_VALUE(name == "palm", "weight_decay_method is ", name);
+  return WeightDecay::kPalm;
+}
+
 template <class Rule, class>
 struct StepOf;
 
 template <class Rule, size_t... kOption>
 struct StepOf<Rule, std::index_sequence<kOption...>> {
-  static std::vector<Py_ssize_t> step(const py::list& params, const py::dict& state, bool masters,
-                                      bool leave, double lr, double grad_factor, double l2,
-                                      double weight_factor,
-                                      Repeat<kOption, py::handle>... options) {
-    const auto described = Rule::options();
-    const auto values = std::make_tuple(read(std::get<kOption>(described), options)...);
-    const Rule rule =
-        Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
-    OptimizerStep<Rule, false> plain;
-    OptimizerStep<Rule, true> mastered;
+  // Steps the parameters that have a gradient. `state` is a dictionary of their states'
+  // dictionaries, and each group a tuple
+  //
+  //   (params, grads or None, first_position, may_leave, lr, weight_decay, weight_decay_method,
+  //    maximize, master_weights, stochastic_rounding, options)
+  //
+  // Returns, for each group, the positions of the parameters that have to be stepped otherwise.
+  // Nothing is done where a group has some and may not leave them.
+  static std::vector<std::vector<Py_ssize_t>> step(const py::dict& state, const py::list& groups,
+                                                   py::handle grad_multiplier,
+                                                   py::handle grad_scale, py::handle found_inf,
+                                                   uint64_t seed) {
+    StepNumbers numbers{
+        {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
     StateWalk states(state.ptr());
-    std::vector<Py_ssize_t> left;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-      PyObject* const object = PyList_GET_ITEM(params.ptr(), i);
-      TORCH_CHECK_TYPE(THPVariable_Check(object), "params[", i, "] must be a Tensor");
-      const at::Tensor& param = THPVariable_Unpack(object);
-      if (!param.grad().defined()) continue;
-      PyObject* const own = states.find(object);
-      const bool has_master =
-          masters && (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
-      const bool is_taken =
-          own != nullptr && PyDict_Check(own) &&
-          (has_master ? mastered.take(rule, object, own) : plain.take(rule, object, own));
-      if (!is_taken) left.push_back(i);
+    std::deque<GroupStep<Rule>> steps;
+    std::vector<std::vector<Py_ssize_t>> left;
+    bool may_run = true;
+    for (const py::handle item : groups) {
+      const auto group = py::reinterpret_borrow<py::tuple>(item);
+      const py::object params = group[0], grads = group[1];
+      TORCH_CHECK_TYPE(PyList_Check(params.ptr()), "params must be a list");
+      steps.emplace_back(rule_of(group[10]), options_of(group, seed), numbers);
+      PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
+      left.push_back(steps.back().take(params.ptr(), given, states));
+      may_run &= left.back().empty() || group[3].cast<bool>();
     }
-    if (left.empty() || leave) {
-      const py::gil_scoped_release without_gil;
-      plain.sweep(rule, {grad_factor, l2, weight_factor, lr});
-      mastered.sweep(rule, {grad_factor, l2, weight_factor, lr});
+    if (may_run) {
+      for (GroupStep<Rule>& step : steps) step.run();
     }
     return left;
+  }
+
+ private:
+  static Rule rule_of(const py::tuple& options) {
+    const auto described = Rule::options();
+    const auto values = std::make_tuple(read(std::get<kOption>(described), options[kOption])...);
+    return Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
+  }
+
+  static GroupOptions options_of(const py::tuple& group, uint64_t seed) {
+    ApplyUpdate epilogue;
+    epilogue.weight_decay = read_number("weight_decay", group[5]);
+    epilogue.method = read_method(group[6].cast<std::string>());
+    epilogue.maximize = read_flag("maximize", group[7]);
+    epilogue.is_stochastic = read_flag("stochastic_rounding", group[9]);
+    epilogue.seed = seed;
+    return {Scalar("lr", group[4]), epilogue, read_flag("master_weights", group[8]),
+            group[2].cast<uint32_t>()};
   }
 };
 

@@ -135,8 +135,8 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
   }
 
   // A call's hyperparameters, checked.
-  static std::pair<Rule, StepSource> rule_and_step(const std::optional<at::Tensor>& step_tensor,
-                                                   typename Travels<Options>::Type... options) {
+  static std::pair<Rule, Number> rule_and_step(const std::optional<at::Tensor>& step_tensor,
+                                               typename Travels<Options>::Type... options) {
     Rule rule;
     int64_t step = 0;
     put_all(rule, step, std::index_sequence_for<Options...>(), options...);
@@ -157,7 +157,7 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
     check_step_device(lists, step_tensor);
     CheckedTable<kNumOperands<Rule>> checked(
         lists, [&](size_t position) { return update_scale(rule, grads, position); });
-    sweep(rule, rule_and_its_step.second, checked.table());
+    sweep(rule, rule_and_its_step.second, StoreUpdate(), checked.table());
     checked.finish();
   }
 

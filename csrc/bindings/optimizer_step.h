@@ -1,5 +1,6 @@
-// An optimizer's step: one call walks the parameters of a group, their gradients and their states,
-// and sweeps them. Nothing is kept between calls, so what has been replaced meanwhile is seen.
+// An optimizer's step: one call walks the parameters of all groups, their gradients and their
+// states, and sweeps them. Nothing is kept between calls, so what has been replaced meanwhile is
+// seen.
 #pragma once
 
 #include <ATen/ops/empty_like.h>
@@ -10,12 +11,15 @@
 #include <array>
 #include <deque>
 #include <map>
+#include <tuple>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "../engine/sweep.h"
 #include "operand_checks.h"
+#include "operators.h"
+#include "python_arguments.h"
 
 namespace emopt {
 
@@ -27,8 +31,8 @@ class StateWalk {
  public:
   explicit StateWalk(PyObject* dict) : dict_(dict) {}
 
-  // Null where there is none, and where it was found before: a parameter that is in a group twice
-  // cannot be stepped twice at a time.
+  // Null where there is none, and where it was found before: a parameter that is there twice cannot
+  // be stepped twice at a time.
   PyObject* find(PyObject* param) {
     PyObject *key, *value;
     while (is_in_order_ && PyDict_Next(dict_, &next_, &key, &value) != 0) {
@@ -52,131 +56,448 @@ class StateWalk {
   std::unordered_set<PyObject*> found_before_;
 };
 
-// A string that lives as long as the process, so that looking it up costs no new one.
-inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
-// A step counter as the optimizers make it: a number of dtype float32, on the CPU.
-inline bool is_counter(const at::Tensor& step) {
-  return step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1 &&
-         step.layout() == at::kStrided && !step.is_inference();
-}
-
-// The gradient, or a copy of it that lies in memory as the parameter does.
-inline at::Tensor laid_out_as(const at::Tensor& param, const at::Tensor& grad) {
-  const bool is_so = grad.sizes() != param.sizes() || same_strides(grad, param);
-  return is_so || !is_plain(grad) ? grad : at::empty_like(param, grad.options()).copy_(grad);
-}
-
-// The parameters of a group that have a master, or those that have none.
-//
-// Tensors are borrowed from their Python objects, which are kept alive: counting references to the
-// tensors themselves costs more than all else, since PyTorch counts some of them in Python, too.
-// Only of gradients there may be no Python object. Complex numbers are swept as pairs of real ones.
-template <class Rule, bool kHasMaster>
-class OptimizerStep {
-  using Epilogue = ApplyUpdate<kHasMaster>;
-  static constexpr size_t kOperands = kNumOperands<Rule, Epilogue>;
-  static constexpr size_t kOwn = kOperands - 1;  // the weight
-
+// Looks up one state after the other: where they are in the dictionary as they are asked for, from
+// the first on, by a comparison each.
+class FieldWalk {
  public:
-  // Adds a parameter, with its gradient and its own state. False, with nothing added, where a state
-  // is missing, or a tensor is none that the engine sweeps: it then has to be stepped otherwise.
-  bool take(const Rule& rule, PyObject* param, PyObject* state) {
-    static PyObject* const step_key = interned("step");
-    static PyObject* const master_key = interned("master_param");
-    static const std::array<PyObject*, kNumStates<Rule>> keys = state_keys();
-    const size_t num_alive = alive_.size(), num_owned = owned_.size();
-    Position position;
-    bool is_complete = true;
-    const auto keep = [&](PyObject* object) -> const at::Tensor* {
-      if (object == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      is_complete &= object != nullptr && THPVariable_Check(object);
-      // What is conjugated lazily does not lie in memory as its values are: it cannot be written
-      // to.
-      if (!is_complete || THPVariable_Unpack(object).is_conj()) {
-        is_complete = false;
-        return nullptr;
-      }
-      alive_.push_back(py::reinterpret_borrow<py::object>(object));
-      return as_real(THPVariable_Unpack(object));
-    };
-    position.operands[kUpdate] = keep(param);
-    position.step = keep(PyDict_GetItemWithError(state, step_key));
-    for (size_t s = 0; s < keys.size(); ++s) {
-      position.operands[kFirstState + s] = keep(PyDict_GetItemWithError(state, keys[s]));
-    }
-    position.operands[kOwn] =
-        kHasMaster ? keep(PyDict_GetItemWithError(state, master_key)) : position.operands[kUpdate];
-    if (is_complete && is_counter(*position.step)) {
-      owned_.push_back(THPVariable_Unpack(param).grad());
-      const at::Tensor& grad = *as_real(owned_.back());
-      owned_.push_back(laid_out_as(*position.operands[kUpdate], grad));
-      position.operands[kGrad] = &owned_.back();
-      if (append(rule, position)) return true;
-    }
-    alive_.resize(num_alive);
-    owned_.resize(num_owned);
-    return false;
-  }
+  explicit FieldWalk(PyObject* dict) : dict_(dict) {}
 
-  // Does the step of all of them. Needs no GIL.
-  void sweep(const Rule& rule, const Epilogue& epilogue) {
-    for (const auto& [value, table] : tables_) cpu::sweep(rule, value, epilogue, table);
-    for (const Position& position : positions_) {
-      *position.step->template mutable_data_ptr<float>() = static_cast<float>(position.value);
-      position.step->unsafeGetTensorImpl()->bump_version();
-      for (size_t k = 0; k < kOperands; ++k) {
-        if (is_written<Rule, Epilogue>(static_cast<int>(k))) {
-          position.operands[k]->unsafeGetTensorImpl()->bump_version();
-        }
-      }
-    }
+  // Null where there is none.
+  PyObject* find(PyObject* name) {
+    PyObject *key, *value;
+    if (is_in_order_ && PyDict_Next(dict_, &next_, &key, &value) != 0 && key == name) return value;
+    is_in_order_ = false;
+    value = PyDict_GetItemWithError(dict_, name);
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return value;
   }
 
  private:
-  struct Position {
-    std::array<const at::Tensor*, kOperands> operands;
-    const at::Tensor* step;
-    double value;
-  };
+  PyObject* dict_;
+  Py_ssize_t next_ = 0;
+  bool is_in_order_ = true;
+};
 
-  const at::Tensor* as_real(const at::Tensor& tensor) {
-    if (!tensor.is_complex()) return &tensor;
-    owned_.push_back(at::view_as_real(tensor.resolve_conj()));
-    return &owned_.back();
+// A string that lives as long as the process, so that looking it up costs no new one.
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+inline py::object attribute(PyObject* object, PyObject* name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+// A DTensor, as its own part and where the others are. (Seen from outside: PyTorch has no C++ type
+// for it.)
+struct Distributed {
+  py::object local, mesh, placements;
+
+  // Empty where the object is none.
+  static std::optional<Distributed> from(PyObject* tensor) {
+    static PyObject* const local_key = interned("_local_tensor");
+    static PyObject* const spec_key = interned("_spec");
+    static PyObject* const mesh_key = interned("mesh");
+    static PyObject* const placements_key = interned("placements");
+    if (THPVariable_CheckExact(tensor) || PyObject_HasAttr(tensor, local_key) == 0) return {};
+    const py::object spec = attribute(tensor, spec_key);
+    return Distributed{attribute(tensor, local_key), attribute(spec.ptr(), mesh_key),
+                       attribute(spec.ptr(), placements_key)};
   }
 
-  bool append(const Rule& rule, Position& position) {
-    const at::Tensor& grad = *position.operands[kGrad];
-    if (!grad.is_cpu() || !is_plain(grad)) return false;
-    Row<kOperands> row;
-    row.scale = 1.0;
-    if constexpr (kHasShapeScale<Rule>) {
-      if (rule.use_shape_scaling) {
-        if (grad.dim() != 2) return false;  // the plain path has the error for it
-        row.scale = Rule::shape_scale(grad.size(0), grad.size(1));
+  bool is_placed_as(const Distributed& other) const {
+    const auto equal = [](const py::object& a, const py::object& b) {
+      const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+      if (result < 0) throw py::error_already_set();
+      return result != 0;
+    };
+    return equal(mesh, other.mesh) && equal(placements, other.placements);
+  }
+};
+
+// A number that Python passes: a float, or a tensor of one element, read here only on the CPU.
+class Scalar {
+ public:
+  Scalar(const char* name, py::handle value) {
+    if (!THPVariable_Check(value.ptr())) {
+      number_.value = read_number(name, value);
+      return;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    TORCH_CHECK_VALUE(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; expected 1");
+    if (tensor.is_cuda()) {
+      const bool is_wide = tensor.scalar_type() != at::kFloat;
+      on_device_.push_back(is_wide ? tensor.to(at::kDouble) : tensor);
+    } else {
+      number_.value = tensor.item().toDouble();
+    }
+  }
+
+  bool is_on_device() const { return !on_device_.empty(); }
+
+  // The number for work on a device; copied there where it is on another one.
+  Number on(int8_t device) {
+    if (!is_on_device()) return number_;
+    const auto is_there = [&](const at::Tensor& copy) { return copy.get_device() == device; };
+    auto found = std::find_if(on_device_.begin(), on_device_.end(), is_there);
+    if (found == on_device_.end()) {
+      const at::Device there(at::kCUDA, device);
+      on_device_.push_back(on_device_.front().to(there, on_device_.front().scalar_type(), true));
+      found = std::prev(on_device_.end());
+    }
+    const bool is_wide = found->scalar_type() == at::kDouble;
+    return {0.0, found->const_data_ptr(),
+            is_wide ? Number::Type::kFloat64 : Number::Type::kFloat32};
+  }
+
+ private:
+  Number number_;
+  std::vector<at::Tensor> on_device_;  // one for each device that was asked for
+};
+
+// What all groups of a step share.
+struct StepNumbers {
+  Scalar grad_multiplier, grad_scale, found_inf;
+};
+
+// How a group is stepped, beside its rule.
+struct GroupOptions {
+  Scalar lr;
+  ApplyUpdate epilogue;  // but for the numbers
+  bool has_masters;
+  uint32_t first_position;  // of its parameters in the optimizer
+};
+
+// A step of the parameters of one group.
+//
+// Tensors are borrowed, not owned: counting references to them costs more than all else, since
+// PyTorch counts some of them in Python, too. While the GIL is held, nothing goes away. To sweep
+// without it, the memory is owned.
+template <class Rule>
+class GroupStep {
+  static constexpr size_t kOperands = kNumOperands<Rule, ApplyUpdate>;
+  static constexpr size_t kOwn = kOperands - 1;  // the weight
+  // Parameters that are walked together, each looking a little further than the last: what they
+  // need from memory is then waited for at once, not parameter by parameter.
+  static constexpr size_t kBatch = 32;
+  // Elements from which on it pays to let other threads run.
+  static constexpr int64_t kWorthTheGil = 1 << 18;
+
+ public:
+  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers)
+      : rule_(rule), options_(std::move(options)), numbers_(numbers) {}
+
+  // Adds the parameters that have a gradient. Returns the positions in the list of those that have
+  // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
+  // `grads`, a dictionary by the position, may have gradients to take instead of the parameters'.
+  std::vector<Py_ssize_t> take(PyObject* params, PyObject* grads, StateWalk& states) {
+    std::vector<Py_ssize_t> left;
+    std::array<Candidate, kBatch> batch;
+    constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
+    const Py_ssize_t count = PyList_GET_SIZE(params);
+    num_params_ = static_cast<size_t>(count);
+    storages_.reserve(num_params_ * (kOperands + 1));
+    for (Py_ssize_t next = 0; next < count;) {
+      size_t n = 0;
+      for (; n < kBatch && next < count; ++next) {
+        PyObject* const object = PyList_GET_ITEM(params, next);
+        if (next + ahead < count) prefetch(PyList_GET_ITEM(params, next + ahead));
+        TORCH_CHECK_TYPE(THPVariable_Check(object), "params[", next, "] must be a Tensor");
+        batch[n].index = next;
+        batch[n].object = object;
+        prefetch_tensor(THPVariable_Unpack(object));
+        ++n;
+      }
+      find(batch.data(), n, grads, states);
+      for (size_t i = 0; i < n; ++i) {
+        if (batch[i].grad->defined() && !take(batch[i])) left.push_back(batch[i].index);
       }
     }
-    row.numel = grad.numel();
+    return left;
+  }
+
+  // Does the step of all that was taken.
+  void run() {
+    int64_t numel = 0;
+    bool any_on_device = false;
+    for (const auto& [key, bucket] : buckets_) {
+      numel += bucket.table.numel;
+      any_on_device |= bucket.table.any_on_device;
+    }
+    if (numel < kWorthTheGil && !any_on_device) return sweep();
+    std::vector<c10::intrusive_ptr<c10::StorageImpl>> owned;
+    owned.reserve(storages_.size());
+    for (c10::StorageImpl* storage : storages_) {
+      owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
+    }
+    const py::gil_scoped_release without_gil;
+    sweep();
+  }
+
+ private:
+  struct Candidate {
+    Py_ssize_t index;
+    PyObject* object;
+    const at::Tensor* grad;
+    PyObject* own;  // its states
+    PyObject* step_object;
+    std::array<PyObject*, kNumStates<Rule> + 1> states;  // and the master
+    bool has_master;
+    bool is_complete;  // whether there is something of everything
+    const at::Tensor* step;
+    std::array<const at::Tensor*, kOperands> operands;
+  };
+
+  // Rows that share a step: of one device, and one number that the host counts.
+  struct Bucket {
+    Table<kOperands> table;
+    std::vector<float*> counters;
+  };
+  struct BucketKey {
+    int8_t device;
+    bool counts_on_device;
+    double step;
+    auto tied() const { return std::tie(device, counts_on_device, step); }
+    bool operator<(const BucketKey& other) const { return tied() < other.tied(); }
+  };
+
+  // ---- the walk
+  // ----------------------------------------------------------------------------------
+
+  static void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    static_cast<void>(address);
+#endif
+  }
+  static void prefetch_lines(const void* address, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(address) + i);
+  }
+  static void prefetch_tensor(const at::Tensor& tensor) {
+    prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+  static void prefetch_memory(const at::Tensor& tensor) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    prefetch(impl.unsafe_storage().unsafeGetStorageImpl());
+    // The counter of versions: the one pointer in there.
+    prefetch(*reinterpret_cast<void* const*>(&impl.version_counter()));
+  }
+
+  // Finds what belongs to each parameter.
+  void find(Candidate* batch, size_t n, PyObject* grads, StateWalk& states) {
+    static PyObject* const step_key = interned("step");
+    static PyObject* const master_key = interned("master_param");
+    static const std::array<PyObject*, kNumStates<Rule>> keys = state_keys();
+    for (size_t i = 0; i < n; ++i) {
+      prefetch(THPVariable_Unpack(batch[i].object).unsafeGetTensorImpl()->autograd_meta());
+    }
+    for (size_t i = 0; i < n; ++i) {
+      Candidate& c = batch[i];
+      c.grad = &THPVariable_Unpack(c.object).grad();
+      c.own = nullptr;
+      c.is_complete = false;
+      if (!c.grad->defined()) continue;
+      prefetch_tensor(*c.grad);
+      c.own = states.find(c.object);
+      if (c.own == nullptr) continue;
+      if (PyDict_Check(c.own)) {
+        prefetch_lines(reinterpret_cast<PyDictObject*>(c.own)->ma_keys, 192);
+      } else {
+        c.own = nullptr;
+      }
+    }
+    for (size_t i = 0; i < n; ++i) {
+      Candidate& c = batch[i];
+      c.states.fill(nullptr);
+      if (c.own == nullptr) continue;
+      FieldWalk fields(c.own);
+      c.step_object = fields.find(step_key);
+      for (size_t s = 0; s < keys.size(); ++s) c.states[s] = fields.find(keys[s]);
+      c.has_master = needs_master(THPVariable_Unpack(c.object));
+      if (c.has_master) c.states.back() = fields.find(master_key);
+      prefetch(c.step_object);
+      for (PyObject* const state : c.states) prefetch(state);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (batch[i].own != nullptr) unwrap(batch[i], grads);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (!batch[i].is_complete) continue;
+      prefetch_memory(*batch[i].step);
+      for (const at::Tensor* operand : batch[i].operands) prefetch_memory(*operand);
+    }
+  }
+
+  // From Python's objects to tensors; of DTensors, to their parts here.
+  void unwrap(Candidate& c, PyObject* grads) {
+    std::optional<Distributed> whole;
+    if (!is_plain(THPVariable_Unpack(c.object))) whole = Distributed::from(c.object);
+    const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
+      if (object == nullptr || !THPVariable_Check(object)) return nullptr;
+      if (whole) {
+        const std::optional<Distributed> part = Distributed::from(object);
+        if (!part || !part->is_placed_as(*whole)) return nullptr;
+        object = part->local.ptr();
+        alive_.push_back(part->local);
+      }
+      const at::Tensor& tensor = THPVariable_Unpack(object);
+      prefetch_tensor(tensor);
+      return &tensor;
+    };
+    c.operands[kUpdate] = c.operands[kOwn] = tensor_of(c.object);
+    c.operands[kGrad] = c.grad;
+    if (grads != nullptr || whole) {
+      py::object grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad));
+      if (grads != nullptr) {
+        const auto index = py::int_(c.index);
+        PyObject* const given = PyDict_GetItemWithError(grads, index.ptr());
+        if (given != nullptr) grad = py::reinterpret_borrow<py::object>(given);
+      }
+      c.operands[kGrad] = tensor_of(grad.ptr());
+      alive_.push_back(std::move(grad));
+    }
+    for (size_t s = 0; s < kNumStates<Rule>; ++s) {
+      c.operands[kFirstState + s] = tensor_of(c.states[s]);
+    }
+    if (c.has_master) c.operands[kOwn] = tensor_of(c.states.back());
+    whole.reset();  // a counter is a tensor of each process
+    c.step = tensor_of(c.step_object);
+    c.is_complete = c.step != nullptr;
+    for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
+  }
+
+  bool needs_master(const at::Tensor& param) const {
+    return options_.has_masters &&
+           (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
+  }
+
+  // ---- one parameter
+  // -----------------------------------------------------------------------------
+
+  // False, with nothing added, where it has to be stepped otherwise.
+  bool take(Candidate& c) {
+    if (!c.is_complete) return false;
+    if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
+    const at::Tensor& param = *c.operands[kUpdate];
+    if (!is_plain(param)) return false;
+    const bool is_contiguous = param.is_contiguous();
+    if (!is_contiguous && !param.is_non_overlapping_and_dense()) return false;
+    const auto lies_alike = [&](const at::Tensor& tensor) {
+      return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
+    };
+    Row<kOperands> row;
+    row.device = param.is_cuda() ? param.get_device() : kHost;
+    row.position = options_.first_position + static_cast<uint32_t>(c.index);
+    row.scale = 1.0;
+    row.numel = param.numel();
     row.compute = DType::kFloat32;
-    const bool is_contiguous = grad.is_contiguous();
-    if (!is_contiguous && !grad.is_non_overlapping_and_dense()) return false;
+    if constexpr (kHasShapeScale<Rule>) {
+      if (rule_.use_shape_scaling) {
+        if (param.dim() != 2) return false;  // the plain path has the error for it
+        row.scale = Rule::shape_scale(param.size(0), param.size(1));
+      }
+    }
     for (size_t k = 0; k < kOperands; ++k) {
-      const at::Tensor& operand = *position.operands[k];
-      if (!is_alike(operand, grad)) return false;
-      if (is_contiguous ? !operand.is_contiguous() : !same_strides(operand, grad)) return false;
-      row.dtype[k] = to_dtype(operand.scalar_type());
+      const at::Tensor* operand = c.operands[k];
+      if (!is_alike(*operand, param)) return false;
+      if (!lies_alike(*operand)) {
+        if (k != kGrad) return false;
+        // A copy of the gradient that lies in memory as the parameter does.
+        owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
+        operand = c.operands[k] = &owned_.back();
+      }
+      row.dtype[k] = to_dtype(operand->scalar_type());
       if (is_read(static_cast<int>(k)) && row.dtype[k] == DType::kFloat64) {
         row.compute = DType::kFloat64;
       }
       row.data[k] =
-          k == kGrad ? const_cast<void*>(operand.const_data_ptr()) : operand.mutable_data_ptr();
+          k == kGrad ? const_cast<void*>(operand->const_data_ptr()) : operand->mutable_data_ptr();
+      prefetch(row.data[k]);
       if (row.data[k] == nullptr && row.numel != 0) return false;
+      // What the CPU takes, a GPU does not.
+      const auto size = static_cast<uintptr_t>(size_of(row.dtype[k]));
+      if (row.device != kHost && reinterpret_cast<uintptr_t>(row.data[k]) % size != 0) return false;
     }
-    position.value = static_cast<double>(*position.step->template const_data_ptr<float>()) + 1.0;
-    tables_[position.value].append(row);
-    positions_.push_back(position);
+    return append(c, row);
+  }
+
+  bool append(const Candidate& c, Row<kOperands>& row) {
+    const at::Tensor& step = *c.step;
+    const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
+    const bool counts_here = step.is_cpu();
+    if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
+    // Numbers that only a device knows need a counter there, and are of no use elsewhere.
+    if (row.device == kHost ? needs_device() : counts_here && numbers_.found_inf.is_on_device()) {
+      return false;
+    }
+    auto* const counter = step.template mutable_data_ptr<float>();
+    if (counter == nullptr) return false;
+    BucketKey key{row.device, !counts_here, 1.0};
+    if (counts_here) {
+      key.step = static_cast<double>(*counter) + 1.0;
+    } else {
+      row.step = counter;
+    }
+    Bucket& bucket = bucket_of(key);
+    bucket.table.append(row);
+    if (counts_here) bucket.counters.push_back(counter);
+    keep(step, true);
+    for (size_t k = 0; k < kOperands; ++k) {
+      const bool is_again = k == kOwn && c.operands[k] == c.operands[kUpdate];
+      if (!is_again) keep(*c.operands[k], k != kGrad);
+    }
     return true;
+  }
+
+  bool needs_device() const {
+    return options_.lr.is_on_device() || numbers_.grad_multiplier.is_on_device() ||
+           numbers_.grad_scale.is_on_device() || numbers_.found_inf.is_on_device();
+  }
+
+  void keep(const at::Tensor& tensor, bool is_modified) {
+    c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    storages_.push_back(impl.unsafe_storage().unsafeGetStorageImpl());
+    if (is_modified) impl.bump_version();
+  }
+
+  // Complex numbers are swept as pairs of real ones.
+  bool make_real(Candidate& c) {
+    const bool is_own_weight = c.operands[kOwn] == c.operands[kUpdate];
+    for (size_t k = 0; k < kOperands; ++k) {
+      if (k == kOwn && is_own_weight) {
+        c.operands[k] = c.operands[kUpdate];
+        continue;
+      }
+      const at::Tensor& tensor = *c.operands[k];
+      // What is conjugated lazily does not lie in memory as its values are.
+      if (!tensor.is_complex() || (tensor.is_conj() && k != kGrad)) return false;
+      owned_.push_back(at::view_as_real(tensor.resolve_conj()));
+      c.operands[k] = &owned_.back();
+    }
+    return true;
+  }
+
+  Bucket& bucket_of(const BucketKey& key) {
+    if (last_ != nullptr && last_->first.tied() == key.tied()) return last_->second;
+    const bool is_first = buckets_.empty();
+    last_ = &*buckets_.try_emplace(key).first;
+    if (is_first) last_->second.table.rows.reserve(num_params_);  // mostly there is no other
+    return last_->second;
+  }
+
+  // ---- the sweep
+  // ---------------------------------------------------------------------------------
+
+  void sweep() {
+    for (auto& [key, bucket] : buckets_) {
+      ApplyUpdate epilogue = options_.epilogue;
+      epilogue.lr = options_.lr.on(key.device);
+      epilogue.grad_multiplier = numbers_.grad_multiplier.on(key.device);
+      epilogue.grad_scale = numbers_.grad_scale.on(key.device);
+      epilogue.found_inf = numbers_.found_inf.on(key.device);
+      emopt::sweep(rule_, {key.step}, epilogue, bucket.table);
+      for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
+    }
   }
 
   static std::array<PyObject*, kNumStates<Rule>> state_keys() {
@@ -185,10 +506,15 @@ class OptimizerStep {
     return keys;
   }
 
-  std::vector<py::object> alive_;
-  std::deque<at::Tensor> owned_;  // positions point into it
-  std::vector<Position> positions_;
-  std::map<double, Table<kOperands>> tables_;  // by the number of the step
+  Rule rule_;
+  GroupOptions options_;
+  StepNumbers& numbers_;
+  std::map<BucketKey, Bucket> buckets_;
+  std::pair<const BucketKey, Bucket>* last_ = nullptr;
+  size_t num_params_ = 0;
+  std::deque<at::Tensor> owned_;   // tensors that were made here
+  std::vector<py::object> alive_;  // objects that nothing else may hold
+  std::vector<c10::StorageImpl*> storages_;
 };
 
 }  // namespace emopt

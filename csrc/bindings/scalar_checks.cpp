@@ -28,7 +28,7 @@ void check_domain(const char* name, int index, double value, Domain domain) {
   TORCH_CHECK_VALUE(false, full_name, " is ", number_text(value), "; expected ", expected);
 }
 
-StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor,
+Number checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor,
                         int64_t lowest) {
   double value = static_cast<double>(step);
   if (step_tensor.has_value()) {
@@ -41,7 +41,9 @@ StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tens
     TORCH_CHECK_TYPE(step_tensor->is_cpu() || step_tensor->is_cuda(), "step is on ",
                      step_tensor->device(), "; expected a tensor on the CPU or a CUDA device");
     const void* const address = step_tensor->const_data_ptr();
-    if (step_tensor->is_cuda()) return {0.0, address, is_int64};
+    if (step_tensor->is_cuda()) {
+      return {0.0, address, is_int64 ? Number::Type::kInt64 : Number::Type::kFloat32};
+    }
     value = is_int64 ? static_cast<double>(*static_cast<const int64_t*>(address))
                      : static_cast<double>(*static_cast<const float*>(address));
     TORCH_CHECK_VALUE(!std::isnan(value), "step is nan; expected a whole number");
@@ -51,7 +53,7 @@ StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tens
   TORCH_CHECK_VALUE(value >= static_cast<double>(lowest), "step is ", number_text(value),
                     "; expected step >= ", lowest,
                     lowest == 1 ? " (with bias correction, steps count from 1)" : "");
-  return {value, nullptr, false};
+  return {value};
 }
 
 }  // namespace emopt

@@ -21,7 +21,7 @@ void check_domain(const char* name, int index, double value, Domain domain);
 
 // The step that a call runs at: `step_tensor`'s where there is one. Raises for a value that is no
 // whole number, and for one below `lowest`; the value of a CUDA tensor is not looked at.
-StepSource checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest);
+Number checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest);
 
 template <class Rule, class Value>
 void check_option(const Rule& rule, const Option<Rule, Value>& option) {

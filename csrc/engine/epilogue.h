@@ -3,59 +3,88 @@
 // An epilogue is a plain struct. It provides
 //
 //   static constexpr int kOperands                operands that it adds to a row, after the states
-//   static constexpr bool kWritesOwn              whether these are written, beside being read
+//   static constexpr bool kHasRowSteps            whether each row may have a step of its own
+//   bool is_on_device() const                     whether any number of it is
+//   bool is_skipped() const                       whether nothing is to be done; reads the numbers
 //   template <class Real> struct At {
-//     At(const Epilogue&, double scale)           once per row, whose scale is a factor for updates
+//     At(const Epilogue&)                         once per step; reads the numbers
+//     void scale_by(Real)                         once per row: its factor for updates
 //     Real before(Real grad, Real own...) const   -> the gradient that the rule gets
 //     Real after(Real update, Real& own...) const -> what is stored in the first operand
 //   };
 #pragma once
 
-#include "../rules/rule.h"
+#include "number.h"
 
 namespace emopt {
 
 // It is stored, times the row's scale. (A scale of 1 changes no bit.)
 struct StoreUpdate {
   static constexpr int kOperands = 0;
-  static constexpr bool kWritesOwn = false;
+  static constexpr bool kHasRowSteps = false;
+
+  EMOPT_FN bool is_on_device() const { return false; }
+  EMOPT_FN bool is_skipped() const { return false; }
 
   template <class Real>
   struct At {
-    Real scale;
+    Real scale = 1;
 
-    EMOPT_FN At(const StoreUpdate&, double scale_) : scale(static_cast<Real>(scale_)) {}
+    EMOPT_FN explicit At(const StoreUpdate&) {}
+    EMOPT_FN void scale_by(Real factor) { scale = factor; }
 
     EMOPT_FN Real before(Real grad) const { return grad; }
     EMOPT_FN Real after(Real update) const { return update * scale; }
   };
 };
 
+enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
+
 // It is applied to a weight, which the row's last operand holds: that is the parameter itself, or a
 // master of it, of which the parameter gets the rounding.
-template <bool kHasMaster>
 struct ApplyUpdate {
   static constexpr int kOperands = 1;
-  static constexpr bool kWritesOwn = kHasMaster;
+  static constexpr bool kHasRowSteps = true;
 
-  double grad_factor;    // loss scale, clipping, and the sign of a maximised objective
-  double l2;             // weight decay by way of the gradient
-  double weight_factor;  // weight decay of the weight itself, before the update
-  double lr;             // 0 leaves the weights as they are, whatever the update is
+  Number lr;  // 0 leaves the weights as they are, whatever the update is
+  Number grad_multiplier{1.0};
+  Number grad_scale{1.0};  // gradients are divided by it
+  Number found_inf{0.0};   // nothing changes where it is not 0
+  double weight_decay = 0.0;
+  WeightDecay method = WeightDecay::kDecoupled;
+  bool maximize = false;
+  bool is_stochastic = false;  // 16-bit parameters are rounded up or down at random
+  uint64_t seed = 0;           // for that
+
+  EMOPT_FN bool is_on_device() const {
+    return lr.is_on_device() || grad_multiplier.is_on_device() || grad_scale.is_on_device() ||
+           found_inf.is_on_device();
+  }
+  EMOPT_FN bool is_skipped() const { return found_inf.read() != 0.0; }
 
   template <class Real>
   struct At {
-    Real grad_factor, l2, weight_factor, lr, scale;
+    Real grad_factor, l2, weight_factor, lr;
     bool has_l2, moves;
 
-    EMOPT_FN At(const ApplyUpdate& epilogue, double scale_)
-        : grad_factor(static_cast<Real>(epilogue.grad_factor)),
-          l2(static_cast<Real>(epilogue.l2)),
-          weight_factor(static_cast<Real>(epilogue.weight_factor)),
-          lr(static_cast<Real>(epilogue.lr)),
-          scale(static_cast<Real>(scale_)),
-          has_l2(epilogue.l2 != 0.0),
-          moves(epilogue.lr != 0.0) {}
+    EMOPT_FN explicit At(const ApplyUpdate& epilogue) {
+      const double rate = epilogue.lr.read();
+      const double factor = epilogue.grad_multiplier.read() / epilogue.grad_scale.read();
+      const double decay = epilogue.weight_decay;
+      // What a weight loses is a part of it.
+      const double lost = epilogue.method == WeightDecay::kDecoupled     ? rate * decay
+                          : epilogue.method == WeightDecay::kIndependent ? decay
+                          : epilogue.method == WeightDecay::kPalm        ? rate * rate * decay
+                                                                         : 0.0;
+      grad_factor = static_cast<Real>(epilogue.maximize ? -factor : factor);
+      has_l2 = epilogue.method == WeightDecay::kL2 && decay != 0.0;
+      l2 = static_cast<Real>(decay);
+      weight_factor = static_cast<Real>(1.0 - lost);
+      lr = static_cast<Real>(rate);
+      moves = rate != 0.0;
+    }
+
+    EMOPT_FN void scale_by(Real factor) { lr *= factor; }
 
     EMOPT_FN Real before(Real grad, Real weight) const {
       // -0 is what changes no number, +0 included; 0 times an infinite weight would be NaN.
@@ -63,7 +92,7 @@ struct ApplyUpdate {
     }
 
     EMOPT_FN Real after(Real update, Real& weight) const {
-      const Real moved = weight_factor * weight - lr * (update * scale);
+      const Real moved = weight_factor * weight - lr * update;
       weight = moves ? moved : weight;
       return weight;
     }
@@ -72,7 +101,17 @@ struct ApplyUpdate {
 
 #define EMOPT_FOR_EACH_EPILOGUE(APPLY, Rule) \
   APPLY(Rule, StoreUpdate)                   \
-  APPLY(Rule, ApplyUpdate<false>)            \
-  APPLY(Rule, ApplyUpdate<true>)
+  APPLY(Rule, ApplyUpdate)
+
+// A rule and an epilogue at one step, in one arithmetic type: what a loop over elements needs.
+template <class Rule, class Epilogue, class Real_>
+struct Constants {
+  using Real = Real_;
+  typename Rule::template Step<Real> step;
+  typename Epilogue::template At<Real> epilogue;
+
+  EMOPT_FN Constants(const Rule& rule, double step_, const Epilogue& epilogue_)
+      : step(rule, step_), epilogue(epilogue_) {}
+};
 
 }  // namespace emopt

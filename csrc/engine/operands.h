@@ -27,9 +27,12 @@ inline constexpr int kNumOperands = kFirstState + kNumStates<Rule> + Epilogue::k
 
 constexpr bool is_read(int k) { return k != kUpdate; }
 
-template <class Rule, class Epilogue>
-constexpr bool is_written(int k) {
-  return k != kGrad && (k < kFirstState + kNumStates<Rule> || Epilogue::kWritesOwn);
+// Whether operand k of a row is written where it lies. A weight that is the parameter itself is
+// not: that is written as the parameter.
+template <class Epilogue, class Pointer, size_t kOperands>
+EMOPT_FN bool is_written(int k, const Pointer (&data)[kOperands]) {
+  constexpr int kFirstOwn = static_cast<int>(kOperands) - Epilogue::kOperands;
+  return k != kGrad && (k < kFirstOwn || data[k] != data[kUpdate]);
 }
 
 inline constexpr int8_t kHost = -1;  // in place of a device's index
@@ -40,7 +43,9 @@ struct Row {
   DType dtype[kOperands];
   DType compute;          // kFloat32, or kFloat64 where an operand that is read is float64
   int8_t device = kHost;  // or the index of a CUDA device
+  uint32_t position = 0;  // the parameter's number in its optimizer
   double scale;           // a factor for the update (Signum's shape scaling), else 1
+  float* step = nullptr;  // the parameter's counter of done steps, where that is on its device
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
 };
@@ -59,16 +64,6 @@ struct Table {
     any_on_device |= row.device != kHost;
     rows.push_back(row);
   }
-};
-
-// The step of a call: known to the host, or in a CUDA device's memory, where the host does not
-// look.
-struct StepSource {
-  double value = 0.0;
-  const void* address = nullptr;  // of a float32, or an int64; null where the host knows the step
-  bool is_int64 = false;
-
-  EMOPT_FN bool is_on_device() const { return address != nullptr; }
 };
 
 // A place in a table: element `offset` of row `row`.

@@ -8,21 +8,24 @@
 
 namespace emopt {
 
-// The step may be on a device only where all rows are.
-template <class Rule>
-void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Rule>>& table) {
+// The step, and the epilogue's numbers, may be on a device only where all rows are. The step that a
+// row has itself, on a device, counts the steps that are done: it takes the place of `step`, which
+// is then of no account.
+template <class Rule, class Epilogue>
+void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
+           const Table<kNumOperands<Rule, Epilogue>>& table) {
 #if EMOPT_CUDA
   if (table.any_on_device) {
-    cuda::sweep(rule, step, table);  // returns at once, so that both kinds of device work
+    cuda::sweep(rule, step, epilogue, table);  // returns at once, so that both kinds of device work
     if (!table.any_on_host) return;
-    Table<kNumOperands<Rule>> on_host;
+    Table<kNumOperands<Rule, Epilogue>> on_host;
     for (const auto& row : table.rows) {
       if (row.device == kHost) on_host.append(row);
     }
-    return cpu::sweep(rule, step.value, StoreUpdate(), on_host);
+    return cpu::sweep(rule, step.value, epilogue, on_host);
   }
 #endif
-  cpu::sweep(rule, step.value, StoreUpdate(), table);
+  cpu::sweep(rule, step.value, epilogue, table);
 }
 
 }  // namespace emopt

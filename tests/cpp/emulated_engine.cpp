@@ -6,18 +6,26 @@
 
 namespace emopt::cuda {
 
-template <class Rule>
-void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Rule>>& table) {
-  for_each_launch(rule, step, table, true, [](int8_t, const auto& launch, uint32_t num_blocks) {
-    run_on_host(launch, num_blocks);
-  });
+template <class Rule, class Epilogue>
+void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
+           const Table<kNumOperands<Rule, Epilogue>>& table) {
+  for_each_launch(
+      rule, step, epilogue, table, true,
+      [](int8_t, const auto& launch, uint32_t num_blocks) { run_on_host(launch, num_blocks); });
+  if constexpr (Epilogue::kHasRowSteps) {
+    for_each_advance(table, epilogue.found_inf,
+                     [](int8_t, const Advance& counters) { advance_counters(counters, 0, 1); });
+  }
 }
 
 std::vector<int> compiled_architectures() { return {900}; }
 
-#define EMOPT_INSTANTIATE(Rule) \
-  template void sweep<Rule>(const Rule&, const StepSource&, const Table<kNumOperands<Rule>>&);
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                     \
+  template void sweep(const Rule&, const Number&, const Epilogue&, \
+                      const Table<kNumOperands<Rule, Epilogue>>&);
+#define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE
+#undef EMOPT_INSTANTIATE_WITH
 
 }  // namespace emopt::cuda

@@ -5,13 +5,14 @@
 
 template <class Launch>
 void run_on_host(const Launch& launch, uint32_t num_blocks) {
-  typename Launch::Step step = launch.step;
-  if (launch.source.is_on_device()) {
-    step = typename Launch::Step(launch.rule, emopt::cuda::read_step(launch.source));
-  }
   for (uint32_t block = 0; block < num_blocks; ++block) {
+    const uint32_t row = launch.row_of(block);
+    const emopt::cuda::Setup<Launch> setup = launch.needs_setup
+                                                 ? emopt::cuda::Setup<Launch>(launch, row)
+                                                 : emopt::cuda::Setup<Launch>(launch);
+    if (setup.is_skipped) continue;
     for (uint32_t thread = 0; thread < emopt::cuda::kThreads; thread += 2) {
-      emopt::cuda::sweep_chunk<emopt::StoreUpdate, 2>(launch, step, block, thread);
+      emopt::cuda::sweep_chunk<2>(launch, setup, row, block, thread);
     }
   }
 }

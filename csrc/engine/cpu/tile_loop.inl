@@ -54,14 +54,37 @@ void store_tile(DType dtype, void* to, int64_t offset, const Real* from, int64_t
   }
 }
 
-// The one loop that computes. `operands` are in the order of a row; the first one may be another's
-// memory, too: an update that is the gradient, a parameter that is its own weight.
-template <class Real, class Epilogue, class Step, class After, std::size_t... kState,
-          std::size_t... kOwn>
-void apply_rule(const Step& shared_step, const After& shared_after, Real* const* operands,
-                int64_t n, std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
-  const Step step = shared_step;  // copies cannot alias what the loop writes
-  const After epilogue = shared_after;
+// Of a tile, whose indices have their high half in common.
+template <class Real, class Stored>
+void round_stochastically_into(void* to, int64_t offset, const Real* from, int64_t n,
+                               uint64_t key) {
+  Stored* target = static_cast<Stored*>(to) + offset;
+  const RandomBits random(key, static_cast<uint64_t>(offset));
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = random(static_cast<uint32_t>(i));
+    target[i] = RoundStochastically<Stored>::from(static_cast<float>(from[i]), bits);
+  }
+}
+
+template <class Real>
+void store_tile_stochastically(DType dtype, void* to, int64_t offset, const Real* from, int64_t n,
+                               uint64_t key) {
+  if (dtype == DType::kBFloat16) {
+    round_stochastically_into<Real, BFloat16>(to, offset, from, n, key);
+  } else {
+    round_stochastically_into<Real, Float16>(to, offset, from, n, key);
+  }
+}
+
+// The one loop that computes. `operands` are in the order of a row. Some may be the same memory: an
+// update that is the gradient, a weight that is the parameter.
+template <class Constants, std::size_t... kState, std::size_t... kOwn>
+void apply_rule(const Constants& shared, typename Constants::Real* const* operands, int64_t n,
+                std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
+  using Real = typename Constants::Real;
+  const auto step = shared.step;  // copies cannot alias what the loop writes
+  const auto epilogue = shared.epilogue;
   Real* const update = operands[kUpdate];
   const Real* const grad = operands[kGrad];
   Real* const states[] = {operands[kFirstState + kState]...};
@@ -74,15 +97,17 @@ void apply_rule(const Step& shared_step, const After& shared_after, Real* const*
     const Real result = step(epilogue.before(grad[i], own[kOwn]...), state[kState]...);
     update[i] = epilogue.after(result, own[kOwn]...);
     ((states[kState][i] = state[kState]), ...);
-    if constexpr (Epilogue::kWritesOwn) ((owns[kOwn][i] = own[kOwn]), ...);
+    ((owns[kOwn][i] = own[kOwn]), ...);
   }
 }
 
 // One part of one row. Operands that are stored in the arithmetic type are used where they are;
 // where all are, the whole part is a single tile.
-template <class Real, class Rule, class Epilogue, class Step, int kOperands>
-void sweep_part(const Step& step, const Epilogue& epilogue, DType real, const Row<kOperands>& row,
+template <class Setup, class Constants, int kOperands>
+void sweep_part(const Setup& setup, Constants constants, DType real, const Row<kOperands>& row,
                 int64_t begin, int64_t end) {
+  using Real = typename Constants::Real;
+  using Epilogue = typename Setup::Epilogue;
   alignas(64) Real buffer[kOperands][kTile];
   Real* operands[kOperands];
   bool is_staged[kOperands];
@@ -92,7 +117,13 @@ void sweep_part(const Step& step, const Epilogue& epilogue, DType real, const Ro
     any_staged |= is_staged[k];
     operands[k] = buffer[k];
   }
-  const typename Epilogue::template At<Real> after(epilogue, row.scale);
+  constants.epilogue.scale_by(static_cast<Real>(row.scale));
+  bool is_stochastic = false;
+  uint64_t key = 0;
+  if constexpr (Epilogue::kHasRowSteps) {
+    is_stochastic = setup.epilogue.is_stochastic && size_of(row.dtype[kUpdate]) == 2;
+    if (is_stochastic) key = rounding_key(setup.epilogue.seed, row.position, setup.step);
+  }
   const int64_t tile = any_staged ? kTile : end - begin;
   for (int64_t offset = begin; offset < end; offset += tile) {
     const int64_t n = end - offset < tile ? end - offset : tile;
@@ -103,11 +134,13 @@ void sweep_part(const Step& step, const Epilogue& epilogue, DType real, const Ro
         load_tile<Real>(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
     }
-    apply_rule<Real, Epilogue>(step, after, operands, n,
-                               std::make_index_sequence<kNumStates<Rule>>(),
-                               std::make_index_sequence<Epilogue::kOperands>());
+    apply_rule(constants, operands, n, std::make_index_sequence<kNumStates<typename Setup::Rule>>(),
+               std::make_index_sequence<Epilogue::kOperands>());
     for (int k = 0; k < kOperands; ++k) {
-      if (is_staged[k] && is_written<Rule, Epilogue>(k)) {
+      if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
+      if (k == kUpdate && is_stochastic) {
+        store_tile_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, key);
+      } else {
         store_tile<Real>(row.dtype[k], row.data[k], offset, buffer[k], n);
       }
     }
@@ -115,21 +148,21 @@ void sweep_part(const Step& step, const Epilogue& epilogue, DType real, const Ro
 }
 
 template <class Rule, class Epilogue>
-void sweep(const Steps<Rule>& steps, const Epilogue& epilogue,
-           const Table<kNumOperands<Rule, Epilogue>>& table, Place begin, Place end) {
+void sweep(const Setup<Rule, Epilogue>& setup, const Table<kNumOperands<Rule, Epilogue>>& table,
+           Place begin, Place end) {
   using RowOf = Row<kNumOperands<Rule, Epilogue>>;
   for_each_part(table, begin, end, [&](const RowOf& row, int64_t from, int64_t to) {
     if (row.compute == DType::kFloat64) {
-      sweep_part<double, Rule>(steps.float64, epilogue, DType::kFloat64, row, from, to);
+      sweep_part(setup, setup.float64, DType::kFloat64, row, from, to);
     } else {
-      sweep_part<float, Rule>(steps.float32, epilogue, DType::kFloat32, row, from, to);
+      sweep_part(setup, setup.float32, DType::kFloat32, row, from, to);
     }
   });
 }
 
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                             \
-  template void sweep<Rule, Epilogue>(const Steps<Rule>&, const Epilogue&, \
-                                      const Table<kNumOperands<Rule, Epilogue>>&, Place, Place);
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                                                  \
+  template void sweep(const Setup<Rule, Epilogue>&, const Table<kNumOperands<Rule, Epilogue>>&, \
+                      Place, Place);
 #define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE

@@ -9,6 +9,7 @@
 
 #include "../../rules/all.h"
 #include "../operands.h"
+#include "../stochastic.h"
 #include "isa.h"
 
 namespace emopt::cpu {
@@ -19,27 +20,35 @@ namespace emopt::cpu {
 // to 2048 take 1.09 to 1.15 times as long; over 1 Mi, which fits the cache, 256 and 512 take 0.9.
 inline constexpr int64_t kTile = 128;
 
-// A rule at one step, in both arithmetic types.
-template <class Rule>
-struct Steps {
-  typename Rule::template Step<float> float32;
-  typename Rule::template Step<double> float64;
+// A rule and an epilogue at one step.
+template <class Rule_, class Epilogue_>
+struct Setup {
+  using Rule = Rule_;
+  using Epilogue = Epilogue_;
+  Constants<Rule, Epilogue, float> float32;
+  Constants<Rule, Epilogue, double> float64;
+  Epilogue epilogue;
+  uint64_t step;
 
-  Steps(const Rule& rule, double step) : float32(rule, step), float64(rule, step) {}
+  Setup(const Rule& rule, double step_, const Epilogue& epilogue_)
+      : float32(rule, step_, epilogue_),
+        float64(rule, step_, epilogue_),
+        epilogue(epilogue_),
+        step(static_cast<uint64_t>(step_)) {}
 };
 
-template <class Rule, class Epilogue = StoreUpdate>
-using SweepFunction = void (*)(const Steps<Rule>&, const Epilogue&,
+template <class Rule, class Epilogue>
+using SweepFunction = void (*)(const Setup<Rule, Epilogue>&,
                                const Table<kNumOperands<Rule, Epilogue>>&, Place, Place);
 
 }  // namespace emopt::cpu
 
 // Sweeps the rule over the rows between two places of a table, on the calling thread.
-#define EMOPT_DECLARE_UNIT(unit)                                                        \
-  namespace emopt::cpu::unit {                                                          \
-  template <class Rule, class Epilogue>                                                 \
-  void sweep(const Steps<Rule>& steps, const Epilogue& epilogue,                        \
-             const Table<kNumOperands<Rule, Epilogue>>& table, Place begin, Place end); \
+#define EMOPT_DECLARE_UNIT(unit)                                                                   \
+  namespace emopt::cpu::unit {                                                                     \
+  template <class Rule, class Epilogue>                                                            \
+  void sweep(const Setup<Rule, Epilogue>& setup, const Table<kNumOperands<Rule, Epilogue>>& table, \
+             Place begin, Place end);                                                              \
   }
 
 EMOPT_DECLARE_UNIT(baseline)

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../epilogue.h"
+#include "../stochastic.h"
 #include "launch.h"
 #include "vectors.h"
 
@@ -27,6 +28,19 @@ template <class Real, class Stored>
 EMOPT_FN void round_all(Packet& packet, const Real (&values)[kHeld]) {
   EMOPT_UNROLL
   for (uint32_t i = 0; i < kHeld; ++i) packet.put(i, Round<Stored>::from(values[i]));
+}
+
+// The elements are the chunk's from `first` on, from the second half on those from `second` on.
+template <class Real, class Stored>
+EMOPT_FN void round_all_stochastically(Packet& packet, const Real (&values)[kHeld],
+                                       const RandomBits& random, uint32_t first, uint32_t second) {
+  if constexpr (sizeof(Stored) == 2) {
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld; ++i) {
+      const uint32_t bits = random(i < kHeld / 2 ? first + i : second + i - kHeld / 2);
+      packet.put(i, RoundStochastically<Stored>::from(static_cast<float>(values[i]), bits));
+    }
+  }
 }
 
 // Calls `visit` with a value of the type that operand k is stored in. An update may be float64
@@ -50,35 +64,84 @@ using BitsOf =
 
 // ---- the rule -----------------------------------------------------------------------------------
 
-template <class Step, class Epilogue, class Real, int kOperands, uint32_t kCount, size_t... kState>
-EMOPT_FN void apply(const Step& step, Epilogue epilogue, Real (&values)[kOperands][kCount],
-                    std::index_sequence<kState...>) {
+template <class Constants, int kOperands, uint32_t kCount, size_t... kState, size_t... kOwn>
+EMOPT_FN void apply(const Constants& constants,
+                    typename Constants::Real (&values)[kOperands][kCount],
+                    std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
+  constexpr size_t kFirstOwn = kFirstState + sizeof...(kState);
   EMOPT_UNROLL
   for (uint32_t i = 0; i < kCount; ++i) {
-    values[kUpdate][i] =
-        epilogue.after(step(epilogue.before(values[kGrad][i]), values[kFirstState + kState][i]...));
+    const auto grad = constants.epilogue.before(values[kGrad][i], values[kFirstOwn + kOwn][i]...);
+    const auto update = constants.step(grad, values[kFirstState + kState][i]...);
+    values[kUpdate][i] = constants.epilogue.after(update, values[kFirstOwn + kOwn][i]...);
   }
 }
 
-template <int kOperands>
-using States = std::make_index_sequence<kOperands - kFirstState>;
+// A row's part that a block works on.
+template <class Launch>
+struct Chunk {
+  static constexpr int kOperands = Launch::kOperands;
+  using Epilogue = typename Launch::Epilogue;
+  using States = std::make_index_sequence<kOperands - Epilogue::kOperands - kFirstState>;
+  using Owns = std::make_index_sequence<Epilogue::kOperands>;
+
+  char* data[kOperands];
+  RandomBits random;  // of its elements, for stochastic rounding
+  uint32_t length;
+  uint32_t head;  // elements before the body
+  uint32_t body;  // elements that are accessed by vectors
+};
+
+// ---- what holds for a block ---------------------------------------------------------------------
+
+template <class Launch>
+struct Setup {
+  Constants<typename Launch::Rule, typename Launch::Epilogue, typename Launch::Real> constants;
+  bool is_skipped = false;
+  bool is_stochastic = false;
+  uint64_t key = 0;
+
+  // Where the host knows all that is needed.
+  EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
+
+  // Where a number or the step is in the device's memory, or the row has a key. In float64.
+  EMOPT_FN Setup(const Launch& launch, uint32_t row)
+      : constants(launch.rule, step_of(launch, row), launch.epilogue),
+        is_skipped(launch.epilogue.is_skipped()) {
+    if constexpr (Launch::Epilogue::kHasRowSteps) {
+      is_stochastic = launch.epilogue.is_stochastic && size_of(launch.dtype[kUpdate]) == 2;
+      key = rounding_key(launch.epilogue.seed, launch.steps.position[row],
+                         static_cast<uint64_t>(step_of(launch, row)));
+    }
+  }
+
+ private:
+  EMOPT_FN static double step_of(const Launch& launch, uint32_t row) {
+    if constexpr (Launch::Epilogue::kHasRowSteps) {
+      const float* const counter = launch.steps.counter[row];
+      if (counter != nullptr) return static_cast<double>(*counter) + 1.0;
+    }
+    return launch.step.read();
+  }
+};
 
 // ---- one element at a time ----------------------------------------------------------------------
 
 // The elements of a chunk before and after its body: fewer than a block has threads, unless there
 // is no body. Neighbouring threads access neighbouring elements, and no load waits for another.
-template <class Real, int kOperands, class Step, class Epilogue>
-EMOPT_FN void sweep_ends(const Step& step, Epilogue epilogue, const DType* dtype,
-                         char* const (&data)[kOperands], uint32_t head, uint32_t body,
-                         uint32_t length, uint32_t thread) {
-  const uint32_t count = length - body;
+template <class Launch>
+EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const Chunk<Launch>& chunk,
+                         uint32_t thread) {
+  using Real = typename Launch::Real;
+  constexpr int kOperands = Launch::kOperands;
+  const uint32_t count = chunk.length - chunk.body;
   for (uint32_t i = thread; i < count; i += kHeld * kThreads) {
-    const uint32_t first = i < head ? i : i + body;
+    const uint32_t first = i < chunk.head ? i : i + chunk.body;
     BitsOf<sizeof(Real)> bits[kOperands][kHeld] = {};
     EMOPT_UNROLL
     for (int k = kGrad; k < kOperands; ++k) {
       with_type_of<Real>(k, dtype[k], [&](auto type) {
-        const auto* const from = reinterpret_cast<const decltype(type)*>(data[k]) + first;
+        const auto* const from = reinterpret_cast<const decltype(type)*>(chunk.data[k]) + first;
         EMOPT_UNROLL
         for (uint32_t j = 0; j < kHeld; ++j) {
           if (i + j * kThreads >= count) continue;
@@ -99,16 +162,26 @@ EMOPT_FN void sweep_ends(const Step& step, Epilogue epilogue, const DType* dtype
         }
       });
     }
-    apply(step, epilogue, values, States<kOperands>());
+    apply(setup.constants, values, typename Chunk<Launch>::States(),
+          typename Chunk<Launch>::Owns());
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
-      if (k == kGrad) continue;
+      if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
       with_type_of<Real>(k, dtype[k], [&](auto type) {
         using Stored = decltype(type);
-        auto* const to = reinterpret_cast<Stored*>(data[k]) + first;
+        auto* const to = reinterpret_cast<Stored*>(chunk.data[k]) + first;
         EMOPT_UNROLL
         for (uint32_t j = 0; j < kHeld; ++j) {
-          if (i + j * kThreads < count) to[j * kThreads] = Round<Stored>::from(values[k][j]);
+          if (i + j * kThreads >= count) continue;
+          if constexpr (Launch::Epilogue::kHasRowSteps && sizeof(Stored) == 2) {
+            if (k == kUpdate && setup.is_stochastic) {
+              const uint32_t bits = chunk.random(first + j * kThreads);
+              to[j * kThreads] =
+                  RoundStochastically<Stored>::from(static_cast<float>(values[k][j]), bits);
+              continue;
+            }
+          }
+          to[j * kThreads] = Round<Stored>::from(values[k][j]);
         }
       });
     }
@@ -134,10 +207,13 @@ EMOPT_FN void exchange(Packet (&packets)[kLanes], bool is_odd) {
 #endif
 }
 
-template <class Real, int kLanes, int kOperands, class Step, class Epilogue>
-EMOPT_FN void sweep_body(const Step& step, Epilogue epilogue, const DType* dtype,
-                         char* const (&data)[kOperands], uint32_t begin, uint32_t end,
+template <int kLanes, class Launch>
+EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const Chunk<Launch>& chunk,
                          uint32_t thread) {
+  using Real = typename Launch::Real;
+  constexpr int kOperands = Launch::kOperands;
+  const uint32_t begin = chunk.head;
+  const uint32_t end = chunk.head + chunk.body;
   const bool is_odd = (thread & 1) != 0;
   for (uint32_t tile = begin; tile < end; tile += kTile) {
     Packet packets[kOperands][kLanes] = {};
@@ -146,7 +222,7 @@ EMOPT_FN void sweep_body(const Step& step, Epilogue epilogue, const DType* dtype
       EMOPT_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) {
         const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
-        load_vectors<Real>(packets[k][lane], dtype[k], data[k], held);
+        load_vectors<Real>(packets[k][lane], dtype[k], chunk.data[k], held);
       }
     }
     Real values[kLanes][kOperands][kHeld];
@@ -162,22 +238,29 @@ EMOPT_FN void sweep_body(const Step& step, Epilogue epilogue, const DType* dtype
     }
     EMOPT_UNROLL
     for (int lane = 0; lane < kLanes; ++lane) {
-      apply(step, epilogue, values[lane], States<kOperands>());
+      apply(setup.constants, values[lane], typename Chunk<Launch>::States(),
+            typename Chunk<Launch>::Owns());
     }
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
-      if (k == kGrad) continue;
+      if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
       with_type_of<Real>(k, dtype[k], [&](auto type) {
         Packet rounded[kLanes];
         EMOPT_UNROLL
         for (int lane = 0; lane < kLanes; ++lane) {
-          round_all<Real, decltype(type)>(rounded[lane], values[lane][k]);
+          if (Launch::Epilogue::kHasRowSteps && k == kUpdate && setup.is_stochastic) {
+            const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
+            round_all_stochastically<Real, decltype(type)>(rounded[lane], values[lane][k],
+                                                           chunk.random, held.first, held.second);
+          } else {
+            round_all<Real, decltype(type)>(rounded[lane], values[lane][k]);
+          }
         }
         if (sizeof(type) == 2) exchange(rounded, is_odd);
         EMOPT_UNROLL
         for (int lane = 0; lane < kLanes; ++lane) {
           const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
-          store_vectors<sizeof(type)>(rounded[lane], data[k], held);
+          store_vectors<sizeof(type)>(rounded[lane], chunk.data[k], held);
         }
       });
     }
@@ -187,36 +270,34 @@ EMOPT_FN void sweep_body(const Step& step, Epilogue epilogue, const DType* dtype
 // ---- a block ------------------------------------------------------------------------------------
 
 // `thread` and the `kLanes - 1` threads after it.
-template <class Epilogue, int kLanes, class Launch>
-EMOPT_FN void sweep_chunk(const Launch& launch, const typename Launch::Step& step, uint32_t block,
+template <int kLanes, class Launch>
+EMOPT_FN void sweep_chunk(const Launch& launch, Setup<Launch> setup, uint32_t row, uint32_t block,
                           uint32_t thread) {
-  using Real = typename Launch::Real;
-  constexpr int kOperands = Launch::kOperands;
-  const uint32_t row = launch.row_of(block);
   const int64_t begin = static_cast<int64_t>(block - launch.first_block[row]) * kChunk;
   const int64_t left = launch.numel[row] - begin;
-  const uint32_t length = left < kChunk ? static_cast<uint32_t>(left) : kChunk;
   const uint32_t peel = launch.peel[row];
-  const uint32_t head = peel < length && peel != kNoPhase ? peel : length;
-  const uint32_t body = (length - head) / kHeld * kHeld;
-  const typename Epilogue::template At<Real> epilogue(Epilogue(), launch.scale[row]);
-  char* data[kOperands];
+  Chunk<Launch> chunk;
+  // A chunk starts at a multiple of its length: its indices share their high half.
+  if (setup.is_stochastic) chunk.random = RandomBits(setup.key, static_cast<uint64_t>(begin));
+  chunk.length = left < kChunk ? static_cast<uint32_t>(left) : kChunk;
+  chunk.head = peel < chunk.length && peel != kNoPhase ? peel : chunk.length;
+  chunk.body = (chunk.length - chunk.head) / kHeld * kHeld;
   EMOPT_UNROLL
-  for (int k = 0; k < kOperands; ++k) {
-    data[k] = static_cast<char*>(launch.data[k][row]) + begin * size_of(launch.dtype[k]);
+  for (int k = 0; k < Launch::kOperands; ++k) {
+    chunk.data[k] = static_cast<char*>(launch.data[k][row]) + begin * size_of(launch.dtype[k]);
   }
-  sweep_body<Real, kLanes>(step, epilogue, launch.dtype, data, head, head + body, thread);
+  setup.constants.epilogue.scale_by(launch.scale[row]);
+  sweep_body<kLanes>(setup, launch.dtype, chunk, thread);
   EMOPT_UNROLL
   for (int lane = 0; lane < kLanes; ++lane) {
-    sweep_ends<Real>(step, epilogue, launch.dtype, data, head, body, length,
-                     thread + static_cast<uint32_t>(lane));
+    sweep_ends(setup, launch.dtype, chunk, thread + static_cast<uint32_t>(lane));
   }
 }
 
-// The step that the device's memory holds.
-EMOPT_FN double read_step(const StepSource& source) {
-  return source.is_int64 ? static_cast<double>(*static_cast<const int64_t*>(source.address))
-                         : static_cast<double>(*static_cast<const float*>(source.address));
+// The counters that start at `first`, each `stride` after the last one.
+EMOPT_FN void advance_counters(const Advance& advance, uint32_t first, uint32_t stride) {
+  if (advance.found_inf.read() != 0.0) return;
+  for (uint32_t i = first; i < advance.count; i += stride) *advance.counters[i] += 1.0f;
 }
 
 }  // namespace emopt::cuda

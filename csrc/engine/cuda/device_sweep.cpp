@@ -47,19 +47,29 @@ void check_launch(cudaError_t error, int device) {
 
 }  // namespace
 
-template <class Rule>
-void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Rule>>& table) {
-  for_each_launch(rule, step, table, takes_large_launches(),
+template <class Rule, class Epilogue>
+void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
+           const Table<kNumOperands<Rule, Epilogue>>& table) {
+  for_each_launch(rule, step, epilogue, table, takes_large_launches(),
                   [](int8_t device, const auto& launch, uint32_t num_blocks) {
                     const c10::cuda::CUDAGuard guard(device);
                     check_launch(enqueue(launch, num_blocks, c10::cuda::getCurrentCUDAStream()),
                                  device);
                   });
+  if constexpr (Epilogue::kHasRowSteps) {
+    for_each_advance(table, epilogue.found_inf, [](int8_t device, const Advance& counters) {
+      const c10::cuda::CUDAGuard guard(device);
+      check_launch(enqueue(counters, c10::cuda::getCurrentCUDAStream()), device);
+    });
+  }
 }
 
-#define EMOPT_INSTANTIATE(Rule) \
-  template void sweep<Rule>(const Rule&, const StepSource&, const Table<kNumOperands<Rule>>&);
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                     \
+  template void sweep(const Rule&, const Number&, const Epilogue&, \
+                      const Table<kNumOperands<Rule, Epilogue>>&);
+#define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE
+#undef EMOPT_INSTANTIATE_WITH
 
 }  // namespace emopt::cuda

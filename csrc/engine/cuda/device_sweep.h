@@ -8,10 +8,11 @@
 
 namespace emopt::cuda {
 
-// On each device's current stream; returns before the work is done. The step is read on the device
-// where its source says so: all rows must then be on that device.
-template <class Rule>
-void sweep(const Rule& rule, const StepSource& step, const Table<kNumOperands<Rule>>& table);
+// On each device's current stream; returns before the work is done. What is on a device is read
+// there: all rows must then be on that device. Counters that rows have there are advanced.
+template <class Rule, class Epilogue>
+void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
+           const Table<kNumOperands<Rule, Epilogue>>& table);
 
 // 900 for sm_90; empty where the package was built without CUDA.
 std::vector<int> compiled_architectures();

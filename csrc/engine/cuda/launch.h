@@ -10,43 +10,62 @@
 
 namespace emopt::cuda {
 
-template <class Rule, class Real>
+template <class Rule_, class Epilogue_, class Real_>
 struct LaunchHead {
-  static constexpr int kOperands = kNumOperands<Rule>;
-  using Step = typename Rule::template Step<Real>;
+  using Rule = Rule_;
+  using Epilogue = Epilogue_;
+  using Real = Real_;
+  static constexpr int kOperands = kNumOperands<Rule, Epilogue>;
 
   Rule rule;
-  Step step;  // not to be used where the step is on the device
-  StepSource source;
-  uint32_t num_rows;
+  Epilogue epilogue;
+  Number step;
+  Constants<Rule, Epilogue, Real> constants;  // of no use where a number or the step is on a device
+  bool needs_setup = false;                   // of each block, from the device's memory
+  uint32_t num_rows = 0;
   DType dtype[kOperands];  // of all rows
 
-  LaunchHead(const Rule& rule_, const StepSource& source_, const DType (&dtype_)[kOperands])
+  LaunchHead(const Rule& rule_, const Number& step_, const Epilogue& epilogue_,
+             const DType (&dtype_)[kOperands])
       : rule(rule_),
-        step(rule_, source_.is_on_device() ? 1.0 : source_.value),
-        source(source_),
-        num_rows(0) {
+        epilogue(epilogue_),
+        step(step_),
+        constants(rule_, step_.is_on_device() ? 1.0 : step_.value,
+                  epilogue_.is_on_device() ? Epilogue{} : epilogue_) {
     for (int k = 0; k < kOperands; ++k) dtype[k] = dtype_[k];
   }
 };
 
+// What a row has beside its operands where it may have a step of its own.
+template <class Epilogue, uint32_t kCapacity>
+struct RowSteps {
+  static constexpr size_t kBytes = 0;
+};
+template <uint32_t kCapacity>
+struct RowSteps<ApplyUpdate, kCapacity> {
+  static constexpr size_t kBytes = sizeof(float*) + sizeof(uint32_t);
+  float* counter[kCapacity];  // null where the launch has the step
+  uint32_t position[kCapacity];
+};
+
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
 // into chunks, counted from its first element; each is a block's work.
-template <class Rule_, class Real_, size_t kBytes_>
-struct Launch : LaunchHead<Rule_, Real_> {
-  using Rule = Rule_;
-  using Real = Real_;
-  using Head = LaunchHead<Rule, Real>;
+template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
+struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
+  using Head = LaunchHead<Rule_, Epilogue_, Real_>;
   using Head::kOperands;
+  using typename Head::Epilogue;
+  using typename Head::Real;
   static constexpr size_t kBytes = kBytes_;
 
-  static constexpr size_t kRowBytes =
-      kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) + sizeof(uint32_t) + 1;
+  static constexpr size_t kRowBytes = kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) +
+                                      sizeof(uint32_t) + 1 + RowSteps<Epilogue, 1>::kBytes;
   static constexpr uint32_t kCapacity =
-      static_cast<uint32_t>((kBytes - sizeof(Head) - 2 * alignof(void*)) / kRowBytes);
+      static_cast<uint32_t>((kBytes - sizeof(Head) - 4 * alignof(void*)) / kRowBytes);
 
   void* data[kOperands][kCapacity];
   int64_t numel[kCapacity];
+  RowSteps<Epilogue, kCapacity> steps;
   Real scale[kCapacity];
   uint32_t first_block[kCapacity];
   uint8_t peel[kCapacity];  // see peel_of()
@@ -66,6 +85,16 @@ struct Launch : LaunchHead<Rule_, Real_> {
     }
     return low;
   }
+};
+
+// Counters on a device that are to be advanced by 1, unless `found_inf` is not 0.
+struct Advance {
+  static constexpr uint32_t kCapacity =
+      static_cast<uint32_t>((kSmallLaunch - sizeof(Number) - sizeof(void*)) / sizeof(float*));
+
+  Number found_inf;
+  uint32_t count;
+  float* counters[kCapacity];
 };
 
 // The number of elements, less than kHeld, after which each operand is at a multiple of

@@ -43,10 +43,12 @@ std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
 // Fills one launch with rows from `begin` on, and hands it to `enqueue(device, launch, blocks)`.
 // Returns the first row that it has no more room for.
 template <class Launch, class Iterator, class Enqueue>
-Iterator fill_and_enqueue(const typename Launch::Rule& rule, const StepSource& step, Iterator begin,
-                          Iterator end, Enqueue& enqueue) {
+Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
+                          const typename Launch::Epilogue& epilogue, Iterator begin, Iterator end,
+                          Enqueue& enqueue) {
   constexpr int kOperands = Launch::kOperands;
-  Launch launch(rule, step, (*begin)->dtype);
+  Launch launch(rule, step, epilogue, (*begin)->dtype);
+  launch.needs_setup = step.is_on_device() || epilogue.is_on_device();
   int64_t blocks = 0;
   Iterator at = begin;
   for (; at != end && launch.num_rows < Launch::kCapacity; ++at) {
@@ -59,28 +61,52 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const StepSource& s
     launch.scale[r] = static_cast<typename Launch::Real>(row.scale);
     launch.first_block[r] = static_cast<uint32_t>(blocks);
     launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
+    if constexpr (Launch::Epilogue::kHasRowSteps) {
+      launch.steps.counter[r] = row.step;
+      launch.steps.position[r] = row.position;
+      launch.needs_setup |= row.step != nullptr || epilogue.is_stochastic;
+    }
     blocks += chunks;
   }
   enqueue((*begin)->device, launch, static_cast<uint32_t>(blocks));
   return at;
 }
 
+// Hands the counters of all rows that have one to `enqueue(device, advance)`.
+template <int kOperands, class Enqueue>
+void for_each_advance(const Table<kOperands>& table, const Number& found_inf, Enqueue enqueue) {
+  Advance advance{found_inf, 0, {}};
+  int8_t device = kHost;
+  const auto flush = [&] {
+    if (advance.count != 0) enqueue(device, advance);
+    advance.count = 0;
+  };
+  for (const Row<kOperands>& row : table.rows) {
+    if (row.step == nullptr) continue;
+    if (row.device != device || advance.count == Advance::kCapacity) flush();
+    device = row.device;
+    advance.counters[advance.count++] = row.step;
+  }
+  flush();
+}
+
 // Hands all rows on CUDA devices to `enqueue`, in as few launches as they fit in.
-template <class Rule, class Enqueue>
-void for_each_launch(const Rule& rule, const StepSource& step,
-                     const Table<kNumOperands<Rule>>& table, bool allow_large, Enqueue enqueue) {
+template <class Rule, class Epilogue, class Enqueue>
+void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilogue,
+                     const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large,
+                     Enqueue enqueue) {
   const auto rows = rows_by_key(table);
   for (auto at = rows.begin(); at != rows.end();) {
     const uint64_t key = launch_key(**at);
     const auto end =
         std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
     const auto fill = [&](auto real) {
-      using Small = Launch<Rule, decltype(real), kSmallLaunch>;
-      using Large = Launch<Rule, decltype(real), kLargeLaunch>;
+      using Small = Launch<Rule, Epilogue, decltype(real), kSmallLaunch>;
+      using Large = Launch<Rule, Epilogue, decltype(real), kLargeLaunch>;
       while (at != end) {
         at = allow_large && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity)
-                 ? fill_and_enqueue<Large>(rule, step, at, end, enqueue)
-                 : fill_and_enqueue<Small>(rule, step, at, end, enqueue);
+                 ? fill_and_enqueue<Large>(rule, step, epilogue, at, end, enqueue)
+                 : fill_and_enqueue<Small>(rule, step, epilogue, at, end, enqueue);
       }
     };
     if ((*at)->compute == DType::kFloat64) {
