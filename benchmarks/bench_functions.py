@@ -20,6 +20,7 @@ from contenders import CONTENDERS, Contender, Package, check
 from harness import (
     Comparison,
     Verdict,
+    busy_warning,
     compare,
     describe_run,
     format_ratio,
@@ -57,8 +58,6 @@ TARGETS = (
 # A call with out= may let the process grow by this part of the gradient's size.
 MEMORY_SHAPE = "large"
 MEMORY_LIMIT = 0.01
-# A machine of which other processes use more than this is not one to measure on.
-BUSY = 0.05
 
 
 def chosen_contenders(shape: Shape, names: Sequence[str] | None, quick: bool) -> list[Contender]:
@@ -191,18 +190,8 @@ def report_shape(shape: Shape, results: Sequence[Result]) -> str:
                     str(len(samples.seconds)),
                 ]
             )
-    return f"\n{shape.title}\n\n{format_table(header, rows)}{_warning(results)}"
-
-
-def _warning(results: Sequence[Result]) -> str:
-    shares = [result.comparison.taken_by_others for result in results]
-    largest = max((share for share in shares if share is not None), default=0.0)
-    if largest < BUSY:
-        return ""
-    return (
-        f"\n\nOther processes used up to {largest:.0%} of the processor time meanwhile: trust the"
-        " minima, or better, measure again."
-    )
+    warning = busy_warning(result.comparison for result in results)
+    return f"\n{shape.title}\n\n{format_table(header, rows)}{warning}"
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
@@ -272,7 +261,7 @@ def main() -> None:
         paths = measure_dense_paths(RULES["adam"])
         print(report_memory(paths))
     reached = verdicts(results)
-    print(report_targets(reached) + _warning(results))
+    print(report_targets(reached) + busy_warning(result.comparison for result in results))
     if arguments.json is not None:
         report = {
             "run": run,

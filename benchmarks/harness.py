@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timezone
 from itertools import repeat
@@ -31,6 +31,8 @@ from emerging_optimizers._native import native
 
 # So many rounds are taken of the slowest contender, whatever the budget.
 _MIN_ROUNDS = 5
+# A machine of which other processes use more than this is not one to measure on.
+_BUSY = 0.05
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -137,16 +139,39 @@ class Clock:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
+class ColdClock(Clock):
+    """How a step is timed that follows a forward and a backward pass: on its own, caches cold."""
+
+    shortest = 0.0  # a sample is one call
+
+    def __init__(self) -> None:
+        # Larger than the caches of the machines that this is for.
+        self._others = torch.zeros(32 * 1024 * 1024)
+
+    def seconds(self, step: Callable[[], object], calls: int) -> float:
+        """Return how long so many calls take, the sweeps before each of them not counted."""
+        seconds = 0.0
+        for _ in repeat(None, calls):
+            self._others.add_(1.0)  # on all threads, so that the caches of each core are swept
+            seconds += super().seconds(step, 1)
+        return seconds
+
+
 def compare(
-    steps: dict[str, Callable[[], object]], budget: float, clock: Clock | None = None
+    steps: Mapping[str, Callable[[], object]],
+    budget: float,
+    clock: Clock | None = None,
+    min_rounds: Mapping[str, int] | None = None,
 ) -> Comparison:
     """Time the steps in turn, A B C, C B A and so on, for about ``budget`` seconds.
 
     The first one is part of every round. Another one sits out the later rounds once it has used up
-    its share of the budget, so that a slow contender leaves time for many rounds of the fast ones.
-    Every step must have run before.
+    its share of the budget, so that a slow contender leaves time for many rounds of the fast ones,
+    and has taken part in 5 of them, or in as many as `min_rounds` says for it. Every step must have
+    run before.
     """
     clock = clock or Clock()
+    needed = dict.fromkeys(steps, _MIN_ROUNDS) | dict(min_rounds or {})
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -162,7 +187,7 @@ def compare(
             due = [
                 name
                 for name in others
-                if len(samples[name].seconds) < _MIN_ROUNDS
+                if len(samples[name].seconds) < needed[name]
                 or (not is_late and samples[name].spent < share)
             ]
             if not due and (others or is_late) and number >= _MIN_ROUNDS:
@@ -361,6 +386,18 @@ def format_ratio(ratio: Ratio | None, scale: float = 1.0, digits: int = 2) -> st
 def significant(value: float) -> str:
     """Return some three digits that count."""
     return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def busy_warning(comparisons: Iterable[Comparison]) -> str:
+    """Return a paragraph that says so where other processes disturbed the measurement."""
+    shares = [comparison.taken_by_others for comparison in comparisons]
+    largest = max((share for share in shares if share is not None), default=0.0)
+    if largest < _BUSY:
+        return ""
+    return (
+        f"\n\nOther processes used up to {largest:.0%} of the processor time meanwhile: trust the"
+        " minima, or better, measure again."
+    )
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emerging_optimizers import scalar_optimizers
 from emerging_optimizers.scalar_optimizers.adam import _adam
@@ -28,6 +28,8 @@ class Rule:
         formula: The package's formula in plain PyTorch operations; it takes the same arguments.
         states: The names of its states. One that ends in ``_sq`` is never negative.
         options: Hyperparameters, in the order in which the function takes them.
+        optimizer: The package's optimizer.
+        arguments: The same hyperparameters, as the optimizer takes them; its defaults apart.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Rule:
     formula: Callable[..., Tensor]
     states: tuple[str, ...]
     options: dict[str, Any]
+    optimizer: type[scalar_optimizers.ScalarOptimizer]
+    arguments: dict[str, Any]
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -60,6 +64,8 @@ _RULES = (
             "step": 1000,
             "eps": 1e-8,
         },
+        scalar_optimizers.AdamW,
+        {"betas": (0.9, 0.999), "eps": 1e-8},
     ),
     Rule(
         "ademamix",
@@ -75,6 +81,14 @@ _RULES = (
             "correct_bias": True,
             "alpha": 5.0,
         },
+        scalar_optimizers.AdEMAMix,
+        {
+            "betas": (0.9, 0.999, 0.9999),
+            "eps": 1e-8,
+            "alpha": 5.0,
+            "num_beta_slow_warmup_steps": 10000,
+            "num_alpha_warmup_steps": 10000,
+        },
     ),
     Rule(
         "laprop",
@@ -82,6 +96,8 @@ _RULES = (
         _laprop,
         ("exp_avg", "exp_avg_sq"),
         {"correct_bias": True, "betas": (0.9, 0.999), "step": 1000, "eps": 1e-8},
+        scalar_optimizers.LaProp,
+        {"betas": (0.9, 0.999), "eps": 1e-8},
     ),
     Rule(
         "lion",
@@ -89,6 +105,8 @@ _RULES = (
         _lion,
         ("exp_avg",),
         {"momentum_beta": 0.9, "momentum_beta2": 0.99},
+        scalar_optimizers.Lion,
+        {"betas": (0.9, 0.99)},
     ),
     Rule(
         "signum",
@@ -102,6 +120,8 @@ _RULES = (
             "step": 1000,
             "use_shape_scaling": False,
         },
+        scalar_optimizers.Signum,
+        {"momentum": 0.95, "nesterov": True},
     ),
     Rule(
         "sim_ademamix",
@@ -116,6 +136,14 @@ _RULES = (
             "eps": 1e-8,
             "correct_bias": True,
             "alpha": 2.0,
+        },
+        scalar_optimizers.SimplifiedAdEMAMix,
+        {
+            "betas": (0.999, 0.999),
+            "eps": 1e-8,
+            "alpha": 2.0,
+            "num_beta_fast_warmup_steps": 10000,
+            "min_beta_fast": 0.9,
         },
     ),
 )
@@ -216,8 +244,7 @@ class Problem:
         self.shape = shape
         generator = torch.Generator(device).manual_seed(0)
         dtypes = [dtype, *([state_dtype or dtype] * len(rule.states)), dtype]
-        # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
-        fills = [_positive if name.endswith("_sq") else torch.randn for name in rule.states]
+        fills = _state_fills(rule)
         lists = [
             [
                 _at_offset(fill(size, generator=generator, device=device).to(to), offset)
@@ -254,6 +281,59 @@ class Problem:
     def positions(self) -> Iterator[tuple[Tensor, ...]]:
         """Return, tensor by tensor, the gradient and its states."""
         return zip(self.grads, *self.states, strict=True)
+
+
+class OptimizerProblem:
+    """A rule at a shape, with the tensors that all optimizers work on, in turn.
+
+    Attributes:
+        rule: The rule.
+        shape: The shape.
+        grads: One gradient per parameter.
+        params: The parameters, each with its gradient.
+        states: One list per state of the rule.
+    """
+
+    # What every optimizer is constructed with, beside the rule's own arguments: so large that an
+    # error in either shows after a few steps.
+    lr = 1e-2
+    weight_decay = 0.1
+    # The number of steps that each optimizer believes to have done.
+    steps_done = 1000
+
+    def __init__(self, rule: Rule, shape: Shape) -> None:
+        """Make the tensors."""
+        self.rule = rule
+        self.shape = shape
+        generator = torch.Generator().manual_seed(0)
+        self.grads, params, *self.states = (
+            [fill(size, generator=generator, device="cpu") for size in shape.sizes]
+            for fill in (torch.randn, torch.randn, *_state_fills(rule))
+        )
+        self.params = [nn.Parameter(param) for param in params]
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What an optimizer is constructed with, beside the parameters."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **self.rule.arguments}
+
+    @property
+    def modified(self) -> list[list[Tensor]]:
+        """What a step modifies: the parameters, then each of the states."""
+        return [[param.detach() for param in self.params], *self.states]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a step must move: gradient, and in and out the parameter and the states."""
+        modified = sum(tensor.nbytes for tensors in self.modified for tensor in tensors)
+        return sum(grad.nbytes for grad in self.grads) + 2 * modified
+
+
+def _state_fills(rule: Rule) -> list[Callable[..., Tensor]]:
+    # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
+    return [_positive if name.endswith("_sq") else torch.randn for name in rule.states]
 
 
 def _positive(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:

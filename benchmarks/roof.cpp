@@ -1,6 +1,7 @@
 // The roof: how fast a plain loop moves what a rule must move. For each element of each row it
-// reads the gradient and the states, and writes the states in place and the update: ordinary loads
-// and stores, one share of the flat range of elements per thread, next to no arithmetic.
+// reads the gradient and what is to be modified, the states and for an optimizer's step the
+// parameter; it writes those in place, and an update function's update: ordinary loads and stores,
+// one share of the flat range of elements per thread, next to no arithmetic.
 //
 // What it writes to each operand is the mean of the absolute values that it read: that needs every
 // one of them, and however often it is repeated the values neither grow nor become subnormal.
@@ -17,37 +18,41 @@ constexpr int64_t kSerial = 32768;
 // Shares are cut at multiples of a cache line.
 constexpr int64_t kLine = 16;
 
-template <int kStates>
-void sweep_part(float* const* operands, int64_t begin, int64_t end) {
-  constexpr float kScale = 1.0f / (1 + kStates);
-  float* const update = operands[0];
-  const float* const grad = operands[1];
-  float* states[kStates];
-  for (int k = 0; k < kStates; ++k) states[k] = operands[2 + k];
+// How many operands are modified, and whether there is an update beside them. The operands of a row
+// are the gradient, those that are modified, and the update.
+template <int kNumModified, bool kHasUpdate>
+struct Operands {
+  static constexpr int kSize = 1 + kNumModified + kHasUpdate;
+
+  static void sweep(float* const* operands, int64_t begin, int64_t end) {
+    constexpr float kScale = 1.0f / (1 + kNumModified);
+    const float* const grad = operands[0];
+    float* written[kSize - 1];
+    for (int k = 0; k < kSize - 1; ++k) written[k] = operands[1 + k];
 #pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    float sum = std::fabs(grad[i]);
-    for (int k = 0; k < kStates; ++k) sum += std::fabs(states[k][i]);
-    const float mean = sum * kScale;
-    update[i] = mean;
-    for (int k = 0; k < kStates; ++k) states[k][i] = mean;
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = std::fabs(grad[i]);
+      for (int k = 0; k < kNumModified; ++k) sum += std::fabs(written[k][i]);
+      const float mean = sum * kScale;
+      for (int k = 0; k < kSize - 1; ++k) written[k][i] = mean;
+    }
   }
-}
+};
 
 // The elements from `begin` to `end`, counted over all rows.
-template <int kStates>
+template <typename Row>
 void sweep_share(int64_t num_rows, const int64_t* numel, float* const* operands, int64_t begin,
                  int64_t end) {
   int64_t start = 0;
   for (int64_t row = 0; row < num_rows && start < end; ++row) {
     const int64_t from = std::max<int64_t>(begin - start, 0);
     const int64_t to = std::min(end - start, numel[row]);
-    if (from < to) sweep_part<kStates>(operands + row * (2 + kStates), from, to);
+    if (from < to) Row::sweep(operands + row * Row::kSize, from, to);
     start += numel[row];
   }
 }
 
-template <int kStates>
+template <typename Row>
 void sweep(int64_t num_rows, const int64_t* numel, float* const* operands, int num_threads) {
   int64_t total = 0;
   for (int64_t row = 0; row < num_rows; ++row) total += numel[row];
@@ -57,25 +62,33 @@ void sweep(int64_t num_rows, const int64_t* numel, float* const* operands, int n
   {
     const int64_t share = (lines + omp_get_num_threads() - 1) / omp_get_num_threads() * kLine;
     const int64_t begin = share * omp_get_thread_num();
-    sweep_share<kStates>(num_rows, numel, operands, begin, std::min(begin + share, total));
+    sweep_share<Row>(num_rows, numel, operands, begin, std::min(begin + share, total));
   }
 }
 
 }  // namespace
 
-// `operands` holds, row by row, the addresses of the update, the gradient and the states.
-extern "C" int roof(int num_states, int64_t num_rows, const int64_t* numel, float* const* operands,
-                    int num_threads) {
-  switch (num_states) {
-    case 1:
-      sweep<1>(num_rows, numel, operands, num_threads);
-      return 0;
-    case 2:
-      sweep<2>(num_rows, numel, operands, num_threads);
-      return 0;
-    case 3:
-      sweep<3>(num_rows, numel, operands, num_threads);
-      return 0;
+// `operands` holds, row by row, the addresses of the gradient, of what is modified and of the
+// update.
+extern "C" int roof(int num_modified, bool has_update, int64_t num_rows, const int64_t* numel,
+                    float* const* operands, int num_threads) {
+  const auto run = [&](auto row) {
+    sweep<decltype(row)>(num_rows, numel, operands, num_threads);
+    return 0;
+  };
+  switch (10 * num_modified + has_update) {
+    case 11:
+      return run(Operands<1, true>());
+    case 21:
+      return run(Operands<2, true>());
+    case 31:
+      return run(Operands<3, true>());
+    case 20:
+      return run(Operands<2, false>());
+    case 30:
+      return run(Operands<3, false>());
+    case 40:
+      return run(Operands<4, false>());
     default:
       return 1;
   }

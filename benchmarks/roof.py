@@ -35,6 +35,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.roof.argtypes = [
         ctypes.c_int,
+        ctypes.c_bool,
         ctypes.c_int64,
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -55,29 +56,35 @@ def cpu_model() -> str:
 
 
 def prepare_roof(
-    updates: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]]
+    grads: Sequence[Tensor],
+    modified: Sequence[Sequence[Tensor]],
+    updates: Sequence[Tensor] | None = None,
 ) -> Callable[[], None]:
     """Return a call that sweeps the roof loop over the tensors, on PyTorch's number of threads.
 
     Args:
-        updates: Written.
         grads: Read.
-        states: One to three lists; read and written.
+        modified: Read and written: one to three lists of states for an update function, for an
+            optimizer's step the list of parameters before them.
+        updates: Written; for an update function.
     """
-    columns = (updates, grads, *states)
+    columns = (grads, *modified, *([] if updates is None else [updates]))
     for tensor in (tensor for column in columns for tensor in column):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError("the roof loop takes contiguous float32 tensors on the CPU")
-    if not 1 <= len(states) <= 3:
-        raise ValueError(f"the roof loop takes 1 to 3 states, not {len(states)}")
+    num_states = len(modified) - (updates is None)
+    if not 1 <= num_states <= 3:
+        raise ValueError(f"the roof loop takes 1 to 3 states, not {num_states}")
     rows = list(zip(*columns, strict=True))
     numel = (ctypes.c_int64 * len(rows))(*(row[0].numel() for row in rows))
     addresses = [tensor.data_ptr() for row in rows for tensor in row]
     operands = (ctypes.c_void_p * len(addresses))(*addresses)
-    arguments = (len(states), len(rows), numel, operands, torch.get_num_threads())
+    what = (len(modified), updates is not None)
+    where = (len(rows), numel, operands)
+    num_threads = torch.get_num_threads()
     loop = _library().roof
 
     def sweep() -> None:
-        loop(*arguments)
+        loop(*what, *where, num_threads)
 
     return sweep

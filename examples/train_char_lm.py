@@ -1,8 +1,8 @@
 """Train a small character-level language model with any of the six rules.
 
 The text is Python's own help topics (``pydoc_data.topics``), so nothing is downloaded. The last
-tenth of it is held out. Each step calls a rule once, on the list of all gradients, and moves all
-parameters with ``torch._foreach_add_``: see ``ListOptimizer.step``.
+tenth of it is held out. The optimizers are this package's, in a training loop like any other: see
+``train``.
 
 Train with one rule::
 
@@ -14,12 +14,15 @@ Compare all six, from the same initial weights on the same batches, in a few min
 
 Both print a table and write ``loss.png`` and ``table.json`` into ``--output``. The exit status is 1
 if a rule has not learned: its last held-out loss must be half a nat below that of guessing each
-character by its frequency alone. Ctrl-C ends a run early with the table so far. tqdm and matplotlib
-come with ``pip install "emerging-optimizers-native[demo]"``.
+character by its frequency alone. The table also has the time of an optimizer's step: of the native
+one, of the same in plain PyTorch operations (``fused=False``) and, for Adam, of
+``torch.optim.AdamW(fused=True)``. Ctrl-C ends a run early with the table so far. tqdm and
+matplotlib come with ``pip install "emerging-optimizers-native[demo]"``.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -38,21 +41,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import emerging_optimizers
-from emerging_optimizers.scalar_optimizers import (
-    adam,
-    ademamix,
-    calculate_adam_update,
-    calculate_ademamix_update,
-    calculate_laprop_update,
-    calculate_lion_update,
-    calculate_signum_update,
-    calculate_sim_ademamix_update,
-    laprop,
-    lion,
-    signum,
-    sim_ademamix,
+from emerging_optimizers import (
+    AdamW,
+    AdEMAMix,
+    LaProp,
+    Lion,
+    ScalarOptimizer,
+    Signum,
+    SimplifiedAdEMAMix,
 )
 
 try:
@@ -90,21 +90,17 @@ COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 
 @dataclass(frozen=True)
 class Rule:
-    """An update function, and how this script uses it.
+    """An optimizer, and how this script uses it.
 
     Args:
-        update: The list function.
-        formula: The same in plain PyTorch operations, for one tensor.
-        num_states: State tensors per parameter.
+        optimizer: The class.
         lr: Default peak learning rate.
-        options: Hyperparameters, given the step (from 1) and the number of steps of the run.
+        options: Hyperparameters, given the number of steps of the run.
     """
 
-    update: Callable[..., list[Tensor]]
-    formula: Callable[..., Tensor]
-    num_states: int
+    optimizer: Callable[..., ScalarOptimizer]
     lr: float
-    options: Callable[[int, int], dict[str, Any]]
+    options: Callable[[int], dict[str, Any]]
 
 
 # Second moments forget within 100 steps and slow moments within 70, because a run is short: the
@@ -112,109 +108,42 @@ class Rule:
 # how the learning rates compare: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for
 # the two AdEMAMix. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
 RULES = {
-    "adam": Rule(
-        calculate_adam_update,
-        adam._adam,
-        num_states=2,
-        lr=2e-3,
-        options=lambda step, steps: {
-            "betas": (0.9, 0.99),
-            "correct_bias": True,
-            "use_nesterov": False,
-            "step": step,
-            "eps": 1e-8,
-        },
-    ),
+    "adam": Rule(AdamW, 2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "ademamix": Rule(
-        calculate_ademamix_update,
-        ademamix._ademamix,
-        num_states=3,
-        lr=2e-3,
-        options=lambda step, steps: {
+        AdEMAMix,
+        2e-3,
+        lambda steps: {
+            "betas": (0.9, 0.99, 0.99),
+            "alpha": 2.0,
             "num_beta_slow_warmup_steps": steps,
             "num_alpha_warmup_steps": steps,
-            "betas": (0.9, 0.99, 0.99),
-            "step": step,
-            "eps": 1e-8,
-            "correct_bias": True,
-            "alpha": 2.0,
         },
     ),
-    "laprop": Rule(
-        calculate_laprop_update,
-        laprop._laprop,
-        num_states=2,
-        lr=2e-3,
-        options=lambda step, steps: {
-            "correct_bias": True,
-            "betas": (0.9, 0.99),
-            "step": step,
-            "eps": 1e-8,
-        },
-    ),
-    "lion": Rule(
-        calculate_lion_update,
-        lion._lion,
-        num_states=1,
-        lr=8e-4,
-        options=lambda step, steps: {"momentum_beta": 0.9, "momentum_beta2": 0.98},
-    ),
-    "signum": Rule(
-        calculate_signum_update,
-        signum._signum,
-        num_states=1,
-        lr=8e-4,
-        options=lambda step, steps: {
-            "momentum_beta": 0.9,
-            "correct_bias": True,
-            "use_nesterov": True,
-            "step": step,
-            # It is for matrices alone; this model's biases and gains are vectors.
-            "use_shape_scaling": False,
-        },
-    ),
+    "laprop": Rule(LaProp, 2e-3, lambda steps: {"betas": (0.9, 0.99)}),
+    "lion": Rule(Lion, 8e-4, lambda steps: {"betas": (0.9, 0.98)}),
+    "signum": Rule(Signum, 8e-4, lambda steps: {"momentum": 0.9, "nesterov": True}),
     "sim_ademamix": Rule(
-        calculate_sim_ademamix_update,
-        sim_ademamix._sim_ademamix,
-        num_states=2,
-        lr=4e-4,
-        options=lambda step, steps: {
+        SimplifiedAdEMAMix,
+        4e-4,
+        lambda steps: {
+            "betas": (0.98, 0.99),
+            "alpha": 2.0,
             "num_beta_fast_warmup_steps": steps,
             "min_beta_fast": 0.9,
-            "betas": (0.98, 0.99),
-            "step": step,
-            "eps": 1e-8,
-            "correct_bias": True,
-            "alpha": 2.0,
         },
     ),
 }
 
 
-class ListOptimizer:
-    """A rule, the parameters that it moves, and its states: one list per state."""
-
-    def __init__(self, rule: Rule, params: list[nn.Parameter], num_steps: int) -> None:
-        self.rule = rule
-        self.params = params
-        self.matrices = [param for param in params if param.ndim >= 2]
-        self.states = [[torch.zeros_like(p) for p in params] for _ in range(rule.num_states)]
-        self.updates = [torch.zeros_like(p) for p in params]
-        self.num_steps = num_steps
-        self.steps_done = 0
-
-    def options(self) -> dict[str, Any]:
-        """Return the hyperparameters of the step that is due or, inside `step`, being taken."""
-        return self.rule.options(max(self.steps_done, 1), self.num_steps)
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update the states from the gradients, and the parameters from the states."""
-        self.steps_done += 1
-        grads = [param.grad for param in self.params]
-        updates = self.rule.update(grads, *self.states, **self.options(), out=self.updates)
-        torch._foreach_mul_(self.matrices, 1 - lr * WEIGHT_DECAY)
-        torch._foreach_add_(self.params, updates, alpha=-lr)
+def make_optimizer(run: "Run", model: nn.Module, num_steps: int) -> ScalarOptimizer:
+    """Return the optimizer of `run`; it decays the weights, and neither biases nor gains."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    rule = RULES[run.name]
+    return rule.optimizer(groups, lr=run.lr, **rule.options(num_steps))
 
 
 # --- The text -------------------------------------------------------------------------------------
@@ -352,21 +281,20 @@ class Run:
     train_losses: list[float] = field(default_factory=list)
     held_out_steps: list[int] = field(default_factory=list)
     held_out_losses: list[float] = field(default_factory=list)
-    native_ms: float | None = None
-    plain_ms: float | None = None
+    step_ms: dict[str, float] = field(default_factory=dict)  # as `time_steps` returns it
 
     def has_learned(self, bar: float) -> bool:
         """Say whether the last held-out loss is at most `bar`; a NaN is not."""
         return self.held_out_losses[-1] <= bar
 
 
-def learning_rate(step: int, num_steps: int, peak: float) -> float:
-    """Return a linear warm-up to `peak`, then a half cosine down to a tenth of it."""
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Return a linear warm-up to 1, then a half cosine down to a tenth."""
     warmup = min(WARMUP_STEPS, max(1, num_steps // 10))
     if step <= warmup:
-        return peak * step / warmup
+        return step / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
 @torch.no_grad()
@@ -375,14 +303,15 @@ def evaluate(model: CharacterModel, batches: list[tuple[Tensor, Tensor]]) -> flo
     return statistics.fmean(model.loss(*batch).item() for batch in batches)
 
 
-def train(run: Run, text: Text, num_steps: int, seed: int) -> ListOptimizer:
+def train(run: Run, text: Text, num_steps: int, seed: int) -> ScalarOptimizer:
     """Train a new model with the rule of `run`, record losses there, and return the optimizer."""
     torch.manual_seed(seed)  # the same initial weights for every rule ...
     model = CharacterModel(text.num_symbols)
     generator = torch.Generator().manual_seed(seed)  # ... and the same batches
     evaluation_batches = held_out_batches(text)
     evaluate_every = max(1, num_steps // NUM_EVALUATIONS)
-    optimizer = ListOptimizer(RULES[run.name], list(model.parameters()), num_steps)
+    optimizer = make_optimizer(run, model, num_steps)
+    scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(done + 1, num_steps))
 
     def record_held_out_loss(step: int) -> None:
         run.held_out_steps.append(step)
@@ -393,11 +322,12 @@ def train(run: Run, text: Text, num_steps: int, seed: int) -> ListOptimizer:
         range(1, num_steps + 1), desc=f"{run.name:>12}", unit="step", mininterval=0.5
     ) as progress:
         for step in progress:
-            model.zero_grad()
+            optimizer.zero_grad()
             loss = model.loss(*random_batch(text, generator))
             loss.backward()
-            nn.utils.clip_grad_norm_(optimizer.params, MAX_GRAD_NORM)
-            optimizer.step(learning_rate(step, num_steps, run.lr))
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            scheduler.step()
             run.train_losses.append(loss.item())
             if step % evaluate_every == 0 or step == num_steps:
                 record_held_out_loss(step)
@@ -411,66 +341,79 @@ def train(run: Run, text: Text, num_steps: int, seed: int) -> ListOptimizer:
 # --- Timing ---------------------------------------------------------------------------------------
 
 
-class StepCopy:
-    """Copies of a trained model's parameters, gradients and states, to repeat its last step on."""
-
-    def __init__(self, optimizer: ListOptimizer, lr: float) -> None:
-        self.rule = optimizer.rule
-        self.options = optimizer.options()
-        self.lr = lr
-        self.params = [param.detach().clone() for param in optimizer.params]
-        self.grads = [param.grad.clone() for param in optimizer.params]
-        self.states = [[tensor.clone() for tensor in state] for state in optimizer.states]
-        self.updates = [torch.zeros_like(param) for param in self.params]
-
-    @torch.no_grad()
-    def native(self) -> list[Tensor]:
-        """Take a step as training does: one call for the list of all tensors."""
-        updates = self.rule.update(self.grads, *self.states, **self.options, out=self.updates)
-        torch._foreach_add_(self.params, updates, alpha=-self.lr)
-        return updates
-
-    @torch.no_grad()
-    def plain(self) -> list[Tensor]:
-        """Take the same step with the formula in PyTorch operations, tensor by tensor."""
-        updates = [
-            self.rule.formula(grad, *states, **self.options)
-            for grad, *states in zip(self.grads, *self.states, strict=True)
-        ]
-        torch._foreach_add_(self.params, updates, alpha=-self.lr)
-        return updates
+def copied(
+    optimizer: ScalarOptimizer, optimizer_class: Callable[..., Optimizer], fused: bool | None
+) -> Optimizer:
+    """Return an optimizer with copies of the parameters, gradients and states of `optimizer`."""
+    groups = []
+    for group in optimizer.param_groups:
+        params = [copy.deepcopy(param) for param in group["params"]]
+        for param, original in zip(params, group["params"], strict=True):
+            param.grad = original.grad.clone()
+        groups.append({**group, "params": params})
+    result = optimizer_class(groups)
+    result.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in result.param_groups:
+        group["fused"] = fused
+    return result
 
 
-def check_agreement(optimizer: ListOptimizer, lr: float) -> None:
-    """Raise unless the native step and the plain one give close updates and states."""
-    native, plain = StepCopy(optimizer, lr), StepCopy(optimizer, lr)
-    ours = torch.cat([update.flatten() for update in native.native()])
-    theirs = torch.cat([update.flatten() for update in plain.plain()])
-    # Rounding may turn the sign of a sum that cancels, hence a share and not a largest difference.
-    differing = (
-        (~torch.isclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)).float().mean().item()
-    )
-    if differing > 1e-4:
-        raise RuntimeError(f"{differing:.2%} of the native updates differ from the plain ones")
-    torch.testing.assert_close(native.states, plain.states, rtol=1e-5, atol=1e-7, equal_nan=True)
+def ways_to_step(optimizer: ScalarOptimizer) -> dict[str, Optimizer]:
+    """Return optimizers that repeat the last step, each on tensors of its own.
 
-
-def time_steps(optimizer: ListOptimizer, lr: float) -> tuple[float, float]:
-    """Return the median milliseconds of a native and of a plain optimizer step.
-
-    The two take turns, round by round, so that a busy moment of the machine meets both.
+    "native" steps as training does. "plain" does so in PyTorch operations, parameter by parameter.
+    For Adam there is "torch_fused" as well: ``torch.optim.AdamW(fused=True)``.
     """
-    check_agreement(optimizer, lr)
-    native, plain = StepCopy(optimizer, lr).native, StepCopy(optimizer, lr).plain
-    milliseconds: dict[Callable[[], list[Tensor]], list[float]] = {native: [], plain: []}
+    result = {
+        "native": copied(optimizer, type(optimizer), fused=None),
+        "plain": copied(optimizer, type(optimizer), fused=False),
+    }
+    if isinstance(optimizer, AdamW):
+        result["torch_fused"] = copied(optimizer, torch.optim.AdamW, fused=True)
+    return result
+
+
+def check_agreement(optimizer: ScalarOptimizer) -> None:
+    """Raise unless all ways to step give close parameters and states."""
+    native, *others = ways_to_step(optimizer).values()
+    native.step()
+    for other in others:
+        other.step()
+        # A parameter moves by about the learning rate: a thousandth of that is close.
+        close = [
+            torch.isclose(a, b, rtol=1e-6, atol=1e-3 * group["lr"], equal_nan=True).flatten()
+            for group, theirs in zip(native.param_groups, other.param_groups, strict=True)
+            for a, b in zip(group["params"], theirs["params"], strict=True)
+        ]
+        # Rounding may turn the sign of a sum that cancels: hence a share, no largest difference.
+        differing = 1 - torch.cat(close).float().mean().item()
+        if differing > 1e-4:
+            raise RuntimeError(f"{differing:.2%} of the parameters differ after a native step")
+        torch.testing.assert_close(
+            native.state_dict()["state"],
+            other.state_dict()["state"],
+            rtol=1e-5,
+            atol=1e-7,
+            equal_nan=True,
+        )
+
+
+def time_steps(optimizer: ScalarOptimizer) -> dict[str, float]:
+    """Return the median milliseconds of an optimizer step, for each way to step.
+
+    They take turns, round by round, so that a busy moment of the machine meets all.
+    """
+    check_agreement(optimizer)
+    ways = ways_to_step(optimizer)
+    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(TIMING_ROUNDS):
-        for take_step, durations in milliseconds.items():
-            take_step()  # brings the other's tensors out of the caches
+        for name, way in ways.items():
+            way.step()  # brings the others' tensors out of the caches
             for _ in range(TIMING_CALLS):
                 start = time.perf_counter()
-                take_step()
-                durations.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(milliseconds[native]), statistics.median(milliseconds[plain])
+                way.step()
+                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(durations) for name, durations in milliseconds.items()}
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -480,7 +423,7 @@ def table_rows(runs: list[Run], bar: float) -> list[dict[str, Any]]:
     """Return one row per rule; None stands for what was not measured or is not finite."""
     rows = []
     for run in runs:
-        timed = run.native_ms is not None and run.plain_ms is not None
+        native, plain = run.step_ms.get("native"), run.step_ms.get("plain")
         rows.append(
             {
                 "rule": run.name,
@@ -489,9 +432,10 @@ def table_rows(runs: list[Run], bar: float) -> list[dict[str, Any]]:
                 "first_held_out_loss": finite(run.held_out_losses[0]),
                 "last_held_out_loss": finite(run.held_out_losses[-1]),
                 "learned": run.has_learned(bar),
-                "native_ms_per_step": run.native_ms,
-                "plain_ms_per_step": run.plain_ms,
-                "plain_over_native": run.plain_ms / run.native_ms if timed else None,
+                "native_ms_per_step": native,
+                "plain_ms_per_step": plain,
+                "torch_fused_ms_per_step": run.step_ms.get("torch_fused"),
+                "plain_over_native": plain / native if plain and native else None,
             }
         )
     return rows
@@ -508,14 +452,13 @@ def print_table(rows: list[dict[str, Any]], nats: dict[str, float], bar: float) 
     def cell(value: Any, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    layout = "{:<14}{:>9}{:>7}{:>11}{:>11}{:>9}{:>12}{:>11}{:>8}"
+    layout = "{:<14}{:>9}{:>7}{:>11}{:>11}{:>9}{:>12}{:>13}{:>8}{:>13}"
     print()
-    print(layout.format("", "", "", "held-out", "held-out", "", "optimizer", "plain", ""))
-    print(
-        layout.format(
-            *("rule", "lr", "steps", "first", "last", "learned", "ms/step", "ms/step", "ratio")
-        )
-    )
+    for header in (
+        ("", "", "", "held-out", "held-out", "", "optimizer", "fused=False", "", "torch fused"),
+        ("rule", "lr", "steps", "first", "last", "learned", *["ms/step"] * 2, "ratio", "ms/step"),
+    ):
+        print(layout.format(*header))
     for row in rows:
         print(
             layout.format(
@@ -528,6 +471,7 @@ def print_table(rows: list[dict[str, Any]], nats: dict[str, float], bar: float) 
                 cell(row["native_ms_per_step"], 3),
                 cell(row["plain_ms_per_step"], 3),
                 cell(row["plain_over_native"], 1),
+                cell(row["torch_fused_ms_per_step"], 3),
             )
         )
     print(
@@ -675,7 +619,7 @@ def main() -> int:
         for name in RULES if arguments.rule == "all" else [arguments.rule]:
             runs.append(Run(name, RULES[name].lr if arguments.lr is None else arguments.lr))
             optimizer = train(runs[-1], text, arguments.steps, arguments.seed)
-            runs[-1].native_ms, runs[-1].plain_ms = time_steps(optimizer, runs[-1].lr)
+            runs[-1].step_ms = time_steps(optimizer)
     except KeyboardInterrupt:
         interrupted = True
         runs = [run for run in runs if run.held_out_losses]

@@ -46,6 +46,7 @@ def check_outputs(output, done, rules, steps):
         assert row["last_held_out_loss"] < row["first_held_out_loss"]
         assert row["native_ms_per_step"] > 0
         assert row["plain_ms_per_step"] > 0
+        assert (row["torch_fused_ms_per_step"] is not None) == (row["rule"] == "adam")
     assert report["machine"]["threads"] == 1
     assert report["model"]["tensors"] >= 100
     # A character costs less to guess, the more of those before it are known.
