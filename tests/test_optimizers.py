@@ -166,6 +166,33 @@ def test_frob_normalize(
     assert not params[2].any()
     LaProp(params, frob_normalize=True, weight_decay=0.1)
     assert [r.levelno for r in caplog.records] == [logging.ERROR]
+    groups = [{"params": params[:1]}, {"params": params[1:], "frob_normalize": True}]
+    LaProp(groups, weight_decay=0.1)
+    assert [r.levelno for r in caplog.records] == 2 * [logging.ERROR]
+
+
+@every_half
+def test_frob_normalize_of_masters(dtype: torch.dtype, fused: bool | None) -> None:
+    params = make_params(dtype=dtype)
+    params.append(torch.nn.Parameter(torch.full((3,), math.nan, dtype=dtype)))
+    optimizer = LaProp(params, lr=0.1, frob_normalize=True, master_weights=True, fused=fused)
+    norms = [p.detach().double().norm().item() for p in params[:2]]
+    run(optimizer, params, range(1, 4))
+    for param, norm in zip(params[:2], norms, strict=False):
+        master = optimizer.state[param]["master_param"]
+        assert master.double().norm().item() == pytest.approx(norm, rel=1e-6)
+        assert_equal_bits(param.detach(), master.to(dtype), "parameter")
+    assert params[2].isnan().all()
+
+
+def test_frob_normalize_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native is None:
+        pytest.skip("no native kernels")
+    params, others = make_params(), make_params()
+    run(LaProp(others, lr=0.1, frob_normalize=True, fused=False), others, [1, 2, 3])
+    monkeypatch.setattr(ScalarOptimizer, "_plain_update", None)
+    run(LaProp(params, lr=0.1, frob_normalize=True, fused=True), params, [1, 2, 3])
+    torch.testing.assert_close(params, others, rtol=1e-6, atol=1e-7)
 
 
 # ---- dtypes and layouts --------------------------------------------------------------------------
@@ -1009,6 +1036,22 @@ def test_native_step_is_taken(
 
 
 @every_optimizer
+def test_parameters_that_share_memory(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    shared = [*params, torch.nn.Parameter(params[0].detach())]
+    optimizer, other = setup.make(shared, fused=fused), setup.make(others, fused=False)
+    twice = setup.make([others[0]], fused=False)
+    for step in (1, 2, 3):
+        set_grads(shared, step)
+        set_grads(others, step)
+        optimizer.step()
+        other.step()
+        others[0].grad = shared[2].grad
+        twice.step()
+    torch.testing.assert_close(shared, [*others, others[0]])
+
+
+@every_optimizer
 def test_fused_without_a_native_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     message = f"fused=True, but {setup.cls.__name__} has no native"
     params = make_params()
@@ -1041,8 +1084,8 @@ def work(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     placed = [[Shard(0)], [Replicate()], [Shard(1)]]
-    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, None)]
-    cases.append((LaProp, {"frob_normalize": True, "lr": 0.1}))
+    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, True)]
+    cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": f}) for f in (False, True)]
     for make, options in cases:
         plain = make_params([(5, 4)] * 3)
         params = [

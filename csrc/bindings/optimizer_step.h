@@ -183,8 +183,9 @@ class GroupStep {
   static constexpr int64_t kWorthTheGil = 1 << 18;
 
  public:
-  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers)
-      : rule_(rule), options_(std::move(options)), numbers_(numbers) {}
+  // `weights` is to find two parameters with the same memory: they cannot be stepped at a time.
+  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers, AddressSet& weights)
+      : rule_(rule), options_(std::move(options)), numbers_(numbers), weights_(weights) {}
 
   // Adds the parameters that have a gradient. Returns the positions in the list of those that have
   // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
@@ -432,6 +433,11 @@ class GroupStep {
     }
     auto* const counter = step.template mutable_data_ptr<float>();
     if (counter == nullptr) return false;
+    if (row.numel != 0) {
+      AddressSet::Entry& entry = weights_.find(row.data[kUpdate]);
+      if (entry.address != nullptr) return false;
+      entry.address = row.data[kUpdate];
+    }
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = static_cast<double>(*counter) + 1.0;
@@ -509,6 +515,7 @@ class GroupStep {
   Rule rule_;
   GroupOptions options_;
   StepNumbers& numbers_;
+  AddressSet& weights_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_ = 0;
