@@ -1036,6 +1036,19 @@ def test_native_step_is_taken(
 
 
 @every_optimizer
+def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
+    params = make_params([(3, 4), (5, 2), (2, 2)])
+    optimizer = setup.make([{"params": [p]} for p in params], fused=fused)
+    run(optimizer, params, [1])
+    before = contents(optimizer)
+    set_grads(params, 2)
+    params[1].grad = torch.ones(5, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert_same(contents(optimizer), before)
+
+
+@every_optimizer
 def test_parameters_that_share_memory(setup: Setup, fused: bool | None) -> None:
     params, others = make_params(), make_params()
     shared = [*params, torch.nn.Parameter(params[0].detach())]
@@ -1082,7 +1095,7 @@ def work(rank, file):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     placed = [[Shard(0)], [Replicate()], [Shard(1)]]
     cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, True)]
     cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": f}) for f in (False, True)]
@@ -1093,7 +1106,7 @@ def work(rank, file):
             for p, where in zip(plain, placed)
         ]
         optimizer, other = make(params, **options), make(plain, **options)
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             for p, q, g, where in zip(params, plain, make_grads(plain, step), placed):
                 q.grad = g
                 # A gradient that is still to be summed, or is sharded otherwise.
@@ -1102,6 +1115,7 @@ def work(rank, file):
                     1: DTensor.from_local(share, mesh, [Partial()]),
                     2: distribute_tensor(g, mesh, [Shard(1)]),
                     3: distribute_tensor(g, mesh, where),
+                    4: distribute_tensor(g, other_mesh, [Replicate(), Shard(0)]),
                 }[step]
             optimizer.step()
             other.step()
