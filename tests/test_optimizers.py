@@ -1085,7 +1085,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from optimizers import SETUPS, make_grads, make_params
+from optimizers import SETUPS, VARIANTS, make_grads, make_params
 from emerging_optimizers import LaProp
 
 
@@ -1097,7 +1097,7 @@ def work(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     placed = [[Shard(0)], [Replicate()], [Shard(1)]]
-    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, True)]
+    cases = [(s.make, {"fused": f}) for s in SETUPS + VARIANTS for f in (False, True)]
     cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": f}) for f in (False, True)]
     for make, options in cases:
         plain = make_params([(5, 4)] * 3)

@@ -405,8 +405,10 @@ class GroupStep {
     row.compute = DType::kFloat32;
     if constexpr (kHasShapeScale<Rule>) {
       if (rule_.use_shape_scaling) {
-        if (param.dim() != 2) return false;  // the plain path has the error for it
-        row.scale = Rule::shape_scale(param.size(0), param.size(1));
+        // Of the whole parameter, of which this may be a part.
+        const at::Tensor& whole = THPVariable_Unpack(c.object);
+        if (whole.dim() != 2) return false;  // the plain path has the error for it
+        row.scale = Rule::shape_scale(whole.size(0), whole.size(1));
       }
     }
     for (size_t k = 0; k < kOperands; ++k) {
