@@ -1,0 +1,175 @@
+"""What each process of a distributed test does: `processes.launch` names the function."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from optimizers import SETUPS, VARIANTS
+from support import assert_equal_bits
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from emerging_optimizers import LaProp
+
+STEPS = 20
+
+# Each with a way to make it, whether it takes matrices only, and how exact it is.
+CASES: list[tuple[str, Callable[..., Any], bool, float]] = [
+    (str(setup), setup.make, "scaling" in setup.name, 0.0) for setup in SETUPS + VARIANTS
+]
+
+
+def frob_normalized(params: Any, **arguments: Any) -> LaProp:
+    return LaProp(params, frob_normalize=True, **arguments)
+
+
+# Its norms are sums over processes, in another order.
+CASES.append(("LaProp frob_normalize", frob_normalized, False, 1e-6))
+
+
+class Block(nn.Module):
+    """A transformer's layer whose sizes no number of processes but 1 divides."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Transformer(nn.Module):
+    """A language model of 11 characters."""
+
+    def __init__(self, bias: bool, width: int = 7, hidden: int = 13) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(Block(width, hidden, bias) for _ in range(2))
+        # One row: with several processes, all but one have nothing of it.
+        self.gate = nn.Linear(width, 1, bias=bias)
+        self.head = nn.Linear(width, 11, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * self.gate(x).sigmoid())
+
+
+def make_model(bias: bool, **sizes: int) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(bias, **sizes)
+
+
+def next_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A sequence that counts on, so that there is something to learn."""
+    start = torch.Generator().manual_seed(1000 * step + rank)
+    tokens = torch.randint(11, (4, 1), generator=start) + torch.arange(9)
+    return tokens[:, :-1] % 11, tokens[:, 1:] % 11
+
+
+def backward(model: nn.Module, step: int, rank: int) -> float:
+    tokens, targets = next_batch(step, rank)
+    loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    loss.backward()
+    return loss.item()
+
+
+def full(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()
+
+
+def shard(model: Transformer, kind: str) -> None:
+    """Distribute a model's parameters."""
+    world_size = dist.get_world_size()
+    if kind == "2-D":
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("data", "tensor"))
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(block, mesh["tensor"], plan)
+        options: dict[str, Any] = {"mesh": mesh["data"]}
+    else:
+        options = {"mesh": init_device_mesh("cpu", (world_size,))}
+    if kind == "mixed precision":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def train_sharded(rank: int, folder: Path, kind: str) -> None:
+    """Train, and step a single process's parameters with the same, gathered gradients beside it."""
+    for name, make, is_of_matrices, tolerance in CASES:
+        sizes = {"hidden": 12} if kind == "2-D" else {}
+        model, other = (make_model(not is_of_matrices, **sizes) for _ in range(2))
+        shard(model, kind)
+        params, others = list(model.parameters()), list(other.parameters())
+        assert all(isinstance(p, DTensor) for p in params)
+        options = {"lr": 0.003, "fused": True}
+        if "frob" not in name:
+            options["weight_decay"] = 0.1
+        optimizer, reference = make(params, **options), make(others, **options)
+        losses = []
+        for step in range(STEPS):
+            losses.append(backward(model, step, rank))
+            for p, q in zip(params, others, strict=True):
+                q.grad = full(p.grad)
+            optimizer.step()
+            reference.step()
+            optimizer.zero_grad()
+        assert min(losses[5:]) < losses[0], (name, losses)
+        for (label, p), q in zip(model.named_parameters(), others, strict=True):
+            state, wanted = optimizer.state[p], reference.state[q]
+            assert state.keys() == wanted.keys()
+            for key in state:
+                if key == "step":
+                    assert state[key].item() == wanted[key].item() == STEPS
+                    continue
+                assert isinstance(state[key], DTensor), (name, key)
+                assert state[key].placements == p.placements, (name, key)
+            tensors = [(p, q), *((state[key], wanted[key]) for key in state if key != "step")]
+            for got, expected in tensors:
+                if tolerance:
+                    torch.testing.assert_close(full(got), full(expected), rtol=1e-4, atol=1e-6)
+                else:
+                    assert_equal_bits(full(got), full(expected), f"{name} {label}")
+            if tolerance:
+                assert abs(full(p).norm() / full(q).norm() - 1) < tolerance
+
+
+def main() -> None:
+    worker, folder, *arguments = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{os.environ['STORE']}",
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=60),
+    )
+    globals()[worker](rank, Path(folder), *arguments)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

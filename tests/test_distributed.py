@@ -1,0 +1,18 @@
+"""Sharded training in several processes: FSDP2, alone and with tensor parallelism."""
+
+from pathlib import Path
+
+import pytest
+from processes import launch
+
+from emerging_optimizers._native import native
+
+needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("world_size", "kind"), [(2, "float32"), (4, "float32"), (2, "mixed precision"), (4, "2-D")]
+)
+def test_fsdp2(world_size: int, kind: str, tmp_path: Path) -> None:
+    launch("train_sharded", world_size, tmp_path, kind)
