@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ LOGS = ROOT / "build" / "gpu-check"
 
 # What pytest is called with.
 PYTESTS = {
-    "cuda": ["-q", "tests/test_cuda.py"],
+    "cuda": ["-q", "tests/test_cuda.py", "tests/test_cuda_optimizers.py"],
     "functions": [
         "-q",
         "--device",
@@ -44,6 +45,13 @@ PYTESTS = {
         "tests/test_functions.py",
         "tests/test_identities.py",
         "tests/test_properties.py",
+    ],
+    "optimizers": [
+        *("-q", "--device", "cuda", "tests/test_optimizers.py"),
+        # It starts processes of its own, which use no GPU.
+        *("--deselect", "tests/test_optimizers.py::test_distributed"),
+        # Where what torch's own test utilities need is not installed, they cannot be imported.
+        *(["tests/test_optimizer_conventions.py"] if find_spec("expecttest") else []),
     ],
 }
 # Tests that are skipped for this reason wait for an option; any other skipped one is a failure.
@@ -317,6 +325,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "build": build,
     "tests-cuda": lambda _: run_tests("cuda"),
     "tests-functions": lambda _: run_tests("functions"),
+    "tests-optimizers": lambda _: run_tests("optimizers"),
     "bits": bits,
     "memcheck": lambda _: sanitizer("memcheck"),
     "racecheck": lambda _: sanitizer("racecheck"),
