@@ -68,7 +68,8 @@ ROWS, COLUMNS = 2048, 1031
 
 # Each rule over sizes around every edge of the kernels' shares, at odd elements of buffers that end
 # with the operand, in all mixes of dtypes that take a way of their own, and with a step on the
-# device. Each tensor has an allocation of its own, so that none hides an access beyond another.
+# device; then its optimizer, counting on the host and on the device. Each tensor has an allocation
+# of its own, so that none hides an access beyond another.
 SANITIZED = """
 import torch
 from contenders import Package
@@ -92,6 +93,16 @@ for rule in RULES.values():
             if "step" in rule.options:
                 values = rule.options | {"step": torch.tensor(3).to(device)}
                 rule.function(*problem.arguments(), *values.values(), out=problem.updates)
+    halves = ({"stochastic_rounding": True}, {"master_weights": True})
+    for dtype, options in ((F32, {}), (BF16, halves[0]), (F16, halves[1]), (F64, {})):
+        for capturable in (False, True):
+            buffers = [torch.ones(size + 1, dtype=dtype, device=device) for size in sizes]
+            params = [torch.nn.Parameter(buffer[1:]) for buffer in buffers]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer = rule.optimizer(params, fused=True, capturable=capturable, **options)
+            for _ in range(2):
+                optimizer.step()
 if device == "cuda":
     torch.cuda.synchronize()
 print("swept")
