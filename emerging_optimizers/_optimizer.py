@@ -26,7 +26,7 @@ StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 _HALF = (torch.bfloat16, torch.float16)
 _STATE_DTYPES = (torch.float32, *_HALF)
-_MASTER = "master_param"
+MASTER = "master_param"
 
 
 class SharedOptions(TypedDict, total=False):
@@ -274,8 +274,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     dtype=_configured_dtype(group, name, param),
                     memory_format=torch.preserve_format,
                 )
-        if _has_master(group, param) and _MASTER not in state:
-            state[_MASTER] = param.detach().to(torch.float32)
+        if has_master(group, param) and MASTER not in state:
+            state[MASTER] = param.detach().to(torch.float32)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -383,11 +383,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 self._plain_step(group, position, arguments, indices)
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
-        return (
-            native is not None
-            and group["fused"] is not False
-            and not group.get("frob_normalize", False)
-        )
+        """Return whether there may be a native step for what a group asks."""
+        return native is not None and group["fused"] is not False
 
     def _native_step(
         self, positions: Sequence[int], arguments: StepArguments
@@ -511,11 +508,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         state["step"] += 1
         step = int(state["step"])
-        target = state[_MASTER] if _has_master(group, param) else param
-        values = _as_local(target)
-        states = [_as_local(state[name]) for name in self._rule.states]
+        target = state[MASTER] if has_master(group, param) else param
+        values = as_local(target)
+        states = [as_local(state[name]) for name in self._rule.states]
         assert param.grad is not None
-        grad = _as_local(_placed_like(param.grad, param))
+        grad = as_local(_placed_like(param.grad, param))
 
         is_double = torch.float64 in (grad.dtype, values.dtype, *(s.dtype for s in states))
         real = torch.float64 if is_double else torch.float32
@@ -532,7 +529,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if lr == 0.0:
             return  # not even 0 times a NaN reaches the parameter
 
-        norm = _norm(weights, target) if group.get("frob_normalize", False) else None
+        norms = None
+        if group.get("frob_normalize", False):
+            norms = frobenius_norms([weights], [target])
         keep = _KEEP[method](lr, weight_decay)
         if keep != 1.0:
             weights.mul_(keep)
@@ -540,9 +539,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if scale != 1.0:
             update.mul_(scale)
         weights.sub_(update.mul_(lr))
-        if norm is not None:
-            new_norm = _norm(weights, target)
-            weights.mul_(torch.where(new_norm > 0, norm / new_norm, 1.0).to(weights.dtype))
+        if norms is not None:
+            restore_norms([weights], [target], norms)
 
         if weights is not values:
             if group["stochastic_rounding"] and values.dtype in _HALF:
@@ -551,7 +549,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             else:
                 store(values, weights)
         if target is not param:
-            _as_local(param).copy_(values)
+            as_local(param).copy_(values)
 
 
 def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -592,7 +590,7 @@ def _configured_dtype(group: dict[str, Any], name: str, param: Tensor) -> torch.
     return dtype
 
 
-def _has_master(group: dict[str, Any], param: Tensor) -> bool:
+def has_master(group: dict[str, Any], param: Tensor) -> bool:
     return bool(group["master_weights"]) and param.dtype in _HALF
 
 
@@ -609,10 +607,10 @@ def _settle_state(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -
         state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
     for name, value in state.items():
         if isinstance(value, _Saved):
-            dtype = torch.float32 if name == _MASTER else _configured_dtype(group, name, param)
+            dtype = torch.float32 if name == MASTER else _configured_dtype(group, name, param)
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
-    if not _has_master(group, param):
-        state.pop(_MASTER, None)  # it would go stale
+    if not has_master(group, param):
+        state.pop(MASTER, None)  # it would go stale
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
@@ -621,7 +619,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _as_local(tensor: Tensor) -> Tensor:
+def as_local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, as real numbers."""
     if _is_dtensor(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -652,15 +650,28 @@ def _placed_grads(params: Sequence[Any], indices: Iterable[int]) -> dict[int, An
     return {i: grad for i, grad in placed.items() if grad is not params[i].grad}
 
 
-def _norm(local: Tensor, like: Any) -> Any:
-    """Return the Frobenius norm in float64; over all processes where `like` is a DTensor."""
-    squares = torch.linalg.vector_norm(local, dtype=torch.float64).square()
-    if _is_dtensor(like):
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+# ---- norms ---------------------------------------------------------------------------------------
 
-        # Each dimension of the mesh that shards the tensor has parts of the sum.
-        placements = [Replicate() if p.is_replicate() else Partial() for p in like.placements]
-        squares = DTensor.from_local(
-            squares, like.device_mesh, placements, run_check=False
-        ).full_tensor()
+
+def frobenius_norms(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tensor]:
+    """Return norms in float64: of the parts, over all processes where `likes` are DTensors."""
+    norms = torch._foreach_norm(list(parts), 2, torch.float64)
+    pairs = zip(norms, likes, strict=True)
+    return [_over_processes(norm, like) if _is_dtensor(like) else norm for norm, like in pairs]
+
+
+def restore_norms(parts: Sequence[Tensor], likes: Sequence[Any], norms: Sequence[Tensor]) -> None:
+    """Scale to the norms that are given what has a finite factor for it."""
+    for part, norm, new_norm in zip(parts, norms, frobenius_norms(parts, likes), strict=True):
+        factor = norm / new_norm
+        part.mul_(torch.where(factor.isfinite(), factor, 1.0))
+
+
+def _over_processes(norm: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    # Each dimension of the mesh that shards the tensor has parts of the sum of squares.
+    placements = [Replicate() if p.is_replicate() else Partial() for p in like.placements]
+    parts = DTensor.from_local(norm.square(), like.device_mesh, placements, run_check=False)
+    squares: Tensor = parts.full_tensor()
     return squares.sqrt()

@@ -166,6 +166,33 @@ def test_frob_normalize(
     assert not params[2].any()
     LaProp(params, frob_normalize=True, weight_decay=0.1)
     assert [r.levelno for r in caplog.records] == [logging.ERROR]
+    groups = [{"params": params[:1]}, {"params": params[1:], "frob_normalize": True}]
+    LaProp(groups, weight_decay=0.1)
+    assert [r.levelno for r in caplog.records] == 2 * [logging.ERROR]
+
+
+@every_half
+def test_frob_normalize_of_masters(dtype: torch.dtype, fused: bool | None) -> None:
+    params = make_params(dtype=dtype)
+    params.append(torch.nn.Parameter(torch.full((3,), math.nan, dtype=dtype)))
+    optimizer = LaProp(params, lr=0.1, frob_normalize=True, master_weights=True, fused=fused)
+    norms = [p.detach().double().norm().item() for p in params[:2]]
+    run(optimizer, params, range(1, 4))
+    for param, norm in zip(params[:2], norms, strict=False):
+        master = optimizer.state[param]["master_param"]
+        assert master.double().norm().item() == pytest.approx(norm, rel=1e-6)
+        assert_equal_bits(param.detach(), master.to(dtype), "parameter")
+    assert params[2].isnan().all()
+
+
+def test_frob_normalize_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native is None:
+        pytest.skip("no native kernels")
+    params, others = make_params(), make_params()
+    run(LaProp(others, lr=0.1, frob_normalize=True, fused=False), others, [1, 2, 3])
+    monkeypatch.setattr(ScalarOptimizer, "_plain_update", None)
+    run(LaProp(params, lr=0.1, frob_normalize=True, fused=True), params, [1, 2, 3])
+    torch.testing.assert_close(params, others, rtol=1e-6, atol=1e-7)
 
 
 # ---- dtypes and layouts --------------------------------------------------------------------------
@@ -1001,6 +1028,35 @@ def test_native_step_is_taken(
 
 
 @every_optimizer
+def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
+    params = make_params([(3, 4), (5, 2), (2, 2)])
+    optimizer = setup.make([{"params": [p]} for p in params], fused=fused)
+    run(optimizer, params, [1])
+    before = contents(optimizer)
+    set_grads(params, 2)
+    params[1].grad = torch.ones(5, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert_same(contents(optimizer), before)
+
+
+@every_optimizer
+def test_parameters_that_share_memory(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    shared = [*params, torch.nn.Parameter(params[0].detach())]
+    optimizer, other = setup.make(shared, fused=fused), setup.make(others, fused=False)
+    twice = setup.make([others[0]], fused=False)
+    for step in (1, 2, 3):
+        set_grads(shared, step)
+        set_grads(others, step)
+        optimizer.step()
+        other.step()
+        others[0].grad = shared[2].grad
+        twice.step()
+    torch.testing.assert_close(shared, [*others, others[0]])
+
+
+@every_optimizer
 def test_fused_without_a_native_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     message = f"fused=True, but {setup.cls.__name__} has no native"
     params = make_params()
@@ -1031,10 +1087,10 @@ def work(rank, file):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     placed = [[Shard(0)], [Replicate()], [Shard(1)]]
-    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, None)]
-    cases.append((LaProp, {"frob_normalize": True, "lr": 0.1}))
+    cases = [(s.make, {"fused": f}) for s in SETUPS for f in (False, True)]
+    cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": f}) for f in (False, True)]
     for make, options in cases:
         plain = make_params([(5, 4)] * 3)
         params = [
@@ -1042,7 +1098,7 @@ def work(rank, file):
             for p, where in zip(plain, placed)
         ]
         optimizer, other = make(params, **options), make(plain, **options)
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             for p, q, g, where in zip(params, plain, make_grads(plain, step), placed):
                 q.grad = g
                 # A gradient that is still to be summed, or is sharded otherwise.
@@ -1051,6 +1107,7 @@ def work(rank, file):
                     1: DTensor.from_local(share, mesh, [Partial()]),
                     2: distribute_tensor(g, mesh, [Shard(1)]),
                     3: distribute_tensor(g, mesh, where),
+                    4: distribute_tensor(g, other_mesh, [Replicate(), Shard(0)]),
                 }[step]
             optimizer.step()
             other.step()

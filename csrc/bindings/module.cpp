@@ -183,6 +183,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
                                                    uint64_t seed) {
     StepNumbers numbers{
         {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
+    size_t num_params = 0;
+    for (const py::handle group : groups) num_params += py::len(group[py::int_(0)]);
+    AddressSet weights(num_params);
     StateWalk states(state.ptr());
     std::deque<GroupStep<Rule>> steps;
     std::vector<std::vector<Py_ssize_t>> left;
@@ -191,7 +194,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
       const auto group = py::reinterpret_borrow<py::tuple>(item);
       const py::object params = group[0], grads = group[1];
       TORCH_CHECK_TYPE(PyList_Check(params.ptr()), "params must be a list");
-      steps.emplace_back(rule_of(group[10]), options_of(group, seed), numbers);
+      steps.emplace_back(rule_of(group[10]), options_of(group, seed), numbers, weights);
       PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
       left.push_back(steps.back().take(params.ptr(), given, states));
       may_run &= left.back().empty() || group[3].cast<bool>();

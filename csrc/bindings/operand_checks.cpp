@@ -23,10 +23,6 @@ std::string shape_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
-bool is_supported_dtype(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
-}
-
 // The update comes last: where the user passed none, it was made to fit the first state.
 const OperandList& in_check_order(OperandLists lists, size_t k) {
   return lists[(k + kGrad) % lists.size()];
@@ -148,19 +144,6 @@ std::string position_name(const char* name, size_t position) {
 at::Tensor empty_update(const at::Tensor& grad, const at::Tensor& state) {
   const auto dtype = c10::promoteTypes(grad.scalar_type(), state.scalar_type());
   return at::empty_like(state, state.options().dtype(dtype).requires_grad(false));
-}
-
-DType to_dtype(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      return DType::kFloat32;
-  }
 }
 
 void check_storage(const char* name, const at::Tensor& tensor, size_t position) {

@@ -47,7 +47,17 @@ at::Tensor empty_update(const at::Tensor& grad, const at::Tensor& state);
 // A layout and a dtype that can be computed with, or a TypeError.
 void check_storage(const char* name, const at::Tensor& tensor, size_t position);
 
-DType to_dtype(at::ScalarType type);
+inline bool is_supported_dtype(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// Of a supported type.
+inline DType to_dtype(at::ScalarType type) {
+  return type == at::kFloat      ? DType::kFloat32
+         : type == at::kBFloat16 ? DType::kBFloat16
+         : type == at::kHalf     ? DType::kFloat16
+                                 : DType::kFloat64;
+}
 
 // "int64", "float8_e4m3fn": as Python spells it, after "torch.".
 std::string dtype_text(at::ScalarType type);
@@ -77,14 +87,22 @@ inline bool is_plain(const at::Tensor& grad) {
   return keys == kPlainOnCpu || keys == kPlainOnCuda;
 }
 
-inline bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
+// Not by the comparison of ArrayRefs, which is a call for what is mostly one number.
+C10_ALWAYS_INLINE bool has_same_sizes(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const at::IntArrayRef sizes = a.sizes(), others = b.sizes();
+  if (sizes.size() != others.size()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != others[d]) return false;
+  }
+  return true;
+}
+
+C10_ALWAYS_INLINE bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
-  const at::ScalarType type = tensor.scalar_type();
   const bool is_on_same = impl.key_set() == grad_impl.key_set() &&
                           (impl.key_set() == kPlainOnCpu || impl.device() == grad_impl.device());
-  return is_on_same && impl.sizes() == grad_impl.sizes() &&
-         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+  return is_on_same && has_same_sizes(impl, grad_impl) && is_supported_dtype(tensor.scalar_type());
 }
 
 // Whether all operands of a position lie in memory in the same order, without gaps.

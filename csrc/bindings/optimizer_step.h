@@ -154,6 +154,17 @@ class Scalar {
   std::vector<at::Tensor> on_device_;  // one for each device that was asked for
 };
 
+// Where the elements of a plain tensor are; null where it has no memory.
+C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, bool is_modified) {
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+  // Of its own, where it shared a copy-on-write storage.
+  void* const base = is_modified ? storage.mutable_data() : const_cast<void*>(storage.data());
+  if (base == nullptr) return nullptr;
+  const auto size = static_cast<int64_t>(tensor.dtype().itemsize());
+  return static_cast<char*>(base) + impl.storage_offset() * size;
+}
+
 // What all groups of a step share.
 struct StepNumbers {
   Scalar grad_multiplier, grad_scale, found_inf;
@@ -183,8 +194,9 @@ class GroupStep {
   static constexpr int64_t kWorthTheGil = 1 << 18;
 
  public:
-  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers)
-      : rule_(rule), options_(std::move(options)), numbers_(numbers) {}
+  // `weights` is to find two parameters with the same memory: they cannot be stepped at a time.
+  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers, AddressSet& weights)
+      : rule_(rule), options_(std::move(options)), numbers_(numbers), weights_(weights) {}
 
   // Adds the parameters that have a gradient. Returns the positions in the list of those that have
   // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
@@ -195,7 +207,7 @@ class GroupStep {
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
     const Py_ssize_t count = PyList_GET_SIZE(params);
     num_params_ = static_cast<size_t>(count);
-    storages_.reserve(num_params_ * (kOperands + 1));
+    storages_.resize(num_params_ * (kOperands + 1));
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
       for (; n < kBatch && next < count; ++next) {
@@ -225,9 +237,9 @@ class GroupStep {
     }
     if (numel < kWorthTheGil && !any_on_device) return sweep();
     std::vector<c10::intrusive_ptr<c10::StorageImpl>> owned;
-    owned.reserve(storages_.size());
-    for (c10::StorageImpl* storage : storages_) {
-      owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
+    owned.reserve(num_storages_);
+    for (size_t i = 0; i < num_storages_; ++i) {
+      owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storages_[i]));
     }
     const py::gil_scoped_release without_gil;
     sweep();
@@ -379,7 +391,7 @@ class GroupStep {
     if (!c.is_complete) return false;
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
     const at::Tensor& param = *c.operands[kUpdate];
-    if (!is_plain(param)) return false;
+    if (!is_plain(param) || !is_supported_dtype(param.scalar_type())) return false;
     const bool is_contiguous = param.is_contiguous();
     if (!is_contiguous && !param.is_non_overlapping_and_dense()) return false;
     const auto lies_alike = [&](const at::Tensor& tensor) {
@@ -399,24 +411,29 @@ class GroupStep {
     }
     for (size_t k = 0; k < kOperands; ++k) {
       const at::Tensor* operand = c.operands[k];
-      if (!is_alike(*operand, param)) return false;
-      if (!lies_alike(*operand)) {
-        if (k != kGrad) return false;
-        // A copy of the gradient that lies in memory as the parameter does.
-        owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
-        operand = c.operands[k] = &owned_.back();
+      if (k == kOwn && operand == &param) {
+        row.dtype[k] = row.dtype[kUpdate];
+        row.data[k] = row.data[kUpdate];
+      } else {
+        if (k != kUpdate && !is_alike(*operand, param)) return false;
+        if (k != kUpdate && !lies_alike(*operand)) {
+          if (k != kGrad) return false;
+          // A copy of the gradient that lies in memory as the parameter does.
+          owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
+          operand = c.operands[k] = &owned_.back();
+        }
+        row.dtype[k] = to_dtype(operand->scalar_type());
+        row.data[k] = memory_of(*operand, k != kGrad);
+        prefetch(row.data[k]);
+        if (row.data[k] == nullptr && row.numel != 0) return false;
+        // What the CPU takes, a GPU does not.
+        const auto size = static_cast<uintptr_t>(size_of(row.dtype[k]));
+        const bool is_aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size == 0;
+        if (row.device != kHost && !is_aligned) return false;
       }
-      row.dtype[k] = to_dtype(operand->scalar_type());
       if (is_read(static_cast<int>(k)) && row.dtype[k] == DType::kFloat64) {
         row.compute = DType::kFloat64;
       }
-      row.data[k] =
-          k == kGrad ? const_cast<void*>(operand->const_data_ptr()) : operand->mutable_data_ptr();
-      prefetch(row.data[k]);
-      if (row.data[k] == nullptr && row.numel != 0) return false;
-      // What the CPU takes, a GPU does not.
-      const auto size = static_cast<uintptr_t>(size_of(row.dtype[k]));
-      if (row.device != kHost && reinterpret_cast<uintptr_t>(row.data[k]) % size != 0) return false;
     }
     return append(c, row);
   }
@@ -430,8 +447,13 @@ class GroupStep {
     if (row.device == kHost ? needs_device() : counts_here && numbers_.found_inf.is_on_device()) {
       return false;
     }
-    auto* const counter = step.template mutable_data_ptr<float>();
+    auto* const counter = static_cast<float*>(memory_of(step, true));
     if (counter == nullptr) return false;
+    if (row.numel != 0) {
+      AddressSet::Entry& entry = weights_.find(row.data[kUpdate]);
+      if (entry.address != nullptr) return false;
+      entry.address = row.data[kUpdate];
+    }
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = static_cast<double>(*counter) + 1.0;
@@ -456,7 +478,7 @@ class GroupStep {
 
   void keep(const at::Tensor& tensor, bool is_modified) {
     c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    storages_.push_back(impl.unsafe_storage().unsafeGetStorageImpl());
+    storages_[num_storages_++] = impl.unsafe_storage().unsafeGetStorageImpl();
     if (is_modified) impl.bump_version();
   }
 
@@ -509,12 +531,14 @@ class GroupStep {
   Rule rule_;
   GroupOptions options_;
   StepNumbers& numbers_;
+  AddressSet& weights_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_ = 0;
   std::deque<at::Tensor> owned_;   // tensors that were made here
   std::vector<py::object> alive_;  // objects that nothing else may hold
   std::vector<c10::StorageImpl*> storages_;
+  size_t num_storages_ = 0;
 };
 
 }  // namespace emopt

@@ -1,15 +1,25 @@
 """LaProp: Adam with the gradient normalised before it is averaged."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
-from .._optimizer import ScalarOptimizer, SharedOptions
+from .._optimizer import (
+    MASTER,
+    ScalarOptimizer,
+    SharedOptions,
+    StepArguments,
+    as_local,
+    frobenius_norms,
+    has_master,
+    restore_norms,
+)
 from .._rule import Rule
 from .._schedules import bias_correction
 
@@ -159,12 +169,6 @@ class LaProp(ScalarOptimizer):
         weight_decay_method: str = "decoupled",
         **options: Unpack[SharedOptions],
     ) -> None:
-        if frob_normalize and weight_decay != 0.0:
-            _logger.error(
-                "LaProp with frob_normalize=True restores the norm that weight_decay=%g shrinks;"
-                " use weight_decay=0",
-                weight_decay,
-            )
         hyperparameters = {
             "lr": lr,
             "betas": betas,
@@ -182,3 +186,53 @@ class LaProp(ScalarOptimizer):
             "betas": tuple(map(float, group["betas"])),
             "eps": group["eps"],
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, whose missing keys take the defaults."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["frob_normalize"] and group["weight_decay"] != 0.0:
+            _logger.error(
+                "LaProp with frob_normalize=True restores the norm that weight_decay=%g shrinks;"
+                " use weight_decay=0",
+                group["weight_decay"],
+            )
+
+    def _has_native_step(self, group: dict[str, Any]) -> bool:
+        if not super()._has_native_step(group):
+            return False
+        if not group["frob_normalize"]:
+            return True
+        # Where the parameter is the weight and has 16 bits, it would be rounded twice.
+        halves = (torch.bfloat16, torch.float16)
+        return all(has_master(group, p) or p.dtype not in halves for p in group["params"])
+
+    def _native_step(
+        self, positions: Sequence[int], arguments: StepArguments
+    ) -> list[Collection[int]]:
+        normalized = [
+            (i, j)
+            for i, group in enumerate(self.param_groups)
+            if group["frob_normalize"] and self._has_native_step(group)
+            for j, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        weights = [self._weight(i, j) for i, j in normalized]
+        norms = frobenius_norms(list(map(as_local, weights)), weights) if weights else []
+        left = super()._native_step(positions, arguments)
+        done = [k for k, (i, j) in enumerate(normalized) if j not in left[i]]
+        if done:
+            weights = [self._weight(*normalized[k]) for k in done]  # masters may be new
+            restore_norms(list(map(as_local, weights)), weights, [norms[k] for k in done])
+            for k, weight in zip(done, weights, strict=True):
+                i, j = normalized[k]
+                param = self.param_groups[i]["params"][j]
+                if weight is not param:
+                    as_local(param).copy_(as_local(weight))
+        return left
+
+    def _weight(self, i: int, j: int) -> Tensor:
+        """Return what an update is applied to: the parameter's master, if it has one."""
+        param: Tensor = self.param_groups[i]["params"][j]
+        weight: Tensor = self.state.get(param, {}).get(MASTER, param)
+        return weight
