@@ -30,10 +30,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emerging_optimizers import ScalarOptimizer
+from emerging_optimizers import LaProp, ScalarOptimizer
 
 pytestmark = pytest.mark.cuda
 
+_LAPROP = next(setup for setup in SETUPS if setup.cls is LaProp)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Less than a vector, nothing, more than a tile, more than a chunk. Matrices, for shape scaling.
 SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70))
@@ -365,6 +366,24 @@ def test_no_synchronisation(setup: Setup, storage: str) -> None:
             step_with(optimizer, **numbers)
         assert not torch.equal(contents(optimizer)[0], before[0])
         assert [counter.item() for counter in counters(optimizer)] == [4.0] * len(SHAPES)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16, masters"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_frob_normalize(storage: str) -> None:
+    options = {"frob_normalize": True, "weight_decay": 0.0, "capturable": True}
+    steps = make_run(_LAPROP, storage, **options)
+    optimizer, other = steps.on("cuda"), steps.on("cpu")
+    torch.testing.assert_close(on_cpu(optimizer), contents(other))
+    before = contents(optimizer)
+    found_inf = torch.ones((), device="cuda")
+    with no_synchronisation():
+        step_with(optimizer, found_inf=found_inf)
+    assert_same(contents(optimizer), before)
+    with no_synchronisation():
+        optimizer.step()
+    other.step()
+    torch.testing.assert_close(on_cpu(optimizer), contents(other))
 
 
 @pytest.mark.real

@@ -1027,6 +1027,7 @@ def test_native_step_is_taken(
             assert torch.equal(param, state["master_param"].to(dtype))
 
 
+@pytest.mark.real
 @every_optimizer
 def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
     params = make_params([(3, 4), (5, 2), (2, 2)])
