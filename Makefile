@@ -52,8 +52,9 @@ python-test: $(INSTALLED)
 # PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
 emulated-test: $(INSTALLED)
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
-	$(PY) -m pytest --device emulated tests/test_cuda.py tests/test_functions.py \
-	    tests/test_identities.py tests/test_properties.py
+	$(PY) -m pytest --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
+	    tests/test_functions.py tests/test_identities.py tests/test_properties.py \
+	    tests/test_optimizers.py tests/test_optimizer_conventions.py
 
 cpp-test: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja

@@ -1,4 +1,4 @@
-"""The update functions on one GPU, against its copy bandwidth and the same formulas in PyTorch.
+"""The update functions and optimizers on one GPU, against its copy bandwidth and PyTorch.
 
     python benchmarks/bench_cuda.py --json build/bench_cuda.json   # all of it, some minutes
     python benchmarks/bench_cuda.py --quick --rules adam lion      # only what the targets need
@@ -18,12 +18,24 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from contenders import CONTENDERS, Compiled, Contender, Eager, Foreach, Package, Step, check
+from contenders import (
+    CONTENDERS,
+    Compiled,
+    Contender,
+    Eager,
+    Foreach,
+    OptimizerStep,
+    Package,
+    Step,
+    check,
+    check_steps,
+)
 from gpu import describe_gpu, why_no_gpu
 from harness import (
     Clock,
@@ -39,7 +51,7 @@ from harness import (
     significant,
     write_json,
 )
-from problems import RULES, SHAPES, Problem, Rule, Shape
+from problems import RULES, SHAPES, OptimizerProblem, Problem, Rule, Shape
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -49,13 +61,21 @@ from emerging_optimizers._native import native
 # ---- what is to be reached -----------------------------------------------------------------------
 
 # Parts of the copy's bandwidth.
-PART_OF_COPY = {"large": 0.90, "large-bfloat16": 0.90, "gpt2": 0.85}
+PART_OF_COPY = {
+    "large": 0.90,
+    "large-bfloat16": 0.90,
+    "gpt2": 0.85,
+    "step-large": 0.90,
+    "step-gpt2": 0.85,
+}
 # Operands at odd elements of their buffers: a part of the aligned operands' bandwidth.
 PART_OF_ALIGNED = 0.80
 # One call on 1000 tensors: its kernels, milliseconds of the host, part of torch._foreach's time.
 LAUNCHES = 2
 HOST_MILLISECONDS = 0.6
 PART_OF_FOREACH = 1 / 3
+# An optimizer's step: part of the time of torch.optim.AdamW(fused=True).
+PART_OF_FUSED = 1.0
 
 
 # ---- the device, and a stand-in for it -----------------------------------------------------------
@@ -334,6 +354,26 @@ class FusedAdamW(FusedAdam):
     optimizer = torch.optim.AdamW
 
 
+# The optimizers' steps that are measured, by the rule's name.
+STEPPED = {name: RULES[name].optimizer for name in ("adam", "lion")}
+STEPPERS = (
+    OptimizerStep("package", "this package", STEPPED),
+    OptimizerStep(
+        "capturable",
+        "this package, capturable",
+        {name: partial(optimizer, capturable=True) for name, optimizer in STEPPED.items()},
+    ),
+    OptimizerStep(
+        "adamw-foreach",
+        "torch.optim.AdamW, foreach",
+        {"adam": partial(torch.optim.AdamW, foreach=True)},
+    ),
+    OptimizerStep(
+        "adamw-fused", "torch.optim.AdamW, fused", {"adam": partial(torch.optim.AdamW, fused=True)}
+    ),
+)
+
+
 class Copy:
     """The roof: one large tensor copied to another.
 
@@ -354,6 +394,7 @@ class Copy:
 TITLES = {
     **{name: contender.title for name, contender in CONTENDERS.items()},
     **{c.name: c.title for c in (DeviceStep, FusedAdam, FusedAdamW)},
+    **{stepper.name: stepper.title for stepper in STEPPERS},
     "copy": "copy_ of a large tensor",
     "aligned": "this package, aligned",
     "offset-1": "this package, all operands at element 1",
@@ -370,16 +411,36 @@ def check_bits(problem: Problem) -> None:
     grads, *states, updates = map(_ends, (problem.grads, *problem.states, problem.updates))
     rule.function(grads, *states, *rule.values, out=updates)
     Package().prepare(problem)()
-    lists = (problem.updates, *problem.states)
-    for name, tensors, wanted in zip(
-        ("update", *rule.states), lists, (updates, *states), strict=True
-    ):
-        pairs = zip(map(_bits, _ends(tensors)), map(_bits, wanted), strict=True)
+    _compare_bits(problem, "update", (problem.updates, *problem.states), (updates, *states))
+
+
+def check_bits_of_step(problem: OptimizerProblem) -> None:
+    """Raise unless this package's optimizer gives the bits of its step on the CPU."""
+    initial = problem.mapped(lambda tensors: [tensor.detach().clone() for tensor in tensors])
+    on_cpu = problem.mapped(_ends)
+    for stepper in STEPPERS[:2]:
+        for one in (problem, on_cpu):
+            stepper.prepare(one)()
+        _compare_bits(problem, f"param ({stepper.name})", problem.modified, on_cpu.modified)
+    for tensors, values in zip(problem.modified, initial.modified, strict=True):
+        torch._foreach_copy_(tensors, values)
+
+
+def _compare_bits(
+    problem: Problem | OptimizerProblem,
+    first: str,
+    lists: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Sequence[Tensor]],
+) -> None:
+    """Compare what a call wrote, the states last, with the ends of what it must write."""
+    names = (first, *problem.rule.states)
+    for name, tensors, ends in zip(names, lists, wanted, strict=True):
+        pairs = zip(map(_bits, _ends(tensors)), map(_bits, ends), strict=True)
         differing = sum(int((a != b).sum()) for a, b in pairs)
         if differing:
             raise WrongResultError(
-                f"{rule.name} at {problem.shape.name}: {differing} elements of {name} differ in"
-                " their bits from the CPU's"
+                f"{problem.rule.name} at {problem.shape.name}: {differing} elements of {name}"
+                " differ in their bits from the CPU's"
             )
 
 
@@ -500,11 +561,17 @@ class Suite:
             "gpt2": SHAPES["gpt2"] if is_real else Shape("gpt2", "smoke", [(7, 5), (9,)]),
             "many": Shape("many", f"{count} tensors of {count} elements", [(count,)] * count),
         }
-        self.shapes["launches"] = self.shapes["many"]
+        self.shapes["launches"] = self.shapes["step-many"] = self.shapes["many"]
+        self.shapes["step-gpt2"] = self.shapes["gpt2"]
+        self.shapes["step-large"] = SHAPES["large"] if is_real else self.shapes["large"]
         self.queue = QueueClock(self.device)
         self.alone = DeviceClock(self.device)
         self.cold = ColdClock(self.device)
         self.host = HostClock(self.device)
+
+    def shape_of(self, case: str) -> Shape:
+        """Return what a case measures."""
+        return self.shapes.get(case) or self.shapes[case.partition("-")[0]]
 
     def prepare(self, problem: Problem, contenders: Sequence[Contender]) -> dict[str, Step]:
         """Return the steps of those contenders that work, all checked."""
@@ -527,8 +594,8 @@ class Suite:
     def time(
         self,
         case: str,
-        problem: Problem,
-        steps: dict[str, Step],
+        problem: Problem | OptimizerProblem,
+        steps: dict[str, Any],
         clock: QueueClock | ColdClock | HostClock,
         ours: str = "package",
         budget: float | None = None,
@@ -551,7 +618,7 @@ class Suite:
 
     def measure_bandwidth(self, case: str, rule: Rule) -> None:
         """Compare with the copy's bandwidth, and a step on the device with one on the host."""
-        shape = self.shapes[case.partition("-")[0]]
+        shape = self.shape_of(case)
         is_short = case.endswith("-bfloat16")
         dtype = torch.bfloat16 if is_short else torch.float32
         problem = Problem(rule, shape, dtype, state_dtype=torch.float32, device=self.device.type)
@@ -618,6 +685,46 @@ class Suite:
             of_name[rule.name] = count_launches(step, self.device)
         launches = self.launches["package"][rule.name]
         self.judge(f"{shape.title}: kernels of a call", rule, launches, "<=", LAUNCHES)
+        if rule.name in STEPPED:
+            of_step = OptimizerProblem(rule, shape, self.device.type)
+            for name, step in self.prepare_steps(of_step).items():
+                of_name = self.launches.setdefault(f"{name}, step", {})
+                of_name[rule.name] = count_launches(step, self.device)
+
+    def prepare_steps(self, problem: OptimizerProblem) -> dict[str, Callable[[], object]]:
+        """Return the optimizers' steps, all checked."""
+        steppers = [stepper for stepper in STEPPERS if stepper.has(problem.rule)]
+        check_bits_of_step(problem)
+        steps = {stepper.name: stepper.prepare(problem) for stepper in steppers}
+        check_steps(problem, steppers, steps)
+        return steps
+
+    def measure_step(self, case: str, rule: Rule) -> None:
+        """Compare an optimizer's step with the copy's bandwidth and with those of PyTorch."""
+        shape = self.shape_of(case)
+        problem = OptimizerProblem(rule, shape, self.device.type)
+        steps = self.prepare_steps(problem)
+        steps["copy"] = self.copy.step
+        result = self.time(case, problem, steps, self.alone)
+        title = CASES[case].format(shape.title)
+        part = result.part_of_copy("package")
+        self.judge(f"{title}: bandwidth / copy", rule, part, ">=", PART_OF_COPY[case])
+        self.judge_beside_fused(title, rule, result)
+
+    def measure_step_of_many(self, case: str, rule: Rule) -> None:
+        """Time an optimizer's step on many small parameters, as a call on many small tensors."""
+        problem = OptimizerProblem(rule, self.shape_of(case), self.device.type)
+        steps = self.prepare_steps(problem)
+        title = CASES[case].format(problem.shape.title)
+        for clock in (self.host, self.queue, self.cold):
+            result = self.time(case, problem, steps, clock, budget=self.budget / 3)
+            self.judge_beside_fused(f"{title}, {clock.name}", rule, result)
+
+    def judge_beside_fused(self, title: str, rule: Rule, result: Result) -> None:
+        """Note whether a step takes no longer than PyTorch's fused one, where there is one."""
+        if "adamw-fused" in result.comparison.samples:
+            part = result.comparison.ratio("package", "adamw-fused")
+            self.judge(f"{title}: time / fused", rule, part, "<=", PART_OF_FUSED)
 
     def run(self, case: str, rule: Rule) -> None:
         """Measure a case; what goes wrong is noted, so that the rest is measured, too."""
@@ -626,6 +733,9 @@ class Suite:
             "offsets": self.measure_offsets,
             "many": self.measure_many,
             "launches": self.measure_launches,
+            "step-large": self.measure_step,
+            "step-gpt2": self.measure_step,
+            "step-many": self.measure_step_of_many,
         }
         try:
             measure.get(case, self.measure_bandwidth)(case, rule)
@@ -661,6 +771,9 @@ CASES = {
     "gpt2": "{}, float32",
     "offsets": "{}, float32, at odd elements of buffers",
     "many": "{}, float32",
+    "step-large": "{}, an optimizer's step",
+    "step-gpt2": "{}, an optimizer's step",
+    "step-many": "{}, an optimizer's step",
     "launches": "{}, float32",
 }
 
@@ -680,7 +793,7 @@ def report_case(suite: Suite, case: str) -> str:
     """Return the tables of a case, one for each clock."""
     header = ["rule", "contender", "ms", "p10 to p90", "GB/s", "% of copy", "times ours", "rounds"]
     results = [result for result in suite.results if result.case == case]
-    title = CASES[case].format(suite.shapes[case.partition("-")[0]].title)
+    title = CASES[case].format(suite.shape_of(case).title)
     tables = []
     for clock in dict.fromkeys(result.clock for result in results):
         rows = [row for result in results if result.clock == clock for row in result.rows()]
@@ -727,7 +840,8 @@ def main() -> None:
     suite = Suite(device, arguments.budget, arguments.quick)
     for case in arguments.cases:
         for name in arguments.rules:
-            suite.run(case, RULES[name])
+            if name in STEPPED or not case.startswith("step-"):
+                suite.run(case, RULES[name])
         print(report_case(suite, case), flush=True)
         if arguments.json is not None:  # each time, so that an interrupted run leaves its figures
             write_json(arguments.json, suite.report(run))

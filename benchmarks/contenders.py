@@ -573,8 +573,11 @@ def _make_optimizer(
     counts_in_tensors = isinstance(optimizer, AdamW | ScalarOptimizer)
     for param, *values in zip(params, *states, strict=True):
         optimizer.state[param] = dict(zip(problem.rule.states, values, strict=True))
-        steps = problem.steps_done
-        optimizer.state[param]["step"] = torch.tensor(float(steps)) if counts_in_tensors else steps
+        count: int | Tensor = problem.steps_done
+        if counts_in_tensors:
+            on_device = optimizer.defaults["capturable"] or optimizer.defaults["fused"]
+            count = torch.tensor(float(count), device=param.device if on_device else "cpu")
+        optimizer.state[param]["step"] = count
     return optimizer
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ LOGS = ROOT / "build" / "gpu-check"
 
 # What pytest is called with.
 PYTESTS = {
-    "cuda": ["-q", "tests/test_cuda.py"],
+    "cuda": ["-q", "tests/test_cuda.py", "tests/test_cuda_optimizers.py"],
     "functions": [
         "-q",
         "--device",
@@ -44,6 +45,13 @@ PYTESTS = {
         "tests/test_functions.py",
         "tests/test_identities.py",
         "tests/test_properties.py",
+    ],
+    "optimizers": [
+        *("-q", "--device", "cuda", "tests/test_optimizers.py"),
+        # It starts processes of its own, which use no GPU.
+        *("--deselect", "tests/test_optimizers.py::test_distributed"),
+        # Where what torch's own test utilities need is not installed, they cannot be imported.
+        *(["tests/test_optimizer_conventions.py"] if find_spec("expecttest") else []),
     ],
 }
 # Tests that are skipped for this reason wait for an option; any other skipped one is a failure.
@@ -60,7 +68,8 @@ ROWS, COLUMNS = 2048, 1031
 
 # Each rule over sizes around every edge of the kernels' shares, at odd elements of buffers that end
 # with the operand, in all mixes of dtypes that take a way of their own, and with a step on the
-# device. Each tensor has an allocation of its own, so that none hides an access beyond another.
+# device; then its optimizer, counting on the host and on the device. Each tensor has an allocation
+# of its own, so that none hides an access beyond another.
 SANITIZED = """
 import torch
 from contenders import Package
@@ -84,6 +93,16 @@ for rule in RULES.values():
             if "step" in rule.options:
                 values = rule.options | {"step": torch.tensor(3).to(device)}
                 rule.function(*problem.arguments(), *values.values(), out=problem.updates)
+    halves = ({"stochastic_rounding": True}, {"master_weights": True})
+    for dtype, options in ((F32, {}), (BF16, halves[0]), (F16, halves[1]), (F64, {})):
+        for capturable in (False, True):
+            buffers = [torch.ones(size + 1, dtype=dtype, device=device) for size in sizes]
+            params = [torch.nn.Parameter(buffer[1:]) for buffer in buffers]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer = rule.optimizer(params, fused=True, capturable=capturable, **options)
+            for _ in range(2):
+                optimizer.step()
 if device == "cuda":
     torch.cuda.synchronize()
 print("swept")
@@ -317,6 +336,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "build": build,
     "tests-cuda": lambda _: run_tests("cuda"),
     "tests-functions": lambda _: run_tests("functions"),
+    "tests-optimizers": lambda _: run_tests("optimizers"),
     "bits": bits,
     "memcheck": lambda _: sanitizer("memcheck"),
     "racecheck": lambda _: sanitizer("racecheck"),

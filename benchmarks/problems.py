@@ -1,5 +1,6 @@
 """What the suites measure: the table of rules, the table of shapes, and the tensors of both."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -301,18 +302,30 @@ class OptimizerProblem:
     # The number of steps that each optimizer believes to have done.
     steps_done = 1000
 
-    def __init__(self, rule: Rule, shape: Shape) -> None:
+    def __init__(self, rule: Rule, shape: Shape, device: str = "cpu") -> None:
         """Make the tensors."""
         self.rule = rule
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        self.grads, params, *self.states = (
-            [fill(size, generator=generator, device="cpu") for size in shape.sizes]
-            for fill in (torch.randn, torch.randn, *_state_fills(rule))
+        generator = torch.Generator(device).manual_seed(0)
+        self._take(
+            *(
+                [fill(size, generator=generator, device=device) for size in shape.sizes]
+                for fill in (torch.randn, torch.randn, *_state_fills(rule))
+            )
         )
+
+    def _take(self, grads: list[Tensor], params: list[Tensor], *states: list[Tensor]) -> None:
+        self.grads = grads
         self.params = [nn.Parameter(param) for param in params]
+        self.states = list(states)
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
+
+    def mapped(self, change: Callable[[list[Tensor]], list[Tensor]]) -> "OptimizerProblem":
+        """Return the same problem on what is made of each list of tensors."""
+        other = copy.copy(self)
+        other._take(*map(change, (self.grads, *self.modified)))
+        return other
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -60,9 +60,10 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Make tensors on the device under test, where a test names none."""
-    if request.config.getoption("--device") == "cpu":
+    """Make tensors on the device under test, where a test names none; those for CUDA name it."""
+    is_named = "cuda" in request.keywords
+    if request.config.getoption("--device") == "cpu" and not is_named:
         yield
         return
-    with torch.device("cuda"):
+    with torch.device("cpu" if is_named else "cuda"):
         yield

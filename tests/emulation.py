@@ -8,6 +8,7 @@ the host's (tests/cpp/emulated_device.cpp). There are no streams and no graphs.
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.utils import cpp_extension
@@ -39,4 +40,13 @@ def start() -> ModuleType:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    deepcopy_of_storage = torch.Tensor.__deepcopy__
+
+    def deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if tensor.is_cuda and tensor.is_leaf:  # PyTorch makes no storage of a device it has not
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return deepcopy_of_storage(tensor, memo)
+
+    torch.Tensor.__deepcopy__ = deepcopy
     return module

@@ -102,6 +102,7 @@ def test_errors(info: OptimizerInfo) -> None:
                 info.optim_cls(params, **given.kwargs)
 
 
+@pytest.mark.real
 @every_info
 @pytest.mark.parametrize("with_scheduler", [False, True])
 def test_goes_in_the_right_direction(
@@ -133,6 +134,7 @@ def _train(optimizer: Any, weight: Tensor, bias: Tensor, schedulers: list[Any]) 
     return losses
 
 
+@pytest.mark.real
 @every_info
 def test_complex_is_two_reals(info: OptimizerInfo, fused: bool | None) -> None:
     for kwargs in kwargs_of(info, fused):
@@ -155,6 +157,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+@pytest.mark.real
 @every_info
 def test_implementations_match(info: OptimizerInfo) -> None:
     """Seven steps, one without gradients, and a layer that is frozen."""

@@ -558,6 +558,7 @@ def test_overflow_at_the_first_step(setup: Setup, fused: bool | None) -> None:
     assert all(float(state["step"]) == 0 for state in optimizer.state.values())
 
 
+@pytest.mark.real
 @every_optimizer
 def test_grad_scaler(setup: Setup, fused: bool | None) -> None:
     params, others = make_params(), make_params()
@@ -585,21 +586,6 @@ def test_grad_scaler(setup: Setup, fused: bool | None) -> None:
     assert optimizer.state[params[0]]["step"].item() == 4
     assert not hasattr(optimizer, "found_inf")
     torch.testing.assert_close(params, others)
-
-
-@pytest.mark.cuda
-@every_optimizer
-def test_counters_move_to_the_device_for_good(setup: Setup, fused: bool | None) -> None:
-    params = [torch.nn.Parameter(p.detach().cuda()) for p in make_params()]
-    optimizer = setup.make(params, fused=fused)
-    run(optimizer, params, [1])
-    optimizer.found_inf = torch.zeros((), device="cuda")  # type: ignore[attr-defined]
-    run(optimizer, params, [2])
-    del optimizer.found_inf  # type: ignore[attr-defined]
-    run(optimizer, params, [3])
-    steps = [optimizer.state[p]["step"] for p in params]
-    assert [step.device.type for step in steps] == ["cuda", "cuda"]
-    assert [step.item() for step in steps] == [3, 3]
 
 
 # ---- what happens between steps ------------------------------------------------------------------
@@ -732,7 +718,10 @@ def test_groups(setup: Setup, fused: bool | None) -> None:
 
 
 @every_optimizer
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize(
+    "how",
+    ["deepcopy", *(pytest.param(how, marks=pytest.mark.real) for how in ("pickle", "state_dict"))],
+)
 def test_copies_continue(setup: Setup, how: str, fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
     arguments: dict[str, Any] = {"fused": fused, "master_weights": True, "weight_decay": 0.1}
@@ -839,6 +828,7 @@ def test_decoupled_weight_decay_of_torch() -> None:
 # ---- torch's conventions -------------------------------------------------------------------------
 
 
+@pytest.mark.real
 @every_optimizer
 def test_closure(setup: Setup, fused: bool | None) -> None:
     params = make_params()
@@ -885,6 +875,7 @@ def test_hooks_and_named_parameters(setup: Setup, fused: bool | None) -> None:
     assert repr(optimizer).startswith(f"{setup.cls.__name__} (\nParameter Group 0\n")
 
 
+@pytest.mark.real
 @every_optimizer
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_training_step(setup: Setup, fused: bool | None) -> None:
@@ -977,6 +968,7 @@ def test_arguments_of_torch(cls: type[Adam]) -> None:
         cls(params, foreach=True, fused=True)
 
 
+@pytest.mark.real
 @every_optimizer
 def test_bad_steps(setup: Setup, fused: bool | None) -> None:
     params = make_params()
@@ -1035,6 +1027,7 @@ def test_native_step_is_taken(
             assert torch.equal(param, state["master_param"].to(dtype))
 
 
+@pytest.mark.real
 @every_optimizer
 def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
     params = make_params([(3, 4), (5, 2), (2, 2)])
@@ -1134,6 +1127,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.real
 def test_distributed(tmp_path: Any) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(_DISTRIBUTED)
