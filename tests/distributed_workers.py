@@ -23,11 +23,10 @@ from torch.distributed.tensor.parallel import (
 
 from emerging_optimizers import LaProp
 
-STEPS = 20
-
 # Each with a way to make it, whether it takes matrices only, and how exact it is.
 CASES: list[tuple[str, Callable[..., Any], bool, float]] = [
-    (str(setup), setup.make, "scaling" in setup.name, 0.0) for setup in SETUPS + VARIANTS
+    (setup.name, setup.make, "scaling" in setup.name, 0.0)
+    for setup in [*SETUPS, *(v for v in VARIANTS if "scaling" in v.name)]
 ]
 
 
@@ -61,7 +60,7 @@ class Transformer(nn.Module):
     def __init__(self, bias: bool, width: int = 7, hidden: int = 13) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, width)
-        self.blocks = nn.ModuleList(Block(width, hidden, bias) for _ in range(2))
+        self.blocks = nn.ModuleList([Block(width, hidden, bias)])
         # One row: with several processes, all but one have nothing of it.
         self.gate = nn.Linear(width, 1, bias=bias)
         self.head = nn.Linear(width, 11, bias=bias)
@@ -118,6 +117,7 @@ def shard(model: Transformer, kind: str) -> None:
 
 def train_sharded(rank: int, folder: Path, kind: str) -> None:
     """Train, and step a single process's parameters with the same, gathered gradients beside it."""
+    steps = 20 if kind == "float32" else 10
     for name, make, is_of_matrices, tolerance in CASES:
         sizes = {"hidden": 12} if kind == "2-D" else {}
         model, other = (make_model(not is_of_matrices, **sizes) for _ in range(2))
@@ -129,20 +129,20 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
             options["weight_decay"] = 0.1
         optimizer, reference = make(params, **options), make(others, **options)
         losses = []
-        for step in range(STEPS):
+        for step in range(steps):
             losses.append(backward(model, step, rank))
             for p, q in zip(params, others, strict=True):
                 q.grad = full(p.grad)
             optimizer.step()
             reference.step()
             optimizer.zero_grad()
-        assert min(losses[5:]) < losses[0], (name, losses)
+        assert min(losses[1:]) < losses[0], (name, losses)
         for (label, p), q in zip(model.named_parameters(), others, strict=True):
             state, wanted = optimizer.state[p], reference.state[q]
             assert state.keys() == wanted.keys()
             for key in state:
                 if key == "step":
-                    assert state[key].item() == wanted[key].item() == STEPS
+                    assert state[key].item() == wanted[key].item() == steps
                     continue
                 assert isinstance(state[key], DTensor), (name, key)
                 assert state[key].placements == p.placements, (name, key)

@@ -1,5 +1,6 @@
 """Runs workers in several real processes that talk over gloo."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,8 +25,10 @@ def launch(worker: str, world_size: int, folder: Path, *arguments: str, timeout:
     """
     here = Path(__file__).parent
     path = os.pathsep.join([str(Path(emerging_optimizers.__file__).parent.parent), str(here)])
-    with tempfile.TemporaryDirectory() as store:
-        outputs = [Path(store, f"rank{rank}").open("w+") for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as stack:
+        outputs = [
+            stack.enter_context(Path(store, f"rank{rank}").open("w+")) for rank in range(world_size)
+        ]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "distributed_workers", worker, str(folder), *arguments],
@@ -59,5 +62,4 @@ def launch(worker: str, world_size: int, folder: Path, *arguments: str, timeout:
         for rank, output in enumerate(outputs):
             output.seek(0)
             written.append(f"--- rank {rank}, exit status {codes[rank]}\n{output.read()}")
-            output.close()
         assert codes == [0] * world_size, "\n".join(written)
