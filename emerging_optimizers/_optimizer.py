@@ -145,8 +145,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         hyperparameters: The defaults of a group's own keys: ``lr``, ``weight_decay``,
             ``weight_decay_method`` and what the rule needs.
         maximize: Go up instead of down.
-        fused: None: one native call for a group, where there is one for its parameters, else a loop
-            of plain PyTorch operations. False: the loop. True: the native call, or an error.
+        fused: None: one native call, of what there is one for, and a loop of plain PyTorch
+            operations for the rest. False: the loop. True: the native call, or an error.
         capturable: Keep the step counters on the parameters' devices, where the native step counts
             them without the host: CUDA graphs can capture it.
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
@@ -203,6 +203,24 @@ class ScalarOptimizer(torch.optim.Optimizer):
             )
         if not param.is_floating_point() and not param.is_complex():
             raise TypeError(f"a parameter has dtype {param.dtype}, which cannot be optimized")
+        if param.is_conj():
+            raise RuntimeError("a parameter is conjugated lazily: resolve_conj() makes it its own")
+
+    def _check_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Raise for a state that is not one of this parameter."""
+        for name in (*self._rule.states, MASTER):
+            value = state.get(name)
+            if name == MASTER and value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
+                    f" {tuple(param.shape)}"
+                )
+            if value.is_conj():
+                raise RuntimeError(f"state {name!r} is conjugated lazily: resolve_conj() first")
 
     # ---- groups ----------------------------------------------------------------------------------
 
@@ -265,8 +283,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         step = state.get("step")
         if not isinstance(step, Tensor):
-            device = param.device if group["capturable"] else "cpu"
-            state["step"] = torch.tensor(float(step or 0), dtype=torch.float32, device=device)
+            device = param.device if group["capturable"] else torch.device("cpu")
+            state["step"] = _counter(float(step or 0), device)
         for name in self._rule.states:
             if name not in state:
                 state[name] = torch.zeros_like(
@@ -357,24 +375,22 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _step(self, grad_multiplier: float | Tensor) -> None:
         if isinstance(grad_multiplier, Tensor) and grad_multiplier.numel() != 1:
             raise ValueError("Tensor grad_multiplier must be 1-element")
-        if torch.version.cuda is not None and torch.cuda.is_current_stream_capturing():
+        cuda: Any = torch.cuda  # partly untyped
+        if cuda.is_initialized() and cuda.is_current_stream_capturing():
             for i, group in enumerate(self.param_groups):
                 if not group["capturable"]:
                     raise RuntimeError(
                         f"a CUDA graph cannot capture a step that is counted on the host: set"
                         f" capturable=True (param_groups[{i}] has False)"
                     )
-        draws = any(group["stochastic_rounding"] for group in self.param_groups)
-        arguments = StepArguments(
-            grad_multiplier,
-            # A GradScaler sets these for the duration of the call.
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            draw_seed() if draws else 0,
-        )
-        found_inf = arguments.found_inf
-        if found_inf is not None and found_inf.is_cpu and float(found_inf) != 0.0:
+        # A GradScaler sets these for the duration of the call.
+        grad_scale = _whole(getattr(self, "grad_scale", None))
+        found_inf = _whole(getattr(self, "found_inf", None))
+        if found_inf is not None and not found_inf.is_cuda and float(found_inf) != 0.0:
             return
+        draws = any(group["stochastic_rounding"] for group in self.param_groups)
+        seed = draw_seed() if draws else 0
+        arguments = StepArguments(_whole(grad_multiplier), grad_scale, found_inf, seed)
         sizes = (len(group["params"]) for group in self.param_groups)
         positions = list(accumulate(sizes, initial=0))
         left = self._native_step(positions, arguments)
@@ -396,8 +412,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             arguments: What the call of ``step`` passes.
 
         Returns:
-            For each group, the indices of the parameters that are left. These have been checked,
-            and their states are there.
+            For each group, the indices of the parameters that are left. Their states are there.
         """
         groups = self.param_groups
         left: list[Collection[int]] = [()] * len(groups)
@@ -406,6 +421,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if self._has_native_step(group):
                 calls[i] = self._native_arguments(group, positions[i])
             else:
+                self._rule.check_options({**self._hyperparameters(group), "step": 1})
                 left[i] = self._prepare(group, range(len(group["params"])), arguments)
                 if group["fused"] and left[i]:
                     self._raise_no_native_step()
@@ -439,16 +455,17 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if "use_shape_scaling" in options:
             options["use_shape_scaling"] = group["use_shape_scaling"]
         return (
-            group["params"],
+            list(group["params"]),
             None,
             position,
             False,
-            group["lr"],
+            _whole(group["lr"]),
             group["weight_decay"],
             group["weight_decay_method"],
-            group["maximize"],
-            group["master_weights"],
-            group["stochastic_rounding"],
+            bool(group["maximize"]),
+            bool(group["master_weights"]),
+            bool(group["stochastic_rounding"]),
+            bool(group["capturable"]),
             tuple(options[name] for name in self._rule.options),
         )
 
@@ -466,10 +483,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
             self._check_param(group, params[i])
         for i in indices:
             state = self._init_state(group, params[i])
+            self._check_state(params[i], state)
             # From the first step that carries one, counters are where CUDA parameters are, so that
             # the host need not know whether they advance.
-            if arguments.found_inf is not None and params[i].device.type == "cuda":
-                state["step"] = state["step"].to(params[i].device)
+            needs_device = group["capturable"] or arguments.found_inf is not None
+            if needs_device and params[i].device.type == "cuda" and state["step"].is_cpu:
+                state["step"] = _counter(float(state["step"]), params[i].device)
+            else:
+                # Its own, where several shared one.
+                state["step"] = state["step"].to(torch.float32, copy=True)
         return indices
 
     def _raise_no_native_step(self) -> NoReturn:
@@ -490,7 +512,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
             return
         factor = _grad_factor(group, arguments)
-        lr = float(group["lr"])
+        lr = float(_whole(group["lr"]))
         for i in indices:
             param = group["params"][i]
             self._plain_update(group, param, lr, factor, first_position + i, arguments.seed)
@@ -617,6 +639,18 @@ def _is_dtensor(tensor: Tensor) -> bool:
     # Imported only where someone else did: it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _counter(step: float, device: torch.device) -> Tensor:
+    # Not from a number in the host's memory, for which a device would be waited for.
+    return torch.full((), step, dtype=torch.float32, device=device)
+
+
+def _whole(value: Any) -> Any:
+    """Return a number; a DTensor as the tensor that all processes have parts of."""
+    if not isinstance(value, Tensor) or not _is_dtensor(value):
+        return value
+    return value.full_tensor()  # type: ignore[attr-defined]
 
 
 def as_local(tensor: Tensor) -> Tensor:

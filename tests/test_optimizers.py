@@ -1036,9 +1036,74 @@ def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
     before = contents(optimizer)
     set_grads(params, 2)
     params[1].grad = torch.ones(5, 2).to_sparse()
+    versions = [p._version for p in params]
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
     assert_same(contents(optimizer), before)
+    assert [p._version for p in params] == versions
+    set_grads(params, 2)
+    name = setup.states[-1]
+    for wrong, error in ((torch.zeros(5), ValueError), (None, TypeError)):
+        optimizer.state[params[2]][name] = wrong
+        with pytest.raises(error, match=f"state '{name}'"):
+            optimizer.step()
+        del optimizer.state[params[2]][name]
+        optimizer._init_state(optimizer.param_groups[2], params[2])
+        assert_same(contents(optimizer)[:-1], before[:-1])
+
+
+@every_optimizer
+def test_counters_that_are_shared(setup: Setup, fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)
+    run(optimizer, params, [1])
+    run(other, others, [1, 2, 3])
+    optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
+    run(optimizer, params, [2, 3])
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 3]
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
+
+
+@every_half
+def test_lr_0_leaves_a_parameter_whatever_its_master(
+    dtype: torch.dtype, fused: bool | None
+) -> None:
+    params = make_params(dtype=dtype)
+    optimizer = AdamW(params, master_weights=True, fused=fused)
+    run(optimizer, params, [1])
+    with torch.no_grad():
+        params[0].fill_(7.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, params, [2])
+    assert (params[0] == 7.0).all()
+
+
+def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    optimizer = LaProp(params, lr=0.1, master_weights=True, frob_normalize=True, fused=fused)
+    run(optimizer, params, [1])
+    for param in params:
+        param.data = param.data.float()
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, [2])
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+@every_optimizer
+def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
+    param.grad = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="a parameter is conjugated lazily"):
+        setup.make([param], fused=fused).step()
+
+
+def test_groups_as_users_write_them(fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer = AdamW(params, maximize=1, fused=fused)  # type: ignore[typeddict-item]
+    optimizer.param_groups[0]["params"] = tuple(params)
+    run(optimizer, params, [1, 2])
+    run(AdamW(others, maximize=True, fused=fused), others, [1, 2])
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
 
 
 @every_optimizer

@@ -173,7 +173,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // dictionaries, and each group a tuple
   //
   //   (params, grads or None, first_position, may_leave, lr, weight_decay, weight_decay_method,
-  //    maximize, master_weights, stochastic_rounding, options)
+  //    maximize, master_weights, stochastic_rounding, capturable, options)
   //
   // Returns, for each group, the positions of the parameters that have to be stepped otherwise.
   // Nothing is done where a group has some and may not leave them.
@@ -185,7 +185,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
         {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
     size_t num_params = 0;
     for (const py::handle group : groups) num_params += py::len(group[py::int_(0)]);
-    AddressSet weights(num_params);
+    AddressSet taken(2 * num_params);
     StateWalk states(state.ptr());
     std::deque<GroupStep<Rule>> steps;
     std::vector<std::vector<Py_ssize_t>> left;
@@ -194,18 +194,36 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
       const auto group = py::reinterpret_borrow<py::tuple>(item);
       const py::object params = group[0], grads = group[1];
       TORCH_CHECK_TYPE(PyList_Check(params.ptr()), "params must be a list");
-      steps.emplace_back(rule_of(group[10]), options_of(group, seed), numbers, weights);
+      steps.emplace_back(rule_of(group[11]), options_of(group, seed), numbers, taken);
       PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
       left.push_back(steps.back().take(params.ptr(), given, states));
       may_run &= left.back().empty() || group[3].cast<bool>();
     }
-    if (may_run) {
-      for (GroupStep<Rule>& step : steps) step.run();
-    }
+    if (may_run) run(steps);
     return left;
   }
 
  private:
+  // Elements from which on it pays to let other threads run.
+  static constexpr int64_t kWorthTheGil = 1 << 18;
+
+  static void run(std::deque<GroupStep<Rule>>& steps) {
+    int64_t numel = 0;
+    bool any_on_device = false;
+    for (GroupStep<Rule>& step : steps) {
+      step.bump_versions();
+      numel += step.numel();
+      any_on_device |= step.any_on_device();
+    }
+    std::vector<c10::intrusive_ptr<c10::StorageImpl>> owned;
+    std::optional<py::gil_scoped_release> without_gil;
+    if (numel >= kWorthTheGil || any_on_device) {
+      for (const GroupStep<Rule>& step : steps) step.own(owned);
+      without_gil.emplace();
+    }
+    for (GroupStep<Rule>& step : steps) step.sweep();
+  }
+
   static Rule rule_of(const py::tuple& options) {
     const auto described = Rule::options();
     const auto values = std::make_tuple(read(std::get<kOption>(described), options[kOption])...);
@@ -220,7 +238,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     epilogue.is_stochastic = read_flag("stochastic_rounding", group[9]);
     epilogue.seed = seed;
     return {Scalar("lr", group[4]), epilogue, read_flag("master_weights", group[8]),
-            group[2].cast<uint32_t>()};
+            read_flag("capturable", group[10]), group[2].cast<uint32_t>()};
   }
 };
 

@@ -8,7 +8,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <tuple>
@@ -122,9 +124,10 @@ class Scalar {
       number_.value = read_number(name, value);
       return;
     }
-    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    const at::Tensor tensor = THPVariable_Unpack(value.ptr()).resolve_neg();
     TORCH_CHECK_VALUE(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; expected 1");
     if (tensor.is_cuda()) {
+      TORCH_CHECK_TYPE(is_plain(tensor), name, " must be a number or a plain tensor");
       const bool is_wide = tensor.scalar_type() != at::kFloat;
       on_device_.push_back(is_wide ? tensor.to(at::kDouble) : tensor);
     } else {
@@ -175,28 +178,30 @@ struct GroupOptions {
   Scalar lr;
   ApplyUpdate epilogue;  // but for the numbers
   bool has_masters;
+  bool is_capturable;
   uint32_t first_position;  // of its parameters in the optimizer
 };
 
 // A step of the parameters of one group.
 //
 // Tensors are borrowed, not owned: counting references to them costs more than all else, since
-// PyTorch counts some of them in Python, too. While the GIL is held, nothing goes away. To sweep
-// without it, the memory is owned.
+// PyTorch counts some of them in Python, too. As long as other threads do not change parameters,
+// gradients and states during the walk, that is safe; to sweep without the GIL, the memory is
+// owned.
 template <class Rule>
 class GroupStep {
   static constexpr size_t kOperands = kNumOperands<Rule, ApplyUpdate>;
-  static constexpr size_t kOwn = kOperands - 1;  // the weight
+  static constexpr size_t kOwn = kOperands - 1;      // the weight
+  static constexpr size_t kTensors = kOperands + 1;  // with the counter
   // Parameters that are walked together, each looking a little further than the last: what they
   // need from memory is then waited for at once, not parameter by parameter.
   static constexpr size_t kBatch = 32;
-  // Elements from which on it pays to let other threads run.
-  static constexpr int64_t kWorthTheGil = 1 << 18;
 
  public:
-  // `weights` is to find two parameters with the same memory: they cannot be stepped at a time.
-  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers, AddressSet& weights)
-      : rule_(rule), options_(std::move(options)), numbers_(numbers), weights_(weights) {}
+  // `taken` is to find parameters, and counters, with the same memory: they cannot be stepped at a
+  // time.
+  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers, AddressSet& taken)
+      : rule_(rule), options_(std::move(options)), numbers_(numbers), taken_(taken) {}
 
   // Adds the parameters that have a gradient. Returns the positions in the list of those that have
   // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
@@ -207,7 +212,7 @@ class GroupStep {
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
     const Py_ssize_t count = PyList_GET_SIZE(params);
     num_params_ = static_cast<size_t>(count);
-    storages_.resize(num_params_ * (kOperands + 1));
+    tensors_.resize(num_params_ * kTensors);
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
       for (; n < kBatch && next < count; ++next) {
@@ -227,22 +232,42 @@ class GroupStep {
     return left;
   }
 
-  // Does the step of all that was taken.
-  void run() {
+  int64_t numel() const {
     int64_t numel = 0;
-    bool any_on_device = false;
-    for (const auto& [key, bucket] : buckets_) {
-      numel += bucket.table.numel;
-      any_on_device |= bucket.table.any_on_device;
+    for (const auto& [key, bucket] : buckets_) numel += bucket.table.numel;
+    return numel;
+  }
+  bool any_on_device() const {
+    return std::any_of(buckets_.begin(), buckets_.end(),
+                       [](const auto& entry) { return entry.second.table.any_on_device; });
+  }
+
+  // Tells autograd what is about to be modified.
+  void bump_versions() {
+    for (size_t i = 0; i < num_tensors_; ++i) {
+      if (i % kTensors != 0) tensors_[i]->bump_version();
     }
-    if (numel < kWorthTheGil && !any_on_device) return sweep();
-    std::vector<c10::intrusive_ptr<c10::StorageImpl>> owned;
-    owned.reserve(num_storages_);
-    for (size_t i = 0; i < num_storages_; ++i) {
-      owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storages_[i]));
+  }
+
+  // What keeps all memory alive.
+  void own(std::vector<c10::intrusive_ptr<c10::StorageImpl>>& owned) const {
+    for (size_t i = 0; i < num_tensors_; ++i) {
+      c10::StorageImpl* const storage = tensors_[i]->unsafe_storage().unsafeGetStorageImpl();
+      owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
     }
-    const py::gil_scoped_release without_gil;
-    sweep();
+  }
+
+  // Does the step of all that was taken. Needs no GIL.
+  void sweep() {
+    for (auto& [key, bucket] : buckets_) {
+      ApplyUpdate epilogue = options_.epilogue;
+      epilogue.lr = options_.lr.on(key.device);
+      epilogue.grad_multiplier = numbers_.grad_multiplier.on(key.device);
+      epilogue.grad_scale = numbers_.grad_scale.on(key.device);
+      epilogue.found_inf = numbers_.found_inf.on(key.device);
+      emopt::sweep(rule_, {key.step}, epilogue, bucket.table);
+      for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
+    }
   }
 
  private:
@@ -272,8 +297,7 @@ class GroupStep {
     bool operator<(const BucketKey& other) const { return tied() < other.tied(); }
   };
 
-  // ---- the walk
-  // ----------------------------------------------------------------------------------
+  // ---- the walk ---------------------------------------------------------------------------------
 
   static void prefetch(const void* address) {
 #if defined(__GNUC__)
@@ -292,7 +316,10 @@ class GroupStep {
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
     prefetch(impl.unsafe_storage().unsafeGetStorageImpl());
     // The counter of versions: the one pointer in there.
-    prefetch(*reinterpret_cast<void* const*>(&impl.version_counter()));
+    void* version = nullptr;
+    static_assert(sizeof(c10::VariableVersion) == sizeof(version));
+    std::memcpy(&version, &impl.version_counter(), sizeof(version));
+    prefetch(version);
   }
 
   // Finds what belongs to each parameter.
@@ -383,8 +410,7 @@ class GroupStep {
            (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
   }
 
-  // ---- one parameter
-  // -----------------------------------------------------------------------------
+  // ---- one parameter ----------------------------------------------------------------------------
 
   // False, with nothing added, where it has to be stepped otherwise.
   bool take(Candidate& c) {
@@ -392,6 +418,9 @@ class GroupStep {
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
     const at::Tensor& param = *c.operands[kUpdate];
     if (!is_plain(param) || !is_supported_dtype(param.scalar_type())) return false;
+#if !EMOPT_CUDA
+    if (!param.is_cpu()) return false;
+#endif
     const bool is_contiguous = param.is_contiguous();
     if (!is_contiguous && !param.is_non_overlapping_and_dense()) return false;
     const auto lies_alike = [&](const at::Tensor& tensor) {
@@ -446,29 +475,28 @@ class GroupStep {
     const bool counts_here = step.is_cpu();
     if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
     // Numbers that only a device knows need a counter there, and are of no use elsewhere.
-    if (row.device == kHost ? needs_device() : counts_here && numbers_.found_inf.is_on_device()) {
-      return false;
-    }
+    const bool must_count_there = options_.is_capturable || numbers_.found_inf.is_on_device();
+    if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
     auto* const counter = static_cast<float*>(memory_of(step, true));
-    if (counter == nullptr) return false;
-    if (row.numel != 0) {
-      AddressSet::Entry& entry = weights_.find(row.data[kUpdate]);
-      if (entry.address != nullptr) return false;
-      entry.address = row.data[kUpdate];
-    }
+    if (counter == nullptr || !is_new(counter)) return false;
+    if (row.numel != 0 && !is_new(row.data[kUpdate])) return false;
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
-      key.step = static_cast<double>(*counter) + 1.0;
+      key.step = static_cast<double>(*counter + 1.0f);
     } else {
       row.step = counter;
     }
     Bucket& bucket = bucket_of(key);
     bucket.table.append(row);
     if (counts_here) bucket.counters.push_back(counter);
-    keep(step, true);
+    const auto keep = [&](const at::Tensor& tensor) {
+      tensors_[num_tensors_++] = tensor.unsafeGetTensorImpl();
+    };
+    keep(*c.operands[kGrad]);  // the first of those of a row
+    keep(step);
     for (size_t k = 0; k < kOperands; ++k) {
-      const bool is_again = k == kOwn && c.operands[k] == c.operands[kUpdate];
-      if (!is_again) keep(*c.operands[k], k != kGrad);
+      // Where it has no master, the weight once more, which is simpler than to count.
+      if (k != kGrad) keep(*c.operands[k]);
     }
     return true;
   }
@@ -478,10 +506,11 @@ class GroupStep {
            numbers_.grad_scale.is_on_device() || numbers_.found_inf.is_on_device();
   }
 
-  void keep(const at::Tensor& tensor, bool is_modified) {
-    c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    storages_[num_storages_++] = impl.unsafe_storage().unsafeGetStorageImpl();
-    if (is_modified) impl.bump_version();
+  bool is_new(const void* address) {
+    AddressSet::Entry& entry = taken_.find(address);
+    if (entry.address != nullptr) return false;
+    entry.address = address;
+    return true;
   }
 
   // Complex numbers are swept as pairs of real ones.
@@ -494,7 +523,8 @@ class GroupStep {
       }
       const at::Tensor& tensor = *c.operands[k];
       // What is conjugated lazily does not lie in memory as its values are.
-      if (!tensor.is_complex() || (tensor.is_conj() && k != kGrad)) return false;
+      const bool is_dense = tensor.is_complex() && tensor.layout() == at::kStrided;
+      if (!is_dense || (tensor.is_conj() && k != kGrad)) return false;
       owned_.push_back(at::view_as_real(tensor.resolve_conj()));
       c.operands[k] = &owned_.back();
     }
@@ -509,21 +539,6 @@ class GroupStep {
     return last_->second;
   }
 
-  // ---- the sweep
-  // ---------------------------------------------------------------------------------
-
-  void sweep() {
-    for (auto& [key, bucket] : buckets_) {
-      ApplyUpdate epilogue = options_.epilogue;
-      epilogue.lr = options_.lr.on(key.device);
-      epilogue.grad_multiplier = numbers_.grad_multiplier.on(key.device);
-      epilogue.grad_scale = numbers_.grad_scale.on(key.device);
-      epilogue.found_inf = numbers_.found_inf.on(key.device);
-      emopt::sweep(rule_, {key.step}, epilogue, bucket.table);
-      for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
-    }
-  }
-
   static std::array<PyObject*, kNumStates<Rule>> state_keys() {
     std::array<PyObject*, kNumStates<Rule>> keys;
     for (size_t s = 0; s < keys.size(); ++s) keys[s] = interned(Rule::kStates[s]);
@@ -533,14 +548,14 @@ class GroupStep {
   Rule rule_;
   GroupOptions options_;
   StepNumbers& numbers_;
-  AddressSet& weights_;
+  AddressSet& taken_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_ = 0;
-  std::deque<at::Tensor> owned_;   // tensors that were made here
-  std::vector<py::object> alive_;  // objects that nothing else may hold
-  std::vector<c10::StorageImpl*> storages_;
-  size_t num_storages_ = 0;
+  std::deque<at::Tensor> owned_;           // tensors that were made here
+  std::vector<py::object> alive_;          // objects that nothing else may hold
+  std::vector<c10::TensorImpl*> tensors_;  // kTensors for each row
+  size_t num_tensors_ = 0;
 };
 
 }  // namespace emopt

@@ -11,6 +11,7 @@
 //     void scale_by(Real)                         once per row: its factor for updates
 //     Real before(Real grad, Real own...) const   -> the gradient that the rule gets
 //     Real after(Real update, Real& own...) const -> what is stored in the first operand
+//     bool stores() const                         whether that is stored at all
 //   };
 #pragma once
 
@@ -35,6 +36,7 @@ struct StoreUpdate {
 
     EMOPT_FN Real before(Real grad) const { return grad; }
     EMOPT_FN Real after(Real update) const { return update * scale; }
+    EMOPT_FN bool stores() const { return true; }
   };
 };
 
@@ -96,6 +98,9 @@ struct ApplyUpdate {
       weight = moves ? moved : weight;
       return weight;
     }
+
+    // A parameter that does not move keeps every bit, whatever its master is.
+    EMOPT_FN bool stores() const { return moves; }
   };
 };
 

@@ -203,7 +203,7 @@ class LaProp(ScalarOptimizer):
             return False
         if not group["frob_normalize"]:
             return True
-        # Where the parameter is the weight and has 16 bits, it would be rounded twice.
+        # Where the parameter is the weight and has 16 bits, rounding it twice would show.
         halves = (torch.bfloat16, torch.float16)
         return all(has_master(group, p) or p.dtype not in halves for p in group["params"])
 
@@ -233,6 +233,9 @@ class LaProp(ScalarOptimizer):
 
     def _weight(self, i: int, j: int) -> Tensor:
         """Return what an update is applied to: the parameter's master, if it has one."""
-        param: Tensor = self.param_groups[i]["params"][j]
-        weight: Tensor = self.state.get(param, {}).get(MASTER, param)
+        group = self.param_groups[i]
+        param: Tensor = group["params"][j]
+        weight: Tensor = param
+        if has_master(group, param):
+            weight = self.state.get(param, {}).get(MASTER, param)
         return weight

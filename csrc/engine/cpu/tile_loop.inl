@@ -122,7 +122,10 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
   uint64_t key = 0;
   if constexpr (Epilogue::kHasRowSteps) {
     is_stochastic = setup.epilogue.is_stochastic && size_of(row.dtype[kUpdate]) == 2;
-    if (is_stochastic) key = rounding_key(setup.epilogue.seed, row.position, setup.step);
+    if (is_stochastic) {
+      const auto step = static_cast<int64_t>(setup.step);
+      key = rounding_key(setup.epilogue.seed, row.position, static_cast<uint64_t>(step));
+    }
   }
   const int64_t tile = any_staged ? kTile : end - begin;
   for (int64_t offset = begin; offset < end; offset += tile) {
@@ -138,6 +141,7 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
                std::make_index_sequence<Epilogue::kOperands>());
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
+      if (k == kUpdate && !constants.epilogue.stores()) continue;
       if (k == kUpdate && is_stochastic) {
         store_tile_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, key);
       } else {

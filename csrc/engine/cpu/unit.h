@@ -28,13 +28,13 @@ struct Setup {
   Constants<Rule, Epilogue, float> float32;
   Constants<Rule, Epilogue, double> float64;
   Epilogue epilogue;
-  uint64_t step;
+  double step;
 
   Setup(const Rule& rule, double step_, const Epilogue& epilogue_)
       : float32(rule, step_, epilogue_),
         float64(rule, step_, epilogue_),
         epilogue(epilogue_),
-        step(static_cast<uint64_t>(step_)) {}
+        step(step_) {}
 };
 
 template <class Rule, class Epilogue>

@@ -110,8 +110,11 @@ struct Setup {
         is_skipped(launch.epilogue.is_skipped()) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       is_stochastic = launch.epilogue.is_stochastic && size_of(launch.dtype[kUpdate]) == 2;
-      key = rounding_key(launch.epilogue.seed, launch.steps.position[row],
-                         static_cast<uint64_t>(step_of(launch, row)));
+      if (is_stochastic) {
+        const auto step = static_cast<int64_t>(step_of(launch, row));
+        key = rounding_key(launch.epilogue.seed, launch.steps.position[row],
+                           static_cast<uint64_t>(step));
+      }
     }
   }
 
@@ -119,7 +122,7 @@ struct Setup {
   EMOPT_FN static double step_of(const Launch& launch, uint32_t row) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       const float* const counter = launch.steps.counter[row];
-      if (counter != nullptr) return static_cast<double>(*counter) + 1.0;
+      if (counter != nullptr) return static_cast<double>(*counter + 1.0f);
     }
     return launch.step.read();
   }
@@ -167,6 +170,7 @@ EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const C
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
+      if (k == kUpdate && !setup.constants.epilogue.stores()) continue;
       with_type_of<Real>(k, dtype[k], [&](auto type) {
         using Stored = decltype(type);
         auto* const to = reinterpret_cast<Stored*>(chunk.data[k]) + first;
@@ -244,6 +248,7 @@ EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const C
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
+      if (k == kUpdate && !setup.constants.epilogue.stores()) continue;
       with_type_of<Real>(k, dtype[k], [&](auto type) {
         Packet rounded[kLanes];
         EMOPT_UNROLL
