@@ -28,8 +28,7 @@ void check_domain(const char* name, int index, double value, Domain domain) {
   TORCH_CHECK_VALUE(false, full_name, " is ", number_text(value), "; expected ", expected);
 }
 
-Number checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor,
-                        int64_t lowest) {
+Number checked_step(int64_t step, const std::optional<at::Tensor>& step_tensor, int64_t lowest) {
   double value = static_cast<double>(step);
   if (step_tensor.has_value()) {
     TORCH_CHECK_TYPE(step_tensor->dim() == 0 && (step_tensor->scalar_type() == at::kLong ||
