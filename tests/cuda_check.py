@@ -5,7 +5,7 @@ Compiles the kernels for several architectures, and fails where
 - nvcc has a warning, or the sources around the kernels do not compile;
 - a kernel spills registers, has local memory, or uses more registers than its budget;
 - vectors.h accesses global memory by less than 16 bytes, or anything else does at all, but for the
-  loop over ends and the reading of the step;
+  loop over ends, the reading of numbers and counters, and the advance of counters;
 - an operation could be contracted, or is not rounded as the CPU's.
 
 Whether the kernels compute the right numbers is for the tests, on the host and on a GPU.
@@ -33,35 +33,47 @@ from torch.utils import cpp_extension
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MAX_SECONDS = 300  # of nvcc, for all architectures together
 VECTOR_BYTES = 16
-# Registers of a thread. float32: three blocks of 256 threads on a multiprocessor, with its 65536
-# registers, leave 85 for each, handed out in eights.
-FLOAT32_BUDGET = 80
-# float64, by the operands of the rule: of each, a thread holds 8 elements of 2 registers.
+# Registers of a thread, by the epilogue. float32: three blocks of 256 threads on a multiprocessor,
+# with its 65536 registers, leave 85 for each, handed out in eights; two, where a thread also holds
+# the weight, leave 128.
+FLOAT32_BUDGET = {"StoreUpdate": 80, "ApplyUpdate": 128}
+# float64, also by the operands of a row: of each, a thread holds 8 elements of 2 registers.
 FLOAT64_BUDGET = {
-    3: 128,  # Lion, Signum: 48 of values; two blocks on a multiprocessor
-    4: 128,  # the rules with two moments: 64 of values; two blocks on a multiprocessor
-    5: 192,  # AdEMAMix: 80 of values, with which 128 spill; one block, which leaves up to 255
+    ("StoreUpdate", 3): 128,  # Lion, Signum: 48 of values; two blocks on a multiprocessor
+    ("StoreUpdate", 4): 128,  # the rules with two moments: 64 of values; two blocks
+    ("StoreUpdate", 5): 192,  # AdEMAMix: 80 of values, with which 128 spill; one block, up to 255
+    ("ApplyUpdate", 4): 168,  # one block each from here on
+    ("ApplyUpdate", 5): 192,
+    ("ApplyUpdate", 6): 224,
 }
+ADVANCE_BUDGET = 32
 # Lines that call these hold their code, which contracts: warm-up schedules, once per launch.
 LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 
 
 class Kernel(NamedTuple):
-    """One instance of the kernel."""
+    """One instance of a kernel; the one that advances counters has no more than its name."""
 
     rule: str
-    real: str
-    launch_bytes: int
+    epilogue: str = ""
+    real: str = ""
+    launch_bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.rule} {self.real} {self.launch_bytes}"
+        parts = (self.rule, self.epilogue, self.real, self.launch_bytes or "")
+        return " ".join(str(part) for part in parts if part)
+
+
+ADVANCE = Kernel("advance")
 
 
 def kernel_of(symbol: str) -> Kernel | None:
-    found = re.search(r"LaunchINS_\d+(\w+?)E([fd])Lm(\d+)", symbol)
+    if re.search(r"7advanceE", symbol):
+        return ADVANCE
+    found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)", symbol)
     if found is None:
         return None
-    return Kernel(found[1], {"f": "float32", "d": "float64"}[found[2]], int(found[3]))
+    return Kernel(found[1], found[2], {"f": "float32", "d": "float64"}[found[3]], int(found[4]))
 
 
 def find_tool(name: str) -> Path:
@@ -98,17 +110,46 @@ class Sources:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.places: dict[tuple[str, str], str] = {}
         self.csrc = root / "csrc"
         self.cuda = self.csrc / "engine" / "cuda"
-        (held,) = re.findall(r"kHeld = (\d+)", (self.cuda / "tuning.h").read_text())
-        self.held = int(held)  # elements that a thread holds of each operand
-        self.operands = {}  # of each rule: the update, the gradient and the states
+        tuning = (self.cuda / "tuning.h").read_text()
+        self.held = int(re.findall(r"kHeld = (\d+)", tuning)[0])  # elements of each operand
+        small, large = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
+        epilogues = dict(
+            re.findall(
+                r"^struct (\w+) \{\n  static constexpr int kOperands = (\d+);",
+                (self.csrc / "engine" / "epilogue.h").read_text(),
+                re.MULTILINE,
+            )
+        )
+        # Of each kernel, the operands of a row: the update, the gradient, the states, and what the
+        # epilogue adds.
+        self.operands = {}
         for header in sorted((self.csrc / "rules").glob("*.h")):
             pattern = r"^struct (\w+) \{.*?kStates\[\] = \{(.*?)\}"
-            for rule, states in re.findall(pattern, header.read_text(), re.MULTILINE | re.DOTALL):
-                self.operands[rule] = 2 + states.count('"') // 2
-        # The only places that access global memory by single elements.
-        self.scattered = {*self.function("sweep_ends"), *self.function("read_step")}
+            rules = re.findall(pattern, header.read_text(), re.MULTILINE | re.DOTALL)
+            for (rule, states), (epilogue, own) in itertools.product(rules, epilogues.items()):
+                for instance in (("float32", small), ("float32", large), ("float64", small)):
+                    count = 2 + states.count('"') // 2 + int(own)
+                    self.operands[Kernel(rule, epilogue, *instance)] = count
+        # The only places that access global memory by single elements: for each of a block's, ...
+        self.ends = self.function("engine/cuda/chunk.h", "sweep_ends")
+        # ... for each counter, ...
+        self.advance = self.function("engine/cuda/chunk.h", "advance_counters")
+        # ... and once for a block, before it sweeps.
+        self.setup = self.function("engine/cuda/chunk.h", "step_of")
+        self.setup |= self.function("engine/number.h", "read")
+        self.sweep = self.function("engine/cuda/chunk.h", "sweep_chunk")
+
+    def may_access(self, instruction: str, places: list[str]) -> bool:
+        """Whether a single element may be accessed there."""
+        if instruction not in ("LDG", "STG"):
+            return False
+        if not self.sweep.isdisjoint(places):
+            return not self.ends.isdisjoint(places)
+        is_read_once = instruction == "LDG" and not self.setup.isdisjoint(places)
+        return is_read_once or not self.advance.isdisjoint(places)
 
     def setup_constant(self, name: str) -> Any:
         """Return a literal that setup.py assigns, so that both compile with the same flags."""
@@ -119,19 +160,22 @@ class Sources:
 
     def place(self, file: str, line: str) -> str:
         """Name a line as "engine/cuda/chunk.h:89"."""
-        return f"{os.path.relpath(file, self.csrc)}:{line}"
+        if (file, line) not in self.places:  # a disassembly names few places, many times
+            self.places[file, line] = f"{os.path.relpath(file, self.csrc)}:{line}"
+        return self.places[file, line]
 
     def calls_library(self, place: str) -> bool:
         file, line = place.split(":")
         text = (self.csrc / file).read_text().splitlines()[int(line) - 1]
         return LIBRARY_CALL.search(text) is not None
 
-    def function(self, name: str) -> set[str]:
-        """Return the lines of a function of chunk.h, by their names."""
-        lines = (self.cuda / "chunk.h").read_text().splitlines()
-        start = next(i for i, line in enumerate(lines) if re.match(rf"EMOPT_FN \w+ {name}\(", line))
-        end = lines.index("}", start)
-        return {f"engine/cuda/chunk.h:{i + 1}" for i in range(start, end + 1)}
+    def function(self, file: str, name: str) -> set[str]:
+        """Return the lines of a function, by their names."""
+        lines = (self.csrc / file).read_text().splitlines()
+        starts = ((i, re.match(rf"( *)EMOPT_FN [\w ]+ {name}\(", x)) for i, x in enumerate(lines))
+        start, found = next((i, found) for i, found in starts if found is not None)
+        end = lines.index(found[1] + "}", start)
+        return {f"{file}:{i + 1}" for i in range(start, end + 1)}
 
 
 def compile_kernels(sources: Sources, nvcc: Path, out: Path) -> dict[str, str]:
@@ -159,6 +203,14 @@ def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
     compile_all([[*compiler, *flags, str(unit)] for unit in units])
 
 
+def budget(sources: Sources, kernel: Kernel) -> int:
+    if kernel == ADVANCE:
+        return ADVANCE_BUDGET
+    if kernel.real == "float32":
+        return FLOAT32_BUDGET.get(kernel.epilogue, 0)
+    return FLOAT64_BUDGET.get((kernel.epilogue, sources.operands.get(kernel, 0)), 0)
+
+
 def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], list[str]]:
     """Read ptxas' report; return the registers of each kernel, and what is wrong."""
     registers: dict[Kernel, int] = {}
@@ -173,14 +225,12 @@ def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], l
         if kernel is not None and (found := re.search(r"Used (\d+) registers", line)):
             registers[kernel] = int(found[1])
     for kernel, used in registers.items():
-        wide = FLOAT64_BUDGET.get(sources.operands[kernel.rule], 0)
-        budget = FLOAT32_BUDGET if kernel.real == "float32" else wide
-        if used > budget:
-            findings.append(f"{kernel}: {used} registers, more than {budget}")
-    present = {(kernel.rule, kernel.real) for kernel in registers}
-    for rule, real in itertools.product(sources.operands, ("float32", "float64")):
-        if (rule, real) not in present:
-            findings.append(f"{rule} {real}: no kernel")
+        allowed = budget(sources, kernel)
+        if used > allowed:
+            findings.append(f"{kernel}: {used} registers, more than {allowed}")
+    wanted = {*sources.operands, ADVANCE}
+    findings += [f"{kernel}: no such kernel" for kernel in sorted(wanted - registers.keys())]
+    findings += [f"{kernel}: not expected" for kernel in sorted(registers.keys() - wanted)]
     return registers, findings
 
 
@@ -215,14 +265,16 @@ def check_accesses(
                     wrong[f"{what}, not of {VECTOR_BYTES} bytes"] += 1
                 elif kernel in vectors:
                     vectors[kernel][name] += 1
-            elif not sources.scattered.intersection(places):
-                wrong[f"{what}, outside vectors.h and the loop over ends"] += 1
+            elif not sources.may_access(name, places):
+                wrong[f"{what}, outside vectors.h and the few places for single elements"] += 1
     for kernel, counts in vectors.items():
+        if kernel not in sources.operands:
+            continue
         # At the least: what a thread holds of each operand that is read in the arithmetic type, and
         # of each that is written; an update may be float64 whatever the arithmetic is.
         operand = sources.held * {"float32": 4, "float64": 8}[kernel.real] // VECTOR_BYTES
         update = sources.held * 8 // VECTOR_BYTES
-        loads = (sources.operands[kernel.rule] - 1) * operand
+        loads = (sources.operands[kernel] - 1) * operand
         for name, least in (("LDG", loads), ("STG", loads - operand + update)):
             if counts[name] < least:
                 wrong[f"{kernel}: {counts[name]} {name} in vectors.h, fewer than {least}"] += 1
@@ -284,10 +336,10 @@ def main() -> int:
     for name, used in registers.items():
         for kernel, counts in vectors[name].items():
             rows[kernel] += f"{used[kernel]:>3}, {counts['LDG']:>2} + {counts['STG']:<4}"
-    print("registers, 16-byte loads + stores".rjust(61))
-    print(" " * 28 + "".join(f"{name:<14}" for name in registers))
+    print("registers, 16-byte loads + stores".rjust(71))
+    print(" " * 38 + "".join(f"{name:<14}" for name in registers))
     for kernel, row in sorted(rows.items()):
-        print(f"{kernel!s:<28}{row}")
+        print(f"{kernel!s:<38}{row}")
     for finding in findings:
         print(f"cuda-check: {finding}")
     fine = "no spill, no local memory, vectors of 16 bytes, no contraction"

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "engine/operands.h"
+#include "engine/stochastic.h"
+#include "rounding.h"
 
 // An operand some elements into a buffer that AddressSanitizer knows the ends of. The buffer itself
 // starts at a multiple of 16 bytes.
@@ -68,7 +70,8 @@ struct Buffer {
 inline constexpr emopt::DType kTypes[] = {emopt::DType::kFloat32, emopt::DType::kFloat64,
                                           emopt::DType::kBFloat16, emopt::DType::kFloat16};
 
-// The row of a table whose operands are `operands`.
+// The row of a table whose operands are `operands`. Where there is one less than a row has, the
+// weight is the parameter itself.
 template <int kOperands>
 emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   emopt::Row<kOperands> row{};
@@ -77,34 +80,84 @@ emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   row.scale = scale;
   row.numel = operands[0].numel();
   for (size_t k = 0; k < kOperands; ++k) {
-    row.data[k] = operands[k].data();
-    row.dtype[k] = operands[k].dtype;
+    Buffer& operand = operands[k < operands.size() ? k : emopt::kUpdate];
+    row.data[k] = operand.data();
+    row.dtype[k] = operand.dtype;
     if (k != emopt::kUpdate && row.dtype[k] == emopt::DType::kFloat64) row.compute = row.dtype[k];
   }
   return row;
 }
 
-template <class Rule, class Real, size_t... kState>
-void apply_by_hand(const Rule& rule, double step, double scale, std::vector<Buffer>& operands,
-                   std::index_sequence<kState...>) {
-  const typename Rule::template Step<Real> step_of_rule(rule, step);
-  for (int64_t i = 0; i < operands[0].numel(); ++i) {
-    Real states[] = {static_cast<Real>(operands[emopt::kFirstState + kState].get(i))...};
+// ---- what a sweep makes of a row's operands -----------------------------------------------------
+
+// A rule's update of an element, which changes the states.
+template <class Step, class Real, size_t... kState>
+Real update_by_hand(const Step& step, Real grad, std::vector<Buffer>& operands, int64_t i,
+                    std::index_sequence<kState...>) {
+  Real states[] = {static_cast<Real>(operands[emopt::kFirstState + kState].get(i))...};
+  const Real update = step(grad, states[kState]...);
+  (operands[emopt::kFirstState + kState].put(i, states[kState]), ...);
+  return update;
+}
+
+template <class Real, class Rule, class Row>
+void sweep_by_hand(const Rule& rule, double step, const emopt::StoreUpdate&, const Row& row,
+                   std::vector<Buffer>& operands) {
+  const typename Rule::template Step<Real> rule_step(rule, step);
+  for (int64_t i = 0; i < row.numel; ++i) {
     const Real grad = static_cast<Real>(operands[emopt::kGrad].get(i));
-    const Real update = step_of_rule(grad, states[kState]...) * static_cast<Real>(scale);
-    (operands[emopt::kFirstState + kState].put(i, states[kState]), ...);
-    operands[emopt::kUpdate].put(i, update);
+    const Real update = update_by_hand(rule_step, grad, operands, i,
+                                       std::make_index_sequence<emopt::kNumStates<Rule>>());
+    operands[emopt::kUpdate].put(i, update * static_cast<Real>(row.scale));
   }
 }
 
-// What a sweep makes of the row's operands.
-template <class Rule>
-void apply_by_hand(const Rule& rule, double step, const emopt::Row<emopt::kNumOperands<Rule>>& row,
+// From the definition of each option; what the engines use is not called. Numbers are the host's.
+template <class Real, class Rule, class Row>
+void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& options, const Row& row,
                    std::vector<Buffer>& operands) {
-  const auto states = std::make_index_sequence<emopt::kNumStates<Rule>>();
+  using emopt::WeightDecay;
+  if (options.found_inf.value != 0.0) return;
+  const typename Rule::template Step<Real> rule_step(rule, step);
+  const double lr = options.lr.value, decay = options.weight_decay;
+  const auto factor = static_cast<Real>(options.grad_multiplier.value / options.grad_scale.value);
+  double kept = 1.0;
+  if (options.method == WeightDecay::kDecoupled) kept -= lr * decay;
+  if (options.method == WeightDecay::kIndependent) kept -= decay;
+  if (options.method == WeightDecay::kPalm) kept -= lr * lr * decay;
+  Buffer& param = operands[emopt::kUpdate];
+  const size_t num_others = emopt::kFirstState + emopt::kNumStates<Rule>;
+  Buffer* const master = operands.size() > num_others ? &operands.back() : nullptr;
+  for (int64_t i = 0; i < row.numel; ++i) {
+    auto weight = static_cast<Real>((master != nullptr ? *master : param).get(i));
+    Real grad = factor * static_cast<Real>(operands[emopt::kGrad].get(i));
+    if (options.maximize) grad = -grad;
+    if (options.method == WeightDecay::kL2) grad += static_cast<Real>(decay) * weight;
+    const Real update = update_by_hand(rule_step, grad, operands, i,
+                                       std::make_index_sequence<emopt::kNumStates<Rule>>());
+    if (lr != 0.0) {
+      const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
+      weight = static_cast<Real>(kept) * weight - rate * update;
+    }
+    if (master != nullptr) master->put(i, weight);
+    if (options.is_stochastic && emopt::size_of(param.dtype) == 2) {
+      const uint64_t key =
+          emopt::rounding_key(options.seed, row.position, static_cast<uint64_t>(step));
+      const Format& format = param.dtype == emopt::DType::kBFloat16 ? kBrain : kHalf;
+      const uint32_t random = random_bits(key, static_cast<uint64_t>(i));
+      param.put(i, rounded_stochastically(static_cast<float>(weight), random, format));
+    } else {
+      param.put(i, weight);
+    }
+  }
+}
+
+template <class Rule, class Epilogue, class Row>
+void apply_by_hand(const Rule& rule, double step, const Epilogue& epilogue, const Row& row,
+                   std::vector<Buffer>& operands) {
   if (row.compute == emopt::DType::kFloat64) {
-    apply_by_hand<Rule, double>(rule, step, row.scale, operands, states);
+    sweep_by_hand<double>(rule, step, epilogue, row, operands);
   } else {
-    apply_by_hand<Rule, float>(rule, step, row.scale, operands, states);
+    sweep_by_hand<float>(rule, step, epilogue, row, operands);
   }
 }

@@ -1,32 +1,74 @@
-// What the CUDA kernel does, run on the host thread by thread: every rule against the rule called
-// element by element. AddressSanitizer sees each access out of bounds, UndefinedBehaviorSanitizer
-// each vector that is not aligned.
-#include <sys/mman.h>
-
+// What the CUDA kernels do, run on the host thread by thread: every rule and epilogue against those
+// applied element by element. AddressSanitizer sees each access out of bounds,
+// UndefinedBehaviorSanitizer each vector that is not aligned. Where a device would read its memory,
+// the host reads its own.
 #include <cstdint>
-#include <cstdio>
+#include <deque>
+#include <iterator>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "buffers.h"
+#include "cases.h"
 #include "check.h"
 #include "engine/cuda/plan.h"
-#include "rules/all.h"
 #include "run_on_host.h"
 
 using namespace emopt;
 
 namespace {
 
-struct RunOnHost {
-  int64_t* num_vector_rows;
+// Numbers in the device's memory.
+struct Memory {
+  std::deque<float> float32;  // whose elements stay where they are
+  std::deque<double> float64;
+  std::deque<int64_t> int64;
 
-  template <class Launch>
-  void operator()(int8_t, const Launch& launch, uint32_t num_blocks) const {
-    for (uint32_t row = 0; row < launch.num_rows; ++row) {
-      *num_vector_rows += launch.peel[row] != cuda::kNoPhase;
+  Number hold(double value, Number::Type type) {
+    if (type == Number::Type::kInt64) {
+      return {0.0, &int64.emplace_back(static_cast<int64_t>(value)), type};
     }
-    run_on_host(launch, num_blocks);
+    if (type == Number::Type::kFloat64) return {0.0, &float64.emplace_back(value), type};
+    return {0.0, &float32.emplace_back(static_cast<float>(value)), type};
+  }
+};
+
+// What the engine does, with the memory that the device reads for itself.
+struct Device {
+  Memory memory;
+  int64_t num_vector_rows = 0;
+
+  template <class Rule, class Epilogue>
+  void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
+             const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large = true) {
+    cuda::for_each_launch(rule, step, epilogue, table, allow_large,
+                          [&](int8_t, const auto& launch, uint32_t num_blocks) {
+                            for (uint32_t row = 0; row < launch.num_rows; ++row) {
+                              num_vector_rows += launch.peel[row] != cuda::kNoPhase;
+                            }
+                            run_on_host(launch, num_blocks);
+                          });
+    if constexpr (Epilogue::kHasRowSteps) {
+      cuda::for_each_advance(table, epilogue.found_inf, [](int8_t, const cuda::Advance& counters) {
+        for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
+          cuda::advance_counters(counters, thread, cuda::kThreads);
+        }
+      });
+    }
+  }
+
+  // The epilogue with some of its numbers, or none, in memory.
+  StoreUpdate moved(const StoreUpdate& epilogue, std::mt19937_64&) { return epilogue; }
+  ApplyUpdate moved(ApplyUpdate epilogue, std::mt19937_64& random) {
+    const uint64_t which = random() % 2 == 0 ? random() % 16 : 0;
+    Number* const numbers[] = {&epilogue.lr, &epilogue.grad_multiplier, &epilogue.grad_scale,
+                               &epilogue.found_inf};
+    for (size_t i = 0; i < std::size(numbers); ++i) {
+      const auto type = one_of({Number::Type::kFloat32, Number::Type::kFloat64}, random);
+      if ((which >> i & 1) != 0) *numbers[i] = memory.hold(numbers[i]->value, type);
+    }
+    return epilogue;
   }
 };
 
@@ -43,51 +85,62 @@ int64_t random_size(std::mt19937_64& random) {
   return size < 0 ? 0 : size;
 }
 
-template <class Rule>
+template <class Epilogue, class Rule>
 void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
-  constexpr int kOperands = kNumOperands<Rule>;
+  constexpr auto kOperands = static_cast<size_t>(kNumOperands<Rule, Epilogue>);
   // Half of the rounds in one type, the others in mixes, of which rows of one kind share launches.
   std::vector<std::vector<DType>> mixes(3, std::vector<DType>(kOperands));
   const bool is_uniform = random() % 2 == 0;
   for (auto& mix : mixes) {
-    const DType type = kTypes[random() % 4];
-    for (DType& dtype : mix) dtype = is_uniform ? type : kTypes[random() % 4];
+    const DType type = one_of(kTypes, random);
+    for (DType& dtype : mix) dtype = is_uniform ? type : one_of(kTypes, random);
   }
-  std::vector<std::vector<Buffer>> rows;
+  Device device;
+  auto epilogue = random_epilogue<Epilogue>(random);
+  if constexpr (Epilogue::kHasRowSteps) epilogue.found_inf.value = random() % 8 == 0 ? 1.0 : 0.0;
+  // Some rows count their steps on the device; the others have the one that all have in common.
+  struct Counted {
+    float* counter;
+    double wanted;
+  };
+  std::vector<Counted> counters;
+  Rows<Rule, Epilogue> rows;
+  int64_t num_filled = 0;
   for (int r = 0; r < 4; ++r) {
     const auto& mix = mixes[random() % mixes.size()];
     const int64_t numel = random_size(random);
     const size_t shared = random() % 40;
+    const size_t count = random_num_operands<Rule, Epilogue>(random);
     std::vector<Buffer> operands;
-    for (const DType dtype : mix) {
+    for (size_t k = 0; k < count; ++k) {
       const size_t before = offsets == Offsets::kNone    ? 0
                             : offsets == Offsets::kEqual ? shared
                                                          : random() % 40;
-      operands.emplace_back(dtype, numel, before, random);
+      operands.emplace_back(mix[k], numel, before, random);
     }
-    rows.push_back(std::move(operands));
+    float* counter = nullptr;
+    double step = 3;
+    if (Epilogue::kHasRowSteps && random() % 2 == 0) {
+      step = static_cast<double>(random() % 20 + 1);
+      counter = &device.memory.float32.emplace_back(static_cast<float>(step - 1));
+      counters.push_back({counter, step});
+    }
+    rows.add(std::move(operands), rule, step, epilogue, 0, counter);
+    num_filled += numel != 0;
   }
-  std::vector<std::vector<Buffer>> expected = rows;
-  Table<kOperands> table;
-  int64_t num_filled = 0;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    Row<kOperands> row = row_of<kOperands>(rows[r], r % 2 == 0 ? 1.0 : 0.3);
-    row.device = 0;
-    table.append(row);
-    num_filled += row.numel != 0;
-    apply_by_hand(rule, 3, row, expected[r]);
-  }
-  const float step32 = 3;
-  const int64_t step64 = 3;
-  const StepSource sources[] = {{3.0, nullptr, false}, {0.0, &step32, false}, {0.0, &step64, true}};
-  int64_t num_vector_rows = 0;
-  cuda::for_each_launch(rule, sources[random() % 3], table, random() % 2 == 0,
-                        RunOnHost{&num_vector_rows});
-  for (size_t r = 0; r < rows.size(); ++r) {
-    for (size_t k = 0; k < kOperands; ++k) CHECK(rows[r][k].bytes == expected[r][k].bytes);
-  }
-  if (offsets == Offsets::kNone || (offsets == Offsets::kEqual && is_uniform)) {
-    CHECK(num_vector_rows == num_filled);  // else the vectors' loop was not what was tested
+  const Number steps[] = {{3.0},
+                          device.memory.hold(3, Number::Type::kFloat32),
+                          device.memory.hold(3, Number::Type::kFloat64),
+                          device.memory.hold(3, Number::Type::kInt64)};
+  device.sweep(rule, one_of(steps, random), device.moved(epilogue, random), rows.table,
+               random() % 2 == 0);
+  rows.check();
+  bool is_skipped = false;
+  if constexpr (Epilogue::kHasRowSteps) is_skipped = epilogue.found_inf.value != 0.0;
+  for (const Counted& one : counters) CHECK(*one.counter == one.wanted - (is_skipped ? 1 : 0));
+  const bool has_phase = offsets == Offsets::kNone || (offsets == Offsets::kEqual && is_uniform);
+  if (has_phase && !is_skipped) {
+    CHECK(device.num_vector_rows == num_filled);  // else the vectors' loop was not what was tested
   }
 }
 
@@ -95,7 +148,45 @@ template <class Rule>
 void check_rule(const Rule& rule) {
   std::mt19937_64 random(0);
   for (const Offsets offsets : {Offsets::kNone, Offsets::kEqual, Offsets::kAny}) {
-    for (int round = 0; round < 25; ++round) check(rule, offsets, random);
+    for (int round = 0; round < 10; ++round) {
+      check<StoreUpdate>(rule, offsets, random);
+      check<ApplyUpdate>(rule, offsets, random);
+    }
+  }
+}
+
+// Known to the host or not.
+template <class Rule>
+void check_lr_0_of_rule(const Rule& rule) {
+  std::mt19937_64 random(0);
+  const auto sweep = [&](const Rule& same, double step, const ApplyUpdate& epilogue,
+                         const auto& table) {
+    Device device;
+    device.sweep(same, {step}, device.moved(epilogue, random), table);
+  };
+  for (int round = 0; round < 5; ++round) check_lr_0(rule, 0, random, sweep);
+}
+
+// Rows without elements have no block, but count their steps.
+void test_counters_of_empty_rows() {
+  constexpr int kOperands = kNumOperands<Lion, ApplyUpdate>;
+  for (const double found_inf : {0.0, 1.0, -1.0}) {
+    for (const bool is_on_device : {false, true}) {
+      Device device;
+      std::vector<float> counters(2 * cuda::Advance::kCapacity + 3, 41.0F);
+      Table<kOperands> table;
+      for (float& counter : counters) {
+        Row<kOperands> row{};
+        row.device = 0;
+        row.step = &counter;
+        table.append(row);
+      }
+      ApplyUpdate epilogue;
+      epilogue.found_inf =
+          is_on_device ? device.memory.hold(found_inf, Number::Type::kFloat32) : Number{found_inf};
+      device.sweep(Lion{0.9, 0.99}, {1.0}, epilogue, table);
+      for (const float counter : counters) CHECK(counter == (found_inf != 0.0 ? 41.0F : 42.0F));
+    }
   }
 }
 
@@ -109,66 +200,37 @@ void test_update_in_place_of_gradient() {
       std::vector<Buffer> operands(3, Buffer(dtype, numel, before, random));
       std::vector<Buffer> expected = operands;
       Row<3> row = row_of<3>(operands, 1.0);
-      apply_by_hand(rule, 1, row, expected);
+      apply_by_hand(rule, 1, StoreUpdate{}, row, expected);
       row.device = 0;
       row.data[kGrad] = row.data[kUpdate];
       Table<3> table;
       table.append(row);
-      int64_t ignored = 0;
-      cuda::for_each_launch(rule, {1.0, nullptr, false}, table, true, RunOnHost{&ignored});
+      Device().sweep(rule, {1.0}, StoreUpdate{}, table);
       CHECK(operands[kUpdate].bytes == expected[kUpdate].bytes);
       CHECK(operands[kFirstState].bytes == expected[kFirstState].bytes);
     }
   }
 }
 
-// Chunks that start beyond 2^31 elements: in address space that is reserved, but mostly not backed.
-void test_beyond_two_to_the_31() {
-  const Lion rule{0.9, 0.99};
-  const int64_t numel = (int64_t{1} << 31) + 2 * cuda::kChunk + 5;
-  Row<3> row{};
-  row.device = 0;
-  row.numel = numel;
-  row.scale = 1.0;
-  for (int k = 0; k < 3; ++k) {
-    row.dtype[k] = DType::kBFloat16;
-    row.data[k] = mmap(nullptr, static_cast<size_t>(numel) * 2, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    CHECK(row.data[k] != MAP_FAILED);
-  }
-  Table<3> table;
-  table.append(row);
-  const auto at = [&](int k, int64_t i) { return static_cast<BFloat16*>(row.data[k]) + i; };
-  const int64_t places[] = {(int64_t{1} << 31) - 1, int64_t{1} << 31, numel - 1};
-  for (const int64_t i : places) *at(kGrad, i) = Round<BFloat16>::from(-2.0F);
-  const auto last_blocks = [&](int8_t, const auto& launch, uint32_t num_blocks) {
-    CHECK(num_blocks == cuda::num_chunks(numel));
-    for (uint32_t block = num_blocks - 4; block < num_blocks; ++block) {
-      for (uint32_t thread = 0; thread < cuda::kThreads; thread += 2) {
-        cuda::sweep_chunk<StoreUpdate, 2>(launch, launch.step, block, thread);
-      }
-    }
-  };
-  cuda::for_each_launch(rule, {1.0, nullptr, false}, table, true, last_blocks);
-  for (const int64_t i : places) {
-    CHECK(widen(*at(kUpdate, i)) == -1.0F);
-    CHECK(widen(*at(kFirstState, i)) ==
-          widen(Round<BFloat16>::from(-2.0F * static_cast<float>(1 - 0.99))));
-  }
-  CHECK(widen(*at(kUpdate, numel - 2)) == 0.0F);
-  CHECK(widen(*at(kUpdate, 0)) == 0.0F);
-  for (int k = 0; k < 3; ++k) munmap(row.data[k], static_cast<size_t>(numel) * 2);
+// Chunks that start beyond 2^32 elements, of whose indices the random bits depend on both halves.
+void test_beyond_two_to_the_32() {
+  const LongRow row((int64_t{1} << 32) + 2 * cuda::kChunk + 5, 4 * cuda::kChunk + 5, 0);
+  cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, true,
+                        [&](int8_t, const auto& launch, uint32_t num_blocks) {
+                          CHECK(num_blocks == cuda::num_chunks(row.numel));
+                          run_on_host(launch, num_blocks, num_blocks - 5);
+                        });
+  row.check();
 }
 
 }  // namespace
 
 int main() {
-  check_rule(Adam{{0.9, 0.999}, true, true, 1e-8});
-  check_rule(AdEMAMix{10, 20, {0.9, 0.999, 0.9999}, 1e-8, true, 5.0});
-  check_rule(LaProp{true, {0.9, 0.999}, 1e-8});
-  check_rule(Lion{0.9, 0.99});
-  check_rule(Signum{0.9, true, true, false});
-  check_rule(SimAdEMAMix{10, 0.9, {0.9999, 0.999}, 1e-8, true, 2.0});
+  for_each_rule([](const auto& rule) {
+    check_rule(rule);
+    check_lr_0_of_rule(rule);
+  });
+  test_counters_of_empty_rows();
   test_update_in_place_of_gradient();
-  test_beyond_two_to_the_31();
+  test_beyond_two_to_the_32();
 }

@@ -1,5 +1,4 @@
 // The conversions: every 16-bit number, and rounding against the definition in exact arithmetic.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -7,6 +6,7 @@
 
 #include "check.h"
 #include "engine/dtypes.h"
+#include "rounding.h"
 
 using emopt::BFloat16;
 using emopt::bit_cast;
@@ -15,14 +15,6 @@ using emopt::Round;
 using emopt::widen;
 
 namespace {
-
-struct Format {
-  int mantissa_bits;
-  int min_exponent;  // of the smallest normal number
-  int max_exponent;
-};
-constexpr Format kHalf{10, -14, 15};
-constexpr Format kBrain{7, -126, 127};
 
 // The number that `bits` stands for, by the definition of the format.
 double value_of(uint16_t bits, Format format) {
@@ -36,17 +28,6 @@ double value_of(uint16_t bits, Format format) {
   const int places = format.mantissa_bits;
   if (exponent == 0) return sign * std::ldexp(mantissa, format.min_exponent - places);
   return sign * std::ldexp(mantissa + (1 << places), exponent - 1 + format.min_exponent - places);
-}
-
-// `x` rounded to nearest even by scaling the last place to 1; nearbyint rounds to even.
-double rounded(double x, Format format) {
-  if (x == 0.0 || !std::isfinite(x)) return x;
-  const int exponent = std::max(std::ilogb(x), format.min_exponent);
-  const int last_place = exponent - format.mantissa_bits;
-  const double result = std::ldexp(std::nearbyint(std::ldexp(x, -last_place)), last_place);
-  const double largest =
-      std::ldexp(2.0 - std::ldexp(1.0, -format.mantissa_bits), format.max_exponent);
-  return std::abs(result) > largest ? std::copysign(HUGE_VAL, x) : result;
 }
 
 bool same(double a, double b) {

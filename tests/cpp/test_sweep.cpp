@@ -1,58 +1,92 @@
-// Each instruction set's loops against the rule called element by element. Nothing outside of a row
-// is touched: what lies before an operand is compared, and AddressSanitizer knows where it ends.
+// Each instruction set's loops against each rule and epilogue, element by element. Nothing outside
+// of a row is touched: what lies before an operand is compared, and AddressSanitizer knows where it
+// ends.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <random>
 #include <vector>
 
 #include "buffers.h"
+#include "cases.h"
 #include "check.h"
 #include "engine/cpu/unit.h"
 
+using namespace emopt;
+
 namespace {
 
-void check(emopt::cpu::SweepFunction<emopt::Adam> sweep, std::mt19937_64& random) {
-  const emopt::Adam rule{{0.9, 0.999}, true, random() % 2 == 0, 1e-8};
-  std::vector<std::vector<Buffer>> rows;
+template <class Rule, class Epilogue>
+cpu::SweepFunction<Rule, Epilogue> sweep_function(cpu::Isa isa) {
+#if EMOPT_X86_UNITS
+  if (isa == cpu::Isa::kAVX2) return cpu::avx2::sweep<Rule, Epilogue>;
+  if (isa == cpu::Isa::kAVX512) return cpu::avx512::sweep<Rule, Epilogue>;
+#endif
+  static_cast<void>(isa);
+  return cpu::baseline::sweep<Rule, Epilogue>;
+}
+
+// Wherever the table is cut.
+template <class Epilogue, class Rule>
+void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
+  const auto epilogue = random_epilogue<Epilogue>(random);
+  Rows<Rule, Epilogue> rows;
   for (const int64_t numel : {0, 1, 7, 31, 127, 128, 129, 300}) {
     std::vector<Buffer> operands;
     const bool is_uniform = random() % 2 == 0;
-    for (int k = 0; k < 4; ++k) {
-      const emopt::DType dtype = is_uniform ? emopt::DType::kFloat32 : kTypes[random() % 4];
+    const DType type = kTypes[random() % 4];
+    for (size_t k = random_num_operands<Rule, Epilogue>(random); k > 0; --k) {
+      const DType dtype = is_uniform ? type : kTypes[random() % 4];
       operands.emplace_back(dtype, numel, random() % 5, random);
     }
-    rows.push_back(std::move(operands));
+    rows.add(std::move(operands), rule, 3, epilogue);
   }
-  std::vector<std::vector<Buffer>> expected = rows;
-  emopt::Table<4> table;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    table.append(row_of<4>(rows[r], r % 2 == 0 ? 1.0 : 0.3));
-    apply_by_hand(rule, 3, table.rows.back(), expected[r]);
+  std::vector<int64_t> cuts{0, rows.table.numel};
+  for (uint64_t extra = random() % 5; extra > 0; --extra) {
+    cuts.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(rows.table.numel)));
   }
-  const int64_t cut = static_cast<int64_t>(random() % static_cast<uint64_t>(table.numel));
-  const auto at = [&](int64_t element) { return place_of(table, element, emopt::cpu::kTile); };
-  const emopt::cpu::Steps<emopt::Adam> steps(rule, 3);
-  sweep(steps, {}, table, at(0), at(cut));
-  sweep(steps, {}, table, at(cut), at(table.numel));
-  for (size_t r = 0; r < rows.size(); ++r) {
-    for (size_t k = 0; k < 4; ++k) CHECK(rows[r][k].bytes == expected[r][k].bytes);
+  std::sort(cuts.begin(), cuts.end());
+  const auto at = [&](int64_t element) { return place_of(rows.table, element, cpu::kTile); };
+  const cpu::Setup<Rule, Epilogue> setup(rule, 3, epilogue);
+  for (size_t share = 0; share + 1 < cuts.size(); ++share) {
+    sweep_function<Rule, Epilogue>(isa)(setup, rows.table, at(cuts[share]), at(cuts[share + 1]));
   }
+  rows.check();
+}
+
+void test_lr_0(cpu::Isa isa) {
+  std::mt19937_64 random(0);
+  const auto sweep = [&](const auto& rule, double step, const ApplyUpdate& epilogue,
+                         const auto& table) {
+    using Rule = std::decay_t<decltype(rule)>;
+    sweep_function<Rule, ApplyUpdate>(isa)({rule, step, epilogue}, table, {0, 0}, {1, 0});
+  };
+  for (int round = 0; round < 10; ++round) {
+    for_each_rule([&](const auto& rule) { check_lr_0(rule, kHost, random, sweep); });
+  }
+}
+
+// Random bits depend on all of an element's index.
+void test_beyond_two_to_the_32(cpu::Isa isa) {
+  const LongRow row((int64_t{1} << 32) + 1000, 1000 + 2 * cpu::kTile, kHost);
+  const cpu::Setup<Lion, ApplyUpdate> setup(row.rule, 1, row.epilogue);
+  sweep_function<Lion, ApplyUpdate>(isa)(setup, row.table, {0, row.first}, {1, 0});
+  row.check();
 }
 
 }  // namespace
 
 int main() {
-  for (const emopt::cpu::Isa isa : emopt::cpu::supported_isas()) {
-    std::printf("%s\n", emopt::cpu::name(isa));
-    emopt::cpu::SweepFunction<emopt::Adam> sweep =
-        emopt::cpu::baseline::sweep<emopt::Adam, emopt::StoreUpdate>;
-#if EMOPT_X86_UNITS
-    if (isa == emopt::cpu::Isa::kAVX2)
-      sweep = emopt::cpu::avx2::sweep<emopt::Adam, emopt::StoreUpdate>;
-    if (isa == emopt::cpu::Isa::kAVX512)
-      sweep = emopt::cpu::avx512::sweep<emopt::Adam, emopt::StoreUpdate>;
-#endif
+  for (const cpu::Isa isa : cpu::supported_isas()) {
+    std::printf("%s\n", cpu::name(isa));
     std::mt19937_64 random(0);
-    for (int round = 0; round < 200; ++round) check(sweep, random);
+    for_each_rule([&](const auto& rule) {
+      for (int round = 0; round < 60; ++round) {
+        check<StoreUpdate>(rule, isa, random);
+        check<ApplyUpdate>(rule, isa, random);
+      }
+    });
+    test_lr_0(isa);
+    test_beyond_two_to_the_32(isa);
   }
 }

@@ -56,11 +56,10 @@ std::vector<int> compiled_architectures() { return {__CUDA_ARCH_LIST__}; }
 
 #define EMOPT_INSTANTIATE_AS(Rule, Epilogue, Real, kBytes) \
   template cudaError_t enqueue(const Launch<Rule, Epilogue, Real, kBytes>&, uint32_t, cudaStream_t);
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)               \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kSmallLaunch)  \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kSmallLaunch) \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kLargeLaunch)  \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kLargeLaunch)
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)              \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kSmallLaunch) \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kLargeLaunch) \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kSmallLaunch)
 #define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE

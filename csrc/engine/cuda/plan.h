@@ -64,7 +64,8 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       launch.steps.counter[r] = row.step;
       launch.steps.position[r] = row.position;
-      launch.needs_setup |= row.step != nullptr || epilogue.is_stochastic;
+      const bool has_key = epilogue.is_stochastic && size_of(row.dtype[kUpdate]) == 2;
+      launch.needs_setup |= row.step != nullptr || has_key;
     }
     blocks += chunks;
   }
@@ -95,24 +96,25 @@ template <class Rule, class Epilogue, class Enqueue>
 void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilogue,
                      const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large,
                      Enqueue enqueue) {
+  // Launches that need no setup do not ask whether they are to be skipped.
+  if (!epilogue.is_on_device() && epilogue.is_skipped()) return;
   const auto rows = rows_by_key(table);
   for (auto at = rows.begin(); at != rows.end();) {
     const uint64_t key = launch_key(**at);
     const auto end =
         std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
-    const auto fill = [&](auto real) {
-      using Small = Launch<Rule, Epilogue, decltype(real), kSmallLaunch>;
-      using Large = Launch<Rule, Epilogue, decltype(real), kLargeLaunch>;
+    if ((*at)->compute == DType::kFloat64) {
+      // Never large: its kernels take long to compile, and float64 tensors are rarely many.
+      using Small = Launch<Rule, Epilogue, double, kSmallLaunch>;
+      while (at != end) at = fill_and_enqueue<Small>(rule, step, epilogue, at, end, enqueue);
+    } else {
+      using Small = Launch<Rule, Epilogue, float, kSmallLaunch>;
+      using Large = Launch<Rule, Epilogue, float, kLargeLaunch>;
       while (at != end) {
         at = allow_large && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity)
                  ? fill_and_enqueue<Large>(rule, step, epilogue, at, end, enqueue)
                  : fill_and_enqueue<Small>(rule, step, epilogue, at, end, enqueue);
       }
-    };
-    if ((*at)->compute == DType::kFloat64) {
-      fill(double());
-    } else {
-      fill(float());
     }
   }
 }

@@ -1,0 +1,176 @@
+// What the tests of both engines' loops run over: every rule, and random options, dtypes and
+// places.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <iterator>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "buffers.h"
+#include "check.h"
+#include "rules/all.h"
+
+// Each rule, with each of its modes on and off.
+template <class Visit>
+void for_each_rule(Visit visit) {
+  for (const bool is_on : {true, false}) {
+    visit(emopt::Adam{{0.9, 0.999}, true, is_on, 1e-8});
+    visit(emopt::AdEMAMix{10, 20, {0.9, 0.999, 0.9999}, 1e-8, is_on, 5.0});
+    visit(emopt::LaProp{is_on, {0.9, 0.999}, 1e-8});
+    visit(emopt::Lion{0.9, 0.99});
+    visit(emopt::Signum{0.9, true, is_on, false});
+    visit(emopt::SimAdEMAMix{is_on ? 10 : 0, 0.9, {0.9999, 0.999}, 1e-8, true, 2.0});
+  }
+}
+
+template <size_t kCount, class Value>
+Value one_of(const Value (&values)[kCount], std::mt19937_64& random) {
+  return values[random() % kCount];
+}
+
+// All numbers are known to the host; they are such that float32 holds them.
+template <class Epilogue>
+Epilogue random_epilogue(std::mt19937_64& random) {
+  Epilogue epilogue;
+  if constexpr (Epilogue::kHasRowSteps) {
+    using emopt::WeightDecay;
+    epilogue.lr.value = one_of({0.0, 0.0009765625, 0.75, 1.5}, random);
+    epilogue.grad_multiplier.value = one_of({1.0, 0.375}, random);
+    epilogue.grad_scale.value = one_of({1.0, 3.0}, random);
+    epilogue.weight_decay = one_of({0.0, 0.1}, random);
+    epilogue.method = one_of(
+        {WeightDecay::kDecoupled, WeightDecay::kIndependent, WeightDecay::kL2, WeightDecay::kPalm},
+        random);
+    epilogue.maximize = random() % 2 == 0;
+    epilogue.is_stochastic = random() % 2 == 0;
+    epilogue.seed = random();
+  }
+  return epilogue;
+}
+
+// How many operands a row gets: where a weight is the parameter itself, it needs none.
+template <class Rule, class Epilogue>
+size_t random_num_operands(std::mt19937_64& random) {
+  const auto all = static_cast<size_t>(emopt::kNumOperands<Rule, Epilogue>);
+  return all - (Epilogue::kOperands != 0 && random() % 2 == 0 ? 1 : 0);
+}
+
+// Rows, and copies of their operands to compute by hand what is to become of them.
+template <class Rule, class Epilogue>
+struct Rows {
+  static constexpr int kOperands = emopt::kNumOperands<Rule, Epilogue>;
+  emopt::Table<kOperands> table;
+  std::vector<std::vector<Buffer>> operands, expected;
+
+  // A row whose step is `step`.
+  void add(std::vector<Buffer> row_operands, const Rule& rule, double step,
+           const Epilogue& epilogue, int8_t device = emopt::kHost, float* counter = nullptr) {
+    const size_t r = operands.size();
+    operands.push_back(std::move(row_operands));
+    expected.push_back(operands.back());
+    auto row = row_of<kOperands>(operands.back(), r % 2 == 0 ? 1.0 : 0.3);
+    row.device = device;
+    row.position = static_cast<uint32_t>(7 * r);
+    row.step = counter;
+    table.append(row);
+    apply_by_hand(rule, step, epilogue, row, expected.back());
+  }
+
+  void check() const {
+    for (size_t r = 0; r < operands.size(); ++r) {
+      for (size_t k = 0; k < operands[r].size(); ++k) {
+        CHECK(operands[r][k].bytes == expected[r][k].bytes);
+      }
+    }
+  }
+};
+
+// Gradients that are NaN, and a learning rate of 0, with which no weight changes. `sweep(rule,
+// step, epilogue, table)` is the engine's.
+template <class Rule, class Sweep>
+void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
+  constexpr int kOperands = emopt::kNumOperands<Rule, emopt::ApplyUpdate>;
+  auto epilogue = random_epilogue<emopt::ApplyUpdate>(random);
+  epilogue.lr.value = 0.0;
+  for (const emopt::DType dtype : kTypes) {
+    const bool has_master = emopt::size_of(dtype) == 2 && random() % 2 == 0;
+    std::vector<Buffer> operands(kOperands - 1, Buffer(dtype, 300, random() % 5, random));
+    for (int64_t i = 0; i < 300; ++i) operands[emopt::kGrad].put(i, HUGE_VAL - HUGE_VAL);
+    if (has_master) operands.emplace_back(emopt::DType::kFloat32, 300, 0, random);
+    if (has_master) {
+      for (int64_t i = 0; i < 300; ++i) operands.back().put(i, operands[emopt::kUpdate].get(i));
+    }
+    const std::vector<Buffer> before = operands;
+    emopt::Table<kOperands> table;
+    auto row = row_of<kOperands>(operands, 1.0);
+    row.device = device;
+    table.append(row);
+    sweep(rule, 3.0, epilogue, table);
+    CHECK(operands[emopt::kUpdate].bytes == before[emopt::kUpdate].bytes);
+    if (has_master) CHECK(operands.back().bytes == before.back().bytes);
+    CHECK(std::isnan(operands[emopt::kFirstState].get(0)));
+  }
+}
+
+// Rows too long for memory: of address space that is reserved, but mostly not backed. Parameters of
+// Lion that are rounded stochastically; the last `num_last` elements are to be swept.
+struct LongRow {
+  static constexpr int kOperands = emopt::kNumOperands<emopt::Lion, emopt::ApplyUpdate>;
+  emopt::Lion rule{0.9, 0.99};
+  emopt::ApplyUpdate epilogue;
+  emopt::Table<kOperands> table;
+  int64_t numel, first;
+
+  LongRow(int64_t numel_, int64_t num_last, int8_t device)
+      : numel(numel_), first(numel_ - num_last) {
+    epilogue.lr.value = 0.001;
+    epilogue.is_stochastic = true;
+    epilogue.seed = 17;
+    emopt::Row<kOperands> row{};
+    row.device = device;
+    row.numel = numel;
+    row.scale = 1.0;
+    for (int k = 0; k < kOperands; ++k) {
+      row.dtype[k] = emopt::DType::kBFloat16;
+      row.data[k] = k == kOperands - 1
+                        ? row.data[emopt::kUpdate]
+                        : mmap(nullptr, static_cast<size_t>(numel) * 2, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      CHECK(row.data[k] != MAP_FAILED);
+    }
+    table.append(row);
+    for (int64_t i = first; i < numel; ++i) {
+      *at(emopt::kUpdate, i) = emopt::Round<emopt::BFloat16>::from(1.0F);
+      *at(emopt::kGrad, i) = emopt::Round<emopt::BFloat16>::from(-2.0F);
+    }
+  }
+  ~LongRow() {
+    for (int k = 0; k < kOperands - 1; ++k) {
+      munmap(table.rows[0].data[k], static_cast<size_t>(numel) * 2);
+    }
+  }
+  LongRow(const LongRow&) = delete;
+  LongRow& operator=(const LongRow&) = delete;
+
+  emopt::BFloat16* at(int k, int64_t i) const {
+    return static_cast<emopt::BFloat16*>(table.rows[0].data[k]) + i;
+  }
+
+  // At step 1.
+  void check() const {
+    const uint64_t key = emopt::rounding_key(epilogue.seed, 0, 1);
+    const float weight = 1.0F + 0.001F;
+    const auto average = emopt::Round<emopt::BFloat16>::from(-2.0F * static_cast<float>(1 - 0.99));
+    for (int64_t i = first; i < numel; ++i) {
+      const uint32_t random = random_bits(key, static_cast<uint64_t>(i));
+      CHECK(emopt::widen(*at(emopt::kUpdate, i)) == rounded_stochastically(weight, random, kBrain));
+      CHECK(at(emopt::kFirstState, i)->bits == average.bits);
+    }
+    CHECK(emopt::widen(*at(emopt::kUpdate, 0)) == 0.0F);
+    CHECK(emopt::widen(*at(emopt::kUpdate, first - 1)) == 0.0F);
+  }
+};

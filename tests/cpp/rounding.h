@@ -1,0 +1,57 @@
+// Rounding to the 16-bit types by its definition, in exact arithmetic: what the engine's
+// conversions are compared with.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+struct Format {
+  int mantissa_bits;
+  int min_exponent;  // of the smallest normal number
+  int max_exponent;
+
+  double largest() const { return std::ldexp(2.0 - std::ldexp(1.0, -mantissa_bits), max_exponent); }
+  // Of the last bit of numbers as large as `x`, as a power of two.
+  int last_place(double x) const {
+    const int exponent = x == 0.0 ? min_exponent : std::max(std::ilogb(x), min_exponent);
+    return exponent - mantissa_bits;
+  }
+};
+inline constexpr Format kHalf{10, -14, 15};
+inline constexpr Format kBrain{7, -126, 127};
+
+// To nearest even, by scaling the last place to 1; nearbyint rounds to even.
+inline double rounded(double x, const Format& format) {
+  if (x == 0.0 || !std::isfinite(x)) return x;
+  const int last_place = format.last_place(x);
+  const double result = std::ldexp(std::nearbyint(std::ldexp(x, -last_place)), last_place);
+  return std::abs(result) > format.largest() ? std::copysign(HUGE_VAL, x) : result;
+}
+
+// To the neighbour that the random bits choose, as emerging_optimizers/_rounding.py says.
+inline double rounded_stochastically(float x, uint32_t random, const Format& format) {
+  if (!std::isfinite(x)) return x;
+  const double magnitude = std::abs(static_cast<double>(x));
+  const int last_place = format.last_place(magnitude);
+  const double units = std::ldexp(magnitude, -last_place);
+  const double fraction = units - std::floor(units);
+  const int dropped = 23 - format.mantissa_bits;
+  const bool is_up = dropped == 13 && magnitude < std::ldexp(1.0, format.min_exponent)
+                         ? fraction > std::ldexp(random >> 8, -24)
+                         : fraction + std::ldexp(random >> (32 - dropped), -dropped) >= 1.0;
+  const double result = std::ldexp(std::floor(units) + (is_up ? 1.0 : 0.0), last_place);
+  return std::copysign(result > format.largest() ? HUGE_VAL : result, x);
+}
+
+// The random bits of an element, by the same definition: modulo 2^32, as Python would write it.
+inline uint32_t random_bits(uint64_t key, uint64_t index) {
+  constexpr uint64_t kModulus = uint64_t{1} << 32;
+  const auto hashed = [](uint64_t x) {
+    x = (x ^ x / 65536) * 0x7FEB352D % kModulus;
+    x = (x ^ x / 32768) * 0x846CA68B % kModulus;
+    return x ^ x / 65536;
+  };
+  const uint64_t block = (key / kModulus + 0x9E3779B9 * (index / kModulus)) % kModulus;
+  return static_cast<uint32_t>(hashed(hashed((index ^ key) % kModulus) ^ block));
+}
