@@ -117,8 +117,6 @@ every_case = pytest.mark.parametrize(
         pytest.param(setup, storage, id=f"{setup}-{storage}")
         for setup in (*SETUPS, *VARIANTS)
         for storage in STORAGE
-        # Complex matrices are left to plain operations there.
-        if (setup.name, storage) != ("Signum shape scaling", "complex64")
     ],
 )
 
@@ -196,6 +194,27 @@ def test_devices_and_steps_in_one_group(setup: Setup, capturable: bool) -> None:
     assert {counter.item() for counter in counters(optimizer)} == {3.0}
     counted_on = [str(optimizer.state[param]["step"].device) for param in params]
     assert counted_on == (places if capturable else ["cpu"] * len(places))
+
+
+@every_optimizer
+def test_counters_that_become_capturable(setup: Setup) -> None:
+    params, others = make_params(), make_params()
+    cuda_params = [Parameter(p.detach().to("cuda")) for p in params]
+    optimizer, other = setup.make(cuda_params, fused=True), setup.make(others, fused=True)
+    for step in (1, 2, 3):
+        set_grads(others, step)
+        for param, same in zip(cuda_params, others, strict=True):
+            assert same.grad is not None
+            param.grad = same.grad.to("cuda")
+        if step == 2:
+            optimizer.param_groups[0]["capturable"] = True
+        if step == 3:  # one counter for two parameters
+            optimizer.state[cuda_params[1]]["step"] = optimizer.state[cuda_params[0]]["step"]
+        optimizer.step()
+        other.step()
+    assert all(counter.is_cuda for counter in counters(optimizer))
+    assert [counter.item() for counter in counters(optimizer)] == [3.0, 3.0]
+    assert_same_as_on_cpu(optimizer, other)
 
 
 # ---- numbers that only the device knows ----------------------------------------------------------

@@ -483,6 +483,7 @@ class GroupStep {
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = static_cast<double>(*counter + 1.0f);
+      if (!(key.step >= 1.0)) return false;  // a NaN has no place among keys
     } else {
       row.step = counter;
     }

@@ -135,10 +135,9 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
     if (options.method == WeightDecay::kL2) grad += static_cast<Real>(decay) * weight;
     const Real update = update_by_hand(rule_step, grad, operands, i,
                                        std::make_index_sequence<emopt::kNumStates<Rule>>());
-    if (lr != 0.0) {
-      const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
-      weight = static_cast<Real>(kept) * weight - rate * update;
-    }
+    if (lr == 0.0) continue;
+    const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
+    weight = static_cast<Real>(kept) * weight - rate * update;
     if (master != nullptr) master->put(i, weight);
     if (options.is_stochastic && emopt::size_of(param.dtype) == 2) {
       const uint64_t key =
