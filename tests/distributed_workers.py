@@ -2,19 +2,21 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from optimizers import SETUPS, VARIANTS
+from optimizers import SETUPS, VARIANTS, make_grads
 from support import assert_equal_bits
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -154,6 +156,64 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
                     assert_equal_bits(full(got), full(expected), f"{name} {label}")
             if tolerance:
                 assert abs(full(p).norm() / full(q).norm() - 1) < tolerance
+
+
+def set_recorded_grads(params: Sequence[Any], step: int) -> None:
+    """The same full gradients in each run, whatever the processes."""
+    grads = make_grads([full(p) for p in params], step)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+        if isinstance(param, DTensor):
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements)
+
+
+def run_recorded(optimizer: Any, params: Sequence[Any], steps: Sequence[int]) -> None:
+    for step in steps:
+        set_recorded_grads(params, step)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_checkpoints(rank: int, folder: Path) -> None:
+    for name, make, is_of_matrices, _ in CASES:
+        model = make_model(not is_of_matrices)
+        shard(model, "float32")
+        optimizer = make(model.parameters(), lr=0.01)
+        run_recorded(optimizer, list(model.parameters()), [1, 2, 3])
+        weights, states = get_state_dict(model, optimizer)
+        checkpoint.save({"model": weights, "optimizer": states}, checkpoint_id=folder / name)
+
+
+def resume_checkpoints(rank: int, folder: Path) -> None:
+    """Load, maybe with another number of processes, and go on as if nothing had happened."""
+    for name, make, is_of_matrices, tolerance in CASES:
+        torch.manual_seed(1)
+        model, other = Transformer(not is_of_matrices), make_model(not is_of_matrices)
+        shard(model, "float32")
+        optimizer = make(model.parameters(), lr=0.02)
+        before = [full(p).clone() for p in model.parameters()]
+        # Makes the states that are not there, by a step with lr 0.
+        weights, states = get_state_dict(model, optimizer)
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert_equal_bits(full(p), old, f"{name}: moved by the making of states")
+        loaded = {"model": weights, "optimizer": states}
+        checkpoint.load(loaded, checkpoint_id=folder / name)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=loaded["model"],
+            optim_state_dict=loaded["optimizer"],
+        )
+        assert optimizer.param_groups[0]["lr"] == 0.01
+        run_recorded(optimizer, list(model.parameters()), [4, 5, 6])
+        reference = make(other.parameters(), lr=0.01)
+        run_recorded(reference, list(other.parameters()), range(1, 7))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert optimizer.state[p]["step"].item() == 6
+            if tolerance:
+                torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6)
+            else:
+                assert_equal_bits(full(p), full(q), name)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Sharded training in several processes: FSDP2, alone and with tensor parallelism."""
+"""Sharded training in several processes: FSDP2, alone and with tensor parallelism; checkpoints."""
 
 from pathlib import Path
 
@@ -16,3 +16,9 @@ needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
 )
 def test_fsdp2(world_size: int, kind: str, tmp_path: Path) -> None:
     launch("train_sharded", world_size, tmp_path, kind)
+
+
+def test_checkpoints_of_other_world_sizes(tmp_path: Path) -> None:
+    launch("save_checkpoints", 4, tmp_path)
+    for world_size in (2, 1):
+        launch("resume_checkpoints", world_size, tmp_path)

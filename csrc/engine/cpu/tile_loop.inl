@@ -78,8 +78,8 @@ void store_tile_stochastically(DType dtype, void* to, int64_t offset, const Real
 }
 
 // The one loop that computes. `operands` are in the order of a row. Some may be the same memory: an
-// update that is the gradient, a weight that is the parameter.
-template <class Constants, std::size_t... kState, std::size_t... kOwn>
+// update that is the gradient, a weight that is the parameter, which is then not stored twice.
+template <bool kWritesOwn, class Constants, std::size_t... kState, std::size_t... kOwn>
 void apply_rule(const Constants& shared, typename Constants::Real* const* operands, int64_t n,
                 std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
   using Real = typename Constants::Real;
@@ -97,7 +97,7 @@ void apply_rule(const Constants& shared, typename Constants::Real* const* operan
     const Real result = step(epilogue.before(grad[i], own[kOwn]...), state[kState]...);
     update[i] = epilogue.after(result, own[kOwn]...);
     ((states[kState][i] = state[kState]), ...);
-    ((owns[kOwn][i] = own[kOwn]), ...);
+    if constexpr (kWritesOwn) ((owns[kOwn][i] = own[kOwn]), ...);
   }
 }
 
@@ -137,8 +137,13 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
         load_tile<Real>(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
     }
-    apply_rule(constants, operands, n, std::make_index_sequence<kNumStates<typename Setup::Rule>>(),
-               std::make_index_sequence<Epilogue::kOperands>());
+    const auto states = std::make_index_sequence<kNumStates<typename Setup::Rule>>();
+    const auto owns = std::make_index_sequence<Epilogue::kOperands>();
+    if (Epilogue::kOperands > 0 && is_written<Epilogue>(kOperands - 1, row.data)) {
+      apply_rule<true>(constants, operands, n, states, owns);
+    } else {
+      apply_rule<false>(constants, operands, n, states, owns);
+    }
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
       if (k == kUpdate && !constants.epilogue.stores()) continue;

@@ -1,0 +1,76 @@
+"""Optimizers by name, for programs that take one from a configuration."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch.optim import Optimizer
+
+from .scalar_optimizers import (
+    Adam,
+    AdamW,
+    AdEMAMix,
+    LaProp,
+    Lion,
+    Signum,
+    SimplifiedAdEMAMix,
+)
+
+_OptimizerClass = TypeVar("_OptimizerClass", bound=type[Optimizer])
+
+_CLASSES: dict[str, type[Optimizer]] = {
+    "adam": Adam,
+    "adamw": AdamW,
+    "ademamix": AdEMAMix,
+    "laprop": LaProp,
+    "lion": Lion,
+    "signum": Signum,
+    "sim_ademamix": SimplifiedAdEMAMix,
+}
+
+
+def register_optimizer(name: str) -> Callable[[_OptimizerClass], _OptimizerClass]:
+    """Return a class decorator that makes an optimizer known by a name.
+
+    Args:
+        name: The name; no two classes have one.
+
+    Raises:
+        ValueError: The name is another class's.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.registry import get_optimizer_cls, register_optimizer
+        >>> @register_optimizer("sgd")
+        ... class SGD(torch.optim.SGD):
+        ...     pass
+        >>> get_optimizer_cls("sgd") is SGD
+        True
+    """
+
+    def register(cls: _OptimizerClass) -> _OptimizerClass:
+        known = _CLASSES.setdefault(name, cls)
+        if known is not cls:
+            raise ValueError(f"optimizer name {name!r} is taken by {known.__qualname__}")
+        return cls
+
+    return register
+
+
+def get_optimizer_cls(name: str) -> type[Optimizer]:
+    """Return the class that has a name.
+
+    Args:
+        name: "adam", "adamw", "ademamix", "laprop", "lion", "signum", "sim_ademamix", or one that
+            was registered.
+
+    Raises:
+        ValueError: No class has the name.
+
+    Example:
+        >>> from emerging_optimizers.registry import get_optimizer_cls
+        >>> get_optimizer_cls("lion").__name__
+        'Lion'
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"no optimizer is named {name!r}; there are {', '.join(sorted(_CLASSES))}")
+    return _CLASSES[name]

@@ -1,0 +1,41 @@
+"""Optimizers by name."""
+
+import pytest
+import torch
+
+import emerging_optimizers
+from emerging_optimizers import registry
+from emerging_optimizers.registry import get_optimizer_cls, register_optimizer
+
+NAMES = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "ademamix": "AdEMAMix",
+    "laprop": "LaProp",
+    "lion": "Lion",
+    "signum": "Signum",
+    "sim_ademamix": "SimplifiedAdEMAMix",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name: str) -> None:
+    assert get_optimizer_cls(name) is getattr(emerging_optimizers, NAMES[name])
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"no optimizer is named 'soap'; there are adam, adamw, "):
+        get_optimizer_cls("soap")
+
+
+def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+
+    class Mine(torch.optim.SGD):
+        pass
+
+    for _ in range(2):
+        assert register_optimizer("mine")(Mine) is Mine
+    assert get_optimizer_cls("mine") is Mine
+    with pytest.raises(ValueError, match=r"optimizer name 'mine' is taken by .*Mine"):
+        register_optimizer("mine")(torch.optim.SGD)
