@@ -16,12 +16,14 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from emerging_optimizers import LaProp
 
@@ -156,6 +158,26 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
                     assert_equal_bits(full(got), full(expected), f"{name} {label}")
             if tolerance:
                 assert abs(full(p).norm() / full(q).norm() - 1) < tolerance
+
+
+def train_replicas(rank: int, folder: Path, sharded_states: str) -> None:
+    """DDP: after 50 steps, all processes have the same bits."""
+    for name, make, is_of_matrices, _ in CASES:
+        model = DistributedDataParallel(make_model(not is_of_matrices))
+        if sharded_states == "ZeRO":
+            optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), make, lr=0.003)
+        else:
+            optimizer = make(model.parameters(), lr=0.003)
+        losses = []
+        for step in range(50):
+            optimizer.zero_grad()
+            losses.append(backward(model, step, rank))
+            optimizer.step()
+        assert min(losses[5:]) < losses[0], (name, losses)
+        for label, param in model.named_parameters():
+            first = param.detach().clone()
+            dist.broadcast(first, 0)
+            assert_equal_bits(param.detach(), first, f"{name} {label}")
 
 
 def set_recorded_grads(params: Sequence[Any], step: int) -> None:

@@ -1,4 +1,4 @@
-"""Sharded training in several processes: FSDP2, alone and with tensor parallelism; checkpoints."""
+"""Training in several processes: FSDP2, alone and with tensor parallelism; DDP; checkpoints."""
 
 from pathlib import Path
 
@@ -16,6 +16,11 @@ needs_native = pytest.mark.skipif(native is None, reason="no native kernels")
 )
 def test_fsdp2(world_size: int, kind: str, tmp_path: Path) -> None:
     launch("train_sharded", world_size, tmp_path, kind)
+
+
+@pytest.mark.parametrize("sharded_states", ["none", "ZeRO"])
+def test_replicas(sharded_states: str, tmp_path: Path) -> None:
+    launch("train_replicas", 2, tmp_path, sharded_states)
 
 
 def test_checkpoints_of_other_world_sizes(tmp_path: Path) -> None:
