@@ -113,7 +113,8 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
   bool is_staged[kOperands];
   bool any_staged = false;
   for (int k = 0; k < kOperands; ++k) {
-    is_staged[k] = row.dtype[k] != real;
+    const bool is_kept = k == kUpdate && !constants.epilogue.stores();
+    is_staged[k] = row.dtype[k] != real || is_kept;
     any_staged |= is_staged[k];
     operands[k] = buffer[k];
   }
