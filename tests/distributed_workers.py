@@ -16,7 +16,6 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -162,6 +161,9 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
 
 def train_replicas(rank: int, folder: Path, sharded_states: str) -> None:
     """DDP: after 50 steps, all processes have the same bits."""
+    # Warns of its own use of torch.jit.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     for name, make, is_of_matrices, _ in CASES:
         model = DistributedDataParallel(make_model(not is_of_matrices))
         if sharded_states == "ZeRO":
