@@ -158,14 +158,17 @@ class Scalar {
 };
 
 // Where the elements of a plain tensor are; null where it has no memory.
-C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, bool is_modified) {
+C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, DType dtype, bool is_modified) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
   // Of its own, where it shared a copy-on-write storage.
   void* const base = is_modified ? storage.mutable_data() : const_cast<void*>(storage.data());
   if (base == nullptr) return nullptr;
-  const auto size = static_cast<int64_t>(tensor.dtype().itemsize());
-  return static_cast<char*>(base) + impl.storage_offset() * size;
+  return static_cast<char*>(base) + impl.storage_offset() * size_of(dtype);
+}
+
+inline bool is_aligned(const void* address, DType dtype) {
+  return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(size_of(dtype)) == 0;
 }
 
 // What all groups of a step share.
@@ -191,11 +194,11 @@ struct GroupOptions {
 template <class Rule>
 class GroupStep {
   static constexpr size_t kOperands = kNumOperands<Rule, ApplyUpdate>;
-  static constexpr size_t kOwn = kOperands - 1;      // the weight
-  static constexpr size_t kTensors = kOperands + 1;  // with the counter
+  static constexpr size_t kOwn = kOperands - 1;  // the weight
   // Parameters that are walked together, each looking a little further than the last: what they
-  // need from memory is then waited for at once, not parameter by parameter.
-  static constexpr size_t kBatch = 32;
+  // need from memory is then waited for at once, not parameter by parameter. On a Zen 4 core, a
+  // step of 1000 parameters of 8 takes 0.96 of the time with 16 that it takes with 32 or 64.
+  static constexpr size_t kBatch = 16;
 
  public:
   // `taken` is to find parameters, and counters, with the same memory: they cannot be stepped at a
@@ -212,7 +215,8 @@ class GroupStep {
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
     const Py_ssize_t count = PyList_GET_SIZE(params);
     num_params_ = static_cast<size_t>(count);
-    tensors_.resize(num_params_ * kTensors);
+    read_.resize(num_params_);
+    modified_.resize(num_params_ * kOperands);
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
       for (; n < kBatch && next < count; ++next) {
@@ -244,17 +248,17 @@ class GroupStep {
 
   // Tells autograd what is about to be modified.
   void bump_versions() {
-    for (size_t i = 0; i < num_tensors_; ++i) {
-      if (i % kTensors != 0) tensors_[i]->bump_version();
-    }
+    for (size_t i = 0; i < num_modified_; ++i) modified_[i]->bump_version();
   }
 
   // What keeps all memory alive.
   void own(std::vector<c10::intrusive_ptr<c10::StorageImpl>>& owned) const {
-    for (size_t i = 0; i < num_tensors_; ++i) {
-      c10::StorageImpl* const storage = tensors_[i]->unsafe_storage().unsafeGetStorageImpl();
+    const auto own_memory = [&](c10::TensorImpl* tensor) {
+      c10::StorageImpl* const storage = tensor->unsafe_storage().unsafeGetStorageImpl();
       owned.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
-    }
+    };
+    std::for_each_n(read_.begin(), num_read_, own_memory);
+    std::for_each_n(modified_.begin(), num_modified_, own_memory);
   }
 
   // Does the step of all that was taken. Needs no GIL.
@@ -332,12 +336,16 @@ class GroupStep {
     }
     for (size_t i = 0; i < n; ++i) {
       Candidate& c = batch[i];
-      c.grad = &THPVariable_Unpack(c.object).grad();
+      c.grad = &THPVariable_Unpack(c.object).unsafeGetTensorImpl()->grad();
       c.own = nullptr;
       c.is_complete = false;
       if (!c.grad->defined()) continue;
       prefetch_tensor(*c.grad);
       c.own = states.find(c.object);
+      if (c.own != nullptr) prefetch(c.own);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      Candidate& c = batch[i];
       if (c.own == nullptr) continue;
       if (PyDict_Check(c.own)) {
         prefetch_lines(reinterpret_cast<PyDictObject*>(c.own)->ma_keys, 192);
@@ -454,13 +462,11 @@ class GroupStep {
           operand = c.operands[k] = &owned_.back();
         }
         row.dtype[k] = to_dtype(operand->scalar_type());
-        row.data[k] = memory_of(*operand, k != kGrad);
+        row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
         // What the CPU takes, a GPU does not.
-        const auto size = static_cast<uintptr_t>(size_of(row.dtype[k]));
-        const bool is_aligned = reinterpret_cast<uintptr_t>(row.data[k]) % size == 0;
-        if (row.device != kHost && !is_aligned) return false;
+        if (row.device != kHost && !is_aligned(row.data[k], row.dtype[k])) return false;
       }
       if (is_read(static_cast<int>(k)) && row.dtype[k] == DType::kFloat64) {
         row.compute = DType::kFloat64;
@@ -477,7 +483,7 @@ class GroupStep {
     // Numbers that only a device knows need a counter there, and are of no use elsewhere.
     const bool must_count_there = options_.is_capturable || numbers_.found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
-    auto* const counter = static_cast<float*>(memory_of(step, true));
+    auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
     if (counter == nullptr || !is_new(counter)) return false;
     if (row.numel != 0 && !is_new(row.data[kUpdate])) return false;
     BucketKey key{row.device, !counts_here, 1.0};
@@ -490,14 +496,11 @@ class GroupStep {
     Bucket& bucket = bucket_of(key);
     bucket.table.append(row);
     if (counts_here) bucket.counters.push_back(counter);
-    const auto keep = [&](const at::Tensor& tensor) {
-      tensors_[num_tensors_++] = tensor.unsafeGetTensorImpl();
-    };
-    keep(*c.operands[kGrad]);  // the first of those of a row
-    keep(step);
+    read_[num_read_++] = c.operands[kGrad]->unsafeGetTensorImpl();
+    modified_[num_modified_++] = step.unsafeGetTensorImpl();
     for (size_t k = 0; k < kOperands; ++k) {
-      // Where it has no master, the weight once more, which is simpler than to count.
-      if (k != kGrad) keep(*c.operands[k]);
+      if (k == kGrad || (k == kOwn && c.operands[k] == c.operands[kUpdate])) continue;
+      modified_[num_modified_++] = c.operands[k]->unsafeGetTensorImpl();
     }
     return true;
   }
@@ -553,10 +556,10 @@ class GroupStep {
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_ = 0;
-  std::deque<at::Tensor> owned_;           // tensors that were made here
-  std::vector<py::object> alive_;          // objects that nothing else may hold
-  std::vector<c10::TensorImpl*> tensors_;  // kTensors for each row
-  size_t num_tensors_ = 0;
+  std::deque<at::Tensor> owned_;                   // tensors that were made here
+  std::vector<py::object> alive_;                  // objects that nothing else may hold
+  std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
+  size_t num_read_ = 0, num_modified_ = 0;         // these
 };
 
 }  // namespace emopt
