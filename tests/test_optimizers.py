@@ -815,6 +815,26 @@ def test_interchange_with_torch(name: str, direction: str, fused: bool | None) -
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_continues_in_torch(decoupled: bool, fused: bool | None) -> None:
+    ours, theirs = make_params(), make_params()
+    options: dict[str, Any] = {"weight_decay": 0.5, "decoupled_weight_decay": decoupled}
+    optimizer = Adam(ours, lr=0.05, fused=fused, **options)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, saved: seen.append(saved))
+    run(optimizer, ours, [1, 2])
+    reference = torch.optim.Adam(theirs, lr=0.05, **options)
+    run(reference, theirs, [1, 2])
+    reference = torch.optim.Adam(theirs)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert seen[0]["param_groups"][0]["decoupled_weight_decay"] == decoupled
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "decoupled_weight_decay" not in optimizer.param_groups[0]
+    run(optimizer, ours, [3, 4])
+    run(reference, theirs, [3, 4])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_decoupled_weight_decay_of_torch() -> None:
     params = make_params()
     assert Adam(params, decoupled_weight_decay=True).defaults["weight_decay_method"] == "decoupled"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
@@ -203,12 +203,30 @@ class Adam(ScalarOptimizer):
             "eps": group["eps"],
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with what ``torch.optim.Adam`` needs to continue from it.
+
+        That is ``decoupled_weight_decay``, beside each group's ``weight_decay_method``.
+        """
+        # Before the user's hooks see it.
+        hook = self.register_state_dict_post_hook(_name_weight_decay, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
-        # A torch.optim.AdamW is an Adam with this key.
         _refuse_amsgrad(saved.get("amsgrad", False))
-        if saved.get("decoupled_weight_decay") and "weight_decay_method" not in saved:
-            return {**saved, "weight_decay_method": "decoupled"}
-        return saved
+        # A torch.optim.AdamW is an Adam with this key.
+        translated = dict(saved)
+        if translated.pop("decoupled_weight_decay", False):
+            translated.setdefault("weight_decay_method", "decoupled")
+        return translated
+
+
+def _name_weight_decay(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
 
 
 def _refuse_amsgrad(amsgrad: bool) -> None:
