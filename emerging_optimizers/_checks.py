@@ -212,13 +212,13 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
                 f"{name} has shape {tuple(tensor.shape)} but"
                 f" {_position_name('grad', position, single)} has shape {tuple(grad.shape)}"
             )
-        if not torch.compiler.is_compiling() and _has_no_memory(tensor):
+        if not torch.compiler.is_compiling() and has_no_memory(tensor):
             raise ValueError(f"{name} has no memory: its storage was resized to 0")
         if operand.in_place and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{name} is an inference tensor, which cannot be modified outside of inference mode"
             )
-        if operand.in_place and _overlaps_itself(tensor):
+        if operand.in_place and overlaps_itself(tensor):
             raise ValueError(
                 f"{name} overlaps itself in memory (an expanded tensor, with shape"
                 f" {tuple(tensor.shape)} and strides {tensor.stride()}), so it cannot be modified"
@@ -226,11 +226,13 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
             )
 
 
-def _has_no_memory(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0
+def has_no_memory(tensor: Tensor) -> bool:
+    # Of other devices, tensors need not have a storage that could be looked at.
+    is_native = tensor.device.type in ("cpu", "cuda")
+    return is_native and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
     if tensor.numel() <= 1:
         return False
     dimensions = sorted(

@@ -203,8 +203,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
             )
         if not param.is_floating_point() and not param.is_complex():
             raise TypeError(f"a parameter has dtype {param.dtype}, which cannot be optimized")
-        if param.is_conj():
-            raise RuntimeError("a parameter is conjugated lazily: resolve_conj() makes it its own")
+        _check_beside("its gradient", grad, param)
+        _check_memory("a gradient", grad)
+        _check_modified("a parameter", param)
 
     def _check_state(self, param: Tensor, state: dict[str, Any]) -> None:
         """Raise for a state that is not one of this parameter."""
@@ -219,8 +220,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
                     f" {tuple(param.shape)}"
                 )
-            if value.is_conj():
-                raise RuntimeError(f"state {name!r} is conjugated lazily: resolve_conj() first")
+            _check_beside(f"state {name!r}", value, param)
+            if not _is_placed_like(value, param):
+                raise ValueError(f"state {name!r} is not distributed as its parameter is")
+            _check_modified(f"state {name!r}", value)
+        step = state["step"]
+        if step.numel() != 1:
+            raise ValueError(f"state 'step' has {step.numel()} elements; expected 1")
+        if step.is_cpu and not 0.0 <= float(step) < math.inf:
+            raise ValueError(f"state 'step' is {float(step):g}; expected a number of steps")
 
     # ---- groups ----------------------------------------------------------------------------------
 
@@ -241,11 +249,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             for i, beta in enumerate(betas):
                 if not _is_fraction(beta):
                     raise ValueError(f"Invalid beta at index {i}: {beta}")
-        if group["weight_decay_method"] not in _KEEP:
-            raise ValueError(
-                f"Invalid weight_decay_method: {group['weight_decay_method']!r}; expected one of"
-                f" {', '.join(map(repr, _KEEP))}"
-            )
+        _check_method(group)
         self._check_options(group)
         self._rule.check_options({**self._hyperparameters(group), "step": 1})
 
@@ -326,7 +330,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, default)
             for param in group["params"]:
                 if param in self.state:
-                    _settle_state(group, param, self.state[param])
+                    _settle_state(group, self._rule.states, param, self.state[param])
         for values in self.state.values():
             # What belongs to no parameter stays as it was saved.
             if isinstance(values, dict):
@@ -421,6 +425,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if self._has_native_step(group):
                 calls[i] = self._native_arguments(group, positions[i])
             else:
+                _check_numbers(group)
                 self._rule.check_options({**self._hyperparameters(group), "step": 1})
                 left[i] = self._prepare(group, range(len(group["params"])), arguments)
                 if group["fused"] and left[i]:
@@ -592,6 +597,23 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def _check_method(group: dict[str, Any]) -> None:
+    if group["weight_decay_method"] not in _KEEP:
+        raise ValueError(
+            f"Invalid weight_decay_method: {group['weight_decay_method']!r}; expected one of"
+            f" {', '.join(map(repr, _KEEP))}"
+        )
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    """Raise for what a group may have been given since it was added, and no rule checks."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name in ("lr", "weight_decay"):
+        _checks.read_number(name, _whole(group[name]))
+    _check_method(group)
+
+
 def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
     """Return by what gradients are multiplied."""
     factor = float(arguments.grad_multiplier)
@@ -616,7 +638,46 @@ def has_master(group: dict[str, Any], param: Tensor) -> bool:
     return bool(group["master_weights"]) and param.dtype in _HALF
 
 
-def _settle_state(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+def _check_beside(name: str, tensor: Tensor, param: Tensor) -> None:
+    """Raise for a tensor of a parameter's shape that yet is none for it."""
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    if not is_number or tensor.is_complex() != param.is_complex():
+        raise TypeError(f"a parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
+    if tensor.device != param.device:
+        raise ValueError(f"a parameter is on {param.device} but {name} is on {tensor.device}")
+    if _is_dtensor(tensor) != _is_dtensor(param):
+        raise TypeError(
+            f"a parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
+        )
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if _checks.has_no_memory(_local_part(tensor)):
+        raise ValueError(f"{name} has no memory: its storage was resized to 0")
+
+
+def _check_modified(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor that cannot be modified in place."""
+    _check_memory(name, tensor)
+    if tensor.is_conj():
+        raise RuntimeError(f"{name} is conjugated lazily: resolve_conj() makes it its own")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} is an inference tensor, which cannot be modified outside of inference mode"
+        )
+    local = _local_part(tensor)
+    if not local.is_contiguous() and _checks.overlaps_itself(local):
+        raise ValueError(
+            f"{name} overlaps itself in memory (an expanded tensor, with shape"
+            f" {tuple(tensor.shape)} and strides {tensor.stride()})"
+        )
+
+
+def _settle_state(
+    group: dict[str, Any], names: Sequence[str], param: Tensor, state: dict[str, Any]
+) -> None:
     """Give what was loaded the device and the dtype that it has in this optimizer."""
     if "step" in state:
         step = state["step"]
@@ -629,7 +690,10 @@ def _settle_state(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -
         state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
     for name, value in state.items():
         if isinstance(value, _Saved):
-            dtype = torch.float32 if name == MASTER else _configured_dtype(group, name, param)
+            # What is no state of the rule stays as it was saved.
+            dtype = torch.float32 if name == MASTER else None
+            if name in names:
+                dtype = _configured_dtype(group, name, param)
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if not has_master(group, param):
         state.pop(MASTER, None)  # it would go stale
@@ -653,20 +717,30 @@ def _whole(value: Any) -> Any:
     return value.full_tensor()  # type: ignore[attr-defined]
 
 
+def _local_part(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
+    return local
+
+
 def as_local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, as real numbers."""
-    if _is_dtensor(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    tensor = _local_part(tensor)
     if tensor.is_complex():
         # A gradient can be a view with its conjugation still to be done.
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor
 
 
-def _placed_like(grad: Any, param: Any) -> Any:
-    """Redistribute a DTensor's gradient to the parameter's mesh and placements."""
+def _is_placed_like(tensor: Any, param: Any) -> bool:
     if not _is_dtensor(param):
-        return grad
+        return True
+    return bool(tensor.device_mesh == param.device_mesh and tensor.placements == param.placements)
+
+
+def _placed_like(grad: Any, param: Any) -> Any:
+    """Return a gradient that lies as the parameter does: redistributed, or negated at last."""
+    if not _is_dtensor(param):
+        return grad.resolve_neg() if grad.is_neg() else grad
     if grad.device_mesh != param.device_mesh:
         from torch.distributed.tensor import DTensor, Replicate
 
@@ -679,8 +753,8 @@ def _placed_like(grad: Any, param: Any) -> Any:
 
 
 def _placed_grads(params: Sequence[Any], indices: Iterable[int]) -> dict[int, Any]:
-    """Return, by their index, the gradients that had to be redistributed."""
-    placed = {i: _placed_like(params[i].grad, params[i]) for i in indices if _is_dtensor(params[i])}
+    """Return, by their index, the gradients for which others are to be taken."""
+    placed = {i: _placed_like(params[i].grad, params[i]) for i in indices}
     return {i: grad for i, grad in placed.items() if grad is not params[i].grad}
 
 
@@ -694,11 +768,16 @@ def frobenius_norms(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tenso
     return [_over_processes(norm, like) if _is_dtensor(like) else norm for norm, like in pairs]
 
 
-def restore_norms(parts: Sequence[Tensor], likes: Sequence[Any], norms: Sequence[Tensor]) -> None:
-    """Scale to the norms that are given what has a finite factor for it."""
+def restore_norms(
+    parts: Sequence[Tensor], likes: Sequence[Any], norms: Sequence[Tensor]
+) -> list[Tensor]:
+    """Scale to the norms that are given what has a finite factor for it; return the factors."""
+    factors = []
     for part, norm, new_norm in zip(parts, norms, frobenius_norms(parts, likes), strict=True):
         factor = norm / new_norm
-        part.mul_(torch.where(factor.isfinite(), factor, 1.0))
+        factors.append(torch.where(factor.isfinite(), factor, 1.0))
+        part.mul_(factors[-1])
+    return factors
 
 
 def _over_processes(norm: Tensor, like: Any) -> Tensor:

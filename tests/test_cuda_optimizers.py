@@ -403,6 +403,14 @@ def test_frob_normalize(storage: str) -> None:
         optimizer.step()
     other.step()
     torch.testing.assert_close(on_cpu(optimizer), contents(other))
+    # Nor does a parameter that does not move take on its master's value.
+    (group,) = optimizer.param_groups
+    group["lr"] = torch.zeros((), device="cuda")
+    with torch.no_grad():
+        group["params"][0].fill_(7.0)
+    with no_synchronisation():
+        optimizer.step()
+    assert (group["params"][0] == 7.0).all()
 
 
 @pytest.mark.real

@@ -1,10 +1,14 @@
 """The optimizers: trajectories, options, and all that happens to an optimizer between steps."""
 
 import copy
+import functools
+import inspect
 import io
 import logging
 import math
 import pickle
+import typing
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from optimizers import (
 )
 from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, run_python, to_numpy
 from torch import Tensor
+from torch.nn import Parameter
 
 import emerging_optimizers
 from emerging_optimizers import Adam, AdamW, LaProp, Lion, ScalarOptimizer, Signum, _optimizer
@@ -36,6 +41,7 @@ from emerging_optimizers._rounding import (
     rounding_key,
 )
 
+Breaking = Callable[[ScalarOptimizer, Parameter, dict[str, Any]], None]
 HALVES = (torch.bfloat16, torch.float16)
 every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -762,6 +768,17 @@ def test_loaded_dtypes(setup: Setup, saved: torch.dtype, fused: bool | None) -> 
         run(other, other.param_groups[0]["params"], [2])
 
 
+def test_what_is_no_state_is_loaded_as_it_was_saved(fused: bool | None) -> None:
+    params = make_params()
+    optimizer = AdamW(params, state_dtype=torch.bfloat16, fused=fused)
+    run(optimizer, params, [1])
+    optimizer.state[params[0]]["extra"] = torch.tensor([1 + 2**20, 3])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    extra = optimizer.state[params[0]]["extra"]
+    assert extra.dtype == torch.int64
+    assert extra.tolist() == [1 + 2**20, 3]
+
+
 @every_optimizer
 def test_older_state_dicts(setup: Setup, fused: bool | None) -> None:
     params = make_params()
@@ -1011,6 +1028,12 @@ def test_shape_scaling_needs_matrices(fused: bool | None) -> None:
     assert_same([p.detach() for p in params], [p.detach() for p in make_params([(3, 4), (5,)])])
 
 
+def test_shape_scaling_of_an_empty_matrix(fused: bool | None) -> None:
+    params = make_params([(0, 0), (3, 4)])
+    run(Signum(params, use_shape_scaling=True, fused=fused), params, [1])
+    assert not torch.equal(params[1], make_params([(0, 0), (3, 4)])[1])
+
+
 @every_optimizer
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_parameter_that_is_in_a_group_twice(setup: Setup, fused: bool | None) -> None:
@@ -1084,12 +1107,213 @@ def test_counters_that_are_shared(setup: Setup, fused: bool | None) -> None:
     assert_same([p.detach() for p in params], [p.detach() for p in others])
 
 
+# What is wrong with one of several parameters, and the error that says so.
+def _replaced_state(make: Callable[[Tensor], Any], name: str = "exp_avg") -> Breaking:
+    def apply(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
+        optimizer.state[param][name] = make(optimizer.state[param][name])
+
+    return apply
+
+
+def _replaced_value(key: str, value: Any) -> Breaking:
+    return lambda optimizer, param, group: group.update({key: value})
+
+
+def _free(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def _expand(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
+    param.data = torch.ones(()).expand(param.shape)
+
+
+def _make_grad_complex(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
+    data, grad = param.data, param.grad
+    param.grad = None
+    param.data = data.to(torch.complex64)
+    assert grad is not None
+    param.grad = grad.to(torch.complex64)
+    param.data = data
+
+
+def _free_param(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
+    _free(param.data)
+
+
+def _free_grad(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
+    assert param.grad is not None
+    _free(param.grad)
+
+
+_BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
+    "expanded param": (_expand, ValueError, "a parameter overlaps itself"),
+    "freed param": (_free_param, ValueError, "a parameter has no memory"),
+    "freed grad": (_free_grad, ValueError, "a gradient has no memory"),
+    "complex grad": (_make_grad_complex, TypeError, "its gradient has dtype torch.complex64"),
+    "freed state": (_replaced_state(_free), ValueError, "state 'exp_avg' has no memory"),
+    "whole state": (_replaced_state(Tensor.long), TypeError, "'exp_avg' has dtype torch.int64"),
+    "complex state": (
+        _replaced_state(lambda state: state + 0j),
+        TypeError,
+        "'exp_avg' has dtype torch.complex64",
+    ),
+    "sparse state": (_replaced_state(Tensor.to_sparse), TypeError, "'exp_avg' has layout"),
+    "meta state": (_replaced_state(lambda state: state.to("meta")), ValueError, "is on meta"),
+    "expanded state": (
+        _replaced_state(lambda state: torch.zeros(()).expand(state.shape)),
+        ValueError,
+        "state 'exp_avg' overlaps itself",
+    ),
+    "inference state": (
+        _replaced_state(torch.inference_mode()(torch.clone)),
+        RuntimeError,
+        "state 'exp_avg' is an inference tensor",
+    ),
+    "no step": (
+        _replaced_state(lambda step: step * math.nan, "step"),
+        ValueError,
+        "state 'step' is nan",
+    ),
+    "negative step": (_replaced_state(Tensor.neg, "step"), ValueError, "state 'step' is -1"),
+    "two steps": (
+        _replaced_state(lambda step: step.expand(2), "step"),
+        ValueError,
+        "state 'step' has 2 elements",
+    ),
+    "lr": (_replaced_value("lr", "fast"), TypeError, "lr must be a number, not str"),
+    "two lrs": (_replaced_value("lr", torch.ones(2)), ValueError, "lr .*1"),
+    "weight decay": (_replaced_value("weight_decay", None), TypeError, "weight_decay must be a"),
+    "method": (_replaced_value("weight_decay_method", "none"), ValueError, "weight_decay_method"),
+    "betas": (_replaced_value("betas", (1.5, 0.9)), ValueError, r"betas\[0\] is 1.5"),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("what", _BREAKING)
+def test_errors_change_no_other_parameter_either(what: str, fused: bool | None) -> None:
+    """Neither one that comes before in the step, in its group or in another one, nor one after."""
+    params = make_params([(3, 4)] * 5)
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:4]}]
+    optimizer = AdamW([*groups, {"params": params[4:]}], lr=0.1, fused=fused)
+    run(optimizer, params, [1])
+    set_grads(params, 2)
+    others = [p for i, p in enumerate(params) if i != 2]
+    parts = [tensor for p in others for tensor in (p, *optimizer.state[p].values())]
+    before = [tensor.detach().clone() for tensor in parts]
+    apply, error, message = _BREAKING[what]
+    apply(optimizer, params[2], optimizer.param_groups[1])
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    now = [tensor for p in others for tensor in (p, *optimizer.state[p].values())]
+    assert_same([tensor.detach() for tensor in now], before)
+
+
+def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
+    grads = {
+        "bfloat16": torch.tensor([[1.0, -2.0, 3.0]] * 2).bfloat16(),
+        "float64": torch.tensor([[1.0, -2.0, 3.0]] * 2).double(),
+        "expanded": torch.full((1, 1), 3.0).expand(2, 3),
+        "strided": torch.arange(12.0).view(2, 6)[:, ::2],
+        "transposed": torch.arange(6.0).view(3, 2).t(),
+        "negated lazily": torch._neg_view(torch.ones(2, 3)),  # type: ignore[attr-defined]
+    }
+    for name, grad in grads.items():
+        params, others = make_params([(2, 3)]), make_params([(2, 3)])
+        optimizer = AdamW(params, lr=0.1, fused=fused)
+        other = AdamW(others, lr=0.1, fused=fused)
+        if fused is None and native is not None:
+            optimizer.param_groups[0]["fused"] = True  # where it can, that is everywhere here
+        params[0].grad_dtype = None  # type: ignore[attr-defined]
+        for _ in range(2):
+            params[0].grad = grad
+            others[0].grad = grad.float().clone(memory_format=torch.contiguous_format)
+            others[0].grad = others[0].grad.resolve_neg()
+            optimizer.step()
+            other.step()
+        torch.testing.assert_close(params, others, msg=name)
+        assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
+        assert params[0].grad is grad
+
+
+@every_optimizer
+@pytest.mark.parametrize("lies", ["contiguous", "transposed"])
+def test_a_step_allocates_nothing(setup: Setup, lies: str) -> None:
+    if native is None:
+        pytest.skip("no native kernels")
+    for dtype, options in (
+        (torch.float32, {}),
+        (torch.complex64, {}),
+        (torch.bfloat16, {"master_weights": True}),
+        (torch.float16, {"stochastic_rounding": True, "state_dtype": torch.float32}),
+    ):
+        (value,) = make_params([(64, 200)], dtype)
+        param = Parameter(value.detach() if lies == "contiguous" else value.detach().t())
+        optimizer = setup.make([param], weight_decay=0.1, fused=True, **options)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            optimizer.step(grad_multiplier=0.5)
+        events = profile.function_events
+        allocated = sum(max(0, event.self_cpu_memory_usage) for event in events)
+        assert allocated < 100, (dtype, allocated)  # a seed
+
+
+_SIGNATURES = {
+    "Adam": "lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False, *,"
+    " correct_bias=True, nesterov=False, weight_decay_method='l2', decoupled_weight_decay=False,"
+    " foreach=None",
+    "AdamW": "lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, *,"
+    " correct_bias=True, nesterov=False, weight_decay_method='decoupled', foreach=None",
+    "AdEMAMix": "lr=0.001, betas=(0.9, 0.999, 0.9999), eps=1e-08, weight_decay=0.0, *, alpha=5.0,"
+    " num_beta_slow_warmup_steps=None, num_alpha_warmup_steps=None, correct_bias=True,"
+    " weight_decay_method='decoupled'",
+    "LaProp": "lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, *, correct_bias=True,"
+    " frob_normalize=False, weight_decay_method='decoupled'",
+    "Lion": "lr=0.0001, betas=(0.9, 0.99), weight_decay=0.01, *, weight_decay_method='decoupled'",
+    "Signum": "lr=0.001, momentum=0.9, weight_decay=0.0, *, correct_bias=True, nesterov=False,"
+    " use_shape_scaling=False, weight_decay_method='decoupled'",
+    "SimplifiedAdEMAMix": "lr=0.001, betas=(0.9999, 0.999), eps=1e-08, weight_decay=0.0, *,"
+    " correct_bias=True, num_beta_fast_warmup_steps=None, min_beta_fast=0.9, alpha=2.0,"
+    " weight_decay_method='decoupled'",
+}
+
+
+@pytest.mark.parametrize("name", _SIGNATURES)
+def test_signatures(name: str) -> None:
+    cls = getattr(emerging_optimizers, name)
+    assert getattr(emerging_optimizers.scalar_optimizers, name) is cls
+    parameters = inspect.signature(cls).parameters.values()
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    assert str(inspect.Signature(plain)) == f"(params, {_SIGNATURES[name]}, **options)"
+    options = typing.get_type_hints(_optimizer.SharedOptions)
+    assert set(options) <= set(cls(make_params()).defaults)
+
+
+def test_lr_0_leaves_every_bit(fused: bool | None) -> None:
+    """Numbers that are none and have a payload, a denormal one, both zeros."""
+    bits = torch.tensor([0x7F800001, 0x7FC00001, -0x3FFFFF, 1, 0, -(2**31)], dtype=torch.int32)
+    for dtype, values in (
+        (torch.float32, bits),
+        (torch.bfloat16, (bits >> 16).to(torch.int16)),
+        (torch.bfloat16, torch.tensor([0x7F81, 0x7FC1, -1, 1, 0, -(2**15)], dtype=torch.int16)),
+    ):
+        params = [Parameter(values.clone().view(dtype))]
+        for options in ({}, {"master_weights": True}):
+            optimizer = LaProp(params, lr=0.0, frob_normalize=True, fused=fused, **options)
+            run(optimizer, params, [1, 2])
+            assert torch.equal(params[0].detach().view(values.dtype), values)
+
+
 @every_half
+@pytest.mark.parametrize(
+    "make", [AdamW, functools.partial(LaProp, frob_normalize=True)], ids=["AdamW", "LaProp"]
+)
 def test_lr_0_leaves_a_parameter_whatever_its_master(
-    dtype: torch.dtype, fused: bool | None
+    make: Any, dtype: torch.dtype, fused: bool | None
 ) -> None:
     params = make_params(dtype=dtype)
-    optimizer = AdamW(params, master_weights=True, fused=fused)
+    optimizer = make(params, master_weights=True, fused=fused)
     run(optimizer, params, [1])
     with torch.no_grad():
         params[0].fill_(7.0)
@@ -1202,6 +1426,17 @@ def work(rank, file):
             for name, state in optimizer.state[p].items():
                 if name != "step":
                     assert isinstance(state, DTensor) and list(state.placements) == where, name
+        name = list(optimizer.state[params[1]])[-1]
+        before = [p.full_tensor().clone() for p in params]
+        for wrong in (torch.zeros(5, 4), distribute_tensor(torch.zeros(5, 4), mesh, [Shard(0)])):
+            optimizer.state[params[1]][name] = wrong
+            try:
+                optimizer.step()
+            except (TypeError, ValueError) as error:
+                assert f"state {name!r}" in str(error), error
+            else:
+                raise AssertionError("no error")
+        assert all(torch.equal(p.full_tensor(), q) for p, q in zip(params, before))
     if rank == 0:
         print("done")
     dist.destroy_process_group()

@@ -210,10 +210,12 @@ class LaProp(ScalarOptimizer):
     def _native_step(
         self, positions: Sequence[int], arguments: StepArguments
     ) -> list[Collection[int]]:
+        # Where lr is 0, not even a product with 1 is for a parameter's bits.
         normalized = [
             (i, j)
             for i, group in enumerate(self.param_groups)
-            if group["frob_normalize"] and self._has_native_step(group)
+            if group["frob_normalize"] and not _is_zero(group["lr"])
+            if self._has_native_step(group)
             for j, param in enumerate(group["params"])
             if param.grad is not None
         ]
@@ -223,12 +225,15 @@ class LaProp(ScalarOptimizer):
         done = [k for k, (i, j) in enumerate(normalized) if j not in left[i]]
         if done:
             weights = [self._weight(*normalized[k]) for k in done]  # masters may be new
-            restore_norms(list(map(as_local, weights)), weights, [norms[k] for k in done])
-            for k, weight in zip(done, weights, strict=True):
+            wanted = [norms[k] for k in done]
+            factors = restore_norms(list(map(as_local, weights)), weights, wanted)
+            for k, weight, factor in zip(done, weights, factors, strict=True):
                 i, j = normalized[k]
                 param = self.param_groups[i]["params"][j]
                 if weight is not param:
-                    as_local(param).copy_(as_local(weight))
+                    # A master that did not move, as where a device's lr is 0, leaves its parameter.
+                    part, rounded = as_local(param), as_local(weight).to(param.dtype)
+                    part.copy_(torch.where(factor == 1.0, part, rounded))
         return left
 
     def _weight(self, i: int, j: int) -> Tensor:
@@ -239,3 +244,8 @@ class LaProp(ScalarOptimizer):
         if has_master(group, param):
             weight = self.state.get(param, {}).get(MASTER, param)
         return weight
+
+
+def _is_zero(lr: Any) -> bool:
+    """Return whether the host knows that a learning rate is 0."""
+    return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)

@@ -192,4 +192,6 @@ class Signum(ScalarOptimizer):
 
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
         # By the parameter's own shape: the formula would see a shard's, or a complex one's parts.
-        return 2 / (param.shape[0] + param.shape[1]) if group["use_shape_scaling"] else 1.0
+        if not group["use_shape_scaling"] or param.numel() == 0:
+            return 1.0
+        return 2 / (param.shape[0] + param.shape[1])
