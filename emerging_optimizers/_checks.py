@@ -138,12 +138,28 @@ def list_name(name: str, single: bool) -> str:
     return name if single or name == "out" else f"{name}s"
 
 
-def _position_name(name: str, position: int, single: bool) -> str:
+def position_name(name: str, position: int, single: bool) -> str:
+    """Spell the name of what is at a position: ``exp_avg``, or ``exp_avgs[3]`` of a list."""
     return name if single else f"{list_name(name, single)}[{position}]"
 
 
 def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling: bool) -> None:
     """Raise for tensors that no rule can be applied to. The gradient comes first."""
+    check_lengths(operands, single)
+    grads = operands[0]
+    for position in range(len(grads.tensors)):
+        _check_position(operands, position, single)
+        grad = grads.tensors[position]
+        if grad.is_meta != grads.tensors[0].is_meta:
+            _check_device(grads, position, grads, 0, single)
+        if use_shape_scaling:
+            check_is_matrix(grads, position, single)
+    if not torch.compiler.is_compiling():
+        _check_aliases(operands, single)
+
+
+def check_lengths(operands: Sequence[Operand], single: bool) -> None:
+    """Raise for lists that are not as long as the gradients'."""
     grads = operands[0]
     for operand in operands:
         if len(operand.tensors) != len(grads.tensors):
@@ -151,23 +167,21 @@ def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling:
                 f"{list_name(operand.name, single)} has {len(operand.tensors)} tensors but"
                 f" {list_name(grads.name, single)} has {len(grads.tensors)}"
             )
-    for position in range(len(grads.tensors)):
-        _check_position(operands, position, single)
-        grad = grads.tensors[position]
-        if grad.is_meta != grads.tensors[0].is_meta:
-            _check_device(grads, position, grads, 0, single)
-        if use_shape_scaling and grad.dim() != 2:
-            raise ValueError(
-                f"{_position_name('grad', position, single)} has {grad.dim()} dimensions;"
-                " use_shape_scaling needs 2"
-            )
-    if not torch.compiler.is_compiling():
-        _check_aliases(operands, single)
+
+
+def check_is_matrix(grads: Operand, position: int, single: bool) -> None:
+    """Raise for a gradient whose update has no shape to be scaled by."""
+    num_dimensions = grads.tensors[position].dim()
+    if num_dimensions != 2:
+        raise ValueError(
+            f"{position_name(grads.name, position, single)} has {num_dimensions} dimensions;"
+            " use_shape_scaling needs 2"
+        )
 
 
 def check_storage(name: str, tensor: Tensor, position: int, single: bool) -> None:
     """Raise for a layout or a dtype that cannot be computed with."""
-    name = _position_name(name, position, single)
+    name = position_name(name, position, single)
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
         raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
@@ -194,24 +208,19 @@ def _check_device(
     if tensor.device != beside.device:
         error = ValueError if tensor.is_meta == beside.is_meta else TypeError
         raise error(
-            f"{_position_name(operand.name, position, single)} is on {tensor.device} but"
-            f" {_position_name(other.name, other_position, single)} is on {beside.device}"
+            f"{position_name(operand.name, position, single)} is on {tensor.device} but"
+            f" {position_name(other.name, other_position, single)} is on {beside.device}"
         )
 
 
 def _check_position(operands: Sequence[Operand], position: int, single: bool) -> None:
-    grad = operands[0].tensors[position]
     for operand in operands:
         check_storage(operand.name, operand.tensors[position], position, single)
     for operand in operands:
         tensor = operand.tensors[position]
-        name = _position_name(operand.name, position, single)
+        name = position_name(operand.name, position, single)
         _check_device(operand, position, operands[0], position, single)
-        if tensor.shape != grad.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} but"
-                f" {_position_name('grad', position, single)} has shape {tuple(grad.shape)}"
-            )
+        check_shape(operand, position, operands[0], single)
         if not torch.compiler.is_compiling() and has_no_memory(tensor):
             raise ValueError(f"{name} has no memory: its storage was resized to 0")
         if operand.in_place and tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -224,6 +233,16 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
                 f" {tuple(tensor.shape)} and strides {tensor.stride()}), so it cannot be modified"
                 " in place; pass a copy of it (.clone())"
             )
+
+
+def check_shape(operand: Operand, position: int, grads: Operand, single: bool) -> None:
+    """Raise for a shape that is not the gradient's."""
+    shape, grad_shape = operand.tensors[position].shape, grads.tensors[position].shape
+    if shape != grad_shape:
+        raise ValueError(
+            f"{position_name(operand.name, position, single)} has shape {tuple(shape)} but"
+            f" {position_name(grads.name, position, single)} has shape {tuple(grad_shape)}"
+        )
 
 
 def has_no_memory(tensor: Tensor) -> bool:
@@ -278,8 +297,8 @@ def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
                 and other.stride() == tensor.stride()
             ):
                 continue
-            this = _position_name(operand.name, position, single)
-            that = _position_name(name, other_position, single)
+            this = position_name(operand.name, position, single)
+            that = position_name(name, other_position, single)
             raise ValueError(
                 f"{this} starts at the same element as {that}, and {that} is modified in place;"
                 " pass a different tensor for each (only `out` may be `grad`)"
@@ -298,7 +317,7 @@ def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{_position_name(name, position, False)} must be a Tensor, not"
+                f"{position_name(name, position, False)} must be a Tensor, not"
                 f" {type(tensor).__name__}"
             )
     return False, tensors

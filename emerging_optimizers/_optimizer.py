@@ -1,7 +1,6 @@
 """What the optimizers share: everything but the rule, its hyperparameters and its documentation."""
 
 import math
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
@@ -12,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import _checks
+from ._dtensor import increment_versions, is_dtensor, whole
 from ._native import native
 from ._rounding import (
     draw_seed,
@@ -388,13 +388,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
                         f" capturable=True (param_groups[{i}] has False)"
                     )
         # A GradScaler sets these for the duration of the call.
-        grad_scale = _whole(getattr(self, "grad_scale", None))
-        found_inf = _whole(getattr(self, "found_inf", None))
+        grad_scale = whole(getattr(self, "grad_scale", None))
+        found_inf = whole(getattr(self, "found_inf", None))
         if found_inf is not None and not found_inf.is_cuda and float(found_inf) != 0.0:
             return
         draws = any(group["stochastic_rounding"] for group in self.param_groups)
         seed = draw_seed() if draws else 0
-        arguments = StepArguments(_whole(grad_multiplier), grad_scale, found_inf, seed)
+        arguments = StepArguments(whole(grad_multiplier), grad_scale, found_inf, seed)
         sizes = (len(group["params"]) for group in self.param_groups)
         positions = list(accumulate(sizes, initial=0))
         left = self._native_step(positions, arguments)
@@ -464,7 +464,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             None,
             position,
             False,
-            _whole(group["lr"]),
+            whole(group["lr"]),
             group["weight_decay"],
             group["weight_decay_method"],
             bool(group["maximize"]),
@@ -517,7 +517,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
             return
         factor = _grad_factor(group, arguments)
-        lr = float(_whole(group["lr"]))
+        lr = float(whole(group["lr"]))
         for i in indices:
             param = group["params"][i]
             self._plain_update(group, param, lr, factor, first_position + i, arguments.seed)
@@ -538,6 +538,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         target = state[MASTER] if has_master(group, param) else param
         values = as_local(target)
         states = [as_local(state[name]) for name in self._rule.states]
+        increment_versions([param, target, *(state[name] for name in self._rule.states)])
         assert param.grad is not None
         grad = as_local(_placed_like(param.grad, param))
 
@@ -610,7 +611,7 @@ def _check_numbers(group: dict[str, Any]) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     for name in ("lr", "weight_decay"):
-        _checks.read_number(name, _whole(group[name]))
+        _checks.read_number(name, whole(group[name]))
     _check_method(group)
 
 
@@ -647,7 +648,7 @@ def _check_beside(name: str, tensor: Tensor, param: Tensor) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
     if tensor.device != param.device:
         raise ValueError(f"a parameter is on {param.device} but {name} is on {tensor.device}")
-    if _is_dtensor(tensor) != _is_dtensor(param):
+    if is_dtensor(tensor) != is_dtensor(param):
         raise TypeError(
             f"a parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
         )
@@ -699,26 +700,13 @@ def _settle_state(
         state.pop(MASTER, None)  # it would go stale
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    # Imported only where someone else did: it takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _counter(step: float, device: torch.device) -> Tensor:
     # Not from a number in the host's memory, for which a device would be waited for.
     return torch.full((), step, dtype=torch.float32, device=device)
 
 
-def _whole(value: Any) -> Any:
-    """Return a number; a DTensor as the tensor that all processes have parts of."""
-    if not isinstance(value, Tensor) or not _is_dtensor(value):
-        return value
-    return value.full_tensor()  # type: ignore[attr-defined]
-
-
 def _local_part(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if _is_dtensor(tensor) else tensor
+    local: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return local
 
 
@@ -732,21 +720,21 @@ def as_local(tensor: Tensor) -> Tensor:
 
 
 def _is_placed_like(tensor: Any, param: Any) -> bool:
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return True
     return bool(tensor.device_mesh == param.device_mesh and tensor.placements == param.placements)
 
 
 def _placed_like(grad: Any, param: Any) -> Any:
     """Return a gradient that lies as the parameter does: redistributed, or negated at last."""
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return grad.resolve_neg() if grad.is_neg() else grad
     if grad.device_mesh != param.device_mesh:
         from torch.distributed.tensor import DTensor, Replicate
 
         mesh = param.device_mesh
-        whole = grad.full_tensor()
-        grad = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        everywhere = [Replicate()] * mesh.ndim
+        grad = DTensor.from_local(grad.full_tensor(), mesh, everywhere, run_check=False)
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return grad
@@ -765,7 +753,7 @@ def frobenius_norms(parts: Sequence[Tensor], likes: Sequence[Any]) -> list[Tenso
     """Return norms in float64: of the parts, over all processes where `likes` are DTensors."""
     norms = torch._foreach_norm(list(parts), 2, torch.float64)
     pairs = zip(norms, likes, strict=True)
-    return [_over_processes(norm, like) if _is_dtensor(like) else norm for norm, like in pairs]
+    return [_over_processes(norm, like) if is_dtensor(like) else norm for norm, like in pairs]
 
 
 def restore_norms(

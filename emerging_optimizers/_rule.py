@@ -8,12 +8,13 @@ kernels (another device, or nothing compiled), the plain formula is applied posi
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _dtensor
 from ._checks import Operand, Step, WarmupSteps
 from ._native import native
 
@@ -83,6 +84,8 @@ class Rule:
         if _fallbacks is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
+        self.meet_dtensors = self._way_to_meet_dtensors()
+        self.meet_dtensors()
 
     def door(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return the function that a wrapper calls, with all its arguments and then ``out``."""
@@ -91,11 +94,27 @@ class Rule:
         eager = getattr(native, f"{self.name}_update")
         traced = self._call
         is_compiling = torch.compiler.is_compiling
+        meet_dtensors = self.meet_dtensors
 
         def enter(*arguments: Any) -> Any:
+            meet_dtensors()
             return traced(*arguments) if is_compiling() else eager(*arguments)
 
         return enter
+
+    def _way_to_meet_dtensors(self) -> Callable[[], None]:
+        """Return what tells the operator about DTensors, as soon as there can be any."""
+        are_met = native is None  # there is no operator
+
+        def meet_dtensors() -> None:
+            nonlocal are_met
+            if not are_met and _dtensor.are_imported():
+                _dtensor.register(self._operator, self._operate_on_parts)
+                are_met = True
+
+        # To be done while a call is traced, not by its graph.
+        meet_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        return meet_dtensors
 
     def _call(self, *arguments: Any) -> Any:
         """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
@@ -116,10 +135,13 @@ class Rule:
             out = updates[0] if single else updates
         else:
             updates = self._read_beside(grads, single, "out", out)
+        operands = self._operands([grads, *states, updates])
         if native is not None and grads:
-            self._operator(updates, grads, *states, *options.values(), step_tensor=step_tensor)
+            self._operate(operands, options, step_tensor, single)
+        elif any(map(_dtensor.is_dtensor, chain(grads, *states, updates))):
+            self._apply_to_parts(self._apply, operands, options, step_tensor, single)
         else:
-            self._apply(updates, grads, states, options, step_tensor, single)
+            self._apply(operands, options, step_tensor, single)
         return out
 
     @staticmethod
@@ -169,20 +191,72 @@ class Rule:
         if self._check is not None:
             self._check(**options)
 
+    def _operands(self, lists: Sequence[list[Tensor]]) -> list[Operand]:
+        # The update comes last: where the user passed none, it was made to fit the first state.
+        names = ["grad", *self.states, "out"]
+        return [
+            Operand(name, tensors, name != "grad")
+            for name, tensors in zip(names, lists, strict=True)
+        ]
+
     def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """Serve as the operator's kernel: all its arguments, in the order of its schema."""
+        self._apply(*self._read_operator(arguments), step_tensor, self._is_single())
+
+    def _operate_on_parts(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+        """Serve as the operator's kernel for DTensors, likewise."""
+        operands, options = self._read_operator(arguments)
+        self._apply_to_parts(self._operate, operands, options, step_tensor, self._is_single())
+
+    def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
         num_lists = 2 + len(self.states)
-        updates, grads, *states = arguments[:num_lists]
+        updates, *lists = arguments[:num_lists]
         options = dict(zip(self.options, arguments[num_lists:], strict=True))
-        single = native is not None and native.is_single_tensor_call()
-        self._apply(updates, grads, states, options, step_tensor, single)
+        return self._operands([*lists, updates]), options
+
+    @staticmethod
+    def _is_single() -> bool:
+        return native is not None and bool(native.is_single_tensor_call())
+
+    def _operate(
+        self,
+        operands: Sequence[Operand],
+        options: dict[str, Any],
+        step_tensor: Tensor | None,
+        single: bool,
+    ) -> None:
+        *lists, updates = (operand.tensors for operand in operands)
+        self._operator(updates, *lists, *options.values(), step_tensor=step_tensor)
+
+    def _apply_to_parts(
+        self,
+        apply: Callable[[Sequence[Operand], dict[str, Any], Tensor | None, bool], None],
+        operands: Sequence[Operand],
+        options: dict[str, Any],
+        step_tensor: Tensor | None,
+        single: bool,
+    ) -> None:
+        """Apply to this process's parts of DTensors."""
+        is_scaled = options.get("use_shape_scaling", False)
+        if is_scaled:
+            # By the whole shapes, below.
+            options = options | {"use_shape_scaling": False}
+            for position in range(len(operands[0].tensors)):
+                _checks.check_is_matrix(operands[0], position, single)
+        parts = _dtensor.parts_of(operands, single)
+        apply(parts, options, _dtensor.whole(step_tensor), single)
+        if is_scaled:
+            lists = (part.tensors for part in parts)
+            for whole, *read, update in zip(operands[0].tensors, *lists, strict=True):
+                # Of a sign, which any type holds.
+                scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(whole.shape))
+                store(update, scaled)
+        _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 
     @torch.no_grad()
     def _apply(
         self,
-        updates: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
+        operands: Sequence[Operand],
         options: dict[str, Any],
         step_tensor: Tensor | None,
         single: bool,
@@ -191,21 +265,16 @@ class Rule:
             value = _checks.read_step_tensor(step_tensor)
             options = options | {"step": _checks.read_whole_number("step", value, "an int")}
         self.check_options(options)
-        operands = [Operand("grad", grads, False)]
-        operands += [
-            Operand(name, state, True) for name, state in zip(self.states, states, strict=True)
-        ]
-        # The update comes last: where the user passed none, it was made to fit the first state.
-        operands.append(Operand("out", updates, True))
         _checks.check_operands(operands, single, options.get("use_shape_scaling", False))
-        for update, grad, *state in zip(updates, grads, *states, strict=True):
+        lists = (operand.tensors for operand in operands)
+        for grad, *states, update in zip(*lists, strict=True):
             if grad.numel() == 0:
                 continue
             if grad.device.type in _NATIVE_DEVICES:
-                lists = [[tensor] for tensor in (update, grad, *state)]
-                self._operator(*lists, *options.values())
+                row = [[tensor] for tensor in (update, grad, *states)]
+                self._operator(*row, *options.values())
             else:
-                self._apply_formula(update, grad, state, options)
+                self._apply_formula(update, grad, states, options)
 
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], options: dict[str, Any]
@@ -214,14 +283,23 @@ class Rule:
 
     def compute_update(self, grad: Tensor, states: list[Tensor], options: dict[str, Any]) -> Tensor:
         """Apply the formula in float32 or float64; return the update as that, a new tensor."""
-        is_double = any(tensor.dtype == torch.float64 for tensor in (grad, *states))
-        real = torch.float64 if is_double else torch.float32
+        real = _arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **options)
         for state, wide in zip(states, widened, strict=True):
             if wide is not state:
                 store(state, wide)
         return update
+
+
+def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
+    is_double = any(tensor.dtype == torch.float64 for tensor in read)
+    return torch.float64 if is_double else torch.float32
+
+
+def shape_scale(shape: Sequence[int]) -> float:
+    """Return the factor of a matrix's update where shapes scale updates."""
+    return 2 / (shape[0] + shape[1])
 
 
 def store(target: Tensor, values: Tensor) -> None:

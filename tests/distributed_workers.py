@@ -1,9 +1,6 @@
 """What each process of a distributed test does: `processes.launch` names the function."""
 
-import os
-import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -239,22 +236,3 @@ def resume_checkpoints(rank: int, folder: Path) -> None:
                 torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6)
             else:
                 assert_equal_bits(full(p), full(q), name)
-
-
-def main() -> None:
-    worker, folder, *arguments = sys.argv[1:]
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{os.environ['STORE']}",
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=60),
-    )
-    globals()[worker](rank, Path(folder), *arguments)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

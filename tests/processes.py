@@ -1,65 +1,113 @@
 """Runs workers in several real processes that talk over gloo."""
 
-import contextlib
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import emerging_optimizers
 
+# What all workers need is imported once, by a server that they are forked from.
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["distributed_workers", "dtensor_workers", "torch._dynamo"])
 
-def launch(worker: str, world_size: int, folder: Path, *arguments: str, timeout: int = 240) -> None:
-    """Run a function of `distributed_workers` in each of `world_size` processes.
+KILLED = -9
+
+
+def launch(
+    worker: str,
+    world_size: int,
+    folder: Path,
+    *arguments: str,
+    timeout: int = 240,
+    exit_codes: Sequence[int] | None = None,
+) -> None:
+    """Run a function in each of `world_size` processes.
 
     All are killed where one fails or time is up; the error has what each of them wrote.
 
     Args:
-        worker: The function's name.
+        worker: The function's name, after that of its module if this is not `distributed_workers`.
         world_size: Number of processes.
         folder: Passed on, for files that outlive the processes.
         *arguments: Passed on.
         timeout: Seconds.
+        exit_codes: What the processes should end with, if not 0 each: `KILLED` for one that is, and
+            for those that this leaves waiting.
     """
+    expected = list(exit_codes or [0] * world_size)
+    module, _, name = worker.rpartition(".")
     here = Path(__file__).parent
     path = os.pathsep.join([str(Path(emerging_optimizers.__file__).parent.parent), str(here)])
-    with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as stack:
-        outputs = [
-            stack.enter_context(Path(store, f"rank{rank}").open("w+")) for rank in range(world_size)
-        ]
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch, "store")
+        outputs = [Path(scratch, f"rank{rank}") for rank in range(world_size)]
+        function = (module or "distributed_workers", name, str(folder), *arguments)
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "distributed_workers", worker, str(folder), *arguments],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": path,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "STORE": str(Path(store, "store")),
-                    "OMP_NUM_THREADS": "1",
-                },
-                stdout=outputs[rank],
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            _FORK.Process(target=_work, args=(rank, world_size, store, outputs[rank], *function))
             for rank in range(world_size)
         ]
+        with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+            for process in processes:
+                process.start()
         deadline = time.monotonic() + timeout
         try:
-            while any(process.poll() is None for process in processes):
-                failed = any(process.poll() not in (None, 0) for process in processes)
+            while any(process.is_alive() for process in processes):
+                failed = any(process.exitcode not in (None, 0) for process in processes)
                 if failed or time.monotonic() > deadline:
                     break
-                time.sleep(0.05)
+                time.sleep(0.02)
         finally:
-            codes = [process.poll() for process in processes]
+            codes = [process.exitcode for process in processes]
             for process in processes:
                 process.kill()
-                process.wait()
-        written = []
-        for rank, output in enumerate(outputs):
-            output.seek(0)
-            written.append(f"--- rank {rank}, exit status {codes[rank]}\n{output.read()}")
-        assert codes == [0] * world_size, "\n".join(written)
+                process.join()
+        if exit_codes is not None:
+            codes = [process.exitcode for process in processes]
+        written = [
+            f"--- rank {rank}, exit status {codes[rank]}\n{output.read_text()}"
+            for rank, output in enumerate(outputs)
+            if output.exists()
+        ]
+        assert codes == expected, "\n".join(written)
+
+
+def _work(
+    rank: int,
+    world_size: int,
+    store: Path,
+    output: Path,
+    module: str,
+    name: str,
+    folder: str,
+    *arguments: str,
+) -> None:
+    """Be such a process: join the others, and call the function."""
+    file = output.open("w")
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
+        getattr(importlib.import_module(module), name)(rank, Path(folder), *arguments)
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

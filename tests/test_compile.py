@@ -1,15 +1,18 @@
 """The operators inside PyTorch: opcheck, torch.compile, torch.export, and the dispatcher's keys."""
 
 import copy
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import RULES, Rule
 from support import assert_equal_bits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Compiling warns of what torch itself still uses.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -137,6 +140,37 @@ def test_errors_keep_their_type_when_compiled(rule: Rule) -> None:
     compiled = torch.compile(lambda: rule.function(*lists, **at_step(rule, 3)), backend="eager")
     with pytest.raises(ValueError, match=r"has shape \(3, 3\) but grads\[2\] has shape"):
         compiled()
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    store = tmp_path_factory.mktemp("mesh") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_compiled_on_dtensors(rule: Rule, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    placements = (Shard(0), Replicate(), Shard(1))
+    wholes = make_lists(rule)
+    lists = [
+        [distribute_tensor(t.clone(), mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
+        for tensors in wholes
+    ]
+    # Redistributed, in the graph; and a position of plain tensors.
+    lists[0][1] = DTensor.from_local(wholes[0][1].clone(), mesh, [Partial()])
+    for tensors, whole in zip(lists, wholes, strict=True):
+        tensors[2] = whole[2].clone()
+    compiled = torch.compile(rule.function, fullgraph=True, backend="aot_eager")
+    updates = compiled(*lists, **at_step(rule, 3))
+    assert [isinstance(update, DTensor) for update in updates] == [True, True, False]
+    wanted = rule.function(*wholes, **at_step(rule, 3))
+    for got, expected in zip([updates, *lists], [wanted, *wholes], strict=True):
+        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in got]
+        assert_equal_lists(whole, expected)
 
 
 def test_meta_tensors(rule: Rule) -> None:

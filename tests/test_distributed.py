@@ -27,3 +27,7 @@ def test_checkpoints_of_other_world_sizes(tmp_path: Path) -> None:
     launch("save_checkpoints", 4, tmp_path)
     for world_size in (2, 1):
         launch("resume_checkpoints", world_size, tmp_path)
+
+
+def test_functions_on_dtensors(tmp_path: Path) -> None:
+    launch("dtensor_workers.update_dtensors", 2, tmp_path)

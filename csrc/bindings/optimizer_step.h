@@ -249,6 +249,7 @@ class GroupStep {
   // Tells autograd what is about to be modified.
   void bump_versions() {
     for (size_t i = 0; i < num_modified_; ++i) modified_[i]->bump_version();
+    for (c10::TensorImpl* const whole : wholes_) whole->bump_version();
   }
 
   // What keeps all memory alive.
@@ -283,6 +284,7 @@ class GroupStep {
     PyObject* step_object;
     std::array<PyObject*, kNumStates<Rule> + 1> states;  // and the master
     bool has_master;
+    bool is_distributed;
     bool is_complete;  // whether there is something of everything
     const at::Tensor* step;
     std::array<const at::Tensor*, kOperands> operands;
@@ -407,6 +409,7 @@ class GroupStep {
       c.operands[kFirstState + s] = tensor_of(c.states[s]);
     }
     if (c.has_master) c.operands[kOwn] = tensor_of(c.states.back());
+    c.is_distributed = whole.has_value();
     whole.reset();  // a counter is a tensor of each process
     c.step = tensor_of(c.step_object);
     c.is_complete = c.step != nullptr;
@@ -502,7 +505,20 @@ class GroupStep {
       if (k == kGrad || (k == kOwn && c.operands[k] == c.operands[kUpdate])) continue;
       modified_[num_modified_++] = c.operands[k]->unsafeGetTensorImpl();
     }
+    if (c.is_distributed) keep_wholes(c);
     return true;
+  }
+
+  // A DTensor has a version counter beside that of its part.
+  void keep_wholes(const Candidate& c) {
+    const auto keep = [&](PyObject* object) {
+      c10::TensorImpl* const impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+      if (!impl->is_inference()) wholes_.push_back(impl);
+    };
+    keep(c.object);
+    for (PyObject* const state : c.states) {
+      if (state != nullptr) keep(state);
+    }
   }
 
   bool needs_device() const {
@@ -560,6 +576,7 @@ class GroupStep {
   std::vector<py::object> alive_;                  // objects that nothing else may hold
   std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
   size_t num_read_ = 0, num_modified_ = 0;         // these
+  std::vector<c10::TensorImpl*> wholes_;           // the DTensors among what is modified
 };
 
 }  // namespace emopt

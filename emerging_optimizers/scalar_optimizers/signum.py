@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from .._checks import Beta, Step
 from .._optimizer import ScalarOptimizer, SharedOptions
-from .._rule import Rule
+from .._rule import Rule, shape_scale
 from .._schedules import bias_correction
 
 
@@ -31,7 +31,7 @@ def _signum(
     else:
         update = exp_avg.sign()
     if use_shape_scaling:
-        update.mul_(2 / (grad.shape[0] + grad.shape[1]))
+        update.mul_(shape_scale(grad.shape))
     return update
 
 
@@ -194,4 +194,4 @@ class Signum(ScalarOptimizer):
         # By the parameter's own shape: the formula would see a shard's, or a complex one's parts.
         if not group["use_shape_scaling"] or param.numel() == 0:
             return 1.0
-        return 2 / (param.shape[0] + param.shape[1])
+        return shape_scale(param.shape)

@@ -1,0 +1,240 @@
+"""What each process of a test of the functions on DTensors does."""
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_workers import full
+from oracle import RULES, Rule
+from support import Case, assert_equal_bits
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from emerging_optimizers import _rule
+
+SHAPES = [(3, 2), (4, 7), (5, 3), (1, 4), (6, 2), (2, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float16]
+
+
+@functools.cache
+def meshes() -> tuple[DeviceMesh, DeviceMesh]:
+    return init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+
+
+def place(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """Distribute what all processes have."""
+    return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None)
+
+
+def part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Placed:
+    """Lists of DTensors and a plain tensor, beside the same tensors on one process."""
+
+    def __init__(self, rule: Rule, grads_placed_otherwise: bool = False) -> None:
+        line, plane = meshes()
+        # The last one stays a plain tensor; of the one with one row, one process has nothing.
+        where: list[Any] = [
+            (line, [Replicate()]),
+            (line, [Shard(0)]),
+            (line, [Shard(1)]),
+            (line, [Shard(0)]),
+            (plane, [Replicate(), Shard(0)]),
+            None,
+        ]
+        names = ("grad", *rule.states, "out")
+        generator = torch.Generator().manual_seed(7)
+        self.whole = {
+            name: [
+                torch.rand(shape, generator=generator).to(torch.float32 if i == 1 else dtype)
+                for shape, dtype in zip(SHAPES, DTYPES, strict=True)
+            ]
+            for i, name in enumerate(names)
+        }
+        self.placed: dict[str, list[Any]] = {
+            name: [
+                t.clone() if w is None else place(t, *w)
+                for t, w in zip(tensors, where, strict=True)
+            ]
+            for name, tensors in self.whole.items()
+        }
+        if grads_placed_otherwise:
+            first = dist.get_rank() == 0
+            grads = self.placed["grad"]
+            for i, whole in enumerate(self.whole["grad"][:4]):
+                share = whole.clone() if first else torch.zeros_like(whole)
+                grads[i] = DTensor.from_local(share, line, [Partial()])
+            grads[2] = place(self.whole["grad"][2], line, [Shard(0)])
+            grads[3] = place(self.whole["grad"][3], line, [Replicate()])
+            grads[4] = place(self.whole["grad"][4], plane, [Shard(1), Shard(0)])
+
+    def states(self) -> list[str]:
+        return list(self.whole)[1:-1]
+
+    def call(self, rule: Rule, case: Case, form: str) -> tuple[list[Any], list[Tensor]]:
+        """Call on both; return the updates."""
+        results: list[Any] = []
+        for lists in (self.placed, self.whole):
+            *arguments, out = lists.values()
+            if form == "single":
+                results.append([rule.function(*row, **case) for row in zip(*arguments)])  # noqa: B905
+                continue
+            if form == "list":
+                out = None
+            elif form == "out is grad":
+                out = arguments[0]
+            results.append(rule.function(*arguments, **case, out=out))
+            if out is not None:
+                assert results[-1] is out
+        return results[0], results[1]
+
+
+def without_native() -> AbstractContextManager[Any]:
+    """Lead calls past the compiled module."""
+    patches = [mock.patch.object(_rule, "native", None)]
+    for name in RULES:
+        module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
+        patches.append(mock.patch.object(module, "_enter", module._RULE._call))
+    stack = ExitStack()
+    for patch in patches:
+        stack.enter_context(patch)
+    return stack
+
+
+def update_dtensors(rank: int, folder: Path) -> None:
+    """The functions on DTensors: the bits of one process, placed as the states."""
+    for rule in RULES.values():
+        case = rule.usual | ({"use_shape_scaling": True} if rule.name == "signum" else {})
+        for way in (nullcontext, without_native):
+            for form in ("list", "single", "out", "out is grad"):
+                for otherwise in (False, True):
+                    if form == "out is grad" and otherwise:
+                        continue  # refused, below
+                    lists = Placed(rule, otherwise)
+                    check_updates(rule, case, form, lists, way())
+            if way is nullcontext or rule.name in ("adam", "signum"):
+                with way():
+                    refuse_dtensors(rule)
+    step_in_a_dtensor()
+
+
+def check_updates(
+    rule: Rule, case: Case, form: str, lists: Placed, way: AbstractContextManager[Any]
+) -> None:
+    modified = [lists.placed[name] for name in lists.states()]
+    if "out" in form:
+        modified.append(lists.placed["out" if form == "out" else "grad"])
+    versions = [[t._version for t in tensors] for tensors in modified]
+    with way:
+        updates, wanted = lists.call(rule, case, form)
+    for label, got, expected in [
+        ("update", updates, wanted),
+        *((name, lists.placed[name], lists.whole[name]) for name in lists.whole),
+    ]:
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert a.dtype == b.dtype, (label, i)
+            if label == "out" and form != "out":
+                continue
+            assert_equal_bits(full(a), b, f"{rule.name} {form} {label}[{i}]")
+    for update, state in zip(updates, modified[0], strict=True):
+        assert isinstance(update, DTensor) == isinstance(state, DTensor)
+        if isinstance(state, DTensor):
+            assert update.placements == state.placements
+            assert update.stride() == state.stride()
+            assert not update.requires_grad
+    for before, tensors in zip(versions, modified, strict=True):
+        assert all(t._version > v for t, v in zip(tensors, before, strict=True)), form
+
+
+def refuse_dtensors(rule: Rule) -> None:
+    """Errors name the position, before anything is modified, in all processes alike."""
+    line, plane = meshes()
+    state = rule.states[-1]
+
+    def replace(name: str, i: int, value: Callable[[Tensor], Any]) -> Callable[[Placed], None]:
+        def apply(lists: Placed) -> None:
+            lists.placed[name][i] = value(lists.whole[name][i])
+
+        return apply
+
+    def partial(whole: Tensor) -> DTensor:
+        return DTensor.from_local(whole, line, [Partial()])
+
+    rows: list[tuple[Callable[[Placed], None], type[Exception], str]] = [
+        (replace(state, 1, torch.clone), TypeError, f"{state}s[1] is a Tensor but grads[1] is a D"),
+        (replace("grad", 2, torch.clone), TypeError, "[2] is a DTensor but grads[2] is a Tensor"),
+        (replace("out", 2, torch.clone), TypeError, "out[2] is a Tensor but grads[2] is a DTensor"),
+        (
+            replace(state, 2, lambda t: place(t, plane, [Replicate(), Shard(1)])),
+            ValueError,
+            f"{state}s[2] is on {plane} but grads[2] is on {line}",
+        ),
+        (
+            # Of the first rows, both processes have as many.
+            replace(state, 3, lambda t: place(t[:, :2], line, [Shard(0)])),
+            ValueError,
+            f"{state}s[3] has shape (1, 2) but grads[3] has shape (1, 4)",
+        ),
+        (
+            replace("out", 2, lambda t: place(t, line, [Shard(0)])),
+            ValueError,
+            f"out[2] has placements {(Shard(0),)} but {rule.states[0]}s[2] has placements"
+            f" {(Shard(1),)}",
+        ),
+        (
+            replace("grad", 1, lambda t: place(t.long(), line, [Shard(0)])),
+            TypeError,
+            "grads[1] has dtype int64",
+        ),
+        (lambda lists: lists.placed[state].pop(), ValueError, f"{state}s has 5 tensors but grads"),
+    ]
+    if len(rule.states) == 1:
+        rows.append(
+            (replace(state, 0, partial), ValueError, f"{state}s[0] has placements {(Partial(),)}; ")
+        )
+    for change, error, message in rows:
+        lists = Placed(rule)
+        change(lists)
+        before = [[part(t).clone() for t in tensors] for tensors in lists.placed.values()]
+        *arguments, out = lists.placed.values()
+        with pytest.raises(error, match=re.escape(message)) as caught:
+            rule.function(*arguments, **rule.usual, out=out)
+        assert type(caught.value) is error
+        for tensors, old in zip(lists.placed.values(), before, strict=True):
+            for a, b in zip(tensors, old, strict=True):
+                assert_equal_bits(part(a), b, message)
+    grad, other = (place(torch.rand(4, 2), m, [Shard(0)] * m.ndim) for m in (line, plane))
+    states = [other] * len(rule.states)
+    with pytest.raises(ValueError, match=f"^{rule.states[0]} is on "):
+        rule.function(grad, *states, **rule.usual)
+    if rule.name == "signum":
+        flat = place(torch.rand(4), line, [Shard(0)])
+        with pytest.raises(ValueError, match="grad has 1 dim"):
+            rule.function(flat, flat.clone(), **rule.usual, use_shape_scaling=True)
+
+
+def step_in_a_dtensor() -> None:
+    rule = RULES["adam"]
+    step = place(torch.tensor(3), meshes()[0], [Replicate()])
+    for way in (nullcontext, without_native):
+        lists = Placed(rule)
+        *arguments, _ = lists.placed.values()
+        *wholes, _ = lists.whole.values()
+        with way():
+            got = rule.function(*arguments, **rule.usual | {"step": step})
+            plain = rule.function(torch.ones(2), *torch.ones(2, 2), **rule.usual | {"step": step})
+        for a, b in zip(got, rule.function(*wholes, **rule.usual | {"step": 3}), strict=True):
+            assert_equal_bits(full(a), b, "step")
+        assert not isinstance(plain, DTensor)
