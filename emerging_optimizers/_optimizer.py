@@ -390,7 +390,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         # A GradScaler sets these for the duration of the call.
         grad_scale = whole(getattr(self, "grad_scale", None))
         found_inf = whole(getattr(self, "found_inf", None))
-        if found_inf is not None and not found_inf.is_cuda and float(found_inf) != 0.0:
+        if not isinstance(found_inf, Tensor):
+            # Not there; or of a GradScaler that found no gradients, their sum: 0.
+            found_inf = None
+        elif not found_inf.is_cuda and float(found_inf) != 0.0:
             return
         draws = any(group["stochastic_rounding"] for group in self.param_groups)
         seed = draw_seed() if draws else 0
@@ -399,8 +402,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
         positions = list(accumulate(sizes, initial=0))
         left = self._native_step(positions, arguments)
         for group, position, indices in zip(self.param_groups, positions, left, strict=False):
-            if indices:
+            if indices or self._steps_together(group):
                 self._plain_step(group, position, arguments, indices)
+
+    def _steps_together(self, group: dict[str, Any]) -> bool:
+        """Return whether processes communicate for parameters without a gradient, too."""
+        return False
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         """Return whether there may be a native step for what a group asks."""
@@ -584,6 +591,8 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     """Change what is to be loaded before torch sees it; a hook."""
     assert isinstance(optimizer, ScalarOptimizer)
     groups = state_dict["param_groups"]
+    for group in groups:
+        _check_saved_states(optimizer, group, state_dict["state"])
     if len(groups) == len(optimizer.param_groups):  # if not, torch says so
         groups = [
             {**optimizer._translate_group(saved), **{k: own[k] for k in _KEPT_ON_LOAD if k in own}}
@@ -613,6 +622,24 @@ def _check_numbers(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         _checks.read_number(name, whole(group[name]))
     _check_method(group)
+
+
+def _check_saved_states(
+    optimizer: ScalarOptimizer, group: dict[str, Any], states: dict[Any, Any]
+) -> None:
+    names = group.get("param_names") or group["params"]
+    for name, key in zip(names, group["params"], strict=True):
+        saved = states.get(key)
+        if not isinstance(saved, dict) or not any(
+            state in saved for state in optimizer._rule.states
+        ):
+            continue
+        for state in optimizer._rule.states:
+            if state not in saved:
+                raise ValueError(
+                    f"the loaded state of parameter {name!r} has no {state!r}; it has"
+                    f" {', '.join(map(repr, saved))}"
+                )
 
 
 def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
+from .._dtensor import is_dtensor, whole
 from .._optimizer import (
     MASTER,
     ScalarOptimizer,
@@ -211,35 +212,63 @@ class LaProp(ScalarOptimizer):
         self, positions: Sequence[int], arguments: StepArguments
     ) -> list[Collection[int]]:
         # Where lr is 0, not even a product with 1 is for a parameter's bits.
+        # Processes add up their parts of a DTensor's norm: also one that has no gradient for it.
         normalized = [
             (i, j)
             for i, group in enumerate(self.param_groups)
             if group["frob_normalize"] and not _is_zero(group["lr"])
             if self._has_native_step(group)
             for j, param in enumerate(group["params"])
-            if param.grad is not None
+            if param.grad is not None or is_dtensor(param)
         ]
-        weights = [self._weight(i, j) for i, j in normalized]
+        params = [(self.param_groups[i], self.param_groups[i]["params"][j]) for i, j in normalized]
+        weights = [self._weight(*pair) for pair in params]
         norms = frobenius_norms(list(map(as_local, weights)), weights) if weights else []
         left = super()._native_step(positions, arguments)
         done = [k for k, (i, j) in enumerate(normalized) if j not in left[i]]
         if done:
-            weights = [self._weight(*normalized[k]) for k in done]  # masters may be new
-            wanted = [norms[k] for k in done]
-            factors = restore_norms(list(map(as_local, weights)), weights, wanted)
-            for k, weight, factor in zip(done, weights, factors, strict=True):
-                i, j = normalized[k]
-                param = self.param_groups[i]["params"][j]
-                if weight is not param:
-                    # A master that did not move, as where a device's lr is 0, leaves its parameter.
-                    part, rounded = as_local(param), as_local(weight).to(param.dtype)
-                    part.copy_(torch.where(factor == 1.0, part, rounded))
+            self._restore_norms([params[k] for k in done], [norms[k] for k in done])
         return left
 
-    def _weight(self, i: int, j: int) -> Tensor:
+    def _steps_together(self, group: dict[str, Any]) -> bool:
+        is_normalized: bool = group["frob_normalize"]
+        return is_normalized and not self._has_native_step(group)
+
+    def _plain_step(
+        self,
+        group: dict[str, Any],
+        first_position: int,
+        arguments: StepArguments,
+        indices: Collection[int],
+    ) -> None:
+        if not self._steps_together(group):
+            super()._plain_step(group, first_position, arguments, indices)
+            return
+        found_inf = arguments.found_inf is not None and float(arguments.found_inf) != 0.0
+        is_still = found_inf or float(whole(group["lr"])) == 0.0
+        for i, param in enumerate(group["params"]):
+            if i in indices:
+                super()._plain_step(group, first_position, arguments, [i])
+            elif is_dtensor(param) and not is_still:
+                # As in a native step: other processes may have a gradient for it.
+                weight = self._weight(group, param)
+                norms = frobenius_norms([as_local(weight)], [weight])
+                self._restore_norms([(group, param)], norms)
+
+    def _restore_norms(
+        self, params: Sequence[tuple[dict[str, Any], Tensor]], norms: Sequence[Tensor]
+    ) -> None:
+        """Scale parameters, each with its group, and their masters."""
+        weights = [self._weight(*pair) for pair in params]  # masters may be new
+        factors = restore_norms(list(map(as_local, weights)), weights, norms)
+        for (_, param), weight, factor in zip(params, weights, factors, strict=True):
+            if weight is not param:
+                # A master that did not move, as where a device's lr is 0, leaves its parameter.
+                part, rounded = as_local(param), as_local(weight).to(param.dtype)
+                part.copy_(torch.where(factor == 1.0, part, rounded))
+
+    def _weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
         """Return what an update is applied to: the parameter's master, if it has one."""
-        group = self.param_groups[i]
-        param: Tensor = group["params"][j]
         weight: Tensor = param
         if has_master(group, param):
             weight = self.state.get(param, {}).get(MASTER, param)
