@@ -627,17 +627,17 @@ def _check_numbers(group: dict[str, Any]) -> None:
 def _check_saved_states(
     optimizer: ScalarOptimizer, group: dict[str, Any], states: dict[Any, Any]
 ) -> None:
+    """Raise for a state that lacks a part, which would begin anew beside a step that went on."""
+    wanted = optimizer._rule.states
     names = group.get("param_names") or group["params"]
     for name, key in zip(names, group["params"], strict=True):
         saved = states.get(key)
-        if not isinstance(saved, dict) or not any(
-            state in saved for state in optimizer._rule.states
-        ):
+        if not isinstance(saved, dict) or saved.keys().isdisjoint(["step", *wanted]):
             continue
-        for state in optimizer._rule.states:
-            if state not in saved:
+        for part in wanted:
+            if part not in saved:
                 raise ValueError(
-                    f"the loaded state of parameter {name!r} has no {state!r}; it has"
+                    f"the loaded state of parameter {name!r} has no {part!r}; it has"
                     f" {', '.join(map(repr, saved))}"
                 )
 

@@ -248,9 +248,10 @@ class Rule:
         if is_scaled:
             lists = (part.tensors for part in parts)
             for whole, *read, update in zip(operands[0].tensors, *lists, strict=True):
-                # Of a sign, which any type holds.
-                scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(whole.shape))
-                store(update, scaled)
+                if update.numel() != 0:
+                    # Of a sign, which any type holds.
+                    scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(whole.shape))
+                    store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from emerging_optimizers import LaProp
+from emerging_optimizers import AdamW, LaProp
 
 # Each with a way to make it, whether it takes matrices only, and how exact it is.
 CASES: list[tuple[str, Callable[..., Any], bool, float]] = [
@@ -84,10 +84,12 @@ def next_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1] % 11, tokens[:, 1:] % 11
 
 
-def backward(model: nn.Module, step: int, rank: int) -> float:
+def backward(
+    model: nn.Module, step: int, rank: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+) -> float:
     tokens, targets = next_batch(step, rank)
     loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    loss.backward()
+    scale(loss).backward()
     return loss.item()
 
 
@@ -196,9 +198,20 @@ def run_recorded(optimizer: Any, params: Sequence[Any], steps: Sequence[int]) ->
     optimizer.zero_grad()
 
 
+def with_masters(params: Any, **arguments: Any) -> AdamW:
+    return AdamW(params, master_weights=True, state_dtype=torch.bfloat16, **arguments)
+
+
+CHECKPOINTS = [*CASES, ("AdamW bfloat16", with_masters, False, 0.0)]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return torch.bfloat16 if "bfloat16" in name else torch.float32
+
+
 def save_checkpoints(rank: int, folder: Path) -> None:
-    for name, make, is_of_matrices, _ in CASES:
-        model = make_model(not is_of_matrices)
+    for name, make, is_of_matrices, _ in CHECKPOINTS:
+        model = make_model(not is_of_matrices).to(dtype_of(name))
         shard(model, "float32")
         optimizer = make(model.parameters(), lr=0.01)
         run_recorded(optimizer, list(model.parameters()), [1, 2, 3])
@@ -208,9 +221,10 @@ def save_checkpoints(rank: int, folder: Path) -> None:
 
 def resume_checkpoints(rank: int, folder: Path) -> None:
     """Load, maybe with another number of processes, and go on as if nothing had happened."""
-    for name, make, is_of_matrices, tolerance in CASES:
+    for name, make, is_of_matrices, tolerance in CHECKPOINTS:
         torch.manual_seed(1)
-        model, other = Transformer(not is_of_matrices), make_model(not is_of_matrices)
+        model = Transformer(not is_of_matrices).to(dtype_of(name))
+        other = make_model(not is_of_matrices).to(dtype_of(name))
         shard(model, "float32")
         optimizer = make(model.parameters(), lr=0.02)
         before = [full(p).clone() for p in model.parameters()]

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_workers import full
+from optimizers import SETUPS
 from oracle import RULES, Rule
 from support import Case, assert_equal_bits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
@@ -128,6 +129,8 @@ def update_dtensors(rank: int, folder: Path) -> None:
                 with way():
                     refuse_dtensors(rule)
     step_in_a_dtensor()
+    call_the_operator()
+    tell_autograd_of_steps()
 
 
 def check_updates(
@@ -223,6 +226,9 @@ def refuse_dtensors(rule: Rule) -> None:
         flat = place(torch.rand(4), line, [Shard(0)])
         with pytest.raises(ValueError, match="grad has 1 dim"):
             rule.function(flat, flat.clone(), **rule.usual, use_shape_scaling=True)
+        nothing = place(torch.empty(0, 0), line, [Replicate()])
+        update = rule.function(nothing, nothing.clone(), **rule.usual, use_shape_scaling=True)
+        assert update.shape == (0, 0)
 
 
 def step_in_a_dtensor() -> None:
@@ -238,3 +244,31 @@ def step_in_a_dtensor() -> None:
         for a, b in zip(got, rule.function(*wholes, **rule.usual | {"step": 3}), strict=True):
             assert_equal_bits(full(a), b, "step")
         assert not isinstance(plain, DTensor)
+
+
+def call_the_operator() -> None:
+    lists = Placed(RULES["lion"])
+    grads, exp_avgs, updates = lists.placed.values()
+    torch.ops.emerging_optimizers.lion_update_(updates, grads, exp_avgs, 0.9, 0.99)
+    grads, exp_avgs, wanted = lists.whole.values()
+    torch.ops.emerging_optimizers.lion_update_(wanted, grads, exp_avgs, 0.9, 0.99)
+    for a, b in zip(updates, wanted, strict=True):
+        assert_equal_bits(full(a), b, "operator")
+
+
+def tell_autograd_of_steps() -> None:
+    """What a step modifies cannot be used for a backward pass that began before it."""
+    for setup in SETUPS:
+        for fused in (None, False):
+            weight = nn.Parameter(place(torch.rand(3, 2), meshes()[0], [Shard(0)]))
+            weight.grad = place(torch.rand(3, 2), meshes()[0], [Shard(0)])
+            optimizer = setup.make([weight], lr=0.1, fused=fused)
+            optimizer.step()
+            states = [optimizer.state[weight][name] for name in setup.states]
+            versions = [tensor._version for tensor in (weight, *states)]
+            loss = (weight * weight).sum()
+            optimizer.step()
+            for tensor, version in zip((weight, *states), versions, strict=True):
+                assert tensor._version > version, (str(setup), fused)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()

@@ -3,11 +3,11 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -15,10 +15,9 @@ from unittest import mock
 import emerging_optimizers
 
 # What all workers need is imported once, by a server that they are forked from.
+_WORKERS = ["distributed_workers", "dtensor_workers", "fault_workers"]
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["distributed_workers", "dtensor_workers", "torch._dynamo"])
-
-KILLED = -9
+_FORK.set_forkserver_preload([*_WORKERS, "torch._dynamo"])
 
 
 def launch(
@@ -27,7 +26,7 @@ def launch(
     folder: Path,
     *arguments: str,
     timeout: int = 240,
-    exit_codes: Sequence[int] | None = None,
+    killed: int | None = None,
 ) -> None:
     """Run a function in each of `world_size` processes.
 
@@ -39,10 +38,8 @@ def launch(
         folder: Passed on, for files that outlive the processes.
         *arguments: Passed on.
         timeout: Seconds.
-        exit_codes: What the processes should end with, if not 0 each: `KILLED` for one that is, and
-            for those that this leaves waiting.
+        killed: The one that has to end by SIGKILL; the others then must not finish.
     """
-    expected = list(exit_codes or [0] * world_size)
     module, _, name = worker.rpartition(".")
     here = Path(__file__).parent
     path = os.pathsep.join([str(Path(emerging_optimizers.__file__).parent.parent), str(here)])
@@ -69,14 +66,16 @@ def launch(
             for process in processes:
                 process.kill()
                 process.join()
-        if exit_codes is not None:
-            codes = [process.exitcode for process in processes]
         written = [
             f"--- rank {rank}, exit status {codes[rank]}\n{output.read_text()}"
             for rank, output in enumerate(outputs)
             if output.exists()
         ]
-        assert codes == expected, "\n".join(written)
+        if killed is None:
+            assert codes == [0] * world_size, "\n".join(written)
+        else:
+            assert codes[killed] == -signal.SIGKILL, "\n".join(written)
+            assert 0 not in codes, "\n".join(written)
 
 
 def _work(

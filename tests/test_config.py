@@ -21,6 +21,13 @@ def run_module(path: Path | None = None) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
 
 
+def test_import_of_distributed_tensors_is_left_to_others() -> None:
+    code = "import sys, emerging_optimizers; print('torch.distributed.tensor' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     emerging_optimizers.show_config()
     text = capsys.readouterr().out

@@ -31,3 +31,27 @@ def test_checkpoints_of_other_world_sizes(tmp_path: Path) -> None:
 
 def test_functions_on_dtensors(tmp_path: Path) -> None:
     launch("dtensor_workers.update_dtensors", 2, tmp_path)
+
+
+# Which process is killed, by when.
+MOMENTS = {
+    "before its first tensor": 1,
+    "amid its tensors": 1,
+    "before the metadata": 0,
+    "before the metadata has its name": 0,
+}
+
+
+def test_killed_while_saving(tmp_path: Path) -> None:
+    for moment, rank in MOMENTS.items():
+        folder = tmp_path / moment
+        launch("fault_workers.save_and_be_killed", 2, folder, moment, str(rank), killed=rank)
+    launch("fault_workers.resume_after_kills", 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "worker",
+    ["without_parameters", "without_gradients", "nan_on_one", "other_orders", "other_keys"],
+)
+def test_faults(worker: str, tmp_path: Path) -> None:
+    launch(f"fault_workers.{worker}", 2, tmp_path, timeout=100)
