@@ -89,30 +89,40 @@ inline py::object attribute(PyObject* object, PyObject* name) {
   return value;
 }
 
+// As THPVariable_Check, without a call of the metaclass's __instancecheck__ for each DTensor.
+inline bool is_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
 // A DTensor, as its own part and where the others are. (Seen from outside: PyTorch has no C++ type
 // for it.)
 struct Distributed {
-  py::object local, mesh, placements;
+  py::object local, spec;
 
   // Empty where the object is none.
   static std::optional<Distributed> from(PyObject* tensor) {
     static PyObject* const local_key = interned("_local_tensor");
     static PyObject* const spec_key = interned("_spec");
-    static PyObject* const mesh_key = interned("mesh");
-    static PyObject* const placements_key = interned("placements");
-    if (THPVariable_CheckExact(tensor) || PyObject_HasAttr(tensor, local_key) == 0) return {};
-    const py::object spec = attribute(tensor, spec_key);
-    return Distributed{attribute(tensor, local_key), attribute(spec.ptr(), mesh_key),
-                       attribute(spec.ptr(), placements_key)};
+    if (THPVariable_CheckExact(tensor)) return {};
+    auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, local_key));
+    if (!local) {
+      PyErr_Clear();
+      return {};
+    }
+    return Distributed{std::move(local), attribute(tensor, spec_key)};
   }
 
   bool is_placed_as(const Distributed& other) const {
-    const auto equal = [](const py::object& a, const py::object& b) {
+    static PyObject* const mesh_key = interned("mesh");
+    static PyObject* const placements_key = interned("placements");
+    if (spec.is(other.spec)) return true;  // of FSDP2's gradients
+    const auto is_equal = [&](PyObject* key) {
+      const py::object a = attribute(spec.ptr(), key), b = attribute(other.spec.ptr(), key);
       const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
       if (result < 0) throw py::error_already_set();
       return result != 0;
     };
-    return equal(mesh, other.mesh) && equal(placements, other.placements);
+    return is_equal(mesh_key) && is_equal(placements_key);
   }
 };
 
@@ -222,7 +232,7 @@ class GroupStep {
       for (; n < kBatch && next < count; ++next) {
         PyObject* const object = PyList_GET_ITEM(params, next);
         if (next + ahead < count) prefetch(PyList_GET_ITEM(params, next + ahead));
-        TORCH_CHECK_TYPE(THPVariable_Check(object), "params[", next, "] must be a Tensor");
+        TORCH_CHECK_TYPE(is_tensor(object), "params[", next, "] must be a Tensor");
         batch[n].index = next;
         batch[n].object = object;
         prefetch_tensor(THPVariable_Unpack(object));
@@ -382,7 +392,7 @@ class GroupStep {
     std::optional<Distributed> whole;
     if (!is_plain(THPVariable_Unpack(c.object))) whole = Distributed::from(c.object);
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
-      if (object == nullptr || !THPVariable_Check(object)) return nullptr;
+      if (object == nullptr || !is_tensor(object)) return nullptr;
       if (whole) {
         const std::optional<Distributed> part = Distributed::from(object);
         if (!part || !part->is_placed_as(*whole)) return nullptr;
