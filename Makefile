@@ -83,9 +83,10 @@ format: $(INSTALLED)  ## Format Python and C++
 demo: $(INSTALLED)  ## Train a small language model with each rule; table and curves in build/demo
 	$(PY) examples/train_char_lm.py --rule all --output build/demo
 
-bench: $(INSTALLED)  ## Measure functions and optimizers; figures in build/bench_*.json
+bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; figures in build/
 	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
+	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 
 # For a machine where nothing can be installed: only that interpreter's packages are used.
 gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there

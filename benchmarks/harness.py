@@ -176,7 +176,7 @@ def compare(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        processor = _ProcessorTime.now()
+        processor = ProcessorTime.now()
         samples = {name: Samples(_calls_per_sample(step, clock)) for name, step in steps.items()}
         first, *others = steps
         share = budget / len(steps)
@@ -216,7 +216,7 @@ def _calls_per_sample(step: Callable[[], object], clock: Clock) -> int:
 
 
 @dataclass(frozen=True)
-class _ProcessorTime:
+class ProcessorTime:
     """Seconds of all cores together since the machine started; None where not known."""
 
     total: float | None
@@ -224,7 +224,8 @@ class _ProcessorTime:
     own: float
 
     @classmethod
-    def now(cls) -> "_ProcessorTime":
+    def now(cls) -> "ProcessorTime":
+        """Read the clocks."""
         own = time.process_time()
         try:
             fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
@@ -234,12 +235,19 @@ class _ProcessorTime:
         idle, waiting = ticks[3:5]
         return cls(sum(ticks), sum(ticks) - idle - waiting, own)
 
-    def taken_by_others(self) -> float | None:
-        """Return the part of all that passed since, which other processes used."""
-        now = _ProcessorTime.now()
+    def used(self) -> float:
+        """Return what this process used since."""
+        return time.process_time() - self.own
+
+    def taken_by_others(self, used: float | None = None) -> float | None:
+        """Return the part of all that passed since, which other processes used.
+
+        `used` is what those did that are measured, where this is not the only one.
+        """
+        now = ProcessorTime.now()
         if self.total is None or now.total is None or now.total == self.total:
             return None
-        others = (now.busy - self.busy) - (now.own - self.own)
+        others = (now.busy - self.busy) - (now.own - self.own if used is None else used)
         return max(0.0, others / (now.total - self.total))
 
 
