@@ -135,15 +135,19 @@ RULES = {
 }
 
 
-def make_optimizer(run: "Run", model: nn.Module, num_steps: int) -> ScalarOptimizer:
-    """Return the optimizer of `run`; it decays the weights, and neither biases nor gains."""
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return groups that decay the weights, and neither biases nor gains."""
     params = list(model.parameters())
-    groups = [
+    return [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(run: "Run", model: nn.Module, num_steps: int) -> ScalarOptimizer:
+    """Return the optimizer of `run`."""
     rule = RULES[run.name]
-    return rule.optimizer(groups, lr=run.lr, **rule.options(num_steps))
+    return rule.optimizer(parameter_groups(model), lr=run.lr, **rule.options(num_steps))
 
 
 # --- The text -------------------------------------------------------------------------------------
@@ -260,7 +264,7 @@ class CharacterModel(nn.Module):
 
     def forward(self, symbols: Tensor) -> Tensor:
         """Return logits (batch, length, symbols) for `symbols` (batch, length)."""
-        positions = torch.arange(symbols.shape[1])
+        positions = torch.arange(symbols.shape[1], device=symbols.device)
         x = self.symbols(symbols) + self.positions(positions)
         return self.logits(self.norm(self.blocks(x)))
 

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +24,40 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_example(output, *arguments, environment=None):
+def with_root_on_path():
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run_example(output, *arguments, environment=None):
     script = [sys.executable, "examples/train_char_lm.py", "--threads", "1"]
     done = subprocess.run(
         [*script, *arguments, "--output", str(output)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (environment or {}),
+        env=with_root_on_path() | (environment or {}),
         capture_output=True,
         text=True,
         timeout=300,
     )
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def run_distributed(world_size, script, *arguments):
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *torchrun, f"examples/{script}", *map(str, arguments)],
+        cwd=ROOT,
+        env=with_root_on_path() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.terminate()  # torchrun then ends the processes that it started
+        process.wait(timeout=60)
+    return SimpleNamespace(status=process.returncode, out=out, err=err)
 
 
 def check_outputs(output, done, rules, steps):
@@ -77,3 +101,32 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path):
     assert done.err.splitlines()[-1] == (
         'tqdm is missing: pip install "emerging-optimizers-native[demo]"'
     )
+
+
+def test_fsdp2_resumes_with_another_number_of_processes(tmp_path):
+    command = ("fsdp2_char_lm.py", "--checkpoints", tmp_path, "--steps", 4, "--save-every", 2)
+    whole = run_distributed(2, *command, "--optimizer", "ademamix")
+    assert whole.status == 0, whole.err
+    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", whole.out, re.MULTILINE)]
+    assert losses[-1] < losses[0]
+    shutil.rmtree(tmp_path / "step-000004")
+    (tmp_path / "step-000003").mkdir()  # as one that was not finished
+    rest = run_distributed(1, *command, "--optimizer", "ademamix", "--resume")
+    assert rest.status == 0, rest.err
+    assert f"loaded {tmp_path / 'step-000002'}\nstep    3" in rest.out
+    # The sum of two processes' gradients is rounded otherwise than that of one.
+    last, resumed = (
+        float(re.search(r"held-out loss ([\d.]+)", o)[1]) for o in (whole.out, rest.out)
+    )
+    assert resumed == pytest.approx(last, abs=1e-3)
+
+
+def test_megatron_shards(tmp_path):
+    done = run_distributed(3, "megatron_shards.py", "--steps", 2)
+    assert done.status == 0, done.err
+    # Not where a parameter begins, nor at a multiple of 16 bytes.
+    assert "process 1: from element 381,539," in done.out
+    sharded, of_one = re.findall(r"^(?:sharded|one process): +(\w{16})$", done.out, re.MULTILINE)
+    assert sharded == of_one
+    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", done.out, re.MULTILINE)]
+    assert losses[-1] < losses[0]
