@@ -6,7 +6,8 @@ All bfloat16 parameters of the character model of ``train_char_lm.py`` are views
 and their gradients of another. The buffers are cut into one shard per process, wherever that falls:
 at any element of any parameter. In a step, the gradients are reduce-scattered, each process steps
 its shard, and the parameters are all-gathered. What a process has beside the bfloat16 parameters is
-the states of its shard alone.
+the states of its shard alone: two float32 averages, and the 16 bits that a float32 master has more
+than its bfloat16 parameter.
 
 Beside it, each process does the same steps on whole parameters, as a single process would. The exit
 status is 1 if any bit of any parameter differs in the end.
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from train_char_lm import WEIGHT_DECAY, CharacterModel, load_text, positive, random_batch
 
-from emerging_optimizers import AdamW
+from emerging_optimizers.megatron import FusedAdam
 
 LR = 1e-3
 PRINT_EVERY = 5
@@ -83,7 +84,7 @@ def make_optimizer(decayed: list[Tensor], others: list[Tensor]) -> Optimizer:
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=LR, master_weights=True)
+    return FusedAdam(groups, lr=LR, master_weights=True, store_param_remainders=True)
 
 
 def read_arguments() -> argparse.Namespace:
