@@ -28,7 +28,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 def whole(value: Any) -> Any:
     """Return a DTensor as the tensor that all processes have parts of; anything else as it is."""
-    return value.full_tensor() if is_dtensor(value) else value
+    return value.full_tensor() if isinstance(value, Tensor) and is_dtensor(value) else value  # type: ignore[attr-defined]
 
 
 def register(operator: Any, function: Callable[..., None]) -> None:

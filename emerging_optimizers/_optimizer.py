@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _checks
@@ -338,6 +339,28 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     # ---- the step --------------------------------------------------------------------------------
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``step`` as torch does: for hooks, and for profilers, which see it by its name.
+
+        Where there is neither, the wrapper is passed by: it would take longer than all of a step
+        of one small parameter.
+        """
+        observed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: "ScalarOptimizer", *args: Any, **kwargs: Any) -> Any:
+            is_observed = (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or torch_optimizer._global_optimizer_pre_hooks
+                or torch_optimizer._global_optimizer_post_hooks
+                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            )
+            return (observed if is_observed else func)(self, *args, **kwargs)
+
+        return step
+
     @overload
     def step(
         self, closure: None = None, *, grad_multiplier: float | Tensor | None = None
@@ -370,12 +393,14 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(1.0 if grad_multiplier is None else grad_multiplier)
+        run = self._step_between_graphs if torch.compiler.is_compiling() else self._step
+        run(1.0 if grad_multiplier is None else grad_multiplier)
         return loss
 
-    # Under torch.compile, a clean graph break.
     @_disable_dynamo
-    @torch.no_grad()
+    def _step_between_graphs(self, grad_multiplier: float | Tensor) -> None:
+        self._step(grad_multiplier)
+
     def _step(self, grad_multiplier: float | Tensor) -> None:
         if isinstance(grad_multiplier, Tensor) and grad_multiplier.numel() != 1:
             raise ValueError("Tensor grad_multiplier must be 1-element")
@@ -395,13 +420,17 @@ class ScalarOptimizer(torch.optim.Optimizer):
             found_inf = None
         elif not found_inf.is_cuda and float(found_inf) != 0.0:
             return
-        draws = any(group["stochastic_rounding"] for group in self.param_groups)
+        positions = []
+        num_params = 0
+        draws = False
+        for group in self.param_groups:
+            positions.append(num_params)
+            num_params += len(group["params"])
+            draws = draws or group["stochastic_rounding"]
         seed = draw_seed() if draws else 0
         arguments = StepArguments(whole(grad_multiplier), grad_scale, found_inf, seed)
-        sizes = (len(group["params"]) for group in self.param_groups)
-        positions = list(accumulate(sizes, initial=0))
         left = self._native_step(positions, arguments)
-        for group, position, indices in zip(self.param_groups, positions, left, strict=False):
+        for group, position, indices in zip(self.param_groups, positions, left, strict=True):
             if indices or self._steps_together(group):
                 self._plain_step(group, position, arguments, indices)
 
@@ -439,7 +468,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     self._raise_no_native_step()
         if not calls:
             return left
-        step = getattr(native, f"{self._rule.name}_step")
+        step = self._rule.native_step
         numbers = (
             arguments.grad_multiplier,
             1.0 if arguments.grad_scale is None else arguments.grad_scale,
@@ -478,9 +507,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
             bool(group["master_weights"]),
             bool(group["stochastic_rounding"]),
             bool(group["capturable"]),
-            tuple(options[name] for name in self._rule.options),
+            tuple(map(options.__getitem__, self._rule.options)),
         )
 
+    @torch.no_grad()
     def _prepare(
         self, group: dict[str, Any], indices: Iterable[int], arguments: StepArguments
     ) -> list[int]:
@@ -512,6 +542,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             " fused=None takes one where there is one"
         )
 
+    @torch.no_grad()
     def _plain_step(
         self,
         group: dict[str, Any],
@@ -767,6 +798,7 @@ def _placed_like(grad: Any, param: Any) -> Any:
     return grad
 
 
+@torch.no_grad()
 def _placed_grads(params: Sequence[Any], indices: Iterable[int]) -> dict[int, Any]:
     """Return, by their index, the gradients for which others are to be taken."""
     placed = {i: _placed_like(params[i].grad, params[i]) for i in indices}

@@ -81,6 +81,7 @@ class Rule:
             if p.annotation is not Tensor
         ]
         self.options = [option.name for option in self._options]
+        self.native_step: Any = getattr(native, f"{name}_step", None)
         if _fallbacks is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default

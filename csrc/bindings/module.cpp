@@ -1,4 +1,5 @@
 // The extension module: operators for PyTorch, and the door through which eager Python enters them.
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -181,6 +182,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
                                                    py::handle grad_multiplier,
                                                    py::handle grad_scale, py::handle found_inf,
                                                    uint64_t seed) {
+    const at::NoGradGuard no_grad;  // here, where it takes no microseconds
     StepNumbers numbers{
         {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
     size_t num_params = 0;

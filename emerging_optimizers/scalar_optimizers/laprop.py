@@ -208,6 +208,7 @@ class LaProp(ScalarOptimizer):
         halves = (torch.bfloat16, torch.float16)
         return all(has_master(group, p) or p.dtype not in halves for p in group["params"])
 
+    @torch.no_grad()
     def _native_step(
         self, positions: Sequence[int], arguments: StepArguments
     ) -> list[Collection[int]]:
