@@ -6,6 +6,8 @@ VENV ?= .venv
 # The torch to build and test against, as pip takes it: make test TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Each process imports torch and runs kernels with all threads: more than a few take longer.
+PYTEST_PROCESSES ?= -n auto --maxprocesses 4
 
 ifeq ($(origin PYTHON),undefined)
   PY := $(VENV)/bin/python
@@ -46,13 +48,13 @@ $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
 
 python-test: $(INSTALLED)
-	$(PY) -m pytest --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_PROCESSES) --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
 
 # The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in; for a
 # PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
 emulated-test: $(INSTALLED)
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
-	$(PY) -m pytest --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
+	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
 	    tests/test_functions.py tests/test_identities.py tests/test_properties.py \
 	    tests/test_optimizers.py tests/test_optimizer_conventions.py
 
