@@ -227,7 +227,8 @@ class MegatronMixin(ScalarOptimizer):
             param: One of the optimizer's.
             state_name: The state's key. If the parameter has no such state yet, it gets those that
                 it lacks.
-            unscaled_state: What ``get_unscaled_state`` returned.
+            unscaled_state: What ``get_unscaled_state`` returned. A remainder may come as float32,
+                too, but not a master where there is a remainder, or the other way round.
         """
         state = self.state.get(param, {})
         if state_name not in state:
@@ -240,6 +241,11 @@ class MegatronMixin(ScalarOptimizer):
                 f"{state_name!r} has shape {tuple(unscaled_state.shape)}; expected"
                 f" {tuple(value.shape)}"
             )
+        if value.dtype == torch.int16 and unscaled_state.is_floating_point():
+            # Megatron's fully reshardable checkpoints hold all states as float32.
+            as_integer = unscaled_state.to(torch.int16)
+            if torch.equal(as_integer.to(unscaled_state.dtype), unscaled_state):
+                unscaled_state = as_integer
         _check_master_dtype(value.dtype == torch.int16, unscaled_state)
         value.copy_(unscaled_state)
 
