@@ -264,7 +264,10 @@ class MegatronMixin(ScalarOptimizer):
     def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if state and "step" not in state:
-            state["step"] = float(group.get("step", 0))
+            # First, where the native step looks for it.
+            others = dict(state)
+            state.clear()
+            state.update({"step": float(group.get("step", 0)), **others})
         return super()._init_state(group, param)
 
     def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:

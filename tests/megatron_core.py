@@ -89,9 +89,7 @@ def on_device() -> contextlib.AbstractContextManager[None]:
 
 def make_sharded(options: dict[str, Any]) -> tuple[Any, Any]:
     """Return a model and its distributed optimizer."""
-    config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
-    )
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     model = DistributedDataParallel(CONFIG, config, Model().cuda())
     settings = {"bf16": True, "use_distributed_optimizer": True, **OPTIONS, **options}
     return model, core.get_megatron_optimizer(core.OptimizerConfig(**settings), [model])
