@@ -228,8 +228,11 @@ class MegatronMixin(ScalarOptimizer):
             state_name: The state's key. If the parameter has no such state yet, it gets those that
                 it lacks.
             unscaled_state: What ``get_unscaled_state`` returned. A remainder may come as float32,
-                too, but not a master where there is a remainder, or the other way round.
+                too, but not a master where there is a remainder, or the other way round. What is no
+                tensor is no state and left: Megatron-Core 0.16 passes whether there is padding.
         """
+        if not isinstance(unscaled_state, Tensor):
+            return
         state = self.state.get(param, {})
         if state_name not in state:
             state = self._init_state(self._group_of(param), param)

@@ -2,8 +2,9 @@
 
 Megatron-Core makes its scalars and buffers on ``"cuda"``, asks for streams, and tells parameters by
 their type's name. All that an optimizer is asked for is the same on another device. So that its
-code runs without a GPU, what it asks of PyTorch gets the host's answer here: tensors for CUDA are
-the host's and say that they are CUDA's, and a stream is nothing.
+code runs without a GPU, what it asks of PyTorch gets the host's answer here: tensors are the host's
+and say that they are CUDA's, unless they were moved to the CPU, or come from such; and a stream is
+nothing.
 """
 
 import contextlib
@@ -12,7 +13,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+_KEEP_DEVICE = (
+    Tensor.detach,
+    Tensor.clone,
+    Tensor.float,
+    Tensor.to,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+)
 
 
 class _Stream:
@@ -35,20 +45,27 @@ class _OnHost(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+        is_cpu = any(getattr(a, "is_from_cpu", False) for a in args if isinstance(a, Tensor))
+        if function is Tensor.type and len(args) == 1 and not is_cpu:
             return args[0].type().replace("torch.", "torch.cuda.")
-        if function is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
-        if function is torch.Tensor.cuda:
+        if function == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return not is_cpu
+        if function is Tensor.pin_memory:
             return args[0]
-        if function is torch.Tensor.pin_memory:
-            return args[0]
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        if kwargs.pop("pin_memory", False):
-            kwargs["pin_memory"] = False
-        args = tuple("cpu" if isinstance(a, str) and a.startswith("cuda") else a for a in args)
-        return function(*args, **kwargs)
+        if function in (Tensor.cpu, Tensor.cuda):
+            result = args[0].clone()
+            result.is_from_cpu = function is Tensor.cpu
+            return result
+        target = next((a for a in (*args[1:2], kwargs.get("device")) if _is_cuda(a)), None)
+        kwargs = {k: "cpu" if _is_cuda(v) else v for k, v in kwargs.items() if k != "pin_memory"}
+        result = function(*("cpu" if _is_cuda(a) else a for a in args), **kwargs)
+        if is_cpu and target is None and function in _KEEP_DEVICE:
+            result.is_from_cpu = True
+        return result
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Megatron-Core with the optimizers here in the place of TransformerEngine's; a worker, too.
+"""Megatron-Core with the optimizers here in the place of TransformerEngine's; also in processes.
 
 Its distributed optimizer trains a small model whose full gradients are the same in each run,
 whatever the processes: so all runs have the same bits. Without a GPU, the host stands in for it.
@@ -7,14 +7,13 @@ whatever the processes: so all runs have the same bits. Without a GPU, the host 
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
-from distributed_workers import main
 from host_cuda import cuda_on_host
 from optimizers import make_grads
 from support import assert_equal_bits
@@ -31,8 +30,11 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
     )
     from megatron.core.optimizer import distrib_optimizer, optimizer_config
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule
+
+__all__ = ["HybridDeviceOptimizer"]
 
 CONFIG = TransformerConfig(
     num_layers=1, hidden_size=8, num_attention_heads=1, bf16=True, params_dtype=torch.bfloat16
@@ -68,23 +70,22 @@ def in_place_of_transformer_engine(cls: Any) -> Iterator[None]:
         ModuleType(f"transformer_engine{name}") for name in ("", ".pytorch", ".pytorch.optimizers")
     )
     optimizers.FusedAdam = cls  # type: ignore[attr-defined]
-    modules = {module.__name__: module for module in (package, pytorch, optimizers)}
     is_new_enough = {"is_te_min_version": lambda *_, **__: True}
     with contextlib.ExitStack() as stack:
         for patch in (
-            mock.patch.dict(sys.modules, modules),
-            mock.patch.multiple(core, Adam=cls, USING_PYTORCH_OPTIMIZER=False, **is_new_enough),
+            mock.patch.multiple(
+                core, Adam=cls, CPUAdam=cls, USING_PYTORCH_OPTIMIZER=False, **is_new_enough
+            ),
             mock.patch.multiple(optimizer_config, **is_new_enough),
             mock.patch.multiple(
                 distrib_optimizer, Adam=cls, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True
             ),
         ):
             stack.enter_context(patch)
+        for module in (package, pytorch, optimizers):
+            assert sys.modules.setdefault(module.__name__, module) is module
+            stack.callback(sys.modules.pop, module.__name__)
         yield
-
-
-def on_device() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if torch.cuda.is_available() else cuda_on_host()
 
 
 def make_sharded(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -95,12 +96,21 @@ def make_sharded(options: dict[str, Any]) -> tuple[Any, Any]:
     return model, core.get_megatron_optimizer(core.OptimizerConfig(**settings), [model])
 
 
+def make_plain(model: Any) -> Any:
+    """Return an optimizer of which each process has all."""
+    is_half = next(model.parameters()).dtype == torch.bfloat16
+    return core.get_megatron_optimizer(core.OptimizerConfig(bf16=is_half, **OPTIONS), [model])
+
+
 def train(model: Any, optimizer: Any, steps: Sequence[int]) -> None:
     params = list(model.parameters())
     for step in steps:
         optimizer.zero_grad()
         for param, grad in zip(params, recorded_grads(params, step), strict=True):
-            param.main_grad.copy_(grad)
+            if hasattr(param, "main_grad"):
+                param.main_grad.copy_(grad)
+            else:
+                param.main_grad = grad
         assert optimizer.step()[0]
 
 
@@ -109,19 +119,19 @@ def recorded_grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
     return [grad.to(p.device) for grad, p in zip(grads, params, strict=True)]
 
 
-def reference(options: dict[str, Any], steps: Sequence[int]) -> list[Tensor]:
+def reference(
+    options: dict[str, Any], steps: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
     """The parameters as one optimizer without Megatron trains them."""
-    params = [p.detach() for p in Model().parameters()]
-    dtype = options.get("exp_avg_dtype", torch.float32)
-    store = options.get("store_param_remainders", False)
+    params = [p.detach() for p in Model(dtype).parameters()]
     optimizer = megatron.FusedAdam(
         params,
         lr=0.01,
         weight_decay=0.1,
         master_weights=True,
         use_decoupled_grad=True,
-        exp_avg_dtype=dtype,
-        store_param_remainders=store,
+        exp_avg_dtype=options.get("exp_avg_dtype", torch.float32),
+        store_param_remainders=options.get("store_param_remainders", False),
     )
     for step in steps:
         for param, grad in zip(params, recorded_grads(params, step), strict=True):
@@ -131,8 +141,9 @@ def reference(options: dict[str, Any], steps: Sequence[int]) -> list[Tensor]:
 
 
 def assert_trained(model: Any, options: dict[str, Any], steps: Sequence[int], label: str) -> None:
-    for param, wanted in zip(model.parameters(), reference(options, steps), strict=True):
-        assert_equal_bits(param.detach().cpu(), wanted, label)
+    params = [p.detach().cpu() for p in model.parameters()]
+    for param, wanted in zip(params, reference(options, steps, params[0].dtype), strict=True):
+        assert_equal_bits(param, wanted, label)
 
 
 def steps_of(optimizer: Any) -> set[int]:
@@ -140,53 +151,64 @@ def steps_of(optimizer: Any) -> set[int]:
 
 
 def sharded_state(model: Any, optimizer: Any, is_loading: bool, kind: str) -> dict[str, Any]:
-    weights = model.module.sharded_state_dict()
+    weights = model.sharded_state_dict()
     states = optimizer.sharded_state_dict(
         weights, is_loading=is_loading, metadata={"distrib_optim_sharding_type": kind}
     )
     return {"model": weights, "optimizer": states}
 
 
-def save(rank: int, folder: Path, kind: str = "fully_reshardable") -> None:
+def write(model: Any, optimizer: Any, folder: Path, kind: str = "fully_reshardable") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(sharded_state(model, optimizer, False, kind), str(folder))
+
+
+def read(model: Any, optimizer: Any, folder: Path, kind: str = "fully_reshardable") -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    wanted = sharded_state(model, optimizer, True, kind)
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def save(folder: Path, kind: str = "fully_reshardable") -> None:
     """Train three steps and save, in each mode."""
     for name, options in MODES.items():
         model, optimizer = make_sharded(options)
         train(model, optimizer, [1, 2, 3])
         assert_trained(model, options, [1, 2, 3], name)
         assert steps_of(optimizer) == {3}
-        (folder / name).mkdir(exist_ok=True)
-        torch.distributed.barrier()
-        dist_checkpointing.save(sharded_state(model, optimizer, False, kind), str(folder / name))
+        write(model.module, optimizer, folder / name, kind)
 
 
-def resume(rank: int, folder: Path, kind: str = "fully_reshardable") -> None:
+def resume(folder: Path, kind: str = "fully_reshardable") -> None:
     """Load what maybe another number of processes saved, and go on as if nothing had happened."""
     for name, options in MODES.items():
         model, optimizer = make_sharded(options)
-        with torch.no_grad():
-            for param in model.parameters():
-                param.zero_()
-        wanted = sharded_state(model, optimizer, True, kind)
-        loaded = dist_checkpointing.load(wanted, str(folder / name))
-        model.module.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        read(model.module, optimizer, folder / name, kind)
         assert_trained(model, options, [1, 2, 3], name)
         train(model, optimizer, [4, 5, 6])
         assert_trained(model, options, range(1, 7), name)
         assert steps_of(optimizer) == {6}
 
 
-def in_megatron(worker: Callable[..., None]) -> Callable[..., None]:
-    def run(*arguments: Any) -> None:
-        with on_device(), in_place_of_transformer_engine(megatron.FusedAdam):
-            parallel_state.initialize_model_parallel()
-            try:
-                worker(*arguments)
-            finally:
-                parallel_state.destroy_model_parallel()
+@contextlib.contextmanager
+def in_megatron(on_host: bool) -> Iterator[None]:
+    """Be a process of Megatron-Core, which has our optimizer, on the host or a GPU."""
+    with contextlib.ExitStack() as stack:
+        if on_host:
+            stack.enter_context(cuda_on_host())
+        stack.enter_context(in_place_of_transformer_engine(megatron.FusedAdam))
+        parallel_state.initialize_model_parallel()
+        stack.callback(parallel_state.destroy_model_parallel)
+        yield
 
-    return run
 
-
-if __name__ == "__main__":
-    main({function.__name__: in_megatron(function) for function in (save, resume)})
+def resume_and_save(rank: int, folder: Path) -> None:
+    """Go on where another number of processes ended, and leave something for another number."""
+    with in_megatron(on_host=True):
+        resume(folder / "before")
+        save(folder / "after")

@@ -707,6 +707,8 @@ def test_a_float32_parameter_is_its_own_master() -> None:
 def test_errors_of_states() -> None:
     params = make_params()
     whole, stored = (FusedAdam(params, store_param_remainders=s, **AWARE) for s in (False, True))
+    whole.set_scaled_state(params[0], "padding", False)  # type: ignore[arg-type]
+    assert not whole.state
     with pytest.raises(KeyError, match="the parameter has no state 'exp_avg'"):
         whole.get_unscaled_state(params[0], "exp_avg")
     with pytest.raises(KeyError, match="FusedAdam has no state 'exp_avg_slow'"):
