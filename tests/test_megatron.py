@@ -7,7 +7,7 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +40,13 @@ BF16, F32 = torch.bfloat16, torch.float32
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 # How Megatron makes it where parameters are bfloat16: with masters, and gradients of their own.
 AWARE: dict[str, Any] = {**OPTIONS, "master_weights": True, "use_decoupled_grad": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_other_device(_default_device: None) -> Iterator[None]:
+    """Make tensors on the CPU, whatever device others are run on; those for CUDA name it."""
+    with torch.device("cpu"):
+        yield
 
 
 def make_params(

@@ -141,6 +141,24 @@ def test_distributed_optimizer(core: Any, kind: str, device: str, tmp_path: Path
 
 
 @where
+def test_without_transformer_engine(
+    core: Any, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron then asks each state for its step, also before it loads: there have to be some."""
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"):
+        monkeypatch.setattr(core.distrib_optimizer, name, False)
+    for kind in ("fully_reshardable", "dp_reshardable"):
+        model, optimizer = core.make_sharded({})
+        other, resumed = core.make_sharded({})
+        core.train(model, optimizer, [1, 2, 3])
+        core.train(other, resumed, [1])
+        core.write(model.module, optimizer, tmp_path / kind, kind)
+        core.read(other.module, resumed, tmp_path / kind, kind)
+        core.train(other, resumed, [4, 5])
+        core.assert_trained(other, {}, range(1, 6), kind)
+
+
+@where
 def test_moved_to_the_cpu_and_back(core: Any, device: str) -> None:
     """Where Megatron keeps the masters. (Shards are views, which moving cuts off from a buffer.)"""
     model, optimizer = core.make_sharded({})
@@ -155,5 +173,5 @@ def test_moved_to_the_cpu_and_back(core: Any, device: str) -> None:
 def test_resharded_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
     """One process saves, three go on and save, over gloo, with odd boundaries; one goes on."""
     core.save(tmp_path / "before")
-    launch("resume_and_save", 3, tmp_path, module="megatron_core")
+    launch("megatron_core.resume_and_save", 3, tmp_path)
     core.resume(tmp_path / "after")

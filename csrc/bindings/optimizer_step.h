@@ -399,7 +399,6 @@ class GroupStep {
   }
 
   static void find_grad(Candidate& c, PyObject* grads) {
-    static const at::Tensor none;
     c.given_grad = nullptr;
     if (grads != nullptr) {
       const auto index = py::int_(c.index);
@@ -409,6 +408,7 @@ class GroupStep {
     if (c.given_grad == nullptr) {
       c.grad = &THPVariable_Unpack(c.object).unsafeGetTensorImpl()->grad();
     } else if (c.given_grad == Py_None) {
+      static const at::Tensor none;
       c.grad = &none;
     } else {
       TORCH_CHECK_TYPE(THPVariable_Check(c.given_grad), "the gradient given for params[", c.index,
