@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import scalar_optimizers as rules
@@ -174,7 +173,7 @@ class MegatronMixin(ScalarOptimizer):
                 f"{type(self).__name__}(set_grad_none=...) is deprecated: say"
                 " zero_grad(set_to_none=...)",
                 DeprecationWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     # ---- states, one by one ----------------------------------------------------------------------
@@ -333,7 +332,6 @@ class MegatronMixin(ScalarOptimizer):
 
     # ---- the step --------------------------------------------------------------------------------
 
-    @_disable_dynamo
     def _step(self, grad_multiplier: float | Tensor) -> None:
         super()._step(grad_multiplier)
         for group in self.param_groups:
@@ -350,14 +348,23 @@ class MegatronMixin(ScalarOptimizer):
         positions: Sequence[int],
         arguments: StepArguments,
     ) -> None:
-        if not any(group["store_param_remainders"] for group in groups):
+        if any(group["store_param_remainders"] for group in groups):
+            self._step_parts(groups, positions, arguments)
+        else:
             super()._step_groups(groups, positions, arguments)
-            return
+
+    @torch.no_grad()
+    def _step_parts(
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
+    ) -> None:
         # All that may be wrong is found before anything is done.
         for group in groups:
             self._check_numbers(group)
             self._prepare(group, range(len(group["params"])), arguments)
-        for group, position in zip(groups, positions, strict=False):
+        for group, position in zip(groups, positions, strict=True):
             for start, params in _cut(group["params"]):
                 part = {**group, "params": params, "store_param_remainders": False}
                 with self._merged_masters(group, params):

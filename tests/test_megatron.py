@@ -785,6 +785,32 @@ def test_laprop_keeps_the_norms_of_masters_that_are_stored_in_parts() -> None:
         torch.testing.assert_close(master.norm(), norm)
 
 
+@pytest.mark.parametrize("store_param_remainders", [False, True], ids=["masters", "remainders"])
+def test_parameters_that_require_gradients(store_param_remainders: bool) -> None:
+    """Leaves, and views of leaves, which Megatron makes of float32 parameters' shards."""
+
+    def make(requires_grad: bool) -> Any:
+        params = [p.requires_grad_(requires_grad) for p in make_params()]
+        wide = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_(requires_grad)
+        optimizer = FusedAdam(params, store_param_remainders=store_param_remainders, **AWARE)
+        optimizer.param_groups[0]["params"].append(wide.view(-1)[1:8])
+        return optimizer
+
+    optimizer, other = make(True), make(False)
+    for each in (optimizer, other):
+        for param in each.param_groups[0]["params"]:
+            each.initialize_state(param)
+        run(each, [1, 2])
+        saved = copy.deepcopy(each.state_dict())
+        for param in each.param_groups[0]["params"][:-1]:
+            each.set_scaled_state(param, "exp_avg", each.get_unscaled_state(param, "exp_avg") / 2)
+        each.load_state_dict(saved)
+        run(each, [3])
+    shards = [each.param_groups[0]["params"][-1] for each in (optimizer, other)]
+    assert shards[0].grad_fn is not None
+    assert_same(*([t.detach().float() for t in contents(each)] for each in (optimizer, other)))
+
+
 @pytest.mark.skipif(native is None, reason="no native kernels")
 def test_the_native_steps_gradients_and_names_are_checked() -> None:
     optimizer = FusedAdam(make_params(F32), **AWARE)
