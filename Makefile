@@ -56,7 +56,7 @@ emulated-test: $(INSTALLED)
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
 	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
 	    tests/test_functions.py tests/test_identities.py tests/test_properties.py \
-	    tests/test_optimizers.py tests/test_optimizer_conventions.py
+	    tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py
 
 cpp-test: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja

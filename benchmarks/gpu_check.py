@@ -37,7 +37,7 @@ LOGS = ROOT / "build" / "gpu-check"
 
 # What pytest is called with.
 PYTESTS = {
-    "cuda": ["-q", "tests/test_cuda.py", "tests/test_cuda_optimizers.py"],
+    "cuda": ["-q", "tests/test_cuda.py", "tests/test_cuda_optimizers.py", "tests/test_megatron.py"],
     "functions": [
         "-q",
         "--device",
@@ -53,6 +53,7 @@ PYTESTS = {
         # Where what torch's own test utilities need is not installed, they cannot be imported.
         *(["tests/test_optimizer_conventions.py"] if find_spec("expecttest") else []),
     ],
+    "megatron": ["-q", "-m", "cuda", "tests/test_megatron_core.py"],
 }
 # Tests that are skipped for this reason wait for an option; any other skipped one is a failure.
 MAY_SKIP = "slow:"
@@ -337,6 +338,8 @@ STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "tests-cuda": lambda _: run_tests("cuda"),
     "tests-functions": lambda _: run_tests("functions"),
     "tests-optimizers": lambda _: run_tests("optimizers"),
+    # Where Megatron-Core is installed.
+    **({"tests-megatron": lambda _: run_tests("megatron")} if find_spec("megatron") else {}),
     "bits": bits,
     "memcheck": lambda _: sanitizer("memcheck"),
     "racecheck": lambda _: sanitizer("racecheck"),

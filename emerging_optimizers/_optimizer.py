@@ -26,7 +26,7 @@ from ._rule import Rule, store
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 _HALF = (torch.bfloat16, torch.float16)
-_STATE_DTYPES = (torch.float32, *_HALF)
+STATE_DTYPES = (torch.float32, *_HALF)
 MASTER = "master_param"
 
 
@@ -42,7 +42,7 @@ class SharedOptions(TypedDict, total=False):
     differentiable: bool
 
 
-_SHARED_DEFAULTS: dict[str, Any] = {
+SHARED_DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "fused": None,
     "capturable": False,
@@ -54,7 +54,7 @@ _SHARED_DEFAULTS: dict[str, Any] = {
 
 # How a group is stored and run. A loaded state dict sets hyperparameters, but none of these: it may
 # come from another machine, or from an optimizer that was set up otherwise.
-_KEPT_ON_LOAD = (
+KEPT_ON_LOAD = (
     "fused",
     "foreach",
     "capturable",
@@ -118,7 +118,7 @@ class StepArguments(NamedTuple):
     seed: int
 
 
-class _Saved:
+class Saved:
     """A loaded state tensor, hidden from torch, which would cast it to its parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -164,6 +164,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     _rule: ClassVar[Rule]
     _num_betas: ClassVar[int] = 2
+    _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
+    _kept_on_load: ClassVar[Sequence[str]] = KEPT_ON_LOAD
 
     # torch.amp.GradScaler then leaves it to `step` to unscale and to skip.
     _step_supports_amp_scaling = True
@@ -172,11 +174,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
     ) -> None:
         for name in options:
-            if name not in _SHARED_DEFAULTS:
+            if name not in self._option_defaults:
                 raise TypeError(
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
                 )
-        defaults = {**hyperparameters, **_SHARED_DEFAULTS, **options}
+        defaults = {**hyperparameters, **self._option_defaults, **options}
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -186,13 +188,26 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """Return the arguments of the rule's formula, but for the tensors and ``step``."""
         raise NotImplementedError
 
+    @property
+    def _state_names(self) -> Sequence[str]:
+        """The keys of a parameter's states, in the order of the rule's formula."""
+        return self._rule.states
+
+    def _grad(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return a parameter's gradient, if it has one."""
+        return param.grad
+
+    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
+        """Return, by the parameter's index, what to take instead of ``param.grad``."""
+        return {}
+
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
         """Return by what the update of this parameter is multiplied, beside the learning rate."""
         return 1.0
 
     def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
         """Raise for a parameter that cannot be updated, or not with its gradient."""
-        grad = param.grad
+        grad = self._grad(group, param)
         assert grad is not None
         if grad.layout != torch.strided:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -208,9 +223,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         _check_memory("a gradient", grad)
         _check_modified("a parameter", param)
 
-    def _check_state(self, param: Tensor, state: dict[str, Any]) -> None:
+    def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Raise for a state that is not one of this parameter."""
-        for name in (*self._rule.states, MASTER):
+        for name in (*self._state_names, MASTER):
             value = state.get(name)
             if name == MASTER and value is None:
                 continue
@@ -221,7 +236,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
                     f" {tuple(param.shape)}"
                 )
-            _check_beside(f"state {name!r}", value, param)
+            as_stored = self._dtype_of(group, name, param) if name == MASTER else None
+            _check_beside(f"state {name!r}", value, param, as_stored)
             if not _is_placed_like(value, param):
                 raise ValueError(f"state {name!r} is not distributed as its parameter is")
             _check_modified(f"state {name!r}", value)
@@ -268,20 +284,30 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 " float32 master loses nothing to rounding"
             )
         option = group["state_dtype"]
-        by_key = option if isinstance(option, Mapping) else dict.fromkeys(self._rule.states, option)
+        by_key = option if isinstance(option, Mapping) else dict.fromkeys(self._state_names, option)
         for key, dtype in by_key.items():
-            if key not in self._rule.states:
+            if key not in self._state_names:
                 raise ValueError(
                     f"Invalid state_dtype: {type(self).__name__} has no state {key!r}; it has"
-                    f" {', '.join(map(repr, self._rule.states))}"
+                    f" {', '.join(map(repr, self._state_names))}"
                 )
-            if dtype is not None and dtype not in _STATE_DTYPES:
+            if dtype is not None and dtype not in STATE_DTYPES:
                 raise ValueError(
                     f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
                     " torch.float16"
                 )
 
     # ---- states ----------------------------------------------------------------------------------
+
+    def _dtype_of(self, group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
+        """Return the dtype that a state is to have; None where nothing says."""
+        if name == MASTER:
+            return torch.float32
+        option = group["state_dtype"]
+        if param.is_complex():
+            return None
+        dtype: torch.dtype | None = option.get(name) if isinstance(option, Mapping) else option
+        return dtype
 
     def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a parameter's state, with what is missing from it added."""
@@ -290,16 +316,22 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not isinstance(step, Tensor):
             device = param.device if group["capturable"] else torch.device("cpu")
             state["step"] = _counter(float(step or 0), device)
-        for name in self._rule.states:
+        for name in self._state_names:
             if name not in state:
                 state[name] = torch.zeros_like(
                     param,
-                    dtype=_configured_dtype(group, name, param),
+                    dtype=self._dtype_of(group, name, param),
                     memory_format=torch.preserve_format,
                 )
-        if has_master(group, param) and MASTER not in state:
-            state[MASTER] = param.detach().to(torch.float32)
+        if MASTER not in state:
+            master = self._init_master(group, param)
+            if master is not None:
+                state[MASTER] = master
         return state
+
+    def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return a master of the parameter as it is, if it is to have one."""
+        return param.detach().to(torch.float32) if has_master(group, param) else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of this optimizer or of one with the same states.
@@ -327,15 +359,36 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """Take what was pickled, copied or loaded; of an older version, too."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, default in {**_SHARED_DEFAULTS, **self.defaults}.items():
+            for key, default in {**self._option_defaults, **self.defaults}.items():
                 group.setdefault(key, default)
             for param in group["params"]:
                 if param in self.state:
-                    _settle_state(group, self._rule.states, param, self.state[param])
+                    self._settle_state(group, param, self.state[param])
         for values in self.state.values():
             # What belongs to no parameter stays as it was saved.
             if isinstance(values, dict):
-                values.update({k: v.tensor for k, v in values.items() if isinstance(v, _Saved)})
+                values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
+
+    def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Give what was loaded the device and the dtype that it has in this optimizer."""
+        if "step" in state:
+            step = state["step"]
+            if isinstance(step, Saved):
+                step = step.tensor
+            elif not isinstance(step, Tensor):
+                step = torch.tensor(float(step), device="cpu")
+            # A counter on its parameter's device may stay there, where it is counted without a
+            # read.
+            on_device = group["capturable"] or step.device == param.device
+            state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
+        for name, value in state.items():
+            if isinstance(value, Saved):
+                # What is no state of the rule stays as it was saved.
+                is_known = name == MASTER or name in self._state_names
+                dtype = self._dtype_of(group, name, param) if is_known else None
+                state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
+        if not has_master(group, param):
+            state.pop(MASTER, None)  # it would go stale
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -429,8 +482,23 @@ class ScalarOptimizer(torch.optim.Optimizer):
             draws = draws or group["stochastic_rounding"]
         seed = draw_seed() if draws else 0
         arguments = StepArguments(whole(grad_multiplier), grad_scale, found_inf, seed)
-        left = self._native_step(positions, arguments)
-        for group, position, indices in zip(self.param_groups, positions, left, strict=True):
+        self._step_groups(self.param_groups, positions, arguments)
+
+    def _step_groups(
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
+    ) -> None:
+        """Step groups, or parts of them.
+
+        Args:
+            groups: The groups, each with the parameters to step.
+            positions: The number, in the optimizer, of each group's first parameter.
+            arguments: What the call of ``step`` passes.
+        """
+        left = self._native_step(groups, positions, arguments)
+        for group, position, indices in zip(groups, positions, left, strict=True):
             if indices or self._steps_together(group):
                 self._plain_step(group, position, arguments, indices)
 
@@ -443,32 +511,30 @@ class ScalarOptimizer(torch.optim.Optimizer):
         return native is not None and group["fused"] is not False
 
     def _native_step(
-        self, positions: Sequence[int], arguments: StepArguments
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
     ) -> list[Collection[int]]:
         """Step what can be, in one native call.
-
-        Args:
-            positions: The number, in the optimizer, of each group's first parameter.
-            arguments: What the call of ``step`` passes.
 
         Returns:
             For each group, the indices of the parameters that are left. Their states are there.
         """
-        groups = self.param_groups
         left: list[Collection[int]] = [()] * len(groups)
         calls = {}
         for i, group in enumerate(groups):
             if self._has_native_step(group):
                 calls[i] = self._native_arguments(group, positions[i])
             else:
-                _check_numbers(group)
-                self._rule.check_options({**self._hyperparameters(group), "step": 1})
+                self._check_numbers(group)
                 left[i] = self._prepare(group, range(len(group["params"])), arguments)
                 if group["fused"] and left[i]:
                     self._raise_no_native_step()
         if not calls:
             return left
         step = self._rule.native_step
+        names = tuple(self._state_names)
         numbers = (
             arguments.grad_multiplier,
             1.0 if arguments.grad_scale is None else arguments.grad_scale,
@@ -476,15 +542,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
             arguments.seed,
         )
         # Nothing is done where any are left.
-        found: list[list[int]] = step(self.state, list(calls.values()), *numbers)
+        found: list[list[int]] = step(self.state, list(calls.values()), names, *numbers)
         if any(found):
             # Once more, now that no state is missing and gradients are where parameters are.
             for (i, call), indices in zip(calls.items(), found, strict=True):
                 self._prepare(groups[i], indices, arguments)
-                grads = _placed_grads(groups[i]["params"], indices)
+                grads = self._given_grads(groups[i]) | self._placed_grads(groups[i], indices)
                 may_leave = groups[i]["fused"] is None
                 calls[i] = (call[0], grads, call[2], may_leave, *call[4:])
-            found = step(self.state, list(calls.values()), *numbers)
+            found = step(self.state, list(calls.values()), names, *numbers)
         for i, indices in zip(calls, found, strict=True):
             left[i] = indices
             if groups[i]["fused"] and indices:
@@ -497,7 +563,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             options["use_shape_scaling"] = group["use_shape_scaling"]
         return (
             list(group["params"]),
-            None,
+            self._given_grads(group) or None,
             position,
             False,
             whole(group["lr"]),
@@ -510,6 +576,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
             tuple(map(options.__getitem__, self._rule.options)),
         )
 
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        """Raise for what a group may have been given since it was added."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        for name in ("lr", "weight_decay"):
+            _checks.read_number(name, whole(group[name]))
+        _check_method(group)
+        self._rule.check_options({**self._hyperparameters(group), "step": 1})
+
     @torch.no_grad()
     def _prepare(
         self, group: dict[str, Any], indices: Iterable[int], arguments: StepArguments
@@ -520,12 +595,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
             The indices of those that have a gradient.
         """
         params = group["params"]
-        indices = [i for i in indices if params[i].grad is not None]
+        indices = [i for i in indices if self._grad(group, params[i]) is not None]
         for i in indices:
             self._check_param(group, params[i])
         for i in indices:
             state = self._init_state(group, params[i])
-            self._check_state(params[i], state)
+            self._check_state(group, params[i], state)
             # From the first step that carries one, counters are where CUDA parameters are, so that
             # the host need not know whether they advance.
             needs_device = group["capturable"] or arguments.found_inf is not None
@@ -535,6 +610,20 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 # Its own, where several shared one.
                 state["step"] = state["step"].to(torch.float32, copy=True)
         return indices
+
+    @torch.no_grad()
+    def _placed_grads(
+        self, group: dict[str, Any], indices: Iterable[int]
+    ) -> dict[int, Tensor | None]:
+        """Return, by their index, the gradients for which others are to be taken."""
+        placed: dict[int, Tensor | None] = {}
+        for i in indices:
+            param = group["params"][i]
+            grad = self._grad(group, param)
+            there = _placed_like(grad, param)
+            if there is not grad:
+                placed[i] = there
+        return placed
 
     def _raise_no_native_step(self) -> NoReturn:
         raise RuntimeError(
@@ -575,10 +664,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         step = int(state["step"])
         target = state[MASTER] if has_master(group, param) else param
         values = as_local(target)
-        states = [as_local(state[name]) for name in self._rule.states]
-        increment_versions([param, target, *(state[name] for name in self._rule.states)])
-        assert param.grad is not None
-        grad = as_local(_placed_like(param.grad, param))
+        states = [as_local(state[name]) for name in self._state_names]
+        increment_versions([param, target, *(state[name] for name in self._state_names)])
+        grad = as_local(_placed_like(self._grad(group, param), param))
 
         is_double = torch.float64 in (grad.dtype, values.dtype, *(s.dtype for s in states))
         real = torch.float64 if is_double else torch.float32
@@ -625,12 +713,13 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     for group in groups:
         _check_saved_states(optimizer, group, state_dict["state"])
     if len(groups) == len(optimizer.param_groups):  # if not, torch says so
+        kept = optimizer._kept_on_load
         groups = [
-            {**optimizer._translate_group(saved), **{k: own[k] for k in _KEPT_ON_LOAD if k in own}}
+            {**optimizer._translate_group(saved), **{k: own[k] for k in kept if k in own}}
             for saved, own in zip(groups, optimizer.param_groups, strict=True)
         ]
     state = {
-        key: {k: _Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if isinstance(values, dict)
         else values
         for key, values in state_dict["state"].items()
@@ -646,20 +735,11 @@ def _check_method(group: dict[str, Any]) -> None:
         )
 
 
-def _check_numbers(group: dict[str, Any]) -> None:
-    """Raise for what a group may have been given since it was added, and no rule checks."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name in ("lr", "weight_decay"):
-        _checks.read_number(name, whole(group[name]))
-    _check_method(group)
-
-
 def _check_saved_states(
     optimizer: ScalarOptimizer, group: dict[str, Any], states: dict[Any, Any]
 ) -> None:
     """Raise for a state that lacks a part, which would begin anew beside a step that went on."""
-    wanted = optimizer._rule.states
+    wanted = optimizer._state_names
     names = group.get("param_names") or group["params"]
     for name, key in zip(names, group["params"], strict=True):
         saved = states.get(key)
@@ -684,22 +764,15 @@ def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
 # ---- one parameter -------------------------------------------------------------------------------
 
 
-def _configured_dtype(group: dict[str, Any], name: str, param: Tensor) -> torch.dtype | None:
-    """Return the dtype that an option says for a state, if one does."""
-    option = group["state_dtype"]
-    if param.is_complex():
-        return None
-    dtype: torch.dtype | None = option.get(name) if isinstance(option, Mapping) else option
-    return dtype
-
-
 def has_master(group: dict[str, Any], param: Tensor) -> bool:
     return bool(group["master_weights"]) and param.dtype in _HALF
 
 
-def _check_beside(name: str, tensor: Tensor, param: Tensor) -> None:
+def _check_beside(
+    name: str, tensor: Tensor, param: Tensor, as_stored: torch.dtype | None = None
+) -> None:
     """Raise for a tensor of a parameter's shape that yet is none for it."""
-    is_number = tensor.is_floating_point() or tensor.is_complex()
+    is_number = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == as_stored
     if not is_number or tensor.is_complex() != param.is_complex():
         raise TypeError(f"a parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}")
     if tensor.layout != torch.strided:
@@ -732,30 +805,6 @@ def _check_modified(name: str, tensor: Tensor) -> None:
             f"{name} overlaps itself in memory (an expanded tensor, with shape"
             f" {tuple(tensor.shape)} and strides {tensor.stride()})"
         )
-
-
-def _settle_state(
-    group: dict[str, Any], names: Sequence[str], param: Tensor, state: dict[str, Any]
-) -> None:
-    """Give what was loaded the device and the dtype that it has in this optimizer."""
-    if "step" in state:
-        step = state["step"]
-        if isinstance(step, _Saved):
-            step = step.tensor
-        elif not isinstance(step, Tensor):
-            step = torch.tensor(float(step), device="cpu")
-        # A counter on its parameter's device may stay there, where that is counted without a read.
-        on_device = group["capturable"] or step.device == param.device
-        state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
-    for name, value in state.items():
-        if isinstance(value, _Saved):
-            # What is no state of the rule stays as it was saved.
-            dtype = torch.float32 if name == MASTER else None
-            if name in names:
-                dtype = _configured_dtype(group, name, param)
-            state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
-    if not has_master(group, param):
-        state.pop(MASTER, None)  # it would go stale
 
 
 def _counter(step: float, device: torch.device) -> Tensor:
@@ -796,13 +845,6 @@ def _placed_like(grad: Any, param: Any) -> Any:
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return grad
-
-
-@torch.no_grad()
-def _placed_grads(params: Sequence[Any], indices: Iterable[int]) -> dict[int, Any]:
-    """Return, by their index, the gradients for which others are to be taken."""
-    placed = {i: _placed_like(params[i].grad, params[i]) for i in indices}
-    return {i: grad for i, grad in placed.items() if grad is not params[i].grad}
 
 
 # ---- norms ---------------------------------------------------------------------------------------

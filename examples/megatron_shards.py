@@ -20,11 +20,12 @@ import sys
 
 import torch
 import torch.distributed as dist
-from emerging_optimizers.megatron import FusedAdam
 from fsdp2_char_lm import join_processes, print_once, sum_over_processes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from train_char_lm import WEIGHT_DECAY, CharacterModel, load_text, positive, random_batch
+
+from emerging_optimizers.megatron import FusedAdam
 
 LR = 1e-3
 PRINT_EVERY = 5

@@ -171,7 +171,7 @@ struct StepOf;
 template <class Rule, size_t... kOption>
 struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Steps the parameters that have a gradient. `state` is a dictionary of their states'
-  // dictionaries, and each group a tuple
+  // dictionaries, `state_names` has the keys of those, and each group is a tuple
   //
   //   (params, grads or None, first_position, may_leave, lr, weight_decay, weight_decay_method,
   //    maximize, master_weights, stochastic_rounding, capturable, options)
@@ -179,6 +179,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Returns, for each group, the positions of the parameters that have to be stepped otherwise.
   // Nothing is done where a group has some and may not leave them.
   static std::vector<std::vector<Py_ssize_t>> step(const py::dict& state, const py::list& groups,
+                                                   const py::tuple& state_names,
                                                    py::handle grad_multiplier,
                                                    py::handle grad_scale, py::handle found_inf,
                                                    uint64_t seed) {
@@ -187,6 +188,10 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
         {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
     size_t num_params = 0;
     for (const py::handle group : groups) num_params += py::len(group[py::int_(0)]);
+    typename GroupStep<Rule>::StateNames names;
+    TORCH_CHECK_VALUE(state_names.size() == names.size(), "state_names has ", state_names.size(),
+                      " names; expected ", names.size());
+    for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
     AddressSet taken(2 * num_params);
     StateWalk states(state.ptr());
     std::deque<GroupStep<Rule>> steps;
@@ -196,7 +201,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
       const auto group = py::reinterpret_borrow<py::tuple>(item);
       const py::object params = group[0], grads = group[1];
       TORCH_CHECK_TYPE(PyList_Check(params.ptr()), "params must be a list");
-      steps.emplace_back(rule_of(group[11]), options_of(group, seed), numbers, taken);
+      steps.emplace_back(rule_of(group[11]), options_of(group, seed), names, numbers, taken);
       PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
       left.push_back(steps.back().take(params.ptr(), given, states));
       may_run &= left.back().empty() || group[3].cast<bool>();

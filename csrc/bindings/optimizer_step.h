@@ -203,6 +203,11 @@ struct GroupOptions {
 // owned.
 template <class Rule>
 class GroupStep {
+ public:
+  // The keys of the states, in the order of the rule's.
+  using StateNames = std::array<PyObject*, kNumStates<Rule>>;
+
+ private:
   static constexpr size_t kOperands = kNumOperands<Rule, ApplyUpdate>;
   static constexpr size_t kOwn = kOperands - 1;  // the weight
   // Parameters that are walked together, each looking a little further than the last: what they
@@ -213,12 +218,18 @@ class GroupStep {
  public:
   // `taken` is to find parameters, and counters, with the same memory: they cannot be stepped at a
   // time.
-  GroupStep(const Rule& rule, GroupOptions options, StepNumbers& numbers, AddressSet& taken)
-      : rule_(rule), options_(std::move(options)), numbers_(numbers), taken_(taken) {}
+  GroupStep(const Rule& rule, GroupOptions options, const StateNames& state_names,
+            StepNumbers& numbers, AddressSet& taken)
+      : rule_(rule),
+        options_(std::move(options)),
+        state_names_(state_names),
+        numbers_(numbers),
+        taken_(taken) {}
 
   // Adds the parameters that have a gradient. Returns the positions in the list of those that have
   // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
-  // `grads`, a dictionary by the position, may have gradients to take instead of the parameters'.
+  // `grads`, a dictionary by the position, may have gradients to take instead of the parameters';
+  // None is for a parameter that has no gradient.
   std::vector<Py_ssize_t> take(PyObject* params, PyObject* grads, StateWalk& states) {
     std::vector<Py_ssize_t> left;
     std::array<Candidate, kBatch> batch;
@@ -289,6 +300,7 @@ class GroupStep {
   struct Candidate {
     Py_ssize_t index;
     PyObject* object;
+    PyObject* given_grad;  // null where the gradient is the parameter's
     const at::Tensor* grad;
     PyObject* own;  // its states
     PyObject* step_object;
@@ -342,13 +354,12 @@ class GroupStep {
   void find(Candidate* batch, size_t n, PyObject* grads, StateWalk& states) {
     static PyObject* const step_key = interned("step");
     static PyObject* const master_key = interned("master_param");
-    static const std::array<PyObject*, kNumStates<Rule>> keys = state_keys();
     for (size_t i = 0; i < n; ++i) {
       prefetch(THPVariable_Unpack(batch[i].object).unsafeGetTensorImpl()->autograd_meta());
     }
     for (size_t i = 0; i < n; ++i) {
       Candidate& c = batch[i];
-      c.grad = &THPVariable_Unpack(c.object).unsafeGetTensorImpl()->grad();
+      find_grad(c, grads);
       c.own = nullptr;
       c.is_complete = false;
       if (!c.grad->defined()) continue;
@@ -371,14 +382,14 @@ class GroupStep {
       if (c.own == nullptr) continue;
       FieldWalk fields(c.own);
       c.step_object = fields.find(step_key);
-      for (size_t s = 0; s < keys.size(); ++s) c.states[s] = fields.find(keys[s]);
+      for (size_t s = 0; s < kNumStates<Rule>; ++s) c.states[s] = fields.find(state_names_[s]);
       c.has_master = needs_master(THPVariable_Unpack(c.object));
       if (c.has_master) c.states.back() = fields.find(master_key);
       prefetch(c.step_object);
       for (PyObject* const state : c.states) prefetch(state);
     }
     for (size_t i = 0; i < n; ++i) {
-      if (batch[i].own != nullptr) unwrap(batch[i], grads);
+      if (batch[i].own != nullptr) unwrap(batch[i]);
     }
     for (size_t i = 0; i < n; ++i) {
       if (!batch[i].is_complete) continue;
@@ -387,8 +398,27 @@ class GroupStep {
     }
   }
 
+  static void find_grad(Candidate& c, PyObject* grads) {
+    c.given_grad = nullptr;
+    if (grads != nullptr) {
+      const auto index = py::int_(c.index);
+      c.given_grad = PyDict_GetItemWithError(grads, index.ptr());
+      if (c.given_grad == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    if (c.given_grad == nullptr) {
+      c.grad = &THPVariable_Unpack(c.object).unsafeGetTensorImpl()->grad();
+    } else if (c.given_grad == Py_None) {
+      static const at::Tensor none;
+      c.grad = &none;
+    } else {
+      TORCH_CHECK_TYPE(THPVariable_Check(c.given_grad), "the gradient given for params[", c.index,
+                       "] must be a Tensor");
+      c.grad = &THPVariable_Unpack(c.given_grad);
+    }
+  }
+
   // From Python's objects to tensors; of DTensors, to their parts here.
-  void unwrap(Candidate& c, PyObject* grads) {
+  void unwrap(Candidate& c) {
     std::optional<Distributed> whole;
     if (!is_plain(THPVariable_Unpack(c.object))) whole = Distributed::from(c.object);
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
@@ -405,15 +435,11 @@ class GroupStep {
     };
     c.operands[kUpdate] = c.operands[kOwn] = tensor_of(c.object);
     c.operands[kGrad] = c.grad;
-    if (grads != nullptr || whole) {
-      py::object grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad));
-      if (grads != nullptr) {
-        const auto index = py::int_(c.index);
-        PyObject* const given = PyDict_GetItemWithError(grads, index.ptr());
-        if (given != nullptr) grad = py::reinterpret_borrow<py::object>(given);
-      }
-      c.operands[kGrad] = tensor_of(grad.ptr());
-      alive_.push_back(std::move(grad));
+    if (whole && c.given_grad != nullptr) {
+      c.operands[kGrad] = tensor_of(c.given_grad);
+    } else if (whole) {
+      alive_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)));
+      c.operands[kGrad] = tensor_of(alive_.back().ptr());
     }
     for (size_t s = 0; s < kNumStates<Rule>; ++s) {
       c.operands[kFirstState + s] = tensor_of(c.states[s]);
@@ -569,14 +595,9 @@ class GroupStep {
     return last_->second;
   }
 
-  static std::array<PyObject*, kNumStates<Rule>> state_keys() {
-    std::array<PyObject*, kNumStates<Rule>> keys;
-    for (size_t s = 0; s < keys.size(); ++s) keys[s] = interned(Rule::kStates[s]);
-    return keys;
-  }
-
   Rule rule_;
   GroupOptions options_;
+  StateNames state_names_;
   StepNumbers& numbers_;
   AddressSet& taken_;
   std::map<BucketKey, Bucket> buckets_;

@@ -210,22 +210,25 @@ class LaProp(ScalarOptimizer):
 
     @torch.no_grad()
     def _native_step(
-        self, positions: Sequence[int], arguments: StepArguments
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
     ) -> list[Collection[int]]:
         # Where lr is 0, not even a product with 1 is for a parameter's bits.
         # Processes add up their parts of a DTensor's norm: also one that has no gradient for it.
         normalized = [
             (i, j)
-            for i, group in enumerate(self.param_groups)
+            for i, group in enumerate(groups)
             if group["frob_normalize"] and not _is_zero(group["lr"])
             if self._has_native_step(group)
             for j, param in enumerate(group["params"])
-            if param.grad is not None or is_dtensor(param)
+            if self._grad(group, param) is not None or is_dtensor(param)
         ]
-        params = [(self.param_groups[i], self.param_groups[i]["params"][j]) for i, j in normalized]
+        params = [(groups[i], groups[i]["params"][j]) for i, j in normalized]
         weights = [self._weight(*pair) for pair in params]
         norms = frobenius_norms(list(map(as_local, weights)), weights) if weights else []
-        left = super()._native_step(positions, arguments)
+        left = super()._native_step(groups, positions, arguments)
         done = [k for k, (i, j) in enumerate(normalized) if j not in left[i]]
         if done:
             self._restore_norms([params[k] for k in done], [norms[k] for k in done])
