@@ -238,6 +238,7 @@ class LaProp(ScalarOptimizer):
         is_normalized: bool = group["frob_normalize"]
         return is_normalized and not self._has_native_step(group)
 
+    @torch.no_grad()
     def _plain_step(
         self,
         group: dict[str, Any],
