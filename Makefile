@@ -94,8 +94,9 @@ bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; 
 gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
 	$(PY) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
-chart: $(INSTALLED)  ## Draw the README's chart from the committed result
+chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
 
 clean:  ## Remove what was built, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so
