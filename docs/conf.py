@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 import emerging_optimizers
 
 sys.path.insert(0, str(Path(__file__).parent))
-import figures  # noqa: E402
+import figures
 
 project = "emerging_optimizers"
 author = "the emerging_optimizers contributors"
@@ -34,6 +34,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|typing)\..*"),
     ("py:.*", r"(bool|dict|float|int|list|str|tuple|type|None|ParamsT)"),
     ("py:exc", r"\w+Error"),
+    ("py:.*", r"emerging_optimizers\.(.*\.)?_.*"),
 ]
 
 myst_enable_extensions = ["deflist", "dollarmath", "substitution"]

@@ -102,7 +102,8 @@ def _distributed(figures: list[dict[str, Any]]) -> str:
 
 
 def _round(value: float) -> str:
-    return f"{value:.0f}" if value >= 20 else f"{value:.2g}" if value < 0.1 else f"{value:.3g}"
+    places = next(i for i, least in enumerate((10.0, 2.0, 0.1, 0.0)) if value >= least)
+    return f"{value:.{places}f}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
