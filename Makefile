@@ -25,8 +25,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test python-test emulated-test cpp-test lint docs cuda-check gpu-check format demo bench \
-    chart clean
+.PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart \
+    clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -75,6 +75,7 @@ $(INSTALLED)-%: $(INSTALLED)
 	$(PY) -m pip install --quiet "emerging-optimizers-native[$*]"
 	@touch $@
 
+.PHONY: docs
 docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code and check its links
 	$(PY) -m sphinx -W --keep-going -q docs build/docs
 	$(PY) -m pytest -q tests/test_docs.py

@@ -46,9 +46,11 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
+napoleon_custom_sections = ["Reference"]
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
+pygments_style = "default"
 html_title = "emerging_optimizers"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
