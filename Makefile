@@ -47,32 +47,38 @@ $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 
 test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
 
-python-test: $(INSTALLED)
+python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 	$(PY) -m pytest $(PYTEST_PROCESSES) --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
 
 # The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in; for a
 # PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
-emulated-test: $(INSTALLED)
+emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated devices
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
 	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
 	    tests/test_functions.py tests/test_identities.py tests/test_properties.py \
 	    tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py
 
-cpp-test: $(INSTALLED)
+cpp-test: $(INSTALLED)  ## Run the C++ tests alone, under sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-lint: $(INSTALLED)  ## Check formatting, style and types
+lint: $(INSTALLED)  ## Check formatting, style, types and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/codespell
 
-# The package is there already: this adds what its extra names, and compiles nothing.
-$(INSTALLED)-cuda-check: $(INSTALLED)
-	$(PY) -m pip install --quiet "emerging-optimizers-native[cuda-check]"
+# The package is there already: this adds what an extra of it names, and compiles nothing.
+$(INSTALLED)-%: $(INSTALLED)
+	$(PY) -m pip install --quiet "emerging-optimizers-native[$*]"
 	@touch $@
+
+.PHONY: docs
+docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code and check its links
+	$(PY) -m sphinx -W --keep-going -q docs build/docs
+	$(PY) -m pytest -q tests/test_docs.py
 
 cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and read their code; needs no GPU
 	$(PY) tests/cuda_check.py
@@ -94,8 +100,9 @@ bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; 
 gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
 	$(PY) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
-chart: $(INSTALLED)  ## Draw the README's chart from the committed result
+chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
 
 clean:  ## Remove what was built, the virtual environment included
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

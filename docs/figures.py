@@ -1,0 +1,111 @@
+"""The performance page's tables, of the committed results."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+SHAPES = {
+    "large": "one of 48 Mi",
+    "gpt2": "GPT-2 small",
+    "1000x1000": "1000 of 1000",
+    "1000x8": "1000 of 8",
+}
+FUNCTIONS = {
+    "compiled": "`torch.compile`, per tensor",
+    "foreach": "`torch._foreach_*`",
+    "eager": "eager, per tensor",
+    "roof": "the roof",
+}
+OPTIMIZERS = {
+    "fused": "`torch.optim.AdamW(fused=True)`",
+    "deepspeed": "DeepSpeed's CPU Adam",
+    "foreach": "`torch.optim.AdamW(foreach=True)`",
+    "loop": "`torch.optim.AdamW(foreach=False)`",
+    "package-plain": "`AdamW(fused=False)` of this package",
+    "roof": "the roof",
+}
+COLD = "single calls, caches cold"
+
+
+def substitutions() -> dict[str, str]:
+    """Return the pieces of the page, by their names in it."""
+    functions = _read("functions-cpu.json")
+    optimizers = _read("optimizers-cpu.json")
+    distributed = _read("distributed-cpu.json")
+    return {
+        "functions_caption": _caption(functions, "functions-cpu.json"),
+        "functions_table": _ratios(functions["figures"], FUNCTIONS, ""),
+        "optimizers_caption": _caption(optimizers, "optimizers-cpu.json"),
+        "optimizers_table": _ratios(optimizers["figures"], OPTIMIZERS, ""),
+        "optimizers_missed": _missed(optimizers["targets"]),
+        "distributed_caption": _caption(distributed, "distributed-cpu.json"),
+        "distributed_table": _distributed(distributed["figures"]),
+    }
+
+
+def _read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return result
+
+
+def _caption(result: dict[str, Any], name: str) -> str:
+    run = result["run"]
+    return (
+        f"{run['cpu']}, {run['threads']} threads, float32, torch {run['torch']}, instruction set"
+        f" {run['instruction_set']}, {run['date'][:10]}: `{run['command']}`. All figures:"
+        f" `benchmarks/results/{name}`."
+    )
+
+
+def _ratios(figures: list[dict[str, Any]], contenders: dict[str, str], prefix: str) -> str:
+    """Return a table of how many times as long the contenders take with Adam."""
+    columns = [
+        (f"{prefix}{title}{', cold' if timing == COLD else ''}", shape, timing)
+        for shape, title in SHAPES.items()
+        for timing in dict.fromkeys(f.get("timing") for f in figures if f["shape"] == shape)
+    ]
+    times = {
+        (f["contender"], f["shape"], f.get("timing")): f["times_as_long"]["median"]
+        for f in figures
+        if f["rule"] == "adam" and f["compared_with"] == "package"
+    }
+    rows = [
+        [title, *(_round(times[name, shape, timing]) for _, shape, timing in columns)]
+        for name, title in contenders.items()
+    ]
+    return _table(["", *(title for title, _, _ in columns)], rows)
+
+
+def _missed(targets: list[dict[str, Any]]) -> str:
+    rows = [
+        [t["target"], t["rule"], t["wanted"].replace(">= ", "at least "), _measured(t)]
+        for t in targets
+        if not t["met"]
+    ]
+    return _table(["how many times as long", "optimizer", "wanted", "measured"], rows)
+
+
+def _measured(target: dict[str, Any]) -> str:
+    measured = target["measured"]
+    return _round(measured["median"] if isinstance(measured, dict) else measured)
+
+
+def _distributed(figures: list[dict[str, Any]]) -> str:
+    rows = [
+        [f["what"], f["who"], _round(f["times_as_long"]["median"]), f["compared_with"]]
+        for f in figures
+        if f["who"] != f["compared_with"]
+    ]
+    return _table(["of what", "who", "times as long", "as"], rows)
+
+
+def _round(value: float) -> str:
+    places = next(i for i, least in enumerate((10.0, 2.0, 0.1, 0.0)) if value >= least)
+    return f"{value:.{places}f}"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
