@@ -21,11 +21,11 @@ else
 endif
 
 INSTALLED := build/.installed-$(shell echo '$(PY) $(TORCH_STAMP)' | cksum | cut -d' ' -f1)
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml emerging_optimizers/_build.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart \
+.PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart wheel \
     clean
 
 help:  ## List the targets
@@ -42,7 +42,7 @@ $(VENV)/.torch-%:
 # one environment at a time: whatever was installed before no longer counts.
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" ninja
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint]"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint,wheel]"
 	@mkdir -p $(@D) && rm -f build/.installed-* && touch $@
 
 test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
@@ -82,6 +82,9 @@ docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code 
 
 cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and read their code; needs no GPU
 	$(PY) tests/cuda_check.py
+
+wheel: $(INSTALLED)  ## Build sdist and wheel for this torch into dist/, and check them
+	$(PY) tests/wheel_check.py dist
 
 format: $(INSTALLED)  ## Format Python and C++
 	$(PY) -m ruff check --fix .

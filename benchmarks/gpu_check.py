@@ -109,6 +109,24 @@ if device == "cuda":
 print("swept")
 """
 
+# An installed package: where it lies, what it is made of, and that its kernels are in use.
+INSTALLED = """
+import sys
+from pathlib import Path
+import torch
+import emerging_optimizers
+from emerging_optimizers._native import native
+
+assert Path(emerging_optimizers.__file__).parent.parent == Path(sys.path[0])
+emerging_optimizers.show_config()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+param = torch.nn.Parameter(torch.ones(1000, device=device))
+param.grad = torch.ones_like(param)
+emerging_optimizers.Lion([param], lr=0.5, weight_decay=0.0, fused=True).step()
+assert param.eq(0.5).all()
+print("stepped by", native.__file__)
+"""
+
 
 @dataclass
 class Outcome:
@@ -185,25 +203,75 @@ def _tail(text: str, lines: int = 60) -> str:
 
 def build(_: argparse.Namespace) -> Outcome:
     """Compile the package in place, for this machine's GPU alone."""
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"{major}.{minor}"
+    environment = _for_this_gpu()
+    architecture = environment["TORCH_CUDA_ARCH_LIST"]
     # --force, because setup.py does not see that it is another architecture or another compiler;
     # ninja then compiles only what has changed.
     finished = run(
         "build",
         "build",
         [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
-        TORCH_CUDA_ARCH_LIST=architecture,
-        EMERGING_OPTIMIZERS_NATIVE="1",
-        EMERGING_OPTIMIZERS_CUDA="1",
+        **environment,
     )
     config = run("config", "build", [sys.executable, "-m", "emerging_optimizers"])
     print(config.output, flush=True)
-    is_in_use = re.search(rf"^CUDA: .*\bsm_{major}{minor}\b", config.output, re.MULTILINE)
+    is_in_use = re.search(
+        rf"^CUDA: .*\bsm_{architecture.replace('.', '')}\b", config.output, re.MULTILINE
+    )
     if finished.status == 0 and not is_in_use:  # it does not load, say: all would run on formulas
         finished.status = 1
     summary = f"for {architecture}"
     return judged(finished, summary, architecture=architecture, config=config.output)
+
+
+def wheel(_: argparse.Namespace) -> Outcome:
+    """Build a wheel as `make wheel` does, unpack it into an empty folder, and use it from there."""
+    shutil.rmtree(LOGS / "wheel", ignore_errors=True)
+    site = LOGS / "wheel" / "site"
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "."]
+    built = run("wheel", "build", [*command, f"--wheel-dir={site.parent}"], **_for_this_gpu())
+    wheels = list(site.parent.glob("*.whl"))
+    if built.status != 0 or not wheels:
+        return judged(Finished(built.status or 1, built.output), "no wheel")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    run("wheel-install", "build", [*command, f"--target={site}", str(wheels[0])])
+    size = wheels[0].stat().st_size / 1e6
+    finished = _use(site, "wheel-use")
+    return judged(finished, f"{wheels[0].name}, {size:.1f} MB", size=size, used=finished.output)
+
+
+def first_import(_: argparse.Namespace) -> Outcome:
+    """Let the package that the wheel brought, without its module, compile itself when imported."""
+    site = LOGS / "wheel" / "site"
+    for module in site.glob("emerging_optimizers/_C.*"):
+        module.unlink()
+    extensions = LOGS / "wheel" / "extensions"
+    finished = _use(site, "first-import", TORCH_EXTENSIONS_DIR=str(extensions), **_for_this_gpu())
+    if finished.status == 0 and str(extensions) not in finished.output:
+        finished.status = 1
+    return judged(finished, "", used=finished.output)
+
+
+def _for_this_gpu() -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
+        "EMERGING_OPTIMIZERS_NATIVE": "1",
+        "EMERGING_OPTIMIZERS_CUDA": "1",
+    }
+
+
+def _use(site: Path, name: str, **environment: str) -> Finished:
+    """Use the package that lies in a folder, and no other."""
+    site.mkdir(parents=True, exist_ok=True)
+    program = site / "use.py"
+    program.write_text(INSTALLED)
+    environment = {"PYTHONPATH": "", **environment}
+    finished = run(name, "build", [sys.executable, str(program)], **environment)
+    print(finished.output, flush=True)
+    if finished.status == 0 and "stepped by" not in finished.output:
+        finished.status = 1
+    return finished
 
 
 def run_tests(name: str) -> Outcome:
@@ -335,6 +403,8 @@ def bench(arguments: argparse.Namespace) -> Outcome:
 
 STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "build": build,
+    "wheel": wheel,
+    "first-import": first_import,
     "tests-cuda": lambda _: run_tests("cuda"),
     "tests-functions": lambda _: run_tests("functions"),
     "tests-optimizers": lambda _: run_tests("optimizers"),

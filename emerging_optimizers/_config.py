@@ -37,13 +37,14 @@ def explain_import_error(error: ImportError) -> ImportError:
 
 
 def show_config() -> None:
-    """Print version, torch, instruction sets, CUDA and threads of this installation.
+    """Print version, torch, compiled module, instruction sets, CUDA and threads of what is here.
 
     Example:
         >>> import emerging_optimizers
         >>> emerging_optimizers.show_config()  # doctest: +ELLIPSIS
         emerging_optimizers ...
         torch: ...
+        module: ...
         CPU instruction sets: ...
         CUDA: ...
         threads: ...
@@ -59,6 +60,7 @@ def show_config() -> None:
         print("CUDA: no")
     else:
         print(f"torch: {torch.__version__} (built for {native.torch_version})")
+        print(f"module: {native.__file__}")
         compiled = ", ".join(native.compiled_isas())
         print(f"CPU instruction sets: {compiled} compiled, {native.active_isa()} in use")
         print(f"CUDA: {', '.join(native.cuda_architectures) or 'no'}")

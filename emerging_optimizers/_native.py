@@ -1,31 +1,72 @@
-"""The compiled module, where there is one that fits."""
+"""The native kernels, where there are some that fit."""
 
+import contextlib
 import importlib
+import mmap
+import os
+import sys
 import warnings
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 import torch
 
-native: ModuleType | None
-reason = ""
+_NAME = f"{__package__}._C"
+# What stands in the library before the version of its torch (bindings/module.cpp).
+_BUILT_FOR = b"emerging_optimizers is built for torch "
 
-try:
-    native = importlib.import_module("._C", __package__)
-except ImportError as error:
-    native = None
-    reason = str(error)
 
+def _compiled() -> ModuleType:
+    """Return the module that is installed; an ImportError says why there is none."""
+    if _NAME not in sys.modules:
+        # In this folder only: an editable installation of another one offers its own.
+        spec = PathFinder.find_spec(_NAME, [os.path.dirname(__file__)])
+        if spec is None or spec.origin is None:
+            raise ImportError("nothing is compiled")
+        version = _built_for(spec.origin)
+        # Before it is loaded: its code may be wrong for this torch, and its operators would stay.
+        if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+            raise ImportError(
+                f"compiled for torch {version}, but this is torch {torch.__version__}"
+            )
+    return importlib.import_module(_NAME)
+
+
+def _built_for(library: str) -> str:
+    with (
+        contextlib.suppress(ValueError),  # nothing can be mapped of an empty file
+        open(library, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        start = data.find(_BUILT_FOR)
+        if start >= 0:
+            start += len(_BUILT_FOR)
+            return data[start : data.find(b"\0", start)].decode()
+    return "unknown"
+
+
+def _find() -> tuple[ModuleType | None, str]:
+    """Return the module, or why there is none."""
+    try:
+        return _compiled(), ""
+    except ImportError as error:
+        reason = str(error)
+    from . import _jit  # most imports need nothing of it
+
+    try:
+        module = _jit.load_module()
+    except _jit.BuildError as error:
+        warnings.warn(
+            f"emerging_optimizers runs without its native kernels, on plain PyTorch: {reason};"
+            f" {error.reason}. {error.remedy}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None, f"{reason}; {error.reason}"
+    sys.modules[_NAME] = module
+    return module, ""
+
+
+native, reason = _find()
 if native is not None:
     native.active_isa()  # a wrong EMERGING_OPTIMIZERS_ISA is an error now, not in the first step
-    if torch.__version__.split(".")[:2] != native.torch_version.split(".")[:2]:
-        reason = f"compiled for torch {native.torch_version}, but this is torch {torch.__version__}"
-        native = None
-
-if native is None:
-    warnings.warn(
-        f"emerging_optimizers runs without its native kernels, on plain PyTorch: {reason}. To have"
-        " them, compile the package against this torch: `pip install --no-build-isolation .` in its"
-        " source folder, and run from another one (or add `--editable`).",
-        RuntimeWarning,
-        stacklevel=2,
-    )

@@ -151,12 +151,12 @@ class Sources:
         is_read_once = instruction == "LDG" and not self.setup.isdisjoint(places)
         return is_read_once or not self.advance.isdisjoint(places)
 
-    def setup_constant(self, name: str) -> Any:
-        """Return a literal that setup.py assigns, so that both compile with the same flags."""
-        for node in ast.parse((self.root / "setup.py").read_text()).body:
+    def build_constant(self, name: str) -> Any:
+        """Return a literal that _build.py assigns, so that both compile with the same flags."""
+        for node in ast.parse((self.root / "emerging_optimizers" / "_build.py").read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
                 return ast.literal_eval(node.value)
-        raise LookupError(f"setup.py assigns no {name}")
+        raise LookupError(f"_build.py assigns no {name}")
 
     def place(self, file: str, line: str) -> str:
         """Name a line as "engine/cuda/chunk.h:89"."""
@@ -180,7 +180,7 @@ class Sources:
 
 def compile_kernels(sources: Sources, nvcc: Path, out: Path) -> dict[str, str]:
     """Compile the kernels to sm_*.cubin and kernels.ptx; return the report on each cubin."""
-    flags = [flag for flag in sources.setup_constant("NVCC_ARGS") if "--threads" not in flag]
+    flags = [flag for flag in sources.build_constant("NVCC_ARGS") if "--threads" not in flag]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
     base = [str(nvcc), *flags, "-Werror", "all-warnings", str(sources.cuda / "kernels.cu")]
     # By the oldest standard that a supported torch asks for, and by the newest.
@@ -195,7 +195,7 @@ def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
     """Compile what sees both torch and CUDA, without code: a torch without CUDA has the headers."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [*cpp_extension.include_paths(), str(nvcc.parent.parent / "include")]
-    flags = [*sources.setup_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]
+    flags = [*sources.build_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]
     flags += ["-DEMOPT_CUDA=1", "-DTORCH_EXTENSION_NAME=_C", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     for folder in [*includes, sysconfig.get_path("include")]:
         flags += ["-isystem", folder]

@@ -446,13 +446,16 @@ def check_call(
 # ---- other processes -----------------------------------------------------------------------------
 
 
-def run_python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run code in a fresh interpreter that finds this package and these tests."""
-    package_root = Path(emerging_optimizers.__file__).parent.parent
-    path = os.pathsep.join([str(package_root), str(Path(__file__).parent)])
+def run_python(
+    code: str, package: Path | None = None, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run code in a fresh interpreter that finds these tests and this package, or a copy of it."""
+    path = [str(package or Path(emerging_optimizers.__file__).parent.parent)]
+    path += [str(Path(__file__).parent)]
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=package,  # which is searched before the path
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
         capture_output=True,
         text=True,
         timeout=300,

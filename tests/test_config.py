@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import run_python
+from torch.utils import cpp_extension
 
 import emerging_optimizers
-from emerging_optimizers import _config
+from emerging_optimizers import _build, _config
 from emerging_optimizers._native import native
 
 PACKAGE = Path(emerging_optimizers.__file__).parent
@@ -56,9 +59,9 @@ def test_instruction_set_is_one_of_the_compiled() -> None:
 
 def test_module_for_another_torch_is_not_used() -> None:
     code = "import torch; torch.__version__ = '9.9.0'; import emerging_optimizers as package;"
-    command = [sys.executable, "-c", code + "package.show_config()"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = run_python(code + "package.show_config()", EMERGING_OPTIMIZERS_JIT="0")
     reason = f"compiled for torch {native.torch_version}, but this is torch 9.9.0"
+    reason += "; EMERGING_OPTIMIZERS_JIT=0"
     assert f"none in use, plain PyTorch is used ({reason})" in result.stdout
     warning = "RuntimeWarning: emerging_optimizers runs without its native kernels, on plain"
     assert f"{warning} PyTorch: {reason}" in result.stderr
@@ -100,6 +103,87 @@ def test_cuda_can_be_switched_off() -> None:
     done = run_setup(EMERGING_OPTIMIZERS_CUDA="0")
     assert done.returncode == 0
     assert "no CUDA kernels: EMERGING_OPTIMIZERS_CUDA=0\n" in done.stdout
+
+
+@needs_source
+def test_setup_without_torch_says_what_to_type() -> None:
+    code = f"import sys, runpy; sys.modules['torch'] = None; runpy.run_path({str(SETUP)!r})"
+    done = run_python(code)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith("    pip install --no-build-isolation .\n"), done.stderr
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Pretend that torch was built with CUDA 13.0, beside an nvcc of a version."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("EMERGING_OPTIMIZERS_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def install(version: str) -> None:
+        write_program(tmp_path / "bin" / "nvcc", f"Cuda compilation tools, release {version}, V1")
+
+    return install
+
+
+def write_program(path: Path, output: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{output}'\n")
+    path.chmod(0o755)
+
+
+CSRC = SETUP.parent / "csrc"
+
+
+@needs_source
+def test_cuda_is_built_where_it_can_be(
+    toolkit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit("13.1")
+    recipe = _build.recipe(CSRC)
+    assert recipe.why_no_cuda == ""
+    assert recipe.architectures == _build.USUAL_GPUS
+    assert "-DEMOPT_CUDA=1" in recipe.cxx_args
+    assert {"-DEMOPT_CUDA=1", "--fmad=false"} <= set(recipe.nvcc_args)
+    assert "kernels.cu" in {path.name for path in recipe.sources}
+
+    write_program(tmp_path / "bin" / "nvidia-smi", "9.0\n6.1\n9.0")
+    assert _build.recipe(CSRC).architectures == "9.0"
+    write_program(tmp_path / "bin" / "nvidia-smi", "6.1")
+    assert _build.why_no_cuda() == "all GPUs here are older than compute capability 7.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert _build.recipe(CSRC).architectures == "8.0;9.0+PTX"
+    monkeypatch.setenv("EMERGING_OPTIMIZERS_CUDA", "0")
+    recipe = _build.recipe(CSRC)
+    assert recipe.why_no_cuda == "EMERGING_OPTIMIZERS_CUDA=0"
+    assert (recipe.architectures, recipe.nvcc_args) == ("", [])
+    assert "kernels.cu" not in {path.name for path in recipe.sources}
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        (None, "there is no nvcc; torch was built with CUDA 13.0 (set CUDA_HOME)"),
+        ("12.8", "nvcc is of CUDA 12.8, but torch was built with CUDA 13.0"),
+    ],
+)
+def test_cuda_toolkit_that_does_not_fit(
+    toolkit: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    nvcc: str | None,
+    reason: str,
+) -> None:
+    if nvcc is not None:
+        toolkit(nvcc)
+    assert _build.why_no_cuda() == reason
+    monkeypatch.setenv("EMERGING_OPTIMIZERS_CUDA", "1")
+    with pytest.raises(RuntimeError) as caught:
+        _build.recipe(CSRC)
+    assert str(caught.value) == f"EMERGING_OPTIMIZERS_CUDA=1, but {reason}"
 
 
 # ---- the other distribution of this name ---------------------------------------------------------

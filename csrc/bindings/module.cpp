@@ -274,6 +274,10 @@ std::vector<std::string> cuda_architectures() {
 
 }  // namespace
 
+// Read from the file before it is loaded (_native.py); exported, so that nothing drops it.
+extern PYBIND11_EXPORT const char built_for[];
+const char built_for[] = "emerging_optimizers is built for torch " TORCH_VERSION;
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #define EMOPT_BIND(Rule)                                \
   m.def((std::string(Rule::kName) + "_update").c_str(), \

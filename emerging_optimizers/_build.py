@@ -1,0 +1,175 @@
+"""What the compiled module is made from, and how.
+
+For setup.py, which loads this file by its path before there is a package, and for the build at the
+first import (_jit.py). So it imports nothing of the package, and torch only where it is asked for.
+
+EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out
+where torch has no CUDA, or there is no nvcc of its major version; with =1 that is an error.
+TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this machine.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# No contraction into fused multiply-adds: each operation is rounded by itself, so every instruction
+# set gives the same bits. The two other flags let loops with a square root or a comparison become
+# vector loops; they change no result. Debug information would make the module twenty times larger.
+COMPILE_ARGS = {
+    "unix": [
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+    ],
+    "msvc": ["/O2", "/fp:precise"],
+}
+# No contraction here either, so that the bits are the CPU's; division and square root are correctly
+# rounded by default.
+NVCC_ARGS = ["-O3", "--fmad=false", "--threads=0"]
+# The kernels' arguments take more than 4096 bytes, and are constant: what is older has not that.
+OLDEST_NVCC = (12, 1)
+OLDEST_GPU = (7, 0)
+# What is compiled for where no GPU is seen and none is named.
+USUAL_GPUS = "8.0;9.0+PTX"
+# at::parallel_for is compiled into its caller: without OpenMP here it would be serial.
+OPENMP_ARGS = {
+    "linux": (["-fopenmp"], ["-fopenmp"]),
+    "darwin": (["-Xpreprocessor", "-fopenmp"], []),
+    "win32": (["/openmp"], []),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a compiler and a linker are given.
+
+    Attributes:
+        sources: What is compiled.
+        headers: What else it depends on.
+        cxx_args: Options of the C++ compiler.
+        nvcc_args: Options of nvcc.
+        link_args: Options of the linker.
+        architectures: The GPUs to compile for, as TORCH_CUDA_ARCH_LIST has them; "" without CUDA.
+        why_no_cuda: What keeps CUDA out; "" with it.
+    """
+
+    sources: list[Path]
+    headers: list[Path]
+    cxx_args: list[str]
+    nvcc_args: list[str]
+    link_args: list[str]
+    architectures: str
+    why_no_cuda: str
+
+
+def recipe(csrc: Path) -> Recipe:
+    """Return how to build what lies in a folder on this machine, with the torch that is installed.
+
+    Raises:
+        RuntimeError: CUDA was insisted on, and cannot be had.
+    """
+    patterns = ["engine/cpu/*.cpp", "bindings/*.cpp"]
+    is_windows = sys.platform == "win32"
+    openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
+    cxx_args = COMPILE_ARGS["msvc" if is_windows else "unix"] + openmp_compile
+    nvcc_args = []
+    reason = why_no_cuda()
+    if reason is None:
+        patterns += ["engine/cuda/*.cpp", "engine/cuda/*.cu"]
+        cxx_args = [*cxx_args, "-DEMOPT_CUDA=1"]
+        hidden = [] if is_windows else ["-Xcompiler=-fvisibility=hidden"]
+        nvcc_args = [*NVCC_ARGS, *hidden, "-DEMOPT_CUDA=1"]
+    elif os.environ.get("EMERGING_OPTIMIZERS_CUDA") == "1":
+        raise RuntimeError(f"EMERGING_OPTIMIZERS_CUDA=1, but {reason}")
+    return Recipe(
+        sources=[path for pattern in patterns for path in sorted(csrc.glob(pattern))],
+        headers=sorted([*csrc.rglob("*.h"), *csrc.rglob("*.inl")]),
+        cxx_args=cxx_args,
+        nvcc_args=nvcc_args,
+        link_args=openmp_link,
+        architectures=architectures() if reason is None else "",
+        why_no_cuda=reason or "",
+    )
+
+
+def compiler() -> str:
+    """Return the C++ compiler's command."""
+    return os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler is there."""
+    return shutil.which(compiler().split()[0]) is not None
+
+
+def why_no_cuda() -> str | None:
+    """Say what keeps the CUDA kernels from being compiled; None where nothing does."""
+    import torch
+
+    if os.environ.get("EMERGING_OPTIMIZERS_CUDA") == "0":
+        return "EMERGING_OPTIMIZERS_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    version = nvcc_version()
+    if version is None:
+        return f"there is no nvcc; torch was built with CUDA {torch.version.cuda} (set CUDA_HOME)"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
+    if _numbers(version) < OLDEST_NVCC:
+        return f"nvcc is of CUDA {version}, older than 12.1"
+    if not architectures():
+        return "all GPUs here are older than compute capability 7.0"
+    return None
+
+
+def nvcc_version() -> str | None:
+    """Return "13.0", or None where there is no nvcc."""
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    nvcc = shutil.which("nvcc", path=str(Path(cpp_extension.CUDA_HOME) / "bin"))
+    if nvcc is None:
+        return None
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return found.group(1) if found else None
+
+
+def architectures() -> str:
+    """Return what to compile for: what the user says, else this machine's GPUs, else the usual."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    found = _gpus()
+    if not found:
+        return USUAL_GPUS
+    return ";".join(
+        f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_GPU
+    )
+
+
+def _gpus() -> set[tuple[int, ...]]:
+    """Return the compute capabilities of this machine's GPUs."""
+    # The driver's program first: torch would start CUDA in this process, which at an import is too
+    # early, since processes that are forked afterwards could not use it.
+    program = shutil.which("nvidia-smi")
+    if program is not None:
+        command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.findall(r"^\d+\.\d+$", answer.stdout, re.MULTILINE)
+        if answer.returncode == 0 and found:
+            return set(map(_numbers, found))
+    import torch
+
+    return {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

@@ -1,0 +1,190 @@
+"""The wheel as a user meets it: made from the source distribution, installed beside torch alone.
+
+The environment that it is installed in is empty but for torch and what torch itself requires, which
+a .pth file offers from a folder of links: a second copy of torch would take a minute to install.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wheel_check
+
+from emerging_optimizers._native import native
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="wheels are checked on Linux"),
+]
+
+SMOKE = """
+import json, sys, time, warnings
+import torch
+begin = time.perf_counter()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import emerging_optimizers as package
+seconds = time.perf_counter() - begin
+
+grads = [torch.tensor([1.0, -2.0, 0.0]), torch.ones(2, 2, dtype=torch.bfloat16)]
+exp_avgs = [torch.zeros_like(grad) for grad in grads]
+updates = package.scalar_optimizers.calculate_lion_update(grads, exp_avgs, momentum_beta=0.9)
+param = torch.nn.Parameter(torch.ones(1000))
+param.grad = torch.ones(1000)
+package.AdamW([param], lr=0.5, weight_decay=0.0, fused=True).step()
+
+from emerging_optimizers._native import native
+print(json.dumps({
+    "seconds": seconds,
+    "warnings": [str(warning.message) for warning in caught],
+    "package": package.__file__,
+    "version": package.__version__,
+    "module": native and native.__file__,
+    "torch": native and native.torch_version,
+    "isas": native and native.compiled_isas(),
+    "lion": updates[0].tolist(),
+    "adamw": [param.min().item(), param.max().item()],
+    "others": sorted({"numpy", "pytest", "pip", "ninja"} & set(sys.modules)),
+}))
+"""
+
+
+@dataclass
+class Environment:
+    """A virtual environment with torch, and the package as its wheel installs it."""
+
+    folder: Path
+    wheel: Path
+    sdist: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def package(self) -> Path:
+        (found,) = self.folder.glob("lib/python*/site-packages/emerging_optimizers")
+        return found
+
+    def smoke(self, **environment: str) -> tuple[dict[str, Any], str]:
+        """Use the package, without a compiler where `environment` offers none."""
+        variables = {"PATH": str(self.python.parent), "HOME": str(self.folder), **environment}
+        assert ("CXX" in variables) == (shutil.which("c++", path=variables["PATH"]) is not None)
+        done = subprocess.run(
+            [str(self.python), "-c", SMOKE],
+            # torch says so where there is no NumPy.
+            env={"PYTHONWARNINGS": "ignore:Failed to initialize NumPy", **variables},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        seen = json.loads(done.stdout)
+        assert seen["lion"] == [1.0, -1.0, 0.0]
+        assert seen["adamw"] == pytest.approx([0.5, 0.5], abs=1e-6)
+        return seen, done.stderr
+
+
+def link_torch(folder: Path) -> None:
+    """Fill a folder with links to torch and what it requires, and to nothing else."""
+    waiting, seen = ["torch"], set()
+    while waiting:
+        name = waiting.pop()
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # what another system needs
+        for requirement in distribution.requires or []:
+            required = re.match(r"[\w.-]+", requirement)[0]
+            if "extra ==" not in requirement and required not in seen:
+                waiting.append(required)
+                seen.add(required)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            (folder / top).symlink_to(str(distribution.locate_file(top)))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, wheel_check.__file__, str(folder / "dist")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("dist/*.whl")
+    (sdist,) = folder.glob("dist/*.tar.gz")
+    made = Environment(folder / "venv", wheel, sdist)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made.folder)], check=True)
+    links = folder / "torch"
+    links.mkdir()
+    link_torch(links)
+    (site,) = made.folder.glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(f"{links}\n")
+    # It finds all that it requires.
+    pip = [sys.executable, "-m", "pip", "--python", str(made.python)]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", str(made.wheel)], check=True)
+    return made
+
+
+def test_wheel_without_a_compiler(environment: Environment) -> None:
+    seen, written = environment.smoke()
+    assert written == ""
+    assert seen["warnings"] == []
+    assert seen["others"] == []
+    assert Path(seen["package"]).parent == environment.package
+    assert Path(seen["module"]).parent == environment.package
+    assert seen["torch"] == native.torch_version
+    assert seen["isas"] == native.compiled_isas()
+    base = environment.sdist.name.removesuffix(".tar.gz").rpartition("-")[2]
+    major, minor = torch.__version__.split(".")[:2]
+    assert re.fullmatch(rf"{re.escape(base)}\+torch{major}{minor}(cpu|cu\d+)", seen["version"])
+    assert f"-{seen['version']}-" in environment.wheel.name
+
+
+def test_import_time(environment: Environment) -> None:
+    """Over that of torch; the least of a few, since the machine has other things to do."""
+    seconds: list[float] = []
+    while len(seconds) < 6 and min(seconds, default=1.0) > 0.06:
+        seconds.append(environment.smoke()[0]["seconds"])
+    assert min(seconds) <= 0.06, seconds
+
+
+def test_first_import_compiles_what_the_wheel_carries(
+    environment: Environment, tmp_path: Path
+) -> None:
+    extensions = tmp_path / "extensions"
+    copy = tmp_path / "site" / environment.package.name
+    shutil.copytree(environment.package, copy, ignore=shutil.ignore_patterns("_C.*"))
+    (compiled,) = environment.package.glob("_C.*")
+    variables = {"PYTHONPATH": str(copy.parent), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    compiler = tmp_path / "c++"  # which takes half the time
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    seen, written = environment.smoke(**variables, CXX=str(compiler), PATH=os.environ["PATH"])
+    (line,) = written.splitlines()
+    assert line.startswith("emerging_optimizers: compiling the native kernels for torch")
+    assert seen["warnings"] == []
+    assert Path(seen["package"]).parent == copy
+    assert extensions in Path(seen["module"]).parents
+    assert seen["isas"] == native.compiled_isas()
+
+    # From then on it is there, also where what is installed was compiled for another torch.
+    library = compiled.read_bytes()
+    mark = b"is built for torch " + native.torch_version.encode()
+    assert library.count(mark) == 1
+    other = mark[: -len(native.torch_version)] + b"9" * len(native.torch_version)
+    (copy / compiled.name).write_bytes(library.replace(mark, other))
+    again, written = environment.smoke(**variables)
+    assert written == ""
+    assert again["warnings"] == []
+    assert again["module"] == seen["module"]
