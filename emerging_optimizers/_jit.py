@@ -169,7 +169,7 @@ def _folder(recipe: _build.Recipe) -> Path:
     key = hashlib.sha256()
     python = sysconfig.get_config_var("EXT_SUFFIX")  # its version and the processor's architecture
     options = (recipe.cxx_args, recipe.nvcc_args, recipe.link_args, recipe.architectures)
-    key.update(repr((python, torch.version.cuda, _build.compiler(), options)).encode())
+    key.update(repr((python, torch.version.cuda, options)).encode())
     for path in (*recipe.sources, *recipe.headers):
         key.update(path.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
