@@ -189,7 +189,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @property
-    def _state_names(self) -> Sequence[str]:
+    def _state_names(self) -> tuple[str, ...]:
         """The keys of a parameter's states, in the order of the rule's formula."""
         return self._rule.states
 
@@ -455,8 +455,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         self._step(grad_multiplier)
 
     def _step(self, grad_multiplier: float | Tensor) -> None:
-        if isinstance(grad_multiplier, Tensor) and grad_multiplier.numel() != 1:
-            raise ValueError("Tensor grad_multiplier must be 1-element")
+        if isinstance(grad_multiplier, Tensor):
+            if grad_multiplier.numel() != 1:
+                raise ValueError("Tensor grad_multiplier must be 1-element")
+            grad_multiplier = whole(grad_multiplier)
         cuda: Any = torch.cuda  # partly untyped
         if cuda.is_initialized() and cuda.is_current_stream_capturing():
             for i, group in enumerate(self.param_groups):
@@ -466,13 +468,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
                         f" capturable=True (param_groups[{i}] has False)"
                     )
         # A GradScaler sets these for the duration of the call.
-        grad_scale = whole(getattr(self, "grad_scale", None))
-        found_inf = whole(getattr(self, "found_inf", None))
-        if not isinstance(found_inf, Tensor):
-            # Not there; or of a GradScaler that found no gradients, their sum: 0.
-            found_inf = None
-        elif not found_inf.is_cuda and float(found_inf) != 0.0:
-            return
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if grad_scale is not None:
+            grad_scale = whole(grad_scale)
+        if isinstance(found_inf, Tensor):
+            found_inf = whole(found_inf)
+            if not found_inf.is_cuda and float(found_inf) != 0.0:
+                return
+        else:
+            found_inf = None  # not there; or of a GradScaler that found no gradients, their sum: 0
         positions = []
         num_params = 0
         draws = False
@@ -481,7 +486,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             num_params += len(group["params"])
             draws = draws or group["stochastic_rounding"]
         seed = draw_seed() if draws else 0
-        arguments = StepArguments(whole(grad_multiplier), grad_scale, found_inf, seed)
+        arguments = StepArguments(grad_multiplier, grad_scale, found_inf, seed)
         self._step_groups(self.param_groups, positions, arguments)
 
     def _step_groups(
@@ -534,7 +539,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not calls:
             return left
         step = self._rule.native_step
-        names = tuple(self._state_names)
+        names = self._state_names
         numbers = (
             arguments.grad_multiplier,
             1.0 if arguments.grad_scale is None else arguments.grad_scale,
@@ -543,14 +548,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
         )
         # Nothing is done where any are left.
         found: list[list[int]] = step(self.state, list(calls.values()), names, *numbers)
-        if any(found):
-            # Once more, now that no state is missing and gradients are where parameters are.
-            for (i, call), indices in zip(calls.items(), found, strict=True):
-                self._prepare(groups[i], indices, arguments)
-                grads = self._given_grads(groups[i]) | self._placed_grads(groups[i], indices)
-                may_leave = groups[i]["fused"] is None
-                calls[i] = (call[0], grads, call[2], may_leave, *call[4:])
-            found = step(self.state, list(calls.values()), names, *numbers)
+        if not any(found):
+            return left
+        # Once more, now that no state is missing and gradients are where parameters are.
+        for (i, call), indices in zip(calls.items(), found, strict=True):
+            self._prepare(groups[i], indices, arguments)
+            grads = self._given_grads(groups[i]) | self._placed_grads(groups[i], indices)
+            may_leave = groups[i]["fused"] is None
+            calls[i] = (call[0], grads, call[2], may_leave, *call[4:])
+        found = step(self.state, list(calls.values()), names, *numbers)
         for i, indices in zip(calls, found, strict=True):
             left[i] = indices
             if groups[i]["fused"] and indices:
@@ -558,23 +564,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         return left
 
     def _native_arguments(self, group: dict[str, Any], position: int) -> tuple[Any, ...]:
-        options = {**self._hyperparameters(group), "step": 1}  # each parameter has its own
+        options = self._hyperparameters(group)
         if "use_shape_scaling" in options:
             options["use_shape_scaling"] = group["use_shape_scaling"]
-        return (
-            list(group["params"]),
-            self._given_grads(group) or None,
-            position,
-            False,
-            whole(group["lr"]),
-            group["weight_decay"],
-            group["weight_decay_method"],
-            bool(group["maximize"]),
-            bool(group["master_weights"]),
-            bool(group["stochastic_rounding"]),
-            bool(group["capturable"]),
-            tuple(map(options.__getitem__, self._rule.options)),
-        )
+        grads = self._given_grads(group) or None
+        return (list(group["params"]), grads, position, False, whole(group["lr"]), group, options)
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         """Raise for what a group may have been given since it was added."""

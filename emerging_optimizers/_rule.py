@@ -74,7 +74,7 @@ class Rule:
         self.formula = formula
         self._check = check
         parameters = inspect.signature(formula).parameters.values()
-        self.states = [p.name for p in parameters if p.annotation is Tensor][1:]
+        self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
         self._options = [
             _Option.from_annotation(p.name, p.annotation)
             for p in parameters

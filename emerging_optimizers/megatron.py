@@ -584,7 +584,7 @@ class AdEMAMix(MegatronMixin, rules.AdEMAMix):
     """
 
     @property
-    def _state_names(self) -> Sequence[str]:
+    def _state_names(self) -> tuple[str, ...]:
         return ("exp_avg", *self._rule.states[1:])
 
 

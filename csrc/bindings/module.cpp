@@ -173,9 +173,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Steps the parameters that have a gradient. `state` is a dictionary of their states'
   // dictionaries, `state_names` has the keys of those, and each group is a tuple
   //
-  //   (params, grads or None, first_position, may_leave, lr, weight_decay, weight_decay_method,
-  //    maximize, master_weights, stochastic_rounding, capturable, options)
+  //   (params, grads or None, first_position, may_leave, lr, group, options)
   //
+  // of which the group is that of the optimizer, and the options are the rule's, by their names.
   // Returns, for each group, the positions of the parameters that have to be stepped otherwise.
   // Nothing is done where a group has some and may not leave them.
   static std::vector<std::vector<Py_ssize_t>> step(const py::dict& state, const py::list& groups,
@@ -187,21 +187,26 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     StepNumbers numbers{
         {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
     size_t num_params = 0;
-    for (const py::handle group : groups) num_params += py::len(group[py::int_(0)]);
+    for (const py::handle group : groups) {
+      PyObject* const params = PyTuple_GetItem(group.ptr(), 0);
+      if (params == nullptr) throw py::error_already_set();
+      TORCH_CHECK_TYPE(PyList_Check(params), "params must be a list");
+      num_params += static_cast<size_t>(PyList_GET_SIZE(params));
+    }
     typename GroupStep<Rule>::StateNames names;
     TORCH_CHECK_VALUE(state_names.size() == names.size(), "state_names has ", state_names.size(),
                       " names; expected ", names.size());
     for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
     AddressSet taken(2 * num_params);
     StateWalk states(state.ptr());
-    std::deque<GroupStep<Rule>> steps;
+    std::vector<GroupStep<Rule>> steps;
+    steps.reserve(groups.size());
     std::vector<std::vector<Py_ssize_t>> left;
     bool may_run = true;
     for (const py::handle item : groups) {
       const auto group = py::reinterpret_borrow<py::tuple>(item);
       const py::object params = group[0], grads = group[1];
-      TORCH_CHECK_TYPE(PyList_Check(params.ptr()), "params must be a list");
-      steps.emplace_back(rule_of(group[11]), options_of(group, seed), names, numbers, taken);
+      steps.emplace_back(rule_of(group[6]), options_of(group, seed), names, numbers, taken);
       PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
       left.push_back(steps.back().take(params.ptr(), given, states));
       may_run &= left.back().empty() || group[3].cast<bool>();
@@ -214,7 +219,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Elements from which on it pays to let other threads run.
   static constexpr int64_t kWorthTheGil = 1 << 18;
 
-  static void run(std::deque<GroupStep<Rule>>& steps) {
+  static void run(std::vector<GroupStep<Rule>>& steps) {
     int64_t numel = 0;
     bool any_on_device = false;
     for (GroupStep<Rule>& step : steps) {
@@ -231,21 +236,55 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     for (GroupStep<Rule>& step : steps) step.sweep();
   }
 
-  static Rule rule_of(const py::tuple& options) {
+  static Rule rule_of(const py::object& options) {
     const auto described = Rule::options();
-    const auto values = std::make_tuple(read(std::get<kOption>(described), options[kOption])...);
+    const auto values =
+        std::make_tuple(read_from<kOption>(options, std::get<kOption>(described))...);
     return Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
   }
 
+  template <size_t kIndex, class Described>
+  static auto read_from(const py::object& options, const Described& option) {
+    static PyObject* const key = interned(option.name);
+    return read(option, item(options, key));
+  }
+  // Each parameter has its own.
+  template <size_t>
+  static StepValue read_from(const py::object&, StepArgument) {
+    return {c10::SymInt(1), {}};
+  }
+
   static GroupOptions options_of(const py::tuple& group, uint64_t seed) {
+    static PyObject* const weight_decay = interned("weight_decay");
+    static PyObject* const method = interned("weight_decay_method");
+    static PyObject* const maximize = interned("maximize");
+    static PyObject* const stochastic_rounding = interned("stochastic_rounding");
+    static PyObject* const master_weights = interned("master_weights");
+    static PyObject* const capturable = interned("capturable");
+    const py::object own = group[5];
     ApplyUpdate epilogue;
-    epilogue.weight_decay = read_number("weight_decay", group[5]);
-    epilogue.method = read_method(group[6].cast<std::string>());
-    epilogue.maximize = read_flag("maximize", group[7]);
-    epilogue.is_stochastic = read_flag("stochastic_rounding", group[9]);
+    epilogue.weight_decay = read_number("weight_decay", item(own, weight_decay));
+    epilogue.method = read_method(item(own, method).cast<std::string>());
+    epilogue.maximize = is_true(item(own, maximize));
+    epilogue.is_stochastic = is_true(item(own, stochastic_rounding));
     epilogue.seed = seed;
-    return {Scalar("lr", group[4]), epilogue, read_flag("master_weights", group[8]),
-            read_flag("capturable", group[10]), group[2].cast<uint32_t>()};
+    return {Scalar("lr", group[4]), epilogue, is_true(item(own, master_weights)),
+            is_true(item(own, capturable)), group[2].cast<uint32_t>()};
+  }
+
+  static py::handle item(const py::object& dict, PyObject* key) {
+    PyObject* const value = PyDict_GetItemWithError(dict.ptr(), key);
+    if (value == nullptr) {
+      if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
+      throw py::error_already_set();
+    }
+    return value;
+  }
+
+  static bool is_true(py::handle value) {
+    const int result = PyObject_IsTrue(value.ptr());
+    if (result < 0) throw py::error_already_set();
+    return result == 1;
   }
 };
 

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <deque>
+#include <list>
 #include <map>
 #include <tuple>
 #include <unordered_set>
@@ -603,7 +603,7 @@ class GroupStep {
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_ = 0;
-  std::deque<at::Tensor> owned_;                   // tensors that were made here
+  std::list<at::Tensor> owned_;                    // tensors that were made here
   std::vector<py::object> alive_;                  // objects that nothing else may hold
   std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
   size_t num_read_ = 0, num_modified_ = 0;         // these
