@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Elements whose masters are put together at a time: 16 MiB of float32. On two cores of an AMD EPYC
-# (Zen 3), steps with 2^20, 2^22 and 2^24 took the same time.
+# (Zen 4), steps with 2^20, 2^22 and 2^24 took the same time.
 _MAX_MERGED = 1 << 22
 
 
