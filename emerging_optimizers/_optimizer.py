@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import wraps
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
@@ -22,6 +21,10 @@ from ._rounding import (
     rounding_key,
 )
 from ._rule import Rule, store
+
+# What every step asks; without looking up each module on the way.
+_is_compiling = torch.compiler.is_compiling
+_is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -106,13 +109,13 @@ class StepArguments(NamedTuple):
     """What one call of ``step`` passes to every group's step.
 
     Args:
-        grad_multiplier: Every gradient is multiplied by it.
-        grad_scale: Every gradient is divided by it; from a ``GradScaler``.
-        found_inf: Nothing is to change where it is not 0; from a ``GradScaler``.
+        grad_multiplier: Every gradient is multiplied by it, if it is there.
+        grad_scale: Every gradient is divided by it, if it is there; from a ``GradScaler``.
+        found_inf: Nothing is to change where it is there and not 0; from a ``GradScaler``.
         seed: 64 random bits; 0 where no group rounds stochastically.
     """
 
-    grad_multiplier: float | Tensor
+    grad_multiplier: float | Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
     seed: int
@@ -163,6 +166,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[Rule]
+    # The keys of a parameter's states, in the order of the rule's formula.
+    _state_names: ClassVar[tuple[str, ...]]
+    # Where a group has the rule's options, but for ``step``, in their order: at a key, or at an
+    # index of what is at a key.
+    _group_keys: ClassVar[tuple[str | tuple[str, int], ...]]
     _num_betas: ClassVar[int] = 2
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
     _kept_on_load: ClassVar[Sequence[str]] = KEPT_ON_LOAD
@@ -186,20 +194,21 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the rule's formula, but for the tensors and ``step``."""
-        raise NotImplementedError
-
-    @property
-    def _state_names(self) -> tuple[str, ...]:
-        """The keys of a parameter's states, in the order of the rule's formula."""
-        return self._rule.states
+        names = (name for name in self._rule.options if name != "step")
+        return {
+            name: _read_option(group, key)
+            for name, key in zip(names, self._group_keys, strict=True)
+        }
 
     def _grad(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
         return param.grad
 
-    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
-        """Return, by the parameter's index, what to take instead of ``param.grad``."""
-        return {}
+    def _given_grads(
+        self, groups: Sequence[dict[str, Any]]
+    ) -> list[dict[int, Tensor | None]] | None:
+        """Return, for each group and by the parameter's index, what to take for ``param.grad``."""
+        return None
 
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
         """Return by what the update of this parameter is multiplied, beside the learning rate."""
@@ -392,28 +401,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     # ---- the step --------------------------------------------------------------------------------
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``step`` as torch does: for hooks, and for profilers, which see it by its name.
-
-        Where there is neither, the wrapper is passed by: it would take longer than all of a step
-        of one small parameter.
-        """
-        observed = torch.optim.Optimizer.profile_hook_step(func)
-
-        @wraps(func)
-        def step(self: "ScalarOptimizer", *args: Any, **kwargs: Any) -> Any:
-            is_observed = (
-                self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or torch_optimizer._global_optimizer_pre_hooks
-                or torch_optimizer._global_optimizer_post_hooks
-                or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            )
-            return (observed if is_observed else func)(self, *args, **kwargs)
-
-        return step
-
     @overload
     def step(
         self, closure: None = None, *, grad_multiplier: float | Tensor | None = None
@@ -442,20 +429,57 @@ class ScalarOptimizer(torch.optim.Optimizer):
         Returns:
             What `closure` returned.
         """
+        if _is_compiling():
+            return self._step_between_graphs(closure, grad_multiplier)
+        is_observed = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or _is_profiling()
+        )
+        if is_observed and not getattr(type(self).step, "runs_hooks", False):
+            arguments = () if closure is None else (closure,)
+            options = {} if grad_multiplier is None else {"grad_multiplier": grad_multiplier}
+            loss: float | None = self._observed_step(*arguments, **options)
+            return loss
+        return self._unobserved_step(closure, grad_multiplier=grad_multiplier)
+
+    # So torch does not wrap it, which would take longer than a step of one small parameter.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the ``step`` of a subclass as torch does, for hooks and profilers."""
+        wrapper = torch.optim.Optimizer.profile_hook_step(func)
+        wrapper.runs_hooks = True  # type: ignore[attr-defined]
+        return wrapper
+
+    def _unobserved_step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_multiplier: float | Tensor | None = None,
+    ) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        run = self._step_between_graphs if torch.compiler.is_compiling() else self._step
-        run(1.0 if grad_multiplier is None else grad_multiplier)
+        self._step(grad_multiplier)
         return loss
 
-    @_disable_dynamo
-    def _step_between_graphs(self, grad_multiplier: float | Tensor) -> None:
-        self._step(grad_multiplier)
+    # With hooks, and for profilers, which see it by the class's name.
+    _observed_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
 
-    def _step(self, grad_multiplier: float | Tensor) -> None:
-        if isinstance(grad_multiplier, Tensor):
+    @_disable_dynamo
+    def _step_between_graphs(
+        self, closure: Callable[[], float] | None, grad_multiplier: float | Tensor | None
+    ) -> float | None:
+        return self.step(closure, grad_multiplier=grad_multiplier)
+
+    def _step(self, grad_multiplier: float | Tensor | None) -> None:
+        # None is looked for first: whether something is a Tensor takes a call to find out.
+        if grad_multiplier is not None and isinstance(grad_multiplier, Tensor):
             if grad_multiplier.numel() != 1:
                 raise ValueError("Tensor grad_multiplier must be 1-element")
             grad_multiplier = whole(grad_multiplier)
@@ -472,12 +496,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if grad_scale is not None:
             grad_scale = whole(grad_scale)
-        if isinstance(found_inf, Tensor):
-            found_inf = whole(found_inf)
-            if not found_inf.is_cuda and float(found_inf) != 0.0:
-                return
-        else:
-            found_inf = None  # not there; or of a GradScaler that found no gradients, their sum: 0
+        if found_inf is not None:
+            if isinstance(found_inf, Tensor):
+                found_inf = whole(found_inf)
+                if not found_inf.is_cuda and float(found_inf) != 0.0:
+                    return
+            else:
+                found_inf = None  # of a GradScaler that found no gradients, their sum: 0
         positions = []
         num_params = 0
         draws = False
@@ -503,9 +528,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
             arguments: What the call of ``step`` passes.
         """
         left = self._native_step(groups, positions, arguments)
-        for group, position, indices in zip(groups, positions, left, strict=True):
-            if indices or self._steps_together(group):
-                self._plain_step(group, position, arguments, indices)
+        for i, indices in left.items():
+            self._plain_step(groups[i], positions[i], arguments, indices)
 
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""
@@ -520,55 +544,50 @@ class ScalarOptimizer(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         positions: Sequence[int],
         arguments: StepArguments,
-    ) -> list[Collection[int]]:
+    ) -> dict[int, Collection[int]]:
         """Step what can be, in one native call.
 
         Returns:
-            For each group, the indices of the parameters that are left. Their states are there.
+            By the index of a group, the indices of its parameters that are left. Their states are
+            there.
         """
-        left: list[Collection[int]] = [()] * len(groups)
-        calls = {}
-        for i, group in enumerate(groups):
-            if self._has_native_step(group):
-                calls[i] = self._native_arguments(group, positions[i])
-            else:
+        left: dict[int, Collection[int]] = {}
+        chosen: Sequence[int] = range(len(groups))
+        if not all(map(self._has_native_step, groups)):
+            chosen = [i for i, group in enumerate(groups) if self._has_native_step(group)]
+            for i, group in enumerate(groups):
+                if i in chosen:
+                    continue
                 self._check_numbers(group)
-                left[i] = self._prepare(group, range(len(group["params"])), arguments)
-                if group["fused"] and left[i]:
+                indices = self._prepare(group, range(len(group["params"])), arguments)
+                if indices and group["fused"]:
                     self._raise_no_native_step()
-        if not calls:
-            return left
-        step = self._rule.native_step
-        names = self._state_names
-        numbers = (
-            arguments.grad_multiplier,
-            1.0 if arguments.grad_scale is None else arguments.grad_scale,
-            0.0 if arguments.found_inf is None else arguments.found_inf,
-            arguments.seed,
-        )
+                if indices or self._steps_together(group):
+                    left[i] = indices
+            groups = [groups[i] for i in chosen]
+            positions = [positions[i] for i in chosen]
+            if not groups:
+                return left
+        step, keys, names = self._rule.native_step, self._group_keys, self._state_names
+        given = self._given_grads(groups)
         # Nothing is done where any are left.
-        found: list[list[int]] = step(self.state, list(calls.values()), names, *numbers)
-        if not any(found):
+        found = step(self.state, groups, positions, keys, names, arguments, given, False)
+        if found is None:
             return left
         # Once more, now that no state is missing and gradients are where parameters are.
-        for (i, call), indices in zip(calls.items(), found, strict=True):
-            self._prepare(groups[i], indices, arguments)
-            grads = self._given_grads(groups[i]) | self._placed_grads(groups[i], indices)
-            may_leave = groups[i]["fused"] is None
-            calls[i] = (call[0], grads, call[2], may_leave, *call[4:])
-        found = step(self.state, list(calls.values()), names, *numbers)
-        for i, indices in zip(calls, found, strict=True):
-            left[i] = indices
-            if groups[i]["fused"] and indices:
-                self._raise_no_native_step()
+        placed = []
+        for k, (group, indices) in enumerate(zip(groups, found, strict=True)):
+            self._prepare(group, indices, arguments)
+            grads = {} if given is None else given[k]
+            placed.append({**grads, **self._placed_grads(group, indices)})
+        found = step(self.state, groups, positions, keys, names, arguments, placed, True)
+        if found is not None:
+            for i, group, indices in zip(chosen, groups, found, strict=True):
+                if indices and group["fused"]:
+                    self._raise_no_native_step()
+                if indices:
+                    left[i] = indices
         return left
-
-    def _native_arguments(self, group: dict[str, Any], position: int) -> tuple[Any, ...]:
-        options = self._hyperparameters(group)
-        if "use_shape_scaling" in options:
-            options["use_shape_scaling"] = group["use_shape_scaling"]
-        grads = self._given_grads(group) or None
-        return (list(group["params"]), grads, position, False, whole(group["lr"]), group, options)
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         """Raise for what a group may have been given since it was added."""
@@ -721,6 +740,13 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def _read_option(group: dict[str, Any], key: str | tuple[str, int]) -> Any:
+    """Return what a group has for an option of the rule; betas, which may be tensors, as floats."""
+    if isinstance(key, tuple):
+        return float(group[key[0]][key[1]])
+    return tuple(map(float, group[key])) if key == "betas" else group[key]
+
+
 def _check_method(group: dict[str, Any]) -> None:
     if group["weight_decay_method"] not in _KEEP:
         raise ValueError(
@@ -749,7 +775,9 @@ def _check_saved_states(
 
 def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
     """Return by what gradients are multiplied."""
-    factor = float(arguments.grad_multiplier)
+    factor = 1.0
+    if arguments.grad_multiplier is not None:
+        factor = float(arguments.grad_multiplier)
     if arguments.grad_scale is not None:
         factor /= float(arguments.grad_scale)
     return -factor if group["maximize"] else factor

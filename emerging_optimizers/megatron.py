@@ -314,7 +314,7 @@ class MegatronMixin(ScalarOptimizer):
         if not all(group["use_decoupled_grad"] for group in self.param_groups):
             super().zero_grad(set_to_none)
         for group in self.param_groups:
-            for i, grad in self._given_grads(group).items():
+            for i, grad in self._decoupled_grads(group).items():
                 if set_to_none:
                     group["params"][i].decoupled_grad = None
                 elif grad is not None:
@@ -325,14 +325,21 @@ class MegatronMixin(ScalarOptimizer):
             return getattr(param, "decoupled_grad", None)
         return super()._grad(group, param)
 
-    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
+    def _given_grads(
+        self, groups: Sequence[dict[str, Any]]
+    ) -> list[dict[int, Tensor | None]] | None:
+        if not any(group["use_decoupled_grad"] for group in groups):
+            return None
+        return list(map(self._decoupled_grads, groups))
+
+    def _decoupled_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
         if not group["use_decoupled_grad"]:
             return {}
         return {i: self._grad(group, param) for i, param in enumerate(group["params"])}
 
     # ---- the step --------------------------------------------------------------------------------
 
-    def _step(self, grad_multiplier: float | Tensor) -> None:
+    def _step(self, grad_multiplier: float | Tensor | None) -> None:
         super()._step(grad_multiplier)
         for group in self.param_groups:
             for param in group["params"]:
@@ -515,6 +522,8 @@ class FusedAdam(MegatronMixin, rules.Adam):
         Regularization", https://arxiv.org/abs/1711.05101.
     """
 
+    _group_keys = ("betas", "bias_correction", "nesterov", "eps")
+
     def __init__(
         self,
         params: ParamsT,
@@ -562,8 +571,8 @@ class FusedAdam(MegatronMixin, rules.Adam):
                 group["lr"] = torch.full((), float(group["lr"]), device=device)
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        correct_bias = group.get("bias_correction", True)
-        return super()._hyperparameters({**group, "correct_bias": correct_bias})
+        # A group that is being made has it under the name of Adam's argument.
+        return super()._hyperparameters({"bias_correction": True, **group})
 
 
 class AdEMAMix(MegatronMixin, rules.AdEMAMix):
@@ -583,9 +592,7 @@ class AdEMAMix(MegatronMixin, rules.AdEMAMix):
         ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
     """
 
-    @property
-    def _state_names(self) -> tuple[str, ...]:
-        return ("exp_avg", *self._rule.states[1:])
+    _state_names = ("exp_avg", *rules.AdEMAMix._state_names[1:])
 
 
 class LaProp(MegatronMixin, rules.LaProp):

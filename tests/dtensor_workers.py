@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from emerging_optimizers import _rule
+from emerging_optimizers import AdamW, _rule
 
 SHAPES = [(3, 2), (4, 7), (5, 3), (1, 4), (6, 2), (2, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float16]
@@ -131,6 +131,7 @@ def update_dtensors(rank: int, folder: Path) -> None:
     step_in_a_dtensor()
     call_the_operator()
     tell_autograd_of_steps()
+    pass_steps_their_numbers()
 
 
 def check_updates(
@@ -254,6 +255,28 @@ def call_the_operator() -> None:
     torch.ops.emerging_optimizers.lion_update_(wanted, grads, exp_avgs, 0.9, 0.99)
     for a, b in zip(updates, wanted, strict=True):
         assert_equal_bits(full(a), b, "operator")
+
+
+def pass_steps_their_numbers() -> None:
+    """A learning rate and a multiplier that are DTensors, of which a process may have a part."""
+    line = meshes()[0]
+    lr = torch.tensor(0.125)
+    rates = [place(lr, line, [Replicate()]), DTensor.from_local(lr / 2, line, [Partial()])]
+    for fused in (True, False):
+        for rate in rates:
+            params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+            for param in params:
+                param.grad = torch.tensor([1.0, -2.0, 3.0])
+            optimizer, reference = (AdamW([p], lr=0.125, fused=fused) for p in params)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step(grad_multiplier=rate)
+            reference.step(grad_multiplier=0.125)
+            assert_equal_bits(params[0].detach(), params[1].detach(), str((fused, rate)))
+            for got, wanted in zip(
+                *(o.state[p].values() for o, p in zip((optimizer, reference), params, strict=True)),
+                strict=True,
+            ):
+                assert_equal_bits(got, wanted, str((fused, rate)))
 
 
 def tell_autograd_of_steps() -> None:

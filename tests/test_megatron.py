@@ -816,11 +816,10 @@ def test_the_native_steps_gradients_and_names_are_checked() -> None:
     optimizer = FusedAdam(make_params(F32), **AWARE)
     run(optimizer, [1])
     assert native is not None
-    arguments = optimizer._native_arguments(optimizer.param_groups[0], 0)
-    numbers = (1.0, 1.0, 0.0, 0)
-    names = ("exp_avg", "exp_avg_sq")
-    call = (arguments[0], {0: "no tensor"}, *arguments[2:])
+    keys, names = optimizer._group_keys, optimizer._state_names
+    call = (optimizer.state, optimizer.param_groups, [0], keys)
+    numbers = (None, None, None, 0)
     with pytest.raises(TypeError, match=r"the gradient given for params\[0\] must be a Tensor"):
-        native.adam_step(optimizer.state, [call], names, *numbers)
+        native.adam_step(*call, names, numbers, [{0: "no tensor"}], False)
     with pytest.raises(ValueError, match="state_names has 1 names; expected 2"):
-        native.adam_step(optimizer.state, [arguments], names[:1], *numbers)
+        native.adam_step(*call, names[:1], numbers, None, False)

@@ -30,6 +30,7 @@ from optimizers import (
 from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, run_python, to_numpy
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import emerging_optimizers
 from emerging_optimizers import Adam, AdamW, LaProp, Lion, ScalarOptimizer, Signum, _optimizer
@@ -912,6 +913,57 @@ def test_hooks_and_named_parameters(setup: Setup, fused: bool | None) -> None:
     assert repr(optimizer).startswith(f"{setup.cls.__name__} (\nParameter Group 0\n")
 
 
+def test_hooks_see_the_arguments_and_may_replace_them() -> None:
+    params = make_params()
+    optimizer = Adam(params)
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)))
+    run(optimizer, params, [1])
+    optimizer.step(grad_multiplier=0.5)
+    optimizer.step(lambda: 2.5)
+    ((first, one), (_, two), (last, three)) = seen
+    assert first == (optimizer,)
+    assert last[1]() == 2.5
+    assert (one, two, three) == ({}, {"grad_multiplier": 0.5}, {})
+    optimizer.register_step_pre_hook(lambda opt, *_: ((opt, lambda: 7.5), {}))
+    assert optimizer.step() == 7.5
+
+
+@every_optimizer
+def test_profiler_sees_the_step(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    with torch.profiler.profile() as profile:
+        run(optimizer, params, [1])
+    name = f"Optimizer.step#{setup.cls.__name__}.step"
+    assert name in {event.key for event in profile.key_averages()}
+
+
+def test_hooks_of_a_subclass_run_once() -> None:
+    class Counting(Adam):
+        steps = 0
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().step(*args, **kwargs)
+
+    params = make_params()
+    calls: list[str] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append("for all"))
+    try:
+        for cls in (Adam, Counting):
+            calls.clear()
+            optimizer = cls(params)
+            optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+            optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+            run(optimizer, params, [1])
+            assert calls == ["for all", "before", "after"]
+    finally:
+        handle.remove()
+    assert isinstance(optimizer, Counting)
+    assert optimizer.steps == 1
+
+
 @pytest.mark.real
 @every_optimizer
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -1184,7 +1236,16 @@ _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
     "lr": (_replaced_value("lr", "fast"), TypeError, "lr must be a number, not str"),
     "two lrs": (_replaced_value("lr", torch.ones(2)), ValueError, "lr .*1"),
     "weight decay": (_replaced_value("weight_decay", None), TypeError, "weight_decay must be a"),
-    "method": (_replaced_value("weight_decay_method", "none"), ValueError, "weight_decay_method"),
+    "method": (
+        _replaced_value("weight_decay_method", "l1"),
+        ValueError,
+        "Invalid weight_decay_method: 'l1'; expected one of 'decoupled', 'independent', 'palm'",
+    ),
+    "no method": (
+        _replaced_value("weight_decay_method", None),
+        ValueError,
+        "method: None; expected",
+    ),
     "betas": (_replaced_value("betas", (1.5, 0.9)), ValueError, r"betas\[0\] is 1.5"),
 }
 

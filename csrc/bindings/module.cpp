@@ -157,12 +157,16 @@ using Door = DoorOf<Rule, std::make_index_sequence<kNumStates<Rule>>,
 
 // ---- the optimizers' step -----------------------------------------------------------------------
 
-WeightDecay read_method(const std::string& name) {
-  if (name == "decoupled") return WeightDecay::kDecoupled;
-  if (name == "independent") return WeightDecay::kIndependent;
-  if (name == "l2") return WeightDecay::kL2;
-  TORCH_CHECK_VALUE(name == "palm", "weight_decay_method is ", name);
-  return WeightDecay::kPalm;
+WeightDecay read_method(py::handle value) {
+  const auto is = [&](const char* name) {
+    return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), name) == 0;
+  };
+  if (is("decoupled")) return WeightDecay::kDecoupled;
+  if (is("independent")) return WeightDecay::kIndependent;
+  if (is("l2")) return WeightDecay::kL2;
+  if (is("palm")) return WeightDecay::kPalm;
+  TORCH_CHECK_VALUE(false, "Invalid weight_decay_method: ", py::repr(value).cast<std::string>(),
+                    "; expected one of 'decoupled', 'independent', 'palm', 'l2'");
 }
 
 template <class Rule, class>
@@ -170,49 +174,66 @@ struct StepOf;
 
 template <class Rule, size_t... kOption>
 struct StepOf<Rule, std::index_sequence<kOption...>> {
-  // Steps the parameters that have a gradient. `state` is a dictionary of their states'
-  // dictionaries, `state_names` has the keys of those, and each group is a tuple
+  // Steps the parameters of groups that have a gradient.
   //
-  //   (params, grads or None, first_position, may_leave, lr, group, options)
+  //   state            a dictionary of their states' dictionaries
+  //   groups           the optimizer's own dictionaries
+  //   positions        the number, in the optimizer, of each group's first parameter
+  //   keys             where a group has the rule's options, but for the step, in their order: a
+  //                    key, or (key, index)
+  //   state_names      the keys of the states, in the rule's order
+  //   arguments        (grad_multiplier, grad_scale, found_inf, seed), of which the first three may
+  //                    be None, for 1, 1 and 0
+  //   given            None, or for each group a dictionary of gradients, as for GroupStep::take
+  //   may_leave        whether what has to be stepped otherwise may be left by groups that do not
+  //                    say fused=True. If not, nothing at all is done where there is any.
   //
-  // of which the group is that of the optimizer, and the options are the rule's, by their names.
-  // Returns, for each group, the positions of the parameters that have to be stepped otherwise.
-  // Nothing is done where a group has some and may not leave them.
-  static std::vector<std::vector<Py_ssize_t>> step(const py::dict& state, const py::list& groups,
-                                                   const py::tuple& state_names,
-                                                   py::handle grad_multiplier,
-                                                   py::handle grad_scale, py::handle found_inf,
-                                                   uint64_t seed) {
+  // Returns None, or for each group the indices of the parameters that have to be stepped
+  // otherwise.
+  static py::object step(const py::dict& state, const py::list& groups, const py::list& positions,
+                         const py::tuple& keys, const py::tuple& state_names,
+                         const py::tuple& arguments, py::handle given, bool may_leave) {
     const at::NoGradGuard no_grad;  // here, where it takes no microseconds
-    StepNumbers numbers{
-        {"grad_multiplier", grad_multiplier}, {"grad_scale", grad_scale}, {"found_inf", found_inf}};
-    size_t num_params = 0;
-    for (const py::handle group : groups) {
-      PyObject* const params = PyTuple_GetItem(group.ptr(), 0);
-      if (params == nullptr) throw py::error_already_set();
-      TORCH_CHECK_TYPE(PyList_Check(params), "params must be a list");
-      num_params += static_cast<size_t>(PyList_GET_SIZE(params));
-    }
+    StepNumbers numbers{{"grad_multiplier", py::object(arguments[0]), 1.0},
+                        {"grad_scale", py::object(arguments[1]), 1.0},
+                        {"found_inf", py::object(arguments[2]), 0.0}};
+    const auto seed = arguments[3].cast<uint64_t>();
     typename GroupStep<Rule>::StateNames names;
     TORCH_CHECK_VALUE(state_names.size() == names.size(), "state_names has ", state_names.size(),
                       " names; expected ", names.size());
     for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
+    const size_t num_groups = groups.size();
+    std::vector<py::tuple> params;  // of our own: another thread may change the lists
+    params.reserve(num_groups);
+    size_t num_params = 0;
+    for (const py::handle group : groups) {
+      static PyObject* const key = interned("params");
+      PyObject* const copy = PySequence_Tuple(item(group, key).ptr());
+      if (copy == nullptr) throw py::error_already_set();
+      params.push_back(py::reinterpret_steal<py::tuple>(copy));
+      num_params += params.back().size();
+    }
     AddressSet taken(2 * num_params);
     StateWalk states(state.ptr());
     std::vector<GroupStep<Rule>> steps;
-    steps.reserve(groups.size());
-    std::vector<std::vector<Py_ssize_t>> left;
+    steps.reserve(num_groups);
+    std::vector<std::vector<Py_ssize_t>> left(num_groups);
     bool may_run = true;
-    for (const py::handle item : groups) {
-      const auto group = py::reinterpret_borrow<py::tuple>(item);
-      const py::object params = group[0], grads = group[1];
-      steps.emplace_back(rule_of(group[6]), options_of(group, seed), names, numbers, taken);
-      PyObject* const given = grads.is_none() ? nullptr : grads.ptr();
-      left.push_back(steps.back().take(params.ptr(), given, states));
-      may_run &= left.back().empty() || group[3].cast<bool>();
+    bool is_any_left = false;
+    for (size_t i = 0; i < num_groups; ++i) {
+      const py::object group = groups[i];
+      GroupOptions options = options_of(group, positions[i].template cast<uint32_t>(), seed);
+      const bool is_left_allowed = may_leave && !options.must_be_native;
+      steps.emplace_back(rule_of(group, keys), std::move(options), names, numbers, taken);
+      py::object grads;
+      if (!given.is_none()) grads = given[py::int_(i)];
+      left[i] = steps.back().take(params[i].ptr(), grads.ptr(), states);
+      is_any_left |= !left[i].empty();
+      may_run &= left[i].empty() || is_left_allowed;
     }
     if (may_run) run(steps);
-    return left;
+    if (!is_any_left) return py::none();
+    return py::cast(left);
   }
 
  private:
@@ -236,43 +257,50 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     for (GroupStep<Rule>& step : steps) step.sweep();
   }
 
-  static Rule rule_of(const py::object& options) {
+  static Rule rule_of(py::handle group, const py::tuple& keys) {
     const auto described = Rule::options();
-    const auto values =
-        std::make_tuple(read_from<kOption>(options, std::get<kOption>(described))...);
+    Py_ssize_t next = 0;
+    // In braces, which are evaluated in order.
+    const std::tuple values{read_next(group, keys, next, std::get<kOption>(described))...};
     return Operator<Rule>::rule_and_step({}, passed_on(std::get<kOption>(values))...).first;
   }
 
-  template <size_t kIndex, class Described>
-  static auto read_from(const py::object& options, const Described& option) {
-    static PyObject* const key = interned(option.name);
-    return read(option, item(options, key));
+  template <class Described>
+  static auto read_next(py::handle group, const py::tuple& keys, Py_ssize_t& next,
+                        const Described& option) {
+    PyObject* const key = PyTuple_GetItem(keys.ptr(), next++);
+    if (key == nullptr) throw py::error_already_set();
+    if (!PyTuple_Check(key)) return read(option, item(group, key));
+    const auto place = py::reinterpret_borrow<py::tuple>(key);
+    const py::object value = item(group, place[0].ptr())[place[1]];
+    return read(option, value);
   }
   // Each parameter has its own.
-  template <size_t>
-  static StepValue read_from(const py::object&, StepArgument) {
+  static StepValue read_next(py::handle, const py::tuple&, Py_ssize_t&, StepArgument) {
     return {c10::SymInt(1), {}};
   }
 
-  static GroupOptions options_of(const py::tuple& group, uint64_t seed) {
+  static GroupOptions options_of(py::handle group, uint32_t first_position, uint64_t seed) {
+    static PyObject* const lr = interned("lr");
     static PyObject* const weight_decay = interned("weight_decay");
     static PyObject* const method = interned("weight_decay_method");
     static PyObject* const maximize = interned("maximize");
     static PyObject* const stochastic_rounding = interned("stochastic_rounding");
     static PyObject* const master_weights = interned("master_weights");
     static PyObject* const capturable = interned("capturable");
-    const py::object own = group[5];
+    static PyObject* const fused = interned("fused");
     ApplyUpdate epilogue;
-    epilogue.weight_decay = read_number("weight_decay", item(own, weight_decay));
-    epilogue.method = read_method(item(own, method).cast<std::string>());
-    epilogue.maximize = is_true(item(own, maximize));
-    epilogue.is_stochastic = is_true(item(own, stochastic_rounding));
+    epilogue.weight_decay = read_number("weight_decay", item(group, weight_decay));
+    epilogue.method = read_method(item(group, method));
+    epilogue.maximize = is_true(item(group, maximize));
+    epilogue.is_stochastic = is_true(item(group, stochastic_rounding));
     epilogue.seed = seed;
-    return {Scalar("lr", group[4]), epilogue, is_true(item(own, master_weights)),
-            is_true(item(own, capturable)), group[2].cast<uint32_t>()};
+    return {Scalar("lr", item(group, lr)),        epilogue,
+            is_true(item(group, master_weights)), is_true(item(group, capturable)),
+            is_true(item(group, fused)),          first_position};
   }
 
-  static py::handle item(const py::object& dict, PyObject* key) {
+  static py::handle item(py::handle dict, PyObject* key) {
     PyObject* const value = PyDict_GetItemWithError(dict.ptr(), key);
     if (value == nullptr) {
       if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);

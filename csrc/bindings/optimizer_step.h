@@ -96,9 +96,8 @@ inline bool is_tensor(PyObject* object) {
 
 // A DTensor, as its own part and where the others are. (Seen from outside: PyTorch has no C++ type
 // for it.)
-struct Distributed {
-  py::object local, spec;
-
+class Distributed {
+ public:
   // Empty where the object is none.
   static std::optional<Distributed> from(PyObject* tensor) {
     static PyObject* const local_key = interned("_local_tensor");
@@ -112,29 +111,50 @@ struct Distributed {
     return Distributed{std::move(local), attribute(tensor, spec_key)};
   }
 
-  bool is_placed_as(const Distributed& other) const {
+  const py::object& local() const { return local_; }
+
+  bool is_placed_as(Distributed& other) {
+    // FSDP2's gradients have their parameters', and states one in common.
+    if (spec_.is(other.spec_) || spec_.is(other.equal_spec_)) return true;
+    read_place();
+    other.read_place();
+    const bool result = is_equal(placements_, other.placements_) && is_equal(mesh_, other.mesh_);
+    if (result) other.equal_spec_ = spec_;
+    return result;
+  }
+
+ private:
+  Distributed(py::object local, py::object spec)
+      : local_(std::move(local)), spec_(std::move(spec)) {}
+
+  void read_place() {
     static PyObject* const mesh_key = interned("mesh");
     static PyObject* const placements_key = interned("placements");
-    if (spec.is(other.spec)) return true;  // of FSDP2's gradients
-    const auto is_equal = [&](PyObject* key) {
-      const py::object a = attribute(spec.ptr(), key), b = attribute(other.spec.ptr(), key);
-      const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
-      if (result < 0) throw py::error_already_set();
-      return result != 0;
-    };
-    return is_equal(mesh_key) && is_equal(placements_key);
+    if (mesh_) return;
+    placements_ = attribute(spec_.ptr(), placements_key);
+    mesh_ = attribute(spec_.ptr(), mesh_key);
   }
+
+  static bool is_equal(const py::object& a, const py::object& b) {
+    const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+    if (result < 0) throw py::error_already_set();
+    return result != 0;
+  }
+
+  py::object local_, spec_;
+  py::object mesh_, placements_;  // once they are asked for
+  py::object equal_spec_;         // the last one that was
 };
 
 // A number that Python passes: a float, or a tensor of one element, read here only on the CPU.
 class Scalar {
  public:
   Scalar(const char* name, py::handle value) {
-    if (!THPVariable_Check(value.ptr())) {
+    if (!is_tensor(value.ptr())) {
       number_.value = read_number(name, value);
       return;
     }
-    const at::Tensor tensor = THPVariable_Unpack(value.ptr()).resolve_neg();
+    const at::Tensor tensor = tensor_of(value).resolve_neg();
     TORCH_CHECK_VALUE(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; expected 1");
     if (tensor.is_cuda()) {
       TORCH_CHECK_TYPE(is_plain(tensor), name, " must be a number or a plain tensor");
@@ -144,6 +164,9 @@ class Scalar {
       number_.value = tensor.item().toDouble();
     }
   }
+  // None is the number `none`.
+  Scalar(const char* name, py::handle value, double none)
+      : Scalar(value.is_none() ? Scalar(none) : Scalar(name, value)) {}
 
   bool is_on_device() const { return !on_device_.empty(); }
 
@@ -163,6 +186,15 @@ class Scalar {
   }
 
  private:
+  explicit Scalar(double number) : number_{number} {}
+
+  // Of a DTensor, the whole.
+  static at::Tensor tensor_of(py::handle value) {
+    if (!Distributed::from(value.ptr())) return THPVariable_Unpack(value.ptr());
+    const py::object whole = value.attr("full_tensor")();
+    return THPVariable_Unpack(whole.ptr());
+  }
+
   Number number_;
   std::vector<at::Tensor> on_device_;  // one for each device that was asked for
 };
@@ -192,6 +224,7 @@ struct GroupOptions {
   ApplyUpdate epilogue;  // but for the numbers
   bool has_masters;
   bool is_capturable;
+  bool must_be_native;      // all of it
   uint32_t first_position;  // of its parameters in the optimizer
 };
 
@@ -226,23 +259,23 @@ class GroupStep {
         numbers_(numbers),
         taken_(taken) {}
 
-  // Adds the parameters that have a gradient. Returns the positions in the list of those that have
+  // Adds the parameters, of a tuple, that have a gradient. Returns the indices of those that have
   // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
-  // `grads`, a dictionary by the position, may have gradients to take instead of the parameters';
-  // None is for a parameter that has no gradient.
+  // `grads`, null or a dictionary by the index, may have gradients to take instead of the
+  // parameters'; None is for a parameter that has no gradient.
   std::vector<Py_ssize_t> take(PyObject* params, PyObject* grads, StateWalk& states) {
     std::vector<Py_ssize_t> left;
     std::array<Candidate, kBatch> batch;
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
-    const Py_ssize_t count = PyList_GET_SIZE(params);
+    const Py_ssize_t count = PyTuple_GET_SIZE(params);
     num_params_ = static_cast<size_t>(count);
     read_.resize(num_params_);
     modified_.resize(num_params_ * kOperands);
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
       for (; n < kBatch && next < count; ++next) {
-        PyObject* const object = PyList_GET_ITEM(params, next);
-        if (next + ahead < count) prefetch(PyList_GET_ITEM(params, next + ahead));
+        PyObject* const object = PyTuple_GET_ITEM(params, next);
+        if (next + ahead < count) prefetch(PyTuple_GET_ITEM(params, next + ahead));
         TORCH_CHECK_TYPE(is_tensor(object), "params[", next, "] must be a Tensor");
         batch[n].index = next;
         batch[n].object = object;
@@ -421,13 +454,17 @@ class GroupStep {
   void unwrap(Candidate& c) {
     std::optional<Distributed> whole;
     if (!is_plain(THPVariable_Unpack(c.object))) whole = Distributed::from(c.object);
+    if (whole && alive_.empty()) {  // mostly all others are, too
+      alive_.reserve(num_params_ * (kOperands + 1));
+      wholes_.reserve(num_params_ * (kNumStates<Rule> + 1));
+    }
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
       if (object == nullptr || !is_tensor(object)) return nullptr;
       if (whole) {
-        const std::optional<Distributed> part = Distributed::from(object);
+        std::optional<Distributed> part = Distributed::from(object);
         if (!part || !part->is_placed_as(*whole)) return nullptr;
-        object = part->local.ptr();
-        alive_.push_back(part->local);
+        object = part->local().ptr();
+        alive_.push_back(part->local());
       }
       const at::Tensor& tensor = THPVariable_Unpack(object);
       prefetch_tensor(tensor);

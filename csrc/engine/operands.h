@@ -56,12 +56,14 @@ struct Table {
   int64_t numel = 0;
   bool any_on_host = false;
   bool any_on_device = false;
+  bool any_float64 = false;  // to be computed in
 
   void append(Row<kOperands> row) {
     row.start = numel;
     numel += row.numel;
     any_on_host |= row.device == kHost;
     any_on_device |= row.device != kHost;
+    any_float64 |= row.compute == DType::kFloat64;
     rows.push_back(row);
   }
 };

@@ -158,6 +158,8 @@ class Adam(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = ("betas", "correct_bias", "nesterov", "eps")
 
     def __init__(
         self,
@@ -194,14 +196,6 @@ class Adam(ScalarOptimizer):
             "foreach": foreach,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "betas": tuple(map(float, group["betas"])),
-            "correct_bias": group["correct_bias"],
-            "use_nesterov": group["nesterov"],
-            "eps": group["eps"],
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with what ``torch.optim.Adam`` needs to continue from it.

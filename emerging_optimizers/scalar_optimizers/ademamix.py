@@ -1,7 +1,6 @@
 """AdEMAMix: Adam with a second, slower average of the gradient."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -185,6 +184,15 @@ class AdEMAMix(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = (
+        "num_beta_slow_warmup_steps",
+        "num_alpha_warmup_steps",
+        "betas",
+        "eps",
+        "correct_bias",
+        "alpha",
+    )
     _num_betas = 3
 
     def __init__(
@@ -214,13 +222,3 @@ class AdEMAMix(ScalarOptimizer):
             "correct_bias": correct_bias,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "num_beta_slow_warmup_steps": group["num_beta_slow_warmup_steps"],
-            "num_alpha_warmup_steps": group["num_alpha_warmup_steps"],
-            "betas": tuple(map(float, group["betas"])),
-            "eps": group["eps"],
-            "correct_bias": group["correct_bias"],
-            "alpha": group["alpha"],
-        }

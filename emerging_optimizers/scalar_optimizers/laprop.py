@@ -156,6 +156,8 @@ class LaProp(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = ("correct_bias", "betas", "eps")
 
     def __init__(
         self,
@@ -180,13 +182,6 @@ class LaProp(ScalarOptimizer):
             "frob_normalize": frob_normalize,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "correct_bias": group["correct_bias"],
-            "betas": tuple(map(float, group["betas"])),
-            "eps": group["eps"],
-        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, whose missing keys take the defaults."""
@@ -214,7 +209,9 @@ class LaProp(ScalarOptimizer):
         groups: Sequence[dict[str, Any]],
         positions: Sequence[int],
         arguments: StepArguments,
-    ) -> list[Collection[int]]:
+    ) -> dict[int, Collection[int]]:
+        if not any(group["frob_normalize"] for group in groups):
+            return super()._native_step(groups, positions, arguments)
         # Where lr is 0, not even a product with 1 is for a parameter's bits.
         # Processes add up their parts of a DTensor's norm: also one that has no gradient for it.
         normalized = [
@@ -229,7 +226,7 @@ class LaProp(ScalarOptimizer):
         weights = [self._weight(*pair) for pair in params]
         norms = frobenius_norms(list(map(as_local, weights)), weights) if weights else []
         left = super()._native_step(groups, positions, arguments)
-        done = [k for k, (i, j) in enumerate(normalized) if j not in left[i]]
+        done = [k for k, (i, j) in enumerate(normalized) if j not in left.get(i, ())]
         if done:
             self._restore_norms([params[k] for k in done], [norms[k] for k in done])
         return left

@@ -1,7 +1,6 @@
 """Lion: the sign of an interpolated momentum."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -122,6 +121,8 @@ class Lion(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = (("betas", 0), ("betas", 1))
 
     def __init__(
         self,
@@ -140,7 +141,3 @@ class Lion(ScalarOptimizer):
             "weight_decay_method": weight_decay_method,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        beta1, beta2 = map(float, group["betas"])
-        return {"momentum_beta": beta1, "momentum_beta2": beta2}

@@ -150,6 +150,8 @@ class Signum(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = ("momentum", "correct_bias", "nesterov", "use_shape_scaling")
 
     def __init__(
         self,
@@ -176,12 +178,8 @@ class Signum(ScalarOptimizer):
         super().__init__(params, hyperparameters, options)
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "momentum_beta": group["momentum"],
-            "correct_bias": group["correct_bias"],
-            "use_nesterov": group["nesterov"],
-            "use_shape_scaling": False,  # see _update_scale
-        }
+        # Scaled by _update_scale instead.
+        return {**super()._hyperparameters(group), "use_shape_scaling": False}
 
     def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
         super()._check_param(group, param)

@@ -1,7 +1,6 @@
 """Simplified AdEMAMix: one momentum buffer, mixed with the gradient itself."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -184,6 +183,15 @@ class SimplifiedAdEMAMix(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _state_names = _RULE.states
+    _group_keys = (
+        "num_beta_fast_warmup_steps",
+        "min_beta_fast",
+        "betas",
+        "eps",
+        "correct_bias",
+        "alpha",
+    )
 
     def __init__(
         self,
@@ -212,13 +220,3 @@ class SimplifiedAdEMAMix(ScalarOptimizer):
             "alpha": alpha,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "num_beta_fast_warmup_steps": group["num_beta_fast_warmup_steps"],
-            "min_beta_fast": group["min_beta_fast"],
-            "betas": tuple(map(float, group["betas"])),
-            "eps": group["eps"],
-            "correct_bias": group["correct_bias"],
-            "alpha": group["alpha"],
-        }

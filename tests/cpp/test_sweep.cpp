@@ -47,7 +47,7 @@ void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
   }
   std::sort(cuts.begin(), cuts.end());
   const auto at = [&](int64_t element) { return place_of(rows.table, element, cpu::kTile); };
-  const cpu::Setup<Rule, Epilogue> setup(rule, 3, epilogue);
+  const cpu::Setup<Rule, Epilogue> setup(rule, 3, epilogue, rows.table);
   for (size_t share = 0; share + 1 < cuts.size(); ++share) {
     sweep_function<Rule, Epilogue>(isa)(setup, rows.table, at(cuts[share]), at(cuts[share + 1]));
   }
@@ -59,7 +59,7 @@ void test_lr_0(cpu::Isa isa) {
   const auto sweep = [&](const auto& rule, double step, const ApplyUpdate& epilogue,
                          const auto& table) {
     using Rule = std::decay_t<decltype(rule)>;
-    sweep_function<Rule, ApplyUpdate>(isa)({rule, step, epilogue}, table, {0, 0}, {1, 0});
+    sweep_function<Rule, ApplyUpdate>(isa)({rule, step, epilogue, table}, table, {0, 0}, {1, 0});
   };
   for (int round = 0; round < 10; ++round) {
     for_each_rule([&](const auto& rule) { check_lr_0(rule, kHost, random, sweep); });
@@ -69,7 +69,7 @@ void test_lr_0(cpu::Isa isa) {
 // Random bits depend on all of an element's index.
 void test_beyond_two_to_the_32(cpu::Isa isa) {
   const LongRow row((int64_t{1} << 32) + 1000, 1000 + 2 * cpu::kTile, kHost);
-  const cpu::Setup<Lion, ApplyUpdate> setup(row.rule, 1, row.epilogue);
+  const cpu::Setup<Lion, ApplyUpdate> setup(row.rule, 1, row.epilogue, row.table);
   sweep_function<Lion, ApplyUpdate>(isa)(setup, row.table, {0, row.first}, {1, 0});
   row.check();
 }

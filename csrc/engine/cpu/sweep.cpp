@@ -32,7 +32,7 @@ template <class Rule, class Epilogue>
 void sweep(const Rule& rule, double step, const Epilogue& epilogue,
            const Table<kNumOperands<Rule, Epilogue>>& table) {
   if (epilogue.is_skipped()) return;
-  const Setup<Rule, Epilogue> setup(rule, step, epilogue);
+  const Setup<Rule, Epilogue> setup(rule, step, epilogue, table);
   const SweepFunction<Rule, Epilogue> sweep_between = sweep_function<Rule, Epilogue>();
   at::parallel_for(0, table.numel, kGrain, [&](int64_t begin, int64_t end) {
     sweep_between(setup, table, place_of(table, begin, kTile), place_of(table, end, kTile));

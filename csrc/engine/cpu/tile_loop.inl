@@ -163,7 +163,7 @@ void sweep(const Setup<Rule, Epilogue>& setup, const Table<kNumOperands<Rule, Ep
   using RowOf = Row<kNumOperands<Rule, Epilogue>>;
   for_each_part(table, begin, end, [&](const RowOf& row, int64_t from, int64_t to) {
     if (row.compute == DType::kFloat64) {
-      sweep_part(setup, setup.float64, DType::kFloat64, row, from, to);
+      sweep_part(setup, *setup.float64, DType::kFloat64, row, from, to);
     } else {
       sweep_part(setup, setup.float32, DType::kFloat32, row, from, to);
     }

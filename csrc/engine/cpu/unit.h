@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "../../rules/all.h"
@@ -20,21 +21,27 @@ namespace emopt::cpu {
 // to 2048 take 1.09 to 1.15 times as long; over 1 Mi, which fits the cache, 256 and 512 take 0.9.
 inline constexpr int64_t kTile = 128;
 
-// A rule and an epilogue at one step.
+// A rule and an epilogue at one step, for a table.
 template <class Rule_, class Epilogue_>
-struct Setup {
+class Setup {
+ public:
   using Rule = Rule_;
   using Epilogue = Epilogue_;
   Constants<Rule, Epilogue, float> float32;
-  Constants<Rule, Epilogue, double> float64;
+  const Constants<Rule, Epilogue, double>* float64 = nullptr;  // where any row needs them
   Epilogue epilogue;
   double step;
 
-  Setup(const Rule& rule, double step_, const Epilogue& epilogue_)
-      : float32(rule, step_, epilogue_),
-        float64(rule, step_, epilogue_),
-        epilogue(epilogue_),
-        step(step_) {}
+  Setup(const Rule& rule, double step_, const Epilogue& epilogue_,
+        const Table<kNumOperands<Rule, Epilogue>>& table)
+      : float32(rule, step_, epilogue_), epilogue(epilogue_), step(step_) {
+    if (table.any_float64) float64 = &float64_.emplace(rule, step_, epilogue_);
+  }
+  Setup(const Setup&) = delete;
+  Setup& operator=(const Setup&) = delete;
+
+ private:
+  std::optional<Constants<Rule, Epilogue, double>> float64_;
 };
 
 template <class Rule, class Epilogue>
