@@ -95,12 +95,22 @@ class Contest:
 
 
 def as_shards(problem: OptimizerProblem, mesh: DeviceMesh) -> OptimizerProblem:
-    """Return a problem on DTensors of which this process has the problem's own tensors."""
-    return problem.mapped(
+    """Return a problem on DTensors of which this process has the problem's own tensors.
+
+    As with FSDP2, a gradient has its parameter's own specification of where it is, and the states,
+    which are made as zeros_like(param), have one in common.
+    """
+    sharded: Any = problem.mapped(
         lambda tensors: [
             DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False) for tensor in tensors
         ]
     )
+    for param, grad, *states in zip(sharded.params, sharded.grads, *sharded.states, strict=True):
+        grad._spec = param._spec
+        like_param: Any = torch.zeros_like(param)
+        for state in states:
+            state._spec = like_param._spec
+    return sharded  # type: ignore[no-any-return]
 
 
 def part_of(problem: OptimizerProblem, rank: int, world_size: int) -> OptimizerProblem:

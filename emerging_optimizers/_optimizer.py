@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
@@ -25,6 +26,7 @@ from ._rule import Rule, store
 # What every step asks; without looking up each module on the way.
 _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+_is_cuda_in_use = torch.cuda.is_initialized
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -204,11 +206,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """Return a parameter's gradient, if it has one."""
         return param.grad
 
-    def _given_grads(
-        self, groups: Sequence[dict[str, Any]]
-    ) -> list[dict[int, Tensor | None]] | None:
-        """Return, for each group and by the parameter's index, what to take for ``param.grad``."""
-        return None
+    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
+        """Return, by the parameter's index, what to take instead of ``param.grad``."""
+        return {}
 
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
         """Return by what the update of this parameter is multiplied, beside the learning rate."""
@@ -443,7 +443,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
             options = {} if grad_multiplier is None else {"grad_multiplier": grad_multiplier}
             loss: float | None = self._observed_step(*arguments, **options)
             return loss
-        return self._unobserved_step(closure, grad_multiplier=grad_multiplier)
+        if closure is not None:
+            return self._unobserved_step(closure, grad_multiplier=grad_multiplier)
+        self._step(grad_multiplier)
+        return None
 
     # So torch does not wrap it, which would take longer than a step of one small parameter.
     step.hooked = True  # type: ignore[attr-defined]
@@ -483,8 +486,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if grad_multiplier.numel() != 1:
                 raise ValueError("Tensor grad_multiplier must be 1-element")
             grad_multiplier = whole(grad_multiplier)
-        cuda: Any = torch.cuda  # partly untyped
-        if cuda.is_initialized() and cuda.is_current_stream_capturing():
+        if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             for i, group in enumerate(self.param_groups):
                 if not group["capturable"]:
                     raise RuntimeError(
@@ -511,8 +513,30 @@ class ScalarOptimizer(torch.optim.Optimizer):
             num_params += len(group["params"])
             draws = draws or group["stochastic_rounding"]
         seed = draw_seed() if draws else 0
-        arguments = StepArguments(grad_multiplier, grad_scale, found_inf, seed)
-        self._step_groups(self.param_groups, positions, arguments)
+        arguments = (grad_multiplier, grad_scale, found_inf, seed)
+        if self._may_be_one_call(self.param_groups):
+            # Here, for the layers below take as long as five small parameters do. Nothing is done
+            # where any are left.
+            left = self._rule.native_step(
+                self.state,
+                self.param_groups,
+                positions,
+                self._group_keys,
+                self._state_names,
+                arguments,
+                None,
+                False,
+            )
+            if left is None:
+                return
+        self._step_groups(self.param_groups, positions, StepArguments(*arguments))
+
+    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether one native call may be all that a step of groups consists of."""
+        for group in groups:
+            if group["fused"] is False:
+                return False
+        return native is not None
 
     def _step_groups(
         self,
@@ -552,35 +576,39 @@ class ScalarOptimizer(torch.optim.Optimizer):
             there.
         """
         left: dict[int, Collection[int]] = {}
-        chosen: Sequence[int] = range(len(groups))
-        if not all(map(self._has_native_step, groups)):
-            chosen = [i for i, group in enumerate(groups) if self._has_native_step(group)]
-            for i, group in enumerate(groups):
-                if i in chosen:
-                    continue
-                self._check_numbers(group)
-                indices = self._prepare(group, range(len(group["params"])), arguments)
-                if indices and group["fused"]:
-                    self._raise_no_native_step()
-                if indices or self._steps_together(group):
-                    left[i] = indices
-            groups = [groups[i] for i in chosen]
-            positions = [positions[i] for i in chosen]
-            if not groups:
-                return left
-        step, keys, names = self._rule.native_step, self._group_keys, self._state_names
-        given = self._given_grads(groups)
+        chosen = []
+        for i, group in enumerate(groups):
+            if self._has_native_step(group):
+                chosen.append(i)
+                continue
+            self._check_numbers(group)
+            indices = self._prepare(group, range(len(group["params"])), arguments)
+            if indices and group["fused"]:
+                self._raise_no_native_step()
+            if indices or self._steps_together(group):
+                left[i] = indices
+        if not chosen:
+            return left
+        groups = [groups[i] for i in chosen]
+        call = partial(
+            self._rule.native_step,
+            self.state,
+            groups,
+            [positions[i] for i in chosen],
+            self._group_keys,
+            self._state_names,
+            arguments,
+        )
+        given = [self._given_grads(group) for group in groups]
         # Nothing is done where any are left.
-        found = step(self.state, groups, positions, keys, names, arguments, given, False)
+        found = call(given, False)
         if found is None:
             return left
         # Once more, now that no state is missing and gradients are where parameters are.
-        placed = []
-        for k, (group, indices) in enumerate(zip(groups, found, strict=True)):
+        for grads, group, indices in zip(given, groups, found, strict=True):
             self._prepare(group, indices, arguments)
-            grads = {} if given is None else given[k]
-            placed.append({**grads, **self._placed_grads(group, indices)})
-        found = step(self.state, groups, positions, keys, names, arguments, placed, True)
+            grads.update(self._placed_grads(group, indices))
+        found = call(given, True)
         if found is not None:
             for i, group, indices in zip(chosen, groups, found, strict=True):
                 if indices and group["fused"]:

@@ -314,7 +314,7 @@ class MegatronMixin(ScalarOptimizer):
         if not all(group["use_decoupled_grad"] for group in self.param_groups):
             super().zero_grad(set_to_none)
         for group in self.param_groups:
-            for i, grad in self._decoupled_grads(group).items():
+            for i, grad in self._given_grads(group).items():
                 if set_to_none:
                     group["params"][i].decoupled_grad = None
                 elif grad is not None:
@@ -325,14 +325,7 @@ class MegatronMixin(ScalarOptimizer):
             return getattr(param, "decoupled_grad", None)
         return super()._grad(group, param)
 
-    def _given_grads(
-        self, groups: Sequence[dict[str, Any]]
-    ) -> list[dict[int, Tensor | None]] | None:
-        if not any(group["use_decoupled_grad"] for group in groups):
-            return None
-        return list(map(self._decoupled_grads, groups))
-
-    def _decoupled_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
+    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
         if not group["use_decoupled_grad"]:
             return {}
         return {i: self._grad(group, param) for i, param in enumerate(group["params"])}
@@ -348,6 +341,12 @@ class MegatronMixin(ScalarOptimizer):
                     # One on a device is not read.
                     group["step"] = int(step) if step.is_cpu else step
                     break
+
+    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
+        for group in groups:
+            if group["use_decoupled_grad"] or group["store_param_remainders"]:
+                return False
+        return super()._may_be_one_call(groups)
 
     def _step_groups(
         self,

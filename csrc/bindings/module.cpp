@@ -227,7 +227,8 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
       steps.emplace_back(rule_of(group, keys), std::move(options), names, numbers, taken);
       py::object grads;
       if (!given.is_none()) grads = given[py::int_(i)];
-      left[i] = steps.back().take(params[i].ptr(), grads.ptr(), states);
+      const bool are_given = grads && py::len(grads) > 0;
+      left[i] = steps.back().take(params[i].ptr(), are_given ? grads.ptr() : nullptr, states);
       is_any_left |= !left[i].empty();
       may_run &= left[i].empty() || is_left_allowed;
     }

@@ -194,6 +194,12 @@ class LaProp(ScalarOptimizer):
                 group["weight_decay"],
             )
 
+    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
+        for group in groups:
+            if group["frob_normalize"]:
+                return False
+        return super()._may_be_one_call(groups)
+
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         if not super()._has_native_step(group):
             return False
@@ -210,8 +216,6 @@ class LaProp(ScalarOptimizer):
         positions: Sequence[int],
         arguments: StepArguments,
     ) -> dict[int, Collection[int]]:
-        if not any(group["frob_normalize"] for group in groups):
-            return super()._native_step(groups, positions, arguments)
         # Where lr is 0, not even a product with 1 is for a parameter's bits.
         # Processes add up their parts of a DTensor's norm: also one that has no gradient for it.
         normalized = [
