@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
@@ -28,6 +27,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _is_cuda_in_use = torch.cuda.is_initialized
 
+GroupKey: TypeAlias = str | tuple[str, int, int]
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -168,17 +168,28 @@ class ScalarOptimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[Rule]
-    # The keys of a parameter's states, in the order of the rule's formula.
+    # Where a group has an option of the rule, if not under the option's name: a key; or a key, an
+    # index of the numbers that are there, and how many those are.
+    _renamed: ClassVar[Mapping[str, "GroupKey"]] = {}
+    # From these: where it has each option but ``step``, and the keys of a parameter's states, both
+    # in the order of the rule's formula.
+    _group_keys: ClassVar[tuple["GroupKey", ...]]
     _state_names: ClassVar[tuple[str, ...]]
-    # Where a group has the rule's options, but for ``step``, in their order: at a key, or at an
-    # index of what is at a key.
-    _group_keys: ClassVar[tuple[str | tuple[str, int], ...]]
     _num_betas: ClassVar[int] = 2
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
     _kept_on_load: ClassVar[Sequence[str]] = KEPT_ON_LOAD
 
     # torch.amp.GradScaler then leaves it to `step` to unscale and to skip.
     _step_supports_amp_scaling = True
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Read the class's rule."""
+        super().__init_subclass__(**arguments)
+        if "_rule" in vars(cls):
+            cls._state_names = cls._rule.states
+        if hasattr(cls, "_rule"):
+            options = [name for name in cls._rule.options if name != "step"]
+            cls._group_keys = tuple(cls._renamed.get(name, name) for name in options)
 
     def __init__(
         self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
@@ -194,13 +205,24 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     # ---- what a rule adds ------------------------------------------------------------------------
 
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the rule's formula, but for the tensors and ``step``."""
+    def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the rule's formula, but for the tensors and ``step``.
+
+        The native step reads them from the group itself.
+        """
         names = (name for name in self._rule.options if name != "step")
         return {
-            name: _read_option(group, key)
+            name: self._read_option(group, key)
             for name, key in zip(names, self._group_keys, strict=True)
         }
+
+    def _read_option(self, group: dict[str, Any], key: "GroupKey") -> Any:
+        if isinstance(key, tuple):
+            name, index, length = key
+            return _checks.read_numbers(name, group[name], length)[index]
+        if key == "betas":
+            return _checks.read_numbers(key, group[key], self._num_betas)
+        return group[key]
 
     def _grad(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
@@ -277,7 +299,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"Invalid beta at index {i}: {beta}")
         _check_method(group)
         self._check_options(group)
-        self._rule.check_options({**self._hyperparameters(group), "step": 1})
+        self._rule.check_options({**self._plain_options(group), "step": 1})
 
     def _check_options(self, group: dict[str, Any]) -> None:
         if group["differentiable"]:
@@ -422,15 +444,14 @@ class ScalarOptimizer(torch.optim.Optimizer):
         In a function that ``torch.compile`` compiles, the call is a graph break: it runs as it is.
 
         Args:
-            closure: Evaluates the model again, with gradients enabled, and returns the loss.
+            closure: Evaluates the model again, with gradients enabled, and returns the loss. Hooks
+                see it as a positional argument.
             grad_multiplier: A number or a one-element tensor, by which every gradient is multiplied
                 on the way, such as the coefficient of a clipped norm. ``p.grad`` is not modified.
 
         Returns:
             What `closure` returned.
         """
-        if _is_compiling():
-            return self._step_between_graphs(closure, grad_multiplier)
         is_observed = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -443,7 +464,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             options = {} if grad_multiplier is None else {"grad_multiplier": grad_multiplier}
             loss: float | None = self._observed_step(*arguments, **options)
             return loss
-        if closure is not None:
+        if closure is not None or _is_compiling():
             return self._unobserved_step(closure, grad_multiplier=grad_multiplier)
         self._step(grad_multiplier)
         return None
@@ -468,17 +489,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(grad_multiplier)
+        run = self._step_between_graphs if _is_compiling() else self._step
+        run(grad_multiplier)
         return loss
 
     # With hooks, and for profilers, which see it by the class's name.
     _observed_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
 
     @_disable_dynamo
-    def _step_between_graphs(
-        self, closure: Callable[[], float] | None, grad_multiplier: float | Tensor | None
-    ) -> float | None:
-        return self.step(closure, grad_multiplier=grad_multiplier)
+    def _step_between_graphs(self, grad_multiplier: float | Tensor | None) -> None:
+        self._step(grad_multiplier)
 
     def _step(self, grad_multiplier: float | Tensor | None) -> None:
         # None is looked for first: whether something is a Tensor takes a call to find out.
@@ -505,34 +525,40 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     return
             else:
                 found_inf = None  # of a GradScaler that found no gradients, their sum: 0
+        groups = list(self.param_groups)
         positions = []
         num_params = 0
-        draws = False
-        for group in self.param_groups:
+        draws, are_rates_floats = False, True
+        for group in groups:
             positions.append(num_params)
             num_params += len(group["params"])
             draws = draws or group["stochastic_rounding"]
+            are_rates_floats = are_rates_floats and type(group["lr"]) is float
+        if not are_rates_floats:
+            # Those of DTensors once, by all processes, whatever is then left to each of them.
+            groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
         seed = draw_seed() if draws else 0
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
-        if self._may_be_one_call(self.param_groups):
-            # Here, for the layers below take as long as five small parameters do. Nothing is done
-            # where any are left.
-            left = self._rule.native_step(
-                self.state,
-                self.param_groups,
-                positions,
-                self._group_keys,
-                self._state_names,
-                arguments,
-                None,
-                False,
-            )
-            if left is None:
-                return
-        self._step_groups(self.param_groups, positions, StepArguments(*arguments))
+        if not self._may_be_one_call(groups):
+            self._step_groups(groups, positions, StepArguments(*arguments))
+            return
+        # Here, for the layers below take as long as five small parameters do. Nothing is done where
+        # any are left.
+        keys, names = self._group_keys, self._state_names
+        found = self._rule.native_step(
+            self.state, groups, positions, keys, names, arguments, None, False
+        )
+        if found is not None:
+            given: list[dict[int, Tensor | None]] = [{} for _ in groups]
+            left = self._step_left(groups, positions, StepArguments(*arguments), given, found)
+            for i, indices in left.items():
+                self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether one native call may be all that a step of groups consists of."""
+        """Return whether a step of groups may be one native call.
+
+        If so, `_step_groups`, `_native_step` and `_given_grads` are passed by.
+        """
         for group in groups:
             if group["fused"] is False:
                 return False
@@ -590,31 +616,49 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not chosen:
             return left
         groups = [groups[i] for i in chosen]
-        call = partial(
-            self._rule.native_step,
-            self.state,
-            groups,
-            [positions[i] for i in chosen],
-            self._group_keys,
-            self._state_names,
-            arguments,
-        )
+        positions = [positions[i] for i in chosen]
         given = [self._given_grads(group) for group in groups]
-        # Nothing is done where any are left.
-        found = call(given, False)
-        if found is None:
-            return left
-        # Once more, now that no state is missing and gradients are where parameters are.
-        for grads, group, indices in zip(given, groups, found, strict=True):
+        keys, names = self._group_keys, self._state_names
+        found = self._rule.native_step(
+            self.state, groups, positions, keys, names, arguments, given, False
+        )
+        if found is not None:
+            more = self._step_left(groups, positions, arguments, given, found)
+            left.update((chosen[k], indices) for k, indices in more.items())
+        return left
+
+    def _step_left(
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
+        given: Sequence[dict[int, Tensor | None]],
+        found: Sequence[Collection[int]],
+    ) -> dict[int, Collection[int]]:
+        """Step by another native call, after one that has done nothing.
+
+        States that were missing are made, and gradients are brought to where parameters are.
+
+        Args:
+            groups: All that are to be stepped natively.
+            positions: The number of each group's first parameter.
+            arguments: What the call of ``step`` passes.
+            given: For each group, what to take instead of ``param.grad``; gets more.
+            found: For each group, the indices of its parameters that were left.
+
+        Returns:
+            By the index of a group, the indices of its parameters that are still left.
+        """
+        for group, grads, indices in zip(groups, given, found, strict=True):
             self._prepare(group, indices, arguments)
             grads.update(self._placed_grads(group, indices))
-        found = call(given, True)
-        if found is not None:
-            for i, group, indices in zip(chosen, groups, found, strict=True):
-                if indices and group["fused"]:
-                    self._raise_no_native_step()
-                if indices:
-                    left[i] = indices
+        keys, names = self._group_keys, self._state_names
+        still = self._rule.native_step(
+            self.state, groups, positions, keys, names, arguments, given, True
+        )
+        left = {i: indices for i, indices in enumerate(still or ()) if indices}
+        if any(groups[i]["fused"] for i in left):
+            self._raise_no_native_step()  # then nothing was done
         return left
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
@@ -622,9 +666,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         for name in ("lr", "weight_decay"):
-            _checks.read_number(name, whole(group[name]))
+            _checks.read_number(name, group[name])
         _check_method(group)
-        self._rule.check_options({**self._hyperparameters(group), "step": 1})
+        self._rule.check_options({**self._plain_options(group), "step": 1})
 
     @torch.no_grad()
     def _prepare(
@@ -685,7 +729,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
             return
         factor = _grad_factor(group, arguments)
-        lr = float(whole(group["lr"]))
+        lr = float(group["lr"])
         for i in indices:
             param = group["params"][i]
             self._plain_update(group, param, lr, factor, first_position + i, arguments.seed)
@@ -717,7 +761,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             grad = grad * factor
         if method == "l2" and weight_decay != 0.0:
             grad = grad + weights * weight_decay
-        options = {**self._hyperparameters(group), "step": step}
+        options = {**self._plain_options(group), "step": step}
         if "step" not in self._rule.options:
             del options["step"]
         update = self._rule.compute_update(grad, states, options)
@@ -766,13 +810,6 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _read_option(group: dict[str, Any], key: str | tuple[str, int]) -> Any:
-    """Return what a group has for an option of the rule; betas, which may be tensors, as floats."""
-    if isinstance(key, tuple):
-        return float(group[key[0]][key[1]])
-    return tuple(map(float, group[key])) if key == "betas" else group[key]
 
 
 def _check_method(group: dict[str, Any]) -> None:

@@ -521,7 +521,8 @@ class FusedAdam(MegatronMixin, rules.Adam):
         Regularization", https://arxiv.org/abs/1711.05101.
     """
 
-    _group_keys = ("betas", "bias_correction", "nesterov", "eps")
+    _renamed: ClassVar = {**rules.Adam._renamed, "correct_bias": "bias_correction"}
+    _option_defaults: ClassVar = {**MegatronMixin._option_defaults, "bias_correction": True}
 
     def __init__(
         self,
@@ -550,6 +551,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
             eps,
             weight_decay,
             amsgrad,
+            bias_correction=bias_correction,
             weight_decay_method="decoupled" if adam_w_mode else "l2",
             capturable=capturable,
             master_weights=master_weights,
@@ -560,18 +562,13 @@ class FusedAdam(MegatronMixin, rules.Adam):
             store_param_remainders=store_param_remainders,
             set_grad_none=set_grad_none,
         )
-        # Under the name that it has in TransformerEngine's groups.
+        # Their name for it is TransformerEngine's alone.
         for group in (self.defaults, *self.param_groups):
             del group["correct_bias"]
-            group.setdefault("bias_correction", bias_correction)
         for group in self.param_groups:
             if group["capturable"] and group["params"]:
                 device = group["params"][0].device
                 group["lr"] = torch.full((), float(group["lr"]), device=device)
-
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        # A group that is being made has it under the name of Adam's argument.
-        return super()._hyperparameters({"bias_correction": True, **group})
 
 
 class AdEMAMix(MegatronMixin, rules.AdEMAMix):

@@ -259,24 +259,26 @@ def call_the_operator() -> None:
 
 def pass_steps_their_numbers() -> None:
     """A learning rate and a multiplier that are DTensors, of which a process may have a part."""
+    rank = dist.get_rank()
     line = meshes()[0]
     lr = torch.tensor(0.125)
     rates = [place(lr, line, [Replicate()]), DTensor.from_local(lr / 2, line, [Partial()])]
-    for fused in (True, False):
+    for fused in (None, False):
         for rate in rates:
-            params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-            for param in params:
-                param.grad = torch.tensor([1.0, -2.0, 3.0])
-            optimizer, reference = (AdamW([p], lr=0.125, fused=fused) for p in params)
+            lists = [[nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2)]
+            optimizer, reference = (AdamW(params, lr=0.125, fused=fused) for params in lists)
             optimizer.param_groups[0]["lr"] = rate
-            optimizer.step(grad_multiplier=rate)
-            reference.step(grad_multiplier=0.125)
-            assert_equal_bits(params[0].detach(), params[1].detach(), str((fused, rate)))
-            for got, wanted in zip(
-                *(o.state[p].values() for o, p in zip((optimizer, reference), params, strict=True)),
-                strict=True,
-            ):
-                assert_equal_bits(got, wanted, str((fused, rate)))
+            for step in range(3):
+                # Processes make states at different steps, for which they call once more.
+                for param in (p for params in lists for p in params[: 1 + (step >= rank)]):
+                    param.grad = torch.tensor([1.0, -2.0, 3.0])
+                optimizer.step(grad_multiplier=rate)
+                reference.step(grad_multiplier=0.125)
+            for got, wanted in zip(*lists, strict=True):
+                assert_equal_bits(got.detach(), wanted.detach(), str((fused, rate)))
+                states = optimizer.state[got].values(), reference.state[wanted].values()
+                for one, other in zip(*states, strict=True):
+                    assert_equal_bits(one, other, str((fused, rate)))
 
 
 def tell_autograd_of_steps() -> None:

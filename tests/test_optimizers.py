@@ -939,14 +939,17 @@ def test_profiler_sees_the_step(setup: Setup, fused: bool | None) -> None:
     assert name in {event.key for event in profile.key_averages()}
 
 
+class Counting(Adam):
+    """Counts its steps, of which each says what it is the step of."""
+
+    steps = 0
+
+    def step(self, what: str) -> None:  # type: ignore[override]
+        self.steps += 1
+        super().step()
+
+
 def test_hooks_of_a_subclass_run_once() -> None:
-    class Counting(Adam):
-        steps = 0
-
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            self.steps += 1
-            return super().step(*args, **kwargs)
-
     params = make_params()
     calls: list[str] = []
     handle = register_optimizer_step_pre_hook(lambda *_: calls.append("for all"))
@@ -956,7 +959,8 @@ def test_hooks_of_a_subclass_run_once() -> None:
             optimizer = cls(params)
             optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
             optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-            run(optimizer, params, [1])
+            set_grads(params, 1)
+            optimizer.step(*(["training"] if cls is Counting else []))
             assert calls == ["for all", "before", "after"]
     finally:
         handle.remove()
@@ -985,6 +989,132 @@ def test_compiled_training_step(setup: Setup, fused: bool | None) -> None:
         return contents(optimizer)
 
     assert_same(train(True), train(False))
+
+
+def test_a_compiled_step_of_a_subclass_runs_once() -> None:
+    params = make_params()
+    optimizer = Counting(params)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+
+    @torch.compile(backend="eager")
+    def train() -> None:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step("training")
+
+    train()
+    assert (optimizer.steps, calls) == (1, ["before"])
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_step_with_a_closure() -> None:
+    torch._dynamo.reset()  # it gives up compiling what has been compiled for many classes
+    params = make_params()
+    optimizer = Adam(params)
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def train() -> float:
+        def closure() -> float:
+            return sum(param.square().sum() for param in params)  # type: ignore[return-value]
+
+        return optimizer.step(closure)
+
+    wanted = sum(float(param.detach().square().sum()) for param in params)
+    loss: Any = train()
+    assert loss.item() == pytest.approx(wanted)
+    assert graphs  # of the closure
+
+
+def test_a_step_while_something_else_is_compiled() -> None:
+    params = make_params()
+    optimizer = Adam(params)
+
+    def backend(graph: Any, _: Any) -> Any:
+        run(optimizer, params, [1])
+        return graph.forward
+
+    assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).sum() == 4
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
+
+
+# ---- groups that were changed --------------------------------------------------------------------
+
+
+def test_groups_in_a_tuple(fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = (
+        Adam([{"params": p[:1]}, {"params": p[1:]}], fused=fused) for p in (params, others)
+    )
+    optimizer.param_groups = tuple(optimizer.param_groups)  # type: ignore[assignment]
+    run(optimizer, params, [1, 2])
+    run(other, others, [1, 2])
+    assert_same(contents(optimizer), contents(other))
+
+
+@pytest.mark.skipif(native is None, reason="no native kernels")
+def test_numbers_are_read_before_parameters() -> None:
+    """Even where reading one lets other Python code run, which removes a gradient."""
+
+    class Removing:
+        def __float__(self) -> float:
+            params[0].grad = None
+            return 0.9
+
+    params = make_params([(1 << 16,), (3,)])
+    optimizer = AdamW([{"params": params[:1]}, {"params": params[1:]}])
+    run(optimizer, params, [1])
+    before = params[0].detach().clone()
+    set_grads(params, 2)
+    optimizer.param_groups[1]["betas"] = (Removing(), 0.99)
+    optimizer.step()
+    assert_same([params[0].detach()], [before])
+    assert optimizer.state[params[1]]["step"] == 2
+
+
+@every_optimizer
+@pytest.mark.parametrize("surplus", [-1, 1])
+def test_another_number_of_betas(setup: Setup, surplus: int, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    group = optimizer.param_groups[0]
+    if "betas" not in group:
+        pytest.skip("of one beta only")
+    run(optimizer, params, [1])
+    before = [tensor.clone() for tensor in contents(optimizer)]
+    length = setup.cls._num_betas
+    group["betas"] = ((*group["betas"], 0.5) if surplus > 0 else group["betas"])[: length + surplus]
+    set_grads(params, 2)
+    message = f"betas has {length + surplus} values; expected {length}"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same(contents(optimizer), before)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(native is None, reason="no native kernels")
+def test_what_is_left_costs_one_more_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params([(3, 4)] * 3)
+    params[1] = Parameter(torch.ones(3, 8)[:, ::2])
+    optimizer = Adam(params)
+    run(optimizer, params, [1])
+    calls = []
+    step = Adam._rule.native_step
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(step(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(Adam._rule, "native_step", counted)
+    run(optimizer, params, [2])
+    assert calls == [[[1]], [[1]]]
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -180,16 +180,16 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   //   groups           the optimizer's own dictionaries
   //   positions        the number, in the optimizer, of each group's first parameter
   //   keys             where a group has the rule's options, but for the step, in their order: a
-  //                    key, or (key, index)
+  //                    key; or (key, index, length), of numbers that are there
   //   state_names      the keys of the states, in the rule's order
   //   arguments        (grad_multiplier, grad_scale, found_inf, seed), of which the first three may
   //                    be None, for 1, 1 and 0
   //   given            None, or for each group a dictionary of gradients, as for GroupStep::take
-  //   may_leave        whether what has to be stepped otherwise may be left by groups that do not
-  //                    say fused=True. If not, nothing at all is done where there is any.
+  //   may_leave        whether what has to be stepped otherwise may be left
   //
-  // Returns None, or for each group the indices of the parameters that have to be stepped
-  // otherwise.
+  // Returns None where all are stepped, or for each group the indices of those that are left. Then
+  // the others are stepped if `may_leave`, and if no group has fused=True and any left; or else
+  // nothing is done.
   static py::object step(const py::dict& state, const py::list& groups, const py::list& positions,
                          const py::tuple& keys, const py::tuple& state_names,
                          const py::tuple& arguments, py::handle given, bool may_leave) {
@@ -202,35 +202,31 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     TORCH_CHECK_VALUE(state_names.size() == names.size(), "state_names has ", state_names.size(),
                       " names; expected ", names.size());
     for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
+
+    // First what may run Python's code or raise: while parameters are walked, nothing may change.
     const size_t num_groups = groups.size();
-    std::vector<py::tuple> params;  // of our own: another thread may change the lists
-    params.reserve(num_groups);
-    size_t num_params = 0;
-    for (const py::handle group : groups) {
-      static PyObject* const key = interned("params");
-      PyObject* const copy = PySequence_Tuple(item(group, key).ptr());
-      if (copy == nullptr) throw py::error_already_set();
-      params.push_back(py::reinterpret_steal<py::tuple>(copy));
-      num_params += params.back().size();
-    }
-    AddressSet taken(2 * num_params);
-    StateWalk states(state.ptr());
     std::vector<GroupStep<Rule>> steps;
     steps.reserve(num_groups);
+    size_t num_params = 0;
+    for (size_t i = 0; i < num_groups; ++i) {
+      const py::object group = groups[i];
+      py::object grads;
+      if (!given.is_none()) grads = given[py::int_(i)];
+      const auto first_position = positions[i].template cast<uint32_t>();
+      steps.emplace_back(rule_of(group, keys), options_of(group, first_position, seed), names,
+                         numbers, params_of(group), std::move(grads));
+      num_params += steps.back().num_params();
+    }
+
+    AddressSet taken(2 * num_params);
+    StateWalk states(state.ptr());
     std::vector<std::vector<Py_ssize_t>> left(num_groups);
     bool may_run = true;
     bool is_any_left = false;
     for (size_t i = 0; i < num_groups; ++i) {
-      const py::object group = groups[i];
-      GroupOptions options = options_of(group, positions[i].template cast<uint32_t>(), seed);
-      const bool is_left_allowed = may_leave && !options.must_be_native;
-      steps.emplace_back(rule_of(group, keys), std::move(options), names, numbers, taken);
-      py::object grads;
-      if (!given.is_none()) grads = given[py::int_(i)];
-      const bool are_given = grads && py::len(grads) > 0;
-      left[i] = steps.back().take(params[i].ptr(), are_given ? grads.ptr() : nullptr, states);
+      left[i] = steps[i].take(states, taken);
       is_any_left |= !left[i].empty();
-      may_run &= left[i].empty() || is_left_allowed;
+      may_run &= left[i].empty() || (may_leave && !steps[i].must_be_native());
     }
     if (may_run) run(steps);
     if (!is_any_left) return py::none();
@@ -273,8 +269,11 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     if (key == nullptr) throw py::error_already_set();
     if (!PyTuple_Check(key)) return read(option, item(group, key));
     const auto place = py::reinterpret_borrow<py::tuple>(key);
-    const py::object value = item(group, place[0].ptr())[place[1]];
-    return read(option, value);
+    const auto name = place[0].cast<std::string>();
+    const auto numbers = read_numbers(name.c_str(), item(group, place[0].ptr()));
+    TORCH_CHECK_VALUE(numbers.size() == place[2].cast<size_t>(), name, " has ", numbers.size(),
+                      " values; expected ", place[2].cast<size_t>());
+    return read(option, py::float_(numbers[place[1].cast<size_t>()]));
   }
   // Each parameter has its own.
   static StepValue read_next(py::handle, const py::tuple&, Py_ssize_t&, StepArgument) {
@@ -301,13 +300,21 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
             is_true(item(group, fused)),          first_position};
   }
 
-  static py::handle item(py::handle dict, PyObject* key) {
+  // Of our own: another thread may change the list.
+  static py::tuple params_of(py::handle group) {
+    static PyObject* const key = interned("params");
+    auto params = py::reinterpret_steal<py::tuple>(PySequence_Tuple(item(group, key).ptr()));
+    if (!params) throw py::error_already_set();
+    return params;
+  }
+
+  static py::object item(py::handle dict, PyObject* key) {
     PyObject* const value = PyDict_GetItemWithError(dict.ptr(), key);
     if (value == nullptr) {
       if (PyErr_Occurred() == nullptr) PyErr_SetObject(PyExc_KeyError, key);
       throw py::error_already_set();
     }
-    return value;
+    return py::reinterpret_borrow<py::object>(value);
   }
 
   static bool is_true(py::handle value) {

@@ -154,7 +154,7 @@ class Scalar {
       number_.value = read_number(name, value);
       return;
     }
-    const at::Tensor tensor = tensor_of(value).resolve_neg();
+    const at::Tensor tensor = THPVariable_Unpack(value.ptr()).resolve_neg();
     TORCH_CHECK_VALUE(tensor.numel() == 1, name, " has ", tensor.numel(), " elements; expected 1");
     if (tensor.is_cuda()) {
       TORCH_CHECK_TYPE(is_plain(tensor), name, " must be a number or a plain tensor");
@@ -187,13 +187,6 @@ class Scalar {
 
  private:
   explicit Scalar(double number) : number_{number} {}
-
-  // Of a DTensor, the whole.
-  static at::Tensor tensor_of(py::handle value) {
-    if (!Distributed::from(value.ptr())) return THPVariable_Unpack(value.ptr());
-    const py::object whole = value.attr("full_tensor")();
-    return THPVariable_Unpack(whole.ptr());
-  }
 
   Number number_;
   std::vector<at::Tensor> on_device_;  // one for each device that was asked for
@@ -249,26 +242,31 @@ class GroupStep {
   static constexpr size_t kBatch = 16;
 
  public:
-  // `taken` is to find parameters, and counters, with the same memory: they cannot be stepped at a
-  // time.
+  // `grads`, null or a dictionary by the index, may have gradients to take instead of the
+  // parameters'; None is for a parameter that has no gradient.
   GroupStep(const Rule& rule, GroupOptions options, const StateNames& state_names,
-            StepNumbers& numbers, AddressSet& taken)
+            StepNumbers& numbers, py::tuple params, py::object grads)
       : rule_(rule),
         options_(std::move(options)),
         state_names_(state_names),
         numbers_(numbers),
-        taken_(taken) {}
+        params_(std::move(params)),
+        grads_(std::move(grads)),
+        num_params_(params_.size()) {}
 
-  // Adds the parameters, of a tuple, that have a gradient. Returns the indices of those that have
-  // to be stepped otherwise: where a state is missing, or a tensor is none that an engine sweeps.
-  // `grads`, null or a dictionary by the index, may have gradients to take instead of the
-  // parameters'; None is for a parameter that has no gradient.
-  std::vector<Py_ssize_t> take(PyObject* params, PyObject* grads, StateWalk& states) {
+  size_t num_params() const { return num_params_; }
+  bool must_be_native() const { return options_.must_be_native; }
+
+  // Adds the parameters that have a gradient. Returns the indices of those that have to be stepped
+  // otherwise: where a state is missing, or a tensor is none that an engine sweeps. `taken` is to
+  // find parameters, and counters, with the same memory: they cannot be stepped at a time.
+  std::vector<Py_ssize_t> take(StateWalk& states, AddressSet& taken) {
     std::vector<Py_ssize_t> left;
     std::array<Candidate, kBatch> batch;
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
-    const Py_ssize_t count = PyTuple_GET_SIZE(params);
-    num_params_ = static_cast<size_t>(count);
+    const auto count = static_cast<Py_ssize_t>(num_params_);
+    PyObject* const params = params_.ptr();
+    PyObject* const grads = grads_ && py::len(grads_) > 0 ? grads_.ptr() : nullptr;
     read_.resize(num_params_);
     modified_.resize(num_params_ * kOperands);
     for (Py_ssize_t next = 0; next < count;) {
@@ -284,7 +282,7 @@ class GroupStep {
       }
       find(batch.data(), n, grads, states);
       for (size_t i = 0; i < n; ++i) {
-        if (batch[i].grad->defined() && !take(batch[i])) left.push_back(batch[i].index);
+        if (batch[i].grad->defined() && !take(batch[i], taken)) left.push_back(batch[i].index);
       }
     }
     return left;
@@ -497,7 +495,7 @@ class GroupStep {
   // ---- one parameter ----------------------------------------------------------------------------
 
   // False, with nothing added, where it has to be stepped otherwise.
-  bool take(Candidate& c) {
+  bool take(Candidate& c, AddressSet& taken) {
     if (!c.is_complete) return false;
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
     const at::Tensor& param = *c.operands[kUpdate];
@@ -548,10 +546,10 @@ class GroupStep {
         row.compute = DType::kFloat64;
       }
     }
-    return append(c, row);
+    return append(c, row, taken);
   }
 
-  bool append(const Candidate& c, Row<kOperands>& row) {
+  bool append(const Candidate& c, Row<kOperands>& row, AddressSet& taken) {
     const at::Tensor& step = *c.step;
     const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
     const bool counts_here = step.is_cpu();
@@ -560,8 +558,8 @@ class GroupStep {
     const bool must_count_there = options_.is_capturable || numbers_.found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
-    if (counter == nullptr || !is_new(counter)) return false;
-    if (row.numel != 0 && !is_new(row.data[kUpdate])) return false;
+    if (counter == nullptr || !is_new(counter, taken)) return false;
+    if (row.numel != 0 && !is_new(row.data[kUpdate], taken)) return false;
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = static_cast<double>(*counter + 1.0f);
@@ -599,8 +597,8 @@ class GroupStep {
            numbers_.grad_scale.is_on_device() || numbers_.found_inf.is_on_device();
   }
 
-  bool is_new(const void* address) {
-    AddressSet::Entry& entry = taken_.find(address);
+  static bool is_new(const void* address, AddressSet& taken) {
+    AddressSet::Entry& entry = taken.find(address);
     if (entry.address != nullptr) return false;
     entry.address = address;
     return true;
@@ -636,10 +634,11 @@ class GroupStep {
   GroupOptions options_;
   StateNames state_names_;
   StepNumbers& numbers_;
-  AddressSet& taken_;
+  py::tuple params_;
+  py::object grads_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
-  size_t num_params_ = 0;
+  size_t num_params_;
   std::list<at::Tensor> owned_;                    // tensors that were made here
   std::vector<py::object> alive_;                  // objects that nothing else may hold
   std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to

@@ -1,7 +1,7 @@
 """Adam, with or without Nesterov momentum."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -158,8 +158,7 @@ class Adam(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = ("betas", "correct_bias", "nesterov", "eps")
+    _renamed: ClassVar = {"use_nesterov": "nesterov"}
 
     def __init__(
         self,

@@ -184,15 +184,6 @@ class AdEMAMix(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = (
-        "num_beta_slow_warmup_steps",
-        "num_alpha_warmup_steps",
-        "betas",
-        "eps",
-        "correct_bias",
-        "alpha",
-    )
     _num_betas = 3
 
     def __init__(

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
-from .._dtensor import is_dtensor, whole
+from .._dtensor import is_dtensor
 from .._optimizer import (
     MASTER,
     ScalarOptimizer,
@@ -156,8 +156,6 @@ class LaProp(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = ("correct_bias", "betas", "eps")
 
     def __init__(
         self,
@@ -251,7 +249,7 @@ class LaProp(ScalarOptimizer):
             super()._plain_step(group, first_position, arguments, indices)
             return
         found_inf = arguments.found_inf is not None and float(arguments.found_inf) != 0.0
-        is_still = found_inf or float(whole(group["lr"])) == 0.0
+        is_still = found_inf or float(group["lr"]) == 0.0
         for i, param in enumerate(group["params"]):
             if i in indices:
                 super()._plain_step(group, first_position, arguments, [i])

@@ -1,6 +1,7 @@
 """Lion: the sign of an interpolated momentum."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -121,8 +122,7 @@ class Lion(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = (("betas", 0), ("betas", 1))
+    _renamed: ClassVar = {"momentum_beta": ("betas", 0, 2), "momentum_beta2": ("betas", 1, 2)}
 
     def __init__(
         self,

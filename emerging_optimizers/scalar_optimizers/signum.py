@@ -1,7 +1,7 @@
 """Signum: the sign of the momentum."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -150,8 +150,7 @@ class Signum(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = ("momentum", "correct_bias", "nesterov", "use_shape_scaling")
+    _renamed: ClassVar = {"momentum_beta": "momentum", "use_nesterov": "nesterov"}
 
     def __init__(
         self,
@@ -177,9 +176,9 @@ class Signum(ScalarOptimizer):
         }
         super().__init__(params, hyperparameters, options)
 
-    def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
         # Scaled by _update_scale instead.
-        return {**super()._hyperparameters(group), "use_shape_scaling": False}
+        return {**super()._plain_options(group), "use_shape_scaling": False}
 
     def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
         super()._check_param(group, param)

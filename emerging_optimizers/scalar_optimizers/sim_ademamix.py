@@ -183,15 +183,6 @@ class SimplifiedAdEMAMix(ScalarOptimizer):
     """
 
     _rule = _RULE
-    _state_names = _RULE.states
-    _group_keys = (
-        "num_beta_fast_warmup_steps",
-        "min_beta_fast",
-        "betas",
-        "eps",
-        "correct_bias",
-        "alpha",
-    )
 
     def __init__(
         self,
