@@ -747,10 +747,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         state = self.state[param]
         state["step"] += 1
         step = int(state["step"])
-        target = state[MASTER] if has_master(group, param) else param
-        values = as_local(target)
+        values = self._read_weight(group, param)
         states = [as_local(state[name]) for name in self._state_names]
-        increment_versions([param, target, *(state[name] for name in self._state_names)])
+        increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
         grad = as_local(_placed_like(self._grad(group, param), param))
 
         is_double = torch.float64 in (grad.dtype, values.dtype, *(s.dtype for s in states))
@@ -770,7 +769,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
         norms = None
         if group.get("frob_normalize", False):
-            norms = frobenius_norms([weights], [target])
+            norms = frobenius_norms([weights], [param])
         keep = _KEEP[method](lr, weight_decay)
         if keep != 1.0:
             weights.mul_(keep)
@@ -779,7 +778,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             update.mul_(scale)
         weights.sub_(update.mul_(lr))
         if norms is not None:
-            restore_norms([weights], [target], norms)
+            restore_norms([weights], [param], norms)
 
         if weights is not values:
             if group["stochastic_rounding"] and values.dtype in _HALF:
@@ -787,8 +786,20 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 values.copy_(round_stochastically(weights.float(), values.dtype, bits))
             else:
                 store(values, weights)
-        if target is not param:
-            as_local(param).copy_(values)
+        self._write_weight(group, param, values)
+
+    def _read_weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
+        """Return what an update is applied to, this process's part: a master, if there is one.
+
+        It is the state's or the parameter's own memory, or else `_write_weight` stores it.
+        """
+        state = self.state.get(param, {})
+        return as_local(state.get(MASTER, param) if has_master(group, param) else param)
+
+    def _write_weight(self, group: dict[str, Any], param: Tensor, weight: Tensor) -> None:
+        """Store a changed weight where `_read_weight` found it, and round it to the parameter."""
+        if has_master(group, param):
+            as_local(param).copy_(weight)
 
 
 def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ rules' classes take their own arguments and those of :class:`MegatronMixin`.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,6 @@ from ._optimizer import (
     STATE_DTYPES,
     Saved,
     ScalarOptimizer,
-    StepArguments,
     as_local,
 )
 
@@ -36,10 +34,6 @@ __all__ = [
     "merge_master",
     "split_master",
 ]
-
-# Elements whose masters are put together at a time: 16 MiB of float32. On two cores of an AMD EPYC
-# (Zen 4), steps with 2^20, 2^22 and 2^24 took the same time.
-_MAX_MERGED = 1 << 22
 
 
 # ---- remainders ----------------------------------------------------------------------------------
@@ -118,10 +112,7 @@ class MegatronMixin(ScalarOptimizer):
         use_decoupled_grad: Gradients are ``param.decoupled_grad``, of any floating-point dtype,
             instead of ``param.grad``.
         store_param_remainders: ``master_param`` of a bfloat16 parameter is the int16 remainder that
-            :func:`split_master` leaves. No effect without `master_weights`. It costs time: a step
-            puts masters together, steps, and splits them again, in some ten PyTorch operations for
-            each parameter, and goes three to four times as often over memory. Masters of 16 MiB at
-            a time, or of one parameter that has more, are whole.
+            :func:`split_master` leaves. No effect without `master_weights`.
         set_grad_none: Deprecated: what ``zero_grad`` does without an argument.
         **options: The rule's own, and `maximize`, `fused` and `capturable` of
             :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
@@ -285,14 +276,6 @@ class MegatronMixin(ScalarOptimizer):
         if MASTER in state:
             _check_master_dtype(_stores_remainder(group, param), state[MASTER])
 
-    def _check_options(self, group: dict[str, Any]) -> None:
-        super()._check_options(group)
-        if group["capturable"] and group["store_param_remainders"]:
-            raise ValueError(
-                "store_param_remainders and capturable cannot be combined: a CUDA graph cannot"
-                " capture how masters are put together"
-            )
-
     # ---- gradients -------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -344,56 +327,20 @@ class MegatronMixin(ScalarOptimizer):
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         for group in groups:
-            if group["use_decoupled_grad"] or group["store_param_remainders"]:
+            if group["use_decoupled_grad"]:
                 return False
         return super()._may_be_one_call(groups)
 
-    def _step_groups(
-        self,
-        groups: Sequence[dict[str, Any]],
-        positions: Sequence[int],
-        arguments: StepArguments,
-    ) -> None:
-        if any(group["store_param_remainders"] for group in groups):
-            self._step_parts(groups, positions, arguments)
-        else:
-            super()._step_groups(groups, positions, arguments)
+    def _read_weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
+        is_new = MASTER not in self.state.get(param, {})
+        if is_new or not _stores_remainder(group, param):
+            return super()._read_weight(group, param)
+        return merge_master(as_local(param), as_local(self.state[param][MASTER]))
 
-    @torch.no_grad()
-    def _step_parts(
-        self,
-        groups: Sequence[dict[str, Any]],
-        positions: Sequence[int],
-        arguments: StepArguments,
-    ) -> None:
-        # All that may be wrong is found before anything is done.
-        for group in groups:
-            self._check_numbers(group)
-            self._prepare(group, range(len(group["params"])), arguments)
-        for group, position in zip(groups, positions, strict=True):
-            for start, params in _cut(group["params"]):
-                part = {**group, "params": params, "store_param_remainders": False}
-                with self._merged_masters(group, params):
-                    super()._step_groups([part], [position + start], arguments)
-
-    @contextmanager
-    def _merged_masters(self, group: dict[str, Any], params: Sequence[Tensor]) -> Iterator[None]:
-        """Put float32 masters where remainders are, for a step of these parameters."""
-        remainders = {}
-        for param in params:
-            if _stores_remainder(group, param) and self._grad(group, param) is not None:
-                remainder = remainders[param] = self.state[param][MASTER]
-                master = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-                merge_master(*map(as_local, (param, remainder, master)))
-                self.state[param][MASTER] = master
-        try:
-            yield
-            for param, remainder in remainders.items():
-                master = self.state[param][MASTER]
-                split_master(*map(as_local, (master, param, remainder)))
-        finally:
-            for param, remainder in remainders.items():
-                self.state[param][MASTER] = remainder
+    def _write_weight(self, group: dict[str, Any], param: Tensor, weight: Tensor) -> None:
+        if not _stores_remainder(group, param):
+            return super()._write_weight(group, param, weight)
+        split_master(weight, as_local(param), as_local(self.state[param][MASTER]))
 
     # ---- saving and loading ----------------------------------------------------------------------
 
@@ -455,17 +402,6 @@ def _check_master_dtype(is_remainder: bool, master: Tensor) -> None:
 def _stores_remainder(group: dict[str, Any], param: Tensor) -> bool:
     is_wanted = group["master_weights"] and group["store_param_remainders"]
     return bool(is_wanted) and param.dtype == torch.bfloat16
-
-
-def _cut(params: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Cut a list into parts that have at most so many elements, or one parameter, each."""
-    start = numel = 0
-    for i, param in enumerate(params):
-        if i > start and numel + param.numel() > _MAX_MERGED:
-            yield start, list(params[start:i])
-            start, numel = i, 0
-        numel += param.numel()
-    yield start, list(params[start:])
 
 
 # ---- the classes ---------------------------------------------------------------------------------

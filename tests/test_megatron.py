@@ -133,11 +133,7 @@ def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
 @devices
 @every_class
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
-def test_remainders_are_as_good_as_masters(
-    cls: Any, fused: bool | None, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(megatron, "_MAX_MERGED", 100)  # in parts
-
+def test_remainders_are_as_good_as_masters(cls: Any, fused: bool | None, device: str) -> None:
     def make(store: bool) -> Any:
         groups = [
             {"params": params, "fused": fused}
@@ -157,23 +153,35 @@ def test_remainders_are_as_good_as_masters(
     assert {state["step"].item() for state in stored.state.values()} == {4}
 
 
-def test_remainders_need_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron, "_MAX_MERGED", 100)
-    params = make_params(sizes=[40] * 10)
-    optimizer = FusedAdam(params, store_param_remainders=True, **AWARE)
-    sizes = []
-    merge = megatron.merge_master
+@devices
+@pytest.mark.skipif(native is None, reason="no native kernels")
+def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(megatron, "merge_master")
+    monkeypatch.delattr(megatron, "split_master")
+    for use_decoupled_grad in (True, False):
+        options = {**AWARE, "use_decoupled_grad": use_decoupled_grad}
+        optimizer = FusedAdam(make_params(device=device), store_param_remainders=True, **options)
+        optimizer.param_groups[0]["fused"] = True
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        run(optimizer, [1, 2])
+        assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
-    def measured(param: Tensor, remainder: Tensor, master: Tensor) -> Tensor:
-        states = optimizer.state.values()
-        whole = [s["master_param"] for s in states if s["master_param"].dtype == F32]
-        sizes.append(sum(m.numel() for m in whole) + master.numel())
-        return merge(param, remainder, master)
 
-    monkeypatch.setattr(megatron, "merge_master", measured)
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
+    """Where the learning rate is 0, be they NaNs of any kind."""
+    optimizer = FusedAdam(make_params(sizes=[40]), store_param_remainders=True, **AWARE)
     run(optimizer, [1])
-    assert len(sizes) == 10
-    assert max(sizes) <= 100
+    (param,) = optimizer.param_groups[0]["params"]
+    remainder = optimizer.state[param]["master_param"]
+    param.view(torch.int16)[:2] = torch.tensor([0x7FC1, -1])
+    remainder[:2] = torch.tensor([3, -5])
+    before = param.clone(), remainder.clone()
+    optimizer.param_groups[0].update(lr=0.0, fused=fused)
+    run(optimizer, [2])
+    assert torch.equal(param.view(torch.int16), before[0].view(torch.int16))
+    assert torch.equal(remainder, before[1])
 
 
 def test_a_wrong_gradient_changes_nothing_where_remainders_are_stored() -> None:
@@ -281,9 +289,18 @@ def test_dtypes_of_states(cls: Any, dtype: torch.dtype) -> None:
             assert state[name].dtype == wanted, name
 
 
-def test_remainders_in_a_cuda_graph_are_refused() -> None:
-    with pytest.raises(ValueError, match="store_param_remainders and capturable cannot be"):
-        FusedAdam(make_params(), capturable=True, store_param_remainders=True)
+@devices
+def test_remainders_of_a_capturable_one(device: str) -> None:
+    whole, stored = (
+        FusedAdam(
+            make_params(device=device), capturable=True, store_param_remainders=store, **AWARE
+        )
+        for store in (False, True)
+    )
+    run(whole, [1, 2, 3])
+    run(stored, [1, 2, 3])
+    assert_same(masters(stored), masters(whole))
+    assert {state["step"].device.type for state in stored.state.values()} == {device}
 
 
 @devices

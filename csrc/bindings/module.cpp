@@ -287,6 +287,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     static PyObject* const maximize = interned("maximize");
     static PyObject* const stochastic_rounding = interned("stochastic_rounding");
     static PyObject* const master_weights = interned("master_weights");
+    static PyObject* const remainders = interned("store_param_remainders");
     static PyObject* const capturable = interned("capturable");
     static PyObject* const fused = interned("fused");
     ApplyUpdate epilogue;
@@ -295,9 +296,13 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     epilogue.maximize = is_true(item(group, maximize));
     epilogue.is_stochastic = is_true(item(group, stochastic_rounding));
     epilogue.seed = seed;
-    return {Scalar("lr", item(group, lr)),        epilogue,
-            is_true(item(group, master_weights)), is_true(item(group, capturable)),
-            is_true(item(group, fused)),          first_position};
+    return {Scalar("lr", item(group, lr)),
+            epilogue,
+            is_true(item(group, master_weights)),
+            PyDict_Contains(group.ptr(), remainders) == 1 && is_true(item(group, remainders)),
+            is_true(item(group, capturable)),
+            is_true(item(group, fused)),
+            first_position};
   }
 
   // Of our own: another thread may change the list.

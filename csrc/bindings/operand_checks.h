@@ -97,12 +97,16 @@ C10_ALWAYS_INLINE bool has_same_sizes(const c10::TensorImpl& a, const c10::Tenso
   return true;
 }
 
-C10_ALWAYS_INLINE bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
+// But for its dtype.
+C10_ALWAYS_INLINE bool is_beside(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
   const bool is_on_same = impl.key_set() == grad_impl.key_set() &&
                           (impl.key_set() == kPlainOnCpu || impl.device() == grad_impl.device());
-  return is_on_same && has_same_sizes(impl, grad_impl) && is_supported_dtype(tensor.scalar_type());
+  return is_on_same && has_same_sizes(impl, grad_impl);
+}
+C10_ALWAYS_INLINE bool is_alike(const at::Tensor& tensor, const at::Tensor& grad) {
+  return is_beside(tensor, grad) && is_supported_dtype(tensor.scalar_type());
 }
 
 // Whether all operands of a position lie in memory in the same order, without gaps.

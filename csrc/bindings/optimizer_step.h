@@ -216,6 +216,7 @@ struct GroupOptions {
   Scalar lr;
   ApplyUpdate epilogue;  // but for the numbers
   bool has_masters;
+  bool has_remainders;  // of bfloat16 parameters, the masters are those
   bool is_capturable;
   bool must_be_native;      // all of it
   uint32_t first_position;  // of its parameters in the optimizer
@@ -514,6 +515,8 @@ class GroupStep {
     row.scale = 1.0;
     row.numel = param.numel();
     row.compute = DType::kFloat32;
+    const bool is_halved =
+        c.has_master && options_.has_remainders && param.scalar_type() == at::kBFloat16;
     if constexpr (kHasShapeScale<Rule>) {
       if (rule_.use_shape_scaling) {
         // Of the whole parameter, of which this may be a part.
@@ -528,14 +531,18 @@ class GroupStep {
         row.dtype[k] = row.dtype[kUpdate];
         row.data[k] = row.data[kUpdate];
       } else {
-        if (k != kUpdate && !is_alike(*operand, param)) return false;
+        const bool is_remainder = is_halved && k == kOwn;
+        if (is_remainder && operand->scalar_type() != at::kShort) return false;
+        if (k != kUpdate && !(is_remainder ? is_beside : is_alike)(*operand, param)) return false;
         if (k != kUpdate && !lies_alike(*operand)) {
           if (k != kGrad) return false;
           // A copy of the gradient that lies in memory as the parameter does.
           owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
           operand = c.operands[k] = &owned_.back();
         }
-        row.dtype[k] = to_dtype(operand->scalar_type());
+        row.dtype[k] = is_remainder                ? DType::kLowHalf
+                       : is_halved && k == kUpdate ? DType::kHighHalf
+                                                   : to_dtype(operand->scalar_type());
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
@@ -546,6 +553,7 @@ class GroupStep {
         row.compute = DType::kFloat64;
       }
     }
+    if (is_halved && row.device != kHost && row.compute == DType::kFloat64) return false;
     return append(c, row, taken);
   }
 

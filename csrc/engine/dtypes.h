@@ -12,16 +12,31 @@
 
 namespace emopt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// The last two are the halves of a float32 master, see HighHalf.
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kHighHalf, kLowHalf };
 
 EMOPT_FN int size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+EMOPT_FN bool can_round_stochastically(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
 
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
+  uint16_t bits;
+};
+
+// A float32 master as two numbers of 16 bits, in the encoding of TransformerEngine: the high half,
+// plus 1 where the low one is 0x8000 or more, is a bfloat16 parameter; the low half is stored
+// beside it.
+struct HighHalf {
+  uint16_t bits;
+};
+struct LowHalf {
   uint16_t bits;
 };
 
@@ -40,6 +55,8 @@ EMOPT_FN double widen(double x) { return x; }
 
 EMOPT_FN float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
+EMOPT_FN float widen(HighHalf x) { return widen(BFloat16{x.bits}); }  // the parameter by itself
+
 EMOPT_FN float widen(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
@@ -49,6 +66,12 @@ EMOPT_FN float widen(Float16 x) {
   // Subnormal: put the mantissa below a 0.5 (whose last place is 2^-24, as here) and take it away.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
   return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
+}
+
+// The master.
+EMOPT_FN float join(HighHalf high, LowHalf low) {
+  const uint32_t carry = low.bits >> 15;
+  return bit_cast<float>((static_cast<uint32_t>(high.bits) - carry) << 16 | low.bits);
 }
 
 // ---- rounding: to nearest even ------------------------------------------------------------------
@@ -110,6 +133,26 @@ struct Round<Float16> {
     return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
   }
   EMOPT_FN static Float16 from(double x) { return from(Round<float>::odd_from(x)); }
+};
+
+// All NaNs are one, or adding to a half could make infinity of them.
+EMOPT_FN uint32_t master_bits(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+}
+
+template <>
+struct Round<HighHalf> {
+  EMOPT_FN static HighHalf from(float x) {
+    return {static_cast<uint16_t>((master_bits(x) + 0x8000u) >> 16)};
+  }
+  EMOPT_FN static HighHalf from(double x) { return from(static_cast<float>(x)); }
+};
+
+template <>
+struct Round<LowHalf> {
+  EMOPT_FN static LowHalf from(float x) { return {static_cast<uint16_t>(master_bits(x))}; }
+  EMOPT_FN static LowHalf from(double x) { return from(static_cast<float>(x)); }
 };
 
 }  // namespace emopt

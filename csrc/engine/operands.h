@@ -35,6 +35,13 @@ EMOPT_FN bool is_written(int k, const Pointer (&data)[kOperands]) {
   return k != kGrad && (k < kFirstOwn || data[k] != data[kUpdate]);
 }
 
+// Whether what became of operand k is to be stored: nothing in place of a parameter that keeps
+// every bit, nor of one of its halves. (Another weight then has its own bits.)
+template <class EpilogueAt>
+EMOPT_FN bool is_stored(int k, DType dtype, const EpilogueAt& epilogue) {
+  return epilogue.stores() || (k != kUpdate && dtype != DType::kLowHalf);
+}
+
 inline constexpr int8_t kHost = -1;  // in place of a device's index
 
 template <int kOperands>

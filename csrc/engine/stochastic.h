@@ -3,6 +3,8 @@
 // where the definitions are explained).
 #pragma once
 
+#include <type_traits>
+
 #include "dtypes.h"
 
 namespace emopt {
@@ -38,6 +40,10 @@ struct RandomBits {
   // Of the i-th element from the first one on.
   EMOPT_FN uint32_t operator()(uint32_t i) const { return hash(hash((first + i) ^ low) ^ high); }
 };
+
+template <class To>
+inline constexpr bool kRoundsStochastically =
+    std::is_same_v<To, BFloat16> || std::is_same_v<To, Float16>;
 
 // To one of the two neighbours; what the type holds stays.
 template <class To>

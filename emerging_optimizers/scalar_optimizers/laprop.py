@@ -12,7 +12,6 @@ from typing_extensions import Unpack
 from .._checks import Beta, NonNegative, Step
 from .._dtensor import is_dtensor
 from .._optimizer import (
-    MASTER,
     ScalarOptimizer,
     SharedOptions,
     StepArguments,
@@ -225,8 +224,7 @@ class LaProp(ScalarOptimizer):
             if self._grad(group, param) is not None or is_dtensor(param)
         ]
         params = [(groups[i], groups[i]["params"][j]) for i, j in normalized]
-        weights = [self._weight(*pair) for pair in params]
-        norms = frobenius_norms(list(map(as_local, weights)), weights) if weights else []
+        norms = self._norms(params)
         left = super()._native_step(groups, positions, arguments)
         done = [k for k, (i, j) in enumerate(normalized) if j not in left.get(i, ())]
         if done:
@@ -255,28 +253,28 @@ class LaProp(ScalarOptimizer):
                 super()._plain_step(group, first_position, arguments, [i])
             elif is_dtensor(param) and not is_still:
                 # As in a native step: other processes may have a gradient for it.
-                weight = self._weight(group, param)
-                norms = frobenius_norms([as_local(weight)], [weight])
-                self._restore_norms([(group, param)], norms)
+                pairs = [(group, param)]
+                self._restore_norms(pairs, self._norms(pairs))
+
+    def _norms(self, params: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
+        """Return the norms of weights, of parameters each with its group."""
+        if not params:
+            return []
+        return frobenius_norms([self._read_weight(*p) for p in params], [p for _, p in params])
 
     def _restore_norms(
         self, params: Sequence[tuple[dict[str, Any], Tensor]], norms: Sequence[Tensor]
     ) -> None:
-        """Scale parameters, each with its group, and their masters."""
-        weights = [self._weight(*pair) for pair in params]  # masters may be new
-        factors = restore_norms(list(map(as_local, weights)), weights, norms)
-        for (_, param), weight, factor in zip(params, weights, factors, strict=True):
-            if weight is not param:
-                # A master that did not move, as where a device's lr is 0, leaves its parameter.
-                part, rounded = as_local(param), as_local(weight).to(param.dtype)
-                part.copy_(torch.where(factor == 1.0, part, rounded))
-
-    def _weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
-        """Return what an update is applied to: the parameter's master, if it has one."""
-        weight: Tensor = param
-        if has_master(group, param):
-            weight = self.state.get(param, {}).get(MASTER, param)
-        return weight
+        """Scale weights, of parameters each with its group, to these norms."""
+        weights = [self._read_weight(*pair) for pair in params]
+        factors = restore_norms(weights, [param for _, param in params], norms)
+        for (group, param), weight, factor in zip(params, weights, factors, strict=True):
+            if has_master(group, param):
+                # One that did not move, as where a device's lr is 0, leaves its parameter.
+                part = as_local(param)
+                before = part.clone()
+                self._write_weight(group, param, weight)
+                part.copy_(torch.where(factor == 1.0, before, part))
 
 
 def _is_zero(lr: Any) -> bool:

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "engine/operands.h"
 #include "engine/stochastic.h"
 #include "rounding.h"
@@ -40,6 +41,16 @@ struct Buffer {
     return value;
   }
 
+  // As an unsigned number, of a type of 16 bits.
+  uint16_t bits(int64_t i) const {
+    uint16_t bits = 0;
+    std::memcpy(&bits, bytes.data() + offset + 2 * static_cast<size_t>(i), 2);
+    return bits;
+  }
+  void put_bits(int64_t i, uint16_t bits) {
+    std::memcpy(bytes.data() + offset + 2 * static_cast<size_t>(i), &bits, 2);
+  }
+
   template <class Real>
   void put(int64_t i, Real value) {
     with_type([&](auto stored) {
@@ -63,6 +74,9 @@ struct Buffer {
         return visit(emopt::BFloat16());
       case emopt::DType::kFloat16:
         return visit(emopt::Float16());
+      case emopt::DType::kHighHalf:
+      case emopt::DType::kLowHalf:
+        CHECK(!"a number by itself");
     }
   }
 };
@@ -86,6 +100,31 @@ emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
     if (k != emopt::kUpdate && row.dtype[k] == emopt::DType::kFloat64) row.compute = row.dtype[k];
   }
   return row;
+}
+
+// Makes the parameter and its master, the first operand and the last, the halves of float32
+// numbers.
+inline void halve(std::vector<Buffer>& operands, std::mt19937_64& random) {
+  Buffer& param = operands[emopt::kUpdate];
+  Buffer& master = operands.back();
+  const int64_t numel = param.numel();
+  for (Buffer* const half : {&param, &master}) {
+    const auto before = half->offset / static_cast<size_t>(emopt::size_of(half->dtype));
+    *half = Buffer(emopt::DType::kBFloat16, numel, before, random);
+  }
+  for (int64_t i = 0; i < numel; ++i) {
+    param.put(i, param.get(i) + 0.5);  // not 0, of which a remainder could make a NaN
+    master.put_bits(i, static_cast<uint16_t>(random()));
+  }
+  param.dtype = emopt::DType::kHighHalf;
+  master.dtype = emopt::DType::kLowHalf;
+}
+
+inline float joined(uint16_t high, uint16_t low) {
+  const uint32_t bits = high * 65536U + low - (low >= 32768 ? 65536U : 0U);
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 // ---- what a sweep makes of a row's operands -----------------------------------------------------
@@ -128,8 +167,11 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
   Buffer& param = operands[emopt::kUpdate];
   const size_t num_others = emopt::kFirstState + emopt::kNumStates<Rule>;
   Buffer* const master = operands.size() > num_others ? &operands.back() : nullptr;
+  const bool is_halved = param.dtype == emopt::DType::kHighHalf;
   for (int64_t i = 0; i < row.numel; ++i) {
-    auto weight = static_cast<Real>((master != nullptr ? *master : param).get(i));
+    auto weight = static_cast<Real>(is_halved           ? joined(param.bits(i), master->bits(i))
+                                    : master != nullptr ? master->get(i)
+                                                        : param.get(i));
     Real grad = factor * static_cast<Real>(operands[emopt::kGrad].get(i));
     if (options.maximize) grad = -grad;
     if (options.method == WeightDecay::kL2) grad += static_cast<Real>(decay) * weight;
@@ -138,6 +180,14 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
     if (lr == 0.0) continue;
     const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
     weight = static_cast<Real>(kept) * weight - rate * update;
+    if (is_halved) {
+      uint32_t bits = 0;
+      const auto stored = static_cast<float>(weight);
+      std::memcpy(&bits, &stored, sizeof(bits));
+      param.put_bits(i, static_cast<uint16_t>(bits / 65536 + (bits % 65536 >= 32768 ? 1 : 0)));
+      master->put_bits(i, static_cast<uint16_t>(bits % 65536));
+      continue;
+    }
     if (master != nullptr) master->put(i, weight);
     if (options.is_stochastic && emopt::size_of(param.dtype) == 2) {
       const uint64_t key =

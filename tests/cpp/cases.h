@@ -59,6 +59,12 @@ size_t random_num_operands(std::mt19937_64& random) {
   return all - (Epilogue::kOperands != 0 && random() % 2 == 0 ? 1 : 0);
 }
 
+// How many it has where the weight is another one; 0 where there is no weight.
+template <class Rule, class Epilogue>
+constexpr size_t num_with_master() {
+  return Epilogue::kOperands != 0 ? static_cast<size_t>(emopt::kNumOperands<Rule, Epilogue>) : 0;
+}
+
 // Rows, and copies of their operands to compute by hand what is to become of them.
 template <class Rule, class Epilogue>
 struct Rows {
@@ -101,7 +107,10 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
     std::vector<Buffer> operands(kOperands - 1, Buffer(dtype, 300, random() % 5, random));
     for (int64_t i = 0; i < 300; ++i) operands[emopt::kGrad].put(i, HUGE_VAL - HUGE_VAL);
     if (has_master) operands.emplace_back(emopt::DType::kFloat32, 300, 0, random);
-    if (has_master) {
+    if (has_master && random() % 2 == 0) {
+      halve(operands, random);
+      operands[emopt::kUpdate].put_bits(7, 0x7fc1);  // a NaN that stays as it is
+    } else if (has_master) {
       for (int64_t i = 0; i < 300; ++i) operands.back().put(i, operands[emopt::kUpdate].get(i));
     }
     const std::vector<Buffer> before = operands;

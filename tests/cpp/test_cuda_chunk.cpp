@@ -2,6 +2,7 @@
 // applied element by element. AddressSanitizer sees each access out of bounds,
 // UndefinedBehaviorSanitizer each vector that is not aligned. Where a device would read its memory,
 // the host reads its own.
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <iterator>
@@ -117,6 +118,12 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
                             : offsets == Offsets::kEqual ? shared
                                                          : random() % 40;
       operands.emplace_back(mix[k], numel, before, random);
+    }
+    const bool is_wide = std::count(mix.begin() + kGrad, mix.end() - 1, DType::kFloat64) != 0;
+    // With offsets that are equal in number, phases would differ.
+    const bool may_halve = !is_wide && !(offsets == Offsets::kEqual && is_uniform);
+    if (count == num_with_master<Rule, Epilogue>() && may_halve && random() % 3 == 0) {
+      halve(operands, random);
     }
     float* counter = nullptr;
     double step = 3;

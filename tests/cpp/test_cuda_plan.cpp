@@ -74,7 +74,8 @@ int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_
             CHECK(launch.steps.counter[r] == row.step);
             CHECK(launch.steps.position[r] == row.position);
             any_needs_setup |= row.step != nullptr;
-            any_needs_setup |= epilogue.is_stochastic && size_of(row.dtype[kUpdate]) == 2;
+            any_needs_setup |=
+                epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
           }
         }
         CHECK(launch.needs_setup == any_needs_setup);

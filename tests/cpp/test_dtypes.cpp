@@ -11,6 +11,9 @@
 using emopt::BFloat16;
 using emopt::bit_cast;
 using emopt::Float16;
+using emopt::HighHalf;
+using emopt::join;
+using emopt::LowHalf;
 using emopt::Round;
 using emopt::widen;
 
@@ -93,9 +96,34 @@ void check_format(Format format) {
   }
 }
 
+// The halves of every float32 of which the high one is any, and a low one on either side of the
+// middle; of a NaN, those of one NaN.
+void check_halves() {
+  std::mt19937_64 random(0);
+  for (uint32_t high = 0; high < 0x10000; ++high) {
+    for (const uint32_t low :
+         {0U, 1U, 0x7fffU, 0x8000U, 0x8001U, 0xffffU, static_cast<uint32_t>(random() % 0x10000)}) {
+      const uint32_t bits = high << 16 | low;
+      const auto master = bit_cast<float>(bits);
+      const uint32_t wanted = std::isnan(master) ? 0x7fc00000U : bits;
+      const auto param = Round<HighHalf>::from(master);
+      const auto remainder = Round<LowHalf>::from(master);
+      CHECK(param.bits == static_cast<uint16_t>(wanted / 65536 + wanted % 65536 / 32768));
+      CHECK(remainder.bits == wanted % 65536);
+      CHECK(bit_cast<uint32_t>(join(param, remainder)) == wanted);
+      if (std::isnan(master) || master == 0.0F) continue;
+      // From float64: to the nearest float32 first.
+      const double beside = std::nextafter(static_cast<double>(master), 0.0);
+      CHECK(Round<HighHalf>::from(beside).bits == param.bits);
+      CHECK(std::isinf(master) || Round<LowHalf>::from(beside).bits == remainder.bits);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_halves();
   check_format<Float16>(kHalf);
   check_format<BFloat16>(kBrain);
 }

@@ -39,6 +39,9 @@ void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
       const DType dtype = is_uniform ? type : kTypes[random() % 4];
       operands.emplace_back(dtype, numel, random() % 5, random);
     }
+    if (operands.size() == num_with_master<Rule, Epilogue>() && random() % 3 == 0) {
+      halve(operands, random);
+    }
     rows.add(std::move(operands), rule, 3, epilogue);
   }
   std::vector<int64_t> cuts{0, rows.table.numel};

@@ -25,6 +25,15 @@ void round_into(void* to, int64_t offset, const Real* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) target[i] = Round<Stored>::from(from[i]);
 }
 
+// Of masters, from their two halves.
+template <class Real>
+void join_into(Real* to, const void* high, const void* low, int64_t offset, int64_t n) {
+  const HighHalf* highs = static_cast<const HighHalf*>(high) + offset;
+  const LowHalf* lows = static_cast<const LowHalf*>(low) + offset;
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Real>(join(highs[i], lows[i]));
+}
+
 // An update may be float64 where the arithmetic is float32, but nothing that is read is.
 template <class Real>
 void load_tile(Real* to, DType dtype, const void* from, int64_t offset, int64_t n) {
@@ -37,6 +46,9 @@ void load_tile(Real* to, DType dtype, const void* from, int64_t offset, int64_t 
       return widen_into<Real, BFloat16>(to, from, offset, n);
     case DType::kFloat16:
       return widen_into<Real, Float16>(to, from, offset, n);
+    case DType::kHighHalf:
+    case DType::kLowHalf:
+      return;  // neither is a number by itself
   }
 }
 
@@ -51,6 +63,10 @@ void store_tile(DType dtype, void* to, int64_t offset, const Real* from, int64_t
       return round_into<Real, BFloat16>(to, offset, from, n);
     case DType::kFloat16:
       return round_into<Real, Float16>(to, offset, from, n);
+    case DType::kHighHalf:
+      return round_into<Real, HighHalf>(to, offset, from, n);
+    case DType::kLowHalf:
+      return round_into<Real, LowHalf>(to, offset, from, n);
   }
 }
 
@@ -122,7 +138,7 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
   bool is_stochastic = false;
   uint64_t key = 0;
   if constexpr (Epilogue::kHasRowSteps) {
-    is_stochastic = setup.epilogue.is_stochastic && size_of(row.dtype[kUpdate]) == 2;
+    is_stochastic = setup.epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
     if (is_stochastic) {
       const auto step = static_cast<int64_t>(setup.step);
       key = rounding_key(setup.epilogue.seed, row.position, static_cast<uint64_t>(step));
@@ -134,6 +150,8 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k]) {
         operands[k] = static_cast<Real*>(row.data[k]) + offset;
+      } else if (row.dtype[k] == DType::kLowHalf) {
+        join_into<Real>(buffer[k], row.data[kUpdate], row.data[k], offset, n);
       } else if (is_read(k)) {
         load_tile<Real>(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
@@ -147,7 +165,7 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
     }
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
-      if (k == kUpdate && !constants.epilogue.stores()) continue;
+      if (!is_stored(k, row.dtype[k], constants.epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
         store_tile_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, key);
       } else {

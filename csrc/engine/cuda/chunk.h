@@ -18,10 +18,24 @@ namespace emopt::cuda {
 
 // ---- between memory's types and the arithmetic type ---------------------------------------------
 
+// A number as it is stored; of a low half, the master.
+template <class Stored>
+EMOPT_FN auto widen_beside(HighHalf high, Stored stored) {
+  if constexpr (std::is_same_v<Stored, LowHalf>) {
+    return join(high, stored);
+  } else {
+    static_cast<void>(high);
+    return widen(stored);
+  }
+}
+
 template <class Real, class Stored>
-EMOPT_FN void widen_all(Real (&values)[kHeld], const Packet& packet) {
+EMOPT_FN void widen_all(Real (&values)[kHeld], const Packet& param, const Packet& packet) {
   EMOPT_UNROLL
-  for (uint32_t i = 0; i < kHeld; ++i) values[i] = static_cast<Real>(widen(packet.get<Stored>(i)));
+  for (uint32_t i = 0; i < kHeld; ++i) {
+    const HighHalf high = param.get<HighHalf>(i);
+    values[i] = static_cast<Real>(widen_beside(high, packet.get<Stored>(i)));
+  }
 }
 
 template <class Real, class Stored>
@@ -34,7 +48,7 @@ EMOPT_FN void round_all(Packet& packet, const Real (&values)[kHeld]) {
 template <class Real, class Stored>
 EMOPT_FN void round_all_stochastically(Packet& packet, const Real (&values)[kHeld],
                                        const RandomBits& random, uint32_t first, uint32_t second) {
-  if constexpr (sizeof(Stored) == 2) {
+  if constexpr (kRoundsStochastically<Stored>) {
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
       const uint32_t bits = random(i < kHeld / 2 ? first + i : second + i - kHeld / 2);
@@ -44,18 +58,31 @@ EMOPT_FN void round_all_stochastically(Packet& packet, const Real (&values)[kHel
 }
 
 // Calls `visit` with a value of the type that operand k is stored in. An update may be float64
-// where the arithmetic is float32, but nothing that is read.
-template <class Real, class Visit>
+// where the arithmetic is float32, but nothing that is read. A parameter, and the weight beside it,
+// may be the halves of a master.
+template <class Launch, class Visit>
 EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
+  constexpr bool kIsDouble = sizeof(typename Launch::Real) == sizeof(double);
+  constexpr bool kMayBeHalved = Launch::kMayBeHalved;
   if (dtype == DType::kFloat32) {
     visit(float());
   } else if (dtype == DType::kBFloat16) {
     visit(BFloat16());
-  } else if ((sizeof(Real) == sizeof(double) || k == kUpdate) && dtype == DType::kFloat64) {
+  } else if ((kIsDouble || k == kUpdate) && dtype == DType::kFloat64) {
     visit(double());
+  } else if (kMayBeHalved && k == kUpdate && dtype == DType::kHighHalf) {
+    visit(HighHalf());
+  } else if (kMayBeHalved && k == Launch::kOperands - 1 && dtype == DType::kLowHalf) {
+    visit(LowHalf());
   } else {
     visit(Float16());
   }
+}
+
+// Whether operand k is read: the update only where it is half of a master.
+template <class Launch>
+EMOPT_FN bool is_loaded(int k, DType dtype) {
+  return k != kUpdate || (Launch::kMayBeHalved && dtype == DType::kHighHalf);
 }
 
 template <size_t kBytes>
@@ -109,7 +136,8 @@ struct Setup {
       : constants(launch.rule, step_of(launch, row), launch.epilogue),
         is_skipped(launch.epilogue.is_skipped()) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
-      is_stochastic = launch.epilogue.is_stochastic && size_of(launch.dtype[kUpdate]) == 2;
+      is_stochastic =
+          launch.epilogue.is_stochastic && can_round_stochastically(launch.dtype[kUpdate]);
       if (is_stochastic) {
         const auto step = static_cast<int64_t>(step_of(launch, row));
         key = rounding_key(launch.epilogue.seed, launch.steps.position[row],
@@ -142,8 +170,9 @@ EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const C
     const uint32_t first = i < chunk.head ? i : i + chunk.body;
     BitsOf<sizeof(Real)> bits[kOperands][kHeld] = {};
     EMOPT_UNROLL
-    for (int k = kGrad; k < kOperands; ++k) {
-      with_type_of<Real>(k, dtype[k], [&](auto type) {
+    for (int k = 0; k < kOperands; ++k) {
+      if (!is_loaded<Launch>(k, dtype[k])) continue;
+      with_type_of<Launch>(k, dtype[k], [&](auto type) {
         const auto* const from = reinterpret_cast<const decltype(type)*>(chunk.data[k]) + first;
         EMOPT_UNROLL
         for (uint32_t j = 0; j < kHeld; ++j) {
@@ -156,12 +185,13 @@ EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const C
     Real values[kOperands][kHeld];
     EMOPT_UNROLL
     for (int k = kGrad; k < kOperands; ++k) {
-      with_type_of<Real>(k, dtype[k], [&](auto type) {
+      with_type_of<Launch>(k, dtype[k], [&](auto type) {
         using Stored = decltype(type);
         EMOPT_UNROLL
         for (uint32_t j = 0; j < kHeld; ++j) {
           const auto stored = bit_cast<Stored>(static_cast<BitsOf<sizeof(type)>>(bits[k][j]));
-          values[k][j] = static_cast<Real>(widen(stored));
+          const HighHalf high{static_cast<uint16_t>(bits[kUpdate][j])};
+          values[k][j] = static_cast<Real>(widen_beside(high, stored));
         }
       });
     }
@@ -170,14 +200,14 @@ EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const C
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
-      if (k == kUpdate && !setup.constants.epilogue.stores()) continue;
-      with_type_of<Real>(k, dtype[k], [&](auto type) {
+      if (!is_stored(k, dtype[k], setup.constants.epilogue)) continue;
+      with_type_of<Launch>(k, dtype[k], [&](auto type) {
         using Stored = decltype(type);
         auto* const to = reinterpret_cast<Stored*>(chunk.data[k]) + first;
         EMOPT_UNROLL
         for (uint32_t j = 0; j < kHeld; ++j) {
           if (i + j * kThreads >= count) continue;
-          if constexpr (Launch::Epilogue::kHasRowSteps && sizeof(Stored) == 2) {
+          if constexpr (Launch::Epilogue::kHasRowSteps && kRoundsStochastically<Stored>) {
             if (k == kUpdate && setup.is_stochastic) {
               const uint32_t bits = chunk.random(first + j * kThreads);
               to[j * kThreads] =
@@ -222,7 +252,8 @@ EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const C
   for (uint32_t tile = begin; tile < end; tile += kTile) {
     Packet packets[kOperands][kLanes] = {};
     EMOPT_UNROLL
-    for (int k = kGrad; k < kOperands; ++k) {
+    for (int k = 0; k < kOperands; ++k) {
+      if (!is_loaded<Launch>(k, dtype[k])) continue;
       EMOPT_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) {
         const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
@@ -231,12 +262,15 @@ EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const C
     }
     Real values[kLanes][kOperands][kHeld];
     EMOPT_UNROLL
-    for (int k = kGrad; k < kOperands; ++k) {
+    for (int k = 0; k < kOperands; ++k) {
+      if (!is_loaded<Launch>(k, dtype[k])) continue;
       if (size_of(dtype[k]) == 2) exchange(packets[k], is_odd);
-      with_type_of<Real>(k, dtype[k], [&](auto type) {
+      if (k == kUpdate) continue;  // half of what the last operand is
+      with_type_of<Launch>(k, dtype[k], [&](auto type) {
         EMOPT_UNROLL
         for (int lane = 0; lane < kLanes; ++lane) {
-          widen_all<Real, decltype(type)>(values[lane][k], packets[k][lane]);
+          widen_all<Real, decltype(type)>(values[lane][k], packets[kUpdate][lane],
+                                          packets[k][lane]);
         }
       });
     }
@@ -248,8 +282,8 @@ EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const C
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
-      if (k == kUpdate && !setup.constants.epilogue.stores()) continue;
-      with_type_of<Real>(k, dtype[k], [&](auto type) {
+      if (!is_stored(k, dtype[k], setup.constants.epilogue)) continue;
+      with_type_of<Launch>(k, dtype[k], [&](auto type) {
         Packet rounded[kLanes];
         EMOPT_UNROLL
         for (int lane = 0; lane < kLanes; ++lane) {

@@ -16,6 +16,9 @@ struct LaunchHead {
   using Epilogue = Epilogue_;
   using Real = Real_;
   static constexpr int kOperands = kNumOperands<Rule, Epilogue>;
+  // Whether rows may have masters in halves. Nobody pairs them with float64, whose kernels have no
+  // registers left.
+  static constexpr bool kMayBeHalved = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
 
   Rule rule;
   Epilogue epilogue;
@@ -53,6 +56,7 @@ struct RowSteps<ApplyUpdate, kCapacity> {
 template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
 struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   using Head = LaunchHead<Rule_, Epilogue_, Real_>;
+  using Head::kMayBeHalved;
   using Head::kOperands;
   using typename Head::Epilogue;
   using typename Head::Real;
