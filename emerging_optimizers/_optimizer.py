@@ -228,10 +228,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """Return a parameter's gradient, if it has one."""
         return param.grad
 
-    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
-        """Return, by the parameter's index, what to take instead of ``param.grad``."""
-        return {}
-
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
         """Return by what the update of this parameter is multiplied, beside the learning rate."""
         return 1.0
@@ -549,15 +545,14 @@ class ScalarOptimizer(torch.optim.Optimizer):
             self.state, groups, positions, keys, names, arguments, None, False
         )
         if found is not None:
-            given: list[dict[int, Tensor | None]] = [{} for _ in groups]
-            left = self._step_left(groups, positions, StepArguments(*arguments), given, found)
+            left = self._step_left(groups, positions, StepArguments(*arguments), found)
             for i, indices in left.items():
                 self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether a step of groups may be one native call.
 
-        If so, `_step_groups`, `_native_step` and `_given_grads` are passed by.
+        If so, `_step_groups`, `_native_step` and `_grad` are passed by.
         """
         for group in groups:
             if group["fused"] is False:
@@ -617,13 +612,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
             return left
         groups = [groups[i] for i in chosen]
         positions = [positions[i] for i in chosen]
-        given = [self._given_grads(group) for group in groups]
+        grads = [self._grads(group) for group in groups]
         keys, names = self._group_keys, self._state_names
         found = self._rule.native_step(
-            self.state, groups, positions, keys, names, arguments, given, False
+            self.state, groups, positions, keys, names, arguments, grads, False
         )
         if found is not None:
-            more = self._step_left(groups, positions, arguments, given, found)
+            more = self._step_left(groups, positions, arguments, found)
             left.update((chosen[k], indices) for k, indices in more.items())
         return left
 
@@ -632,7 +627,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         positions: Sequence[int],
         arguments: StepArguments,
-        given: Sequence[dict[int, Tensor | None]],
         found: Sequence[Collection[int]],
     ) -> dict[int, Collection[int]]:
         """Step by another native call, after one that has done nothing.
@@ -643,18 +637,22 @@ class ScalarOptimizer(torch.optim.Optimizer):
             groups: All that are to be stepped natively.
             positions: The number of each group's first parameter.
             arguments: What the call of ``step`` passes.
-            given: For each group, what to take instead of ``param.grad``; gets more.
             found: For each group, the indices of its parameters that were left.
 
         Returns:
             By the index of a group, the indices of its parameters that are still left.
         """
-        for group, grads, indices in zip(groups, given, found, strict=True):
+        for group, indices in zip(groups, found, strict=True):
             self._prepare(group, indices, arguments)
-            grads.update(self._placed_grads(group, indices))
+        grads = []
+        for group, indices in zip(groups, found, strict=True):
+            grads.append(self._grads(group))
+            with torch.no_grad():
+                for i in indices:
+                    grads[-1][i] = _placed_like(grads[-1][i], group["params"][i])
         keys, names = self._group_keys, self._state_names
         still = self._rule.native_step(
-            self.state, groups, positions, keys, names, arguments, given, True
+            self.state, groups, positions, keys, names, arguments, grads, True
         )
         left = {i: indices for i, indices in enumerate(still or ()) if indices}
         if any(groups[i]["fused"] for i in left):
@@ -696,19 +694,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 state["step"] = state["step"].to(torch.float32, copy=True)
         return indices
 
-    @torch.no_grad()
-    def _placed_grads(
-        self, group: dict[str, Any], indices: Iterable[int]
-    ) -> dict[int, Tensor | None]:
-        """Return, by their index, the gradients for which others are to be taken."""
-        placed: dict[int, Tensor | None] = {}
-        for i in indices:
-            param = group["params"][i]
-            grad = self._grad(group, param)
-            there = _placed_like(grad, param)
-            if there is not grad:
-                placed[i] = there
-        return placed
+    def _grads(self, group: dict[str, Any]) -> list[Tensor | None]:
+        return [self._grad(group, param) for param in group["params"]]
 
     def _raise_no_native_step(self) -> NoReturn:
         raise RuntimeError(

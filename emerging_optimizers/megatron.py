@@ -297,9 +297,11 @@ class MegatronMixin(ScalarOptimizer):
         if not all(group["use_decoupled_grad"] for group in self.param_groups):
             super().zero_grad(set_to_none)
         for group in self.param_groups:
-            for i, grad in self._given_grads(group).items():
+            if not group["use_decoupled_grad"]:
+                continue
+            for param, grad in zip(group["params"], self._grads(group), strict=True):
                 if set_to_none:
-                    group["params"][i].decoupled_grad = None
+                    param.decoupled_grad = None
                 elif grad is not None:
                     grad.zero_()
 
@@ -307,11 +309,6 @@ class MegatronMixin(ScalarOptimizer):
         if group["use_decoupled_grad"]:
             return getattr(param, "decoupled_grad", None)
         return super()._grad(group, param)
-
-    def _given_grads(self, group: dict[str, Any]) -> dict[int, Tensor | None]:
-        if not group["use_decoupled_grad"]:
-            return {}
-        return {i: self._grad(group, param) for i, param in enumerate(group["params"])}
 
     # ---- the step --------------------------------------------------------------------------------
 

@@ -837,6 +837,8 @@ def test_the_native_steps_gradients_and_names_are_checked() -> None:
     call = (optimizer.state, optimizer.param_groups, [0], keys)
     numbers = (None, None, None, 0)
     with pytest.raises(TypeError, match=r"the gradient given for params\[0\] must be a Tensor"):
-        native.adam_step(*call, names, numbers, [{0: "no tensor"}], False)
+        native.adam_step(*call, names, numbers, [["no tensor", None, None, None]], False)
+    with pytest.raises(ValueError, match="there are 1 gradients for 4 parameters"):
+        native.adam_step(*call, names, numbers, [[None]], False)
     with pytest.raises(ValueError, match="state_names has 1 names; expected 2"):
         native.adam_step(*call, names[:1], numbers, None, False)

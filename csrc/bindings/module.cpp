@@ -184,7 +184,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   //   state_names      the keys of the states, in the rule's order
   //   arguments        (grad_multiplier, grad_scale, found_inf, seed), of which the first three may
   //                    be None, for 1, 1 and 0
-  //   given            None, or for each group a dictionary of gradients, as for GroupStep::take
+  //   grads            None, or for each group a list of what to take as the parameters' gradients
   //   may_leave        whether what has to be stepped otherwise may be left
   //
   // Returns None where all are stepped, or for each group the indices of those that are left. Then
@@ -192,7 +192,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // nothing is done.
   static py::object step(const py::dict& state, const py::list& groups, const py::list& positions,
                          const py::tuple& keys, const py::tuple& state_names,
-                         const py::tuple& arguments, py::handle given, bool may_leave) {
+                         const py::tuple& arguments, py::handle grads, bool may_leave) {
     const at::NoGradGuard no_grad;  // here, where it takes no microseconds
     StepNumbers numbers{{"grad_multiplier", py::object(arguments[0]), 1.0},
                         {"grad_scale", py::object(arguments[1]), 1.0},
@@ -210,11 +210,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     size_t num_params = 0;
     for (size_t i = 0; i < num_groups; ++i) {
       const py::object group = groups[i];
-      py::object grads;
-      if (!given.is_none()) grads = given[py::int_(i)];
       const auto first_position = positions[i].template cast<uint32_t>();
       steps.emplace_back(rule_of(group, keys), options_of(group, first_position, seed), names,
-                         numbers, params_of(group), std::move(grads));
+                         numbers, params_of(group), grads_of(grads, i));
       num_params += steps.back().num_params();
     }
 
@@ -311,6 +309,11 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     auto params = py::reinterpret_steal<py::tuple>(PySequence_Tuple(item(group, key).ptr()));
     if (!params) throw py::error_already_set();
     return params;
+  }
+
+  // Empty where there is no list.
+  static py::tuple grads_of(py::handle grads, size_t group) {
+    return grads.is_none() ? py::tuple() : py::tuple(grads[py::int_(group)]);
   }
 
   static py::object item(py::handle dict, PyObject* key) {

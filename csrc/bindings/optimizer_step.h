@@ -243,17 +243,20 @@ class GroupStep {
   static constexpr size_t kBatch = 16;
 
  public:
-  // `grads`, null or a dictionary by the index, may have gradients to take instead of the
-  // parameters'; None is for a parameter that has no gradient.
+  // `grads`, if it is not empty, has what to take as the parameters' gradients; None is for one
+  // that has no gradient.
   GroupStep(const Rule& rule, GroupOptions options, const StateNames& state_names,
-            StepNumbers& numbers, py::tuple params, py::object grads)
+            StepNumbers& numbers, py::tuple params, py::tuple grads)
       : rule_(rule),
         options_(std::move(options)),
         state_names_(state_names),
         numbers_(numbers),
         params_(std::move(params)),
         grads_(std::move(grads)),
-        num_params_(params_.size()) {}
+        num_params_(params_.size()) {
+    TORCH_CHECK_VALUE(grads_.empty() || grads_.size() == num_params_, "there are ", grads_.size(),
+                      " gradients for ", num_params_, " parameters");
+  }
 
   size_t num_params() const { return num_params_; }
   bool must_be_native() const { return options_.must_be_native; }
@@ -267,7 +270,7 @@ class GroupStep {
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
     const auto count = static_cast<Py_ssize_t>(num_params_);
     PyObject* const params = params_.ptr();
-    PyObject* const grads = grads_ && py::len(grads_) > 0 ? grads_.ptr() : nullptr;
+    PyObject* const grads = grads_.empty() ? nullptr : grads_.ptr();
     read_.resize(num_params_);
     modified_.resize(num_params_ * kOperands);
     for (Py_ssize_t next = 0; next < count;) {
@@ -431,12 +434,7 @@ class GroupStep {
   }
 
   static void find_grad(Candidate& c, PyObject* grads) {
-    c.given_grad = nullptr;
-    if (grads != nullptr) {
-      const auto index = py::int_(c.index);
-      c.given_grad = PyDict_GetItemWithError(grads, index.ptr());
-      if (c.given_grad == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    }
+    c.given_grad = grads == nullptr ? nullptr : PyTuple_GET_ITEM(grads, c.index);
     if (c.given_grad == nullptr) {
       c.grad = &THPVariable_Unpack(c.object).unsafeGetTensorImpl()->grad();
     } else if (c.given_grad == Py_None) {
@@ -643,7 +641,7 @@ class GroupStep {
   StateNames state_names_;
   StepNumbers& numbers_;
   py::tuple params_;
-  py::object grads_;
+  py::tuple grads_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   size_t num_params_;
