@@ -57,8 +57,9 @@ SHARED_DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 
-# How a group is stored and run. A loaded state dict sets hyperparameters, but none of these: it may
-# come from another machine, or from an optimizer that was set up otherwise.
+# How a group is stored and run; the last two are of `megatron` only. A loaded state dict sets
+# hyperparameters, but none of these: it may come from another machine, or from an optimizer that
+# was set up otherwise.
 KEPT_ON_LOAD = (
     "fused",
     "foreach",
@@ -66,6 +67,8 @@ KEPT_ON_LOAD = (
     "state_dtype",
     "master_weights",
     "stochastic_rounding",
+    "use_decoupled_grad",
+    "store_param_remainders",
 )
 
 # By what a parameter is multiplied before its update.
@@ -177,7 +180,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
     _state_names: ClassVar[tuple[str, ...]]
     _num_betas: ClassVar[int] = 2
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
-    _kept_on_load: ClassVar[Sequence[str]] = KEPT_ON_LOAD
 
     # torch.amp.GradScaler then leaves it to `step` to unscale and to skip.
     _step_supports_amp_scaling = True
@@ -185,9 +187,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Read the class's rule."""
         super().__init_subclass__(**arguments)
-        if "_rule" in vars(cls):
+        if "_rule" in vars(cls) and "_state_names" not in vars(cls):
             cls._state_names = cls._rule.states
-        if hasattr(cls, "_rule"):
+        if hasattr(cls, "_rule") and "_group_keys" not in vars(cls):
             options = [name for name in cls._rule.options if name != "step"]
             cls._group_keys = tuple(cls._renamed.get(name, name) for name in options)
 
@@ -253,26 +255,30 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Raise for a state that is not one of this parameter."""
         for name in (*self._state_names, MASTER):
-            value = state.get(name)
-            if name == MASTER and value is None:
-                continue
-            if not isinstance(value, Tensor):
-                raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
-                    f" {tuple(param.shape)}"
-                )
-            as_stored = self._dtype_of(group, name, param) if name == MASTER else None
-            _check_beside(f"state {name!r}", value, param, as_stored)
-            if not _is_placed_like(value, param):
-                raise ValueError(f"state {name!r} is not distributed as its parameter is")
-            _check_modified(f"state {name!r}", value)
+            if name != MASTER or state.get(name) is not None:
+                self._check_part(group, param, name, state.get(name))
         step = state["step"]
         if step.numel() != 1:
             raise ValueError(f"state 'step' has {step.numel()} elements; expected 1")
         if step.is_cpu and not 0.0 <= float(step) < math.inf:
             raise ValueError(f"state 'step' is {float(step):g}; expected a number of steps")
+
+    def _check_part(self, group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
+        if value.shape != param.shape:
+            raise ValueError(
+                f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
+                f" {tuple(param.shape)}"
+            )
+        as_stored = None
+        if name == MASTER:
+            as_stored = self._dtype_of(group, name, param)
+            check_master_dtype(as_stored == torch.int16, value)
+        _check_beside(f"state {name!r}", value, param, as_stored)
+        if not _is_placed_like(value, param):
+            raise ValueError(f"state {name!r} is not distributed as its parameter is")
+        _check_modified(f"state {name!r}", value)
 
     # ---- groups ----------------------------------------------------------------------------------
 
@@ -398,6 +404,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Give what was loaded the device and the dtype that it has in this optimizer."""
+        if isinstance(state.get(MASTER), Saved) and group["master_weights"]:
+            is_remainder = self._dtype_of(group, MASTER, param) == torch.int16
+            check_master_dtype(is_remainder, state[MASTER].tensor)
         if "step" in state:
             step = state["step"]
             if isinstance(step, Saved):
@@ -535,46 +544,30 @@ class ScalarOptimizer(torch.optim.Optimizer):
             groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
         seed = draw_seed() if draws else 0
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
-        if not self._may_be_one_call(groups):
-            self._step_groups(groups, positions, StepArguments(*arguments))
-            return
-        # Here, for the layers below take as long as five small parameters do. Nothing is done where
-        # any are left.
-        keys, names = self._group_keys, self._state_names
-        found = self._rule.native_step(
-            self.state, groups, positions, keys, names, arguments, None, False
-        )
-        if found is not None:
+        if self._may_be_one_call(groups):
+            # Here, for the layers below take as long as five small parameters do. Nothing is done
+            # where any are left.
+            keys, names = self._group_keys, self._state_names
+            found = self._rule.native_step(
+                self.state, groups, positions, keys, names, arguments, None, False
+            )
+            if found is None:
+                return
             left = self._step_left(groups, positions, StepArguments(*arguments), found)
-            for i, indices in left.items():
-                self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
+        else:
+            left = self._native_step(groups, positions, StepArguments(*arguments))
+        for i, indices in left.items():
+            self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether a step of groups may be one native call.
 
-        If so, `_step_groups`, `_native_step` and `_grad` are passed by.
+        If so, `_native_step` and `_grad` are passed by.
         """
         for group in groups:
             if group["fused"] is False:
                 return False
         return native is not None
-
-    def _step_groups(
-        self,
-        groups: Sequence[dict[str, Any]],
-        positions: Sequence[int],
-        arguments: StepArguments,
-    ) -> None:
-        """Step groups, or parts of them.
-
-        Args:
-            groups: The groups, each with the parameters to step.
-            positions: The number, in the optimizer, of each group's first parameter.
-            arguments: What the call of ``step`` passes.
-        """
-        left = self._native_step(groups, positions, arguments)
-        for i, indices in left.items():
-            self._plain_step(groups[i], positions[i], arguments, indices)
 
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""
@@ -780,13 +773,31 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
         It is the state's or the parameter's own memory, or else `_write_weight` stores it.
         """
-        state = self.state.get(param, {})
-        return as_local(state.get(MASTER, param) if has_master(group, param) else param)
+        return as_local(param if (master := self._master(group, param)) is None else master)
 
-    def _write_weight(self, group: dict[str, Any], param: Tensor, weight: Tensor) -> None:
-        """Store a changed weight where `_read_weight` found it, and round it to the parameter."""
-        if has_master(group, param):
-            as_local(param).copy_(weight)
+    def _write_weight(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        weight: Tensor,
+        is_still: Tensor | None = None,
+    ) -> None:
+        """Store a weight where `_read_weight` found it, and round it to the parameter.
+
+        Where `is_still`, of one element, is true, every bit stays.
+        """
+        if self._master(group, param) is not None:
+            part = as_local(param)
+            rounded = weight.to(part.dtype)
+            part.copy_(rounded if is_still is None else torch.where(is_still, part, rounded))
+
+    def _master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return the state that is a parameter's master, or the remainder of one."""
+        master: Tensor | None = self.state.get(param, {}).get(MASTER)
+        if not has_master(group, param) or master is None:
+            return None
+        self._check_part(group, param, MASTER, master)
+        return master
 
 
 def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -796,10 +807,13 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     for group in groups:
         _check_saved_states(optimizer, group, state_dict["state"])
     if len(groups) == len(optimizer.param_groups):  # if not, torch says so
-        kept = optimizer._kept_on_load
+        translated = map(optimizer._translate_group, groups)
         groups = [
-            {**optimizer._translate_group(saved), **{k: own[k] for k in kept if k in own}}
-            for saved, own in zip(groups, optimizer.param_groups, strict=True)
+            {
+                **{k: v for k, v in saved.items() if k not in KEPT_ON_LOAD},
+                **{k: own[k] for k in KEPT_ON_LOAD if k in own},
+            }
+            for saved, own in zip(translated, optimizer.param_groups, strict=True)
         ]
     state = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
@@ -867,6 +881,15 @@ def _check_beside(
     if is_dtensor(tensor) != is_dtensor(param):
         raise TypeError(
             f"a parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
+        )
+
+
+def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
+    if is_remainder != (master.dtype == torch.int16):
+        raise TypeError(
+            f"a master_param has dtype {master.dtype}, but this optimizer stores"
+            f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
+            " store_param_remainders has to be as where it was saved"
         )
 
 

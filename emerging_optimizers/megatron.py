@@ -14,13 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from . import scalar_optimizers as rules
 from ._optimizer import (
-    KEPT_ON_LOAD,
     MASTER,
     SHARED_DEFAULTS,
     STATE_DTYPES,
-    Saved,
     ScalarOptimizer,
     as_local,
+    check_master_dtype,
 )
 
 __all__ = [
@@ -127,7 +126,6 @@ class MegatronMixin(ScalarOptimizer):
         "use_decoupled_grad": False,
         "store_param_remainders": False,
     }
-    _kept_on_load: ClassVar = (*KEPT_ON_LOAD, "use_decoupled_grad", "store_param_remainders")
 
     def __init__(
         self,
@@ -235,7 +233,7 @@ class MegatronMixin(ScalarOptimizer):
             as_integer = unscaled_state.to(torch.int16)
             if torch.equal(as_integer.to(unscaled_state.dtype), unscaled_state):
                 unscaled_state = as_integer
-        _check_master_dtype(value.dtype == torch.int16, unscaled_state)
+        check_master_dtype(value.dtype == torch.int16, unscaled_state)
         value.copy_(unscaled_state)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
@@ -270,11 +268,6 @@ class MegatronMixin(ScalarOptimizer):
         if name == MASTER and _stores_remainder(group, param):
             return torch.int16
         return super()._dtype_of(group, name, param)
-
-    def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        super()._check_state(group, param, state)
-        if MASTER in state:
-            _check_master_dtype(_stores_remainder(group, param), state[MASTER])
 
     # ---- gradients -------------------------------------------------------------------------------
 
@@ -329,15 +322,26 @@ class MegatronMixin(ScalarOptimizer):
         return super()._may_be_one_call(groups)
 
     def _read_weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
-        is_new = MASTER not in self.state.get(param, {})
-        if is_new or not _stores_remainder(group, param):
+        remainder = self._master(group, param)
+        if remainder is None or not _stores_remainder(group, param):
             return super()._read_weight(group, param)
-        return merge_master(as_local(param), as_local(self.state[param][MASTER]))
+        return merge_master(as_local(param), as_local(remainder))
 
-    def _write_weight(self, group: dict[str, Any], param: Tensor, weight: Tensor) -> None:
-        if not _stores_remainder(group, param):
-            return super()._write_weight(group, param, weight)
-        split_master(weight, as_local(param), as_local(self.state[param][MASTER]))
+    def _write_weight(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        weight: Tensor,
+        is_still: Tensor | None = None,
+    ) -> None:
+        remainder = self._master(group, param)
+        if remainder is None or not _stores_remainder(group, param):
+            return super()._write_weight(group, param, weight, is_still)
+        halves = as_local(param), as_local(remainder)
+        changed = tuple(map(torch.empty_like, halves))
+        split_master(weight, *changed)
+        for half, new in zip(halves, changed, strict=True):
+            half.copy_(new if is_still is None else torch.where(is_still, half, new))
 
     # ---- saving and loading ----------------------------------------------------------------------
 
@@ -373,8 +377,6 @@ class MegatronMixin(ScalarOptimizer):
         return [float(state["step"]) for state in states if "step" in state]
 
     def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        if isinstance(state.get(MASTER), Saved) and group["master_weights"]:
-            _check_master_dtype(_stores_remainder(group, param), state[MASTER].tensor)
         super()._settle_state(group, param, state)
         if group["master_weights"] and param.dtype == torch.float32:
             state[MASTER] = param
@@ -384,15 +386,6 @@ def _check_dtype(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]
     if dtype not in supported:
         raise ValueError(
             f"{name}={dtype} is not supported; expected {' or '.join(map(str, supported))}"
-        )
-
-
-def _check_master_dtype(is_remainder: bool, master: Tensor) -> None:
-    if is_remainder != (master.dtype == torch.int16):
-        raise TypeError(
-            f"a master_param has dtype {master.dtype}, but this optimizer stores"
-            f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
-            " store_param_remainders has to be as where it was saved"
         )
 
 
@@ -526,6 +519,13 @@ class AdEMAMix(MegatronMixin, rules.AdEMAMix):
 
 class LaProp(MegatronMixin, rules.LaProp):
     """:class:`~emerging_optimizers.scalar_optimizers.LaProp`, as :class:`MegatronMixin` says."""
+
+    def _parts(
+        self, params: Sequence[tuple[dict[str, Any], Tensor]]
+    ) -> list[Sequence[tuple[dict[str, Any], Tensor]]]:
+        if any(_stores_remainder(*pair) for pair in params):
+            return [[pair] for pair in params]
+        return super()._parts(params)
 
 
 class Lion(MegatronMixin, rules.Lion):

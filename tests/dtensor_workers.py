@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from emerging_optimizers import AdamW, _rule
+from emerging_optimizers import AdamW, _rule, megatron
 
 SHAPES = [(3, 2), (4, 7), (5, 3), (1, 4), (6, 2), (2, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float16]
@@ -132,6 +132,7 @@ def update_dtensors(rank: int, folder: Path) -> None:
     call_the_operator()
     tell_autograd_of_steps()
     pass_steps_their_numbers()
+    normalize_halved_masters()
 
 
 def check_updates(
@@ -279,6 +280,27 @@ def pass_steps_their_numbers() -> None:
                 states = optimizer.state[got].values(), reference.state[wanted].values()
                 for one, other in zip(*states, strict=True):
                     assert_equal_bits(one, other, str((fused, rate)))
+
+
+def normalize_halved_masters() -> None:
+    """Of parameters of which there is no gradient yet, for which processes communicate, too."""
+    for fused in (None, False):
+        lists = []
+        optimizers = []
+        for store in (False, True):
+            torch.manual_seed(3)
+            wholes = [torch.rand(4, 3).bfloat16() for _ in range(3)]
+            lists.append([place(whole, meshes()[0], [Shard(0)]) for whole in wholes])
+            options: Any = {"master_weights": True, "store_param_remainders": store}
+            groups = [{"params": lists[-1], "fused": fused}]
+            optimizers.append(megatron.LaProp(groups, lr=0.1, frob_normalize=True, **options))
+        for step in range(3):
+            for params, optimizer in zip(lists, optimizers, strict=True):
+                for param in params[: 1 + step]:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+        for one, other in zip(*lists, strict=True):
+            assert_equal_bits(part(other).float(), part(one).float(), str(fused))
 
 
 def tell_autograd_of_steps() -> None:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import pickle
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from optimizers import assert_same, contents, make_grads
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import megatron, scalar_optimizers
+from emerging_optimizers import Adam, megatron, scalar_optimizers
 from emerging_optimizers._native import native
 from emerging_optimizers.megatron import FusedAdam, MegatronMixin, merge_master, split_master
 
@@ -133,17 +134,22 @@ def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
 @devices
 @every_class
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
-def test_remainders_are_as_good_as_masters(cls: Any, fused: bool | None, device: str) -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
+def test_remainders_are_as_good_as_masters(
+    cls: Any, fused: bool | None, dtype: torch.dtype, device: str
+) -> None:
     def make(store: bool) -> Any:
+        # On a GPU, the plain path steps remainders beside float64: so masters, here.
+        is_plain = dtype == torch.float64 and device != "cpu" and not store
         groups = [
-            {"params": params, "fused": fused}
+            {"params": params, "fused": False if is_plain else fused}
             for params in (make_params(device=device), make_params(device=device, sizes=(9, 80)))
         ]
         return cls(groups, store_param_remainders=store, **AWARE)
 
     whole, stored = make(False), make(True)
-    run(whole, range(1, 5))
-    run(stored, range(1, 5))
+    run(whole, range(1, 5), dtype)
+    run(stored, range(1, 5), dtype)
     assert_same(masters(stored), masters(whole))
     for param, state in stored.state.items():
         assert state["master_param"].dtype == torch.int16
@@ -786,20 +792,95 @@ def test_what_is_stored_how_is_not_loaded() -> None:
     assert not other.param_groups[0]["use_decoupled_grad"]
 
 
-def test_laprop_keeps_the_norms_of_masters_that_are_stored_in_parts() -> None:
-    params = make_params(sizes=(50, 60))
-    norms = [p.float().norm() for p in params]
-    optimizer = megatron.LaProp(
-        params,
+def make_normalized(store_param_remainders: bool, fused: bool | None, sizes: Any) -> Any:
+    groups = [{"params": make_params(sizes=sizes), "fused": fused}]
+    return megatron.LaProp(
+        groups,
         lr=0.1,
         frob_normalize=True,
         master_weights=True,
         use_decoupled_grad=True,
-        store_param_remainders=True,
+        store_param_remainders=store_param_remainders,
     )
-    run(optimizer, [1, 2, 3])
-    for master, norm in zip(masters(optimizer), norms, strict=True):
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
+    whole, stored = (make_normalized(store, fused, (50, 60)) for store in (False, True))
+    norms = [master.float().norm() for master in make_params(sizes=(50, 60))]
+    for optimizer in (whole, stored):
+        run(optimizer, [1, 2, 3])
+    assert_same(masters(stored), masters(whole))
+    for master, norm in zip(masters(stored), norms, strict=True):
         torch.testing.assert_close(master.norm(), norm)
+
+
+def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = make_normalized(True, None, [40] * 10)
+    run(optimizer, [1])
+    alive: set[int] = set()
+    most = 0
+    merge = megatron.merge_master
+
+    def measured(*arguments: Any) -> Tensor:
+        nonlocal most
+        master = merge(*arguments)
+        alive.add(id(master))
+        weakref.finalize(master, alive.discard, id(master))
+        most = max(most, len(alive))
+        return master
+
+    monkeypatch.setattr(megatron, "merge_master", measured)
+    run(optimizer, [2])
+    assert 0 < most <= 2
+
+
+def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
+    optimizer = make_normalized(True, None, [3])
+    run(optimizer, [1])
+    (group,) = optimizer.param_groups
+    (param,) = group["params"]
+    remainder = optimizer.state[param]["master_param"]
+    param.view(torch.int16).copy_(torch.tensor([0x7FC1, -1, 0x7F80]))
+    remainder.copy_(torch.tensor([3, -5, 3]))
+    before = param.clone(), remainder.clone()
+    pairs = [(group, param)]
+    optimizer._restore_norms(pairs, optimizer._norms(pairs))
+    assert torch.equal(param.view(torch.int16), before[0].view(torch.int16))
+    assert torch.equal(remainder, before[1])
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, megatron.LaProp])
+@pytest.mark.parametrize("store", [False, True])
+def test_masters_that_are_stored_otherwise_than_before(cls: Any, store: bool) -> None:
+    optimizer = cls(make_params(), store_param_remainders=store, **AWARE)
+    run(optimizer, [1])
+    before = [tensor.clone() for tensor in contents(optimizer)]
+    for group in optimizer.param_groups:
+        group["store_param_remainders"] = not store
+        if "frob_normalize" in group:
+            group["frob_normalize"] = True
+    with pytest.raises(TypeError, match="store_param_remainders has to be as where it was saved"):
+        run(optimizer, [2])
+    assert_same([t.float() for t in contents(optimizer)], [t.float() for t in before])
+
+
+def test_plain_optimizers_do_not_take_remainders() -> None:
+    saved = FusedAdam(make_params(), store_param_remainders=True, **AWARE)
+    run(saved, [1])
+    other = Adam(make_params(), master_weights=True)
+    with pytest.raises(TypeError, match="but this optimizer stores float32 masters"):
+        other.load_state_dict(saved.state_dict())
+    # But what was made masters of them, without the options.
+    state_dict = saved.state_dict()
+    for state, master in zip(state_dict["state"].values(), masters(saved), strict=True):
+        state["master_param"] = master
+    other = Adam(make_params(), master_weights=True, fused=True if native else None)
+    other.load_state_dict(state_dict)
+    assert "store_param_remainders" not in other.param_groups[0]
+    for param in other.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    other.step()
 
 
 @pytest.mark.parametrize("store_param_remainders", [False, True], ids=["masters", "remainders"])

@@ -15,7 +15,6 @@ from .._optimizer import (
     ScalarOptimizer,
     SharedOptions,
     StepArguments,
-    as_local,
     frobenius_norms,
     has_master,
     restore_norms,
@@ -258,23 +257,28 @@ class LaProp(ScalarOptimizer):
 
     def _norms(self, params: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
         """Return the norms of weights, of parameters each with its group."""
-        if not params:
-            return []
-        return frobenius_norms([self._read_weight(*p) for p in params], [p for _, p in params])
+        norms = []
+        for part in self._parts(params):
+            norms += frobenius_norms([self._read_weight(*p) for p in part], [p for _, p in part])
+        return norms
 
     def _restore_norms(
         self, params: Sequence[tuple[dict[str, Any], Tensor]], norms: Sequence[Tensor]
     ) -> None:
         """Scale weights, of parameters each with its group, to these norms."""
-        weights = [self._read_weight(*pair) for pair in params]
-        factors = restore_norms(weights, [param for _, param in params], norms)
-        for (group, param), weight, factor in zip(params, weights, factors, strict=True):
-            if has_master(group, param):
-                # One that did not move, as where a device's lr is 0, leaves its parameter.
-                part = as_local(param)
-                before = part.clone()
-                self._write_weight(group, param, weight)
-                part.copy_(torch.where(factor == 1.0, before, part))
+        left = iter(norms)
+        for part in self._parts(params):
+            weights = [self._read_weight(*pair) for pair in part]
+            factors = restore_norms(weights, [p for _, p in part], [next(left) for _ in part])
+            for (group, param), weight, factor in zip(part, weights, factors, strict=True):
+                # Where a device's lr is 0, say, they did not move.
+                self._write_weight(group, param, weight, is_still=factor == 1.0)
+
+    def _parts(
+        self, params: Sequence[tuple[dict[str, Any], Tensor]]
+    ) -> list[Sequence[tuple[dict[str, Any], Tensor]]]:
+        """Cut a list into parts whose weights may be there at a time."""
+        return [params] if params else []
 
 
 def _is_zero(lr: Any) -> bool:
