@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_workers import full
-from optimizers import SETUPS
+from optimizers import SETUPS, VARIANTS, make_grads, make_params
 from oracle import RULES, Rule
 from support import Case, assert_equal_bits
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from emerging_optimizers import AdamW, _rule, megatron
+from emerging_optimizers import AdamW, LaProp, _rule, megatron
+from emerging_optimizers._native import native
 
 SHAPES = [(3, 2), (4, 7), (5, 3), (1, 4), (6, 2), (2, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float16]
@@ -319,3 +320,46 @@ def tell_autograd_of_steps() -> None:
                 assert tensor._version > version, (str(setup), fused)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
+
+
+def step_dtensors(rank: int, folder: Path) -> None:
+    """Every optimizer on DTensors: the numbers of one process, and errors for wrong states."""
+    line, plane = meshes()
+    placed: list[list[Placement]] = [[Shard(0)], [Replicate()], [Shard(1)]]
+    ways = (False, None if native is None else True)
+    cases: list[Any] = [(s.make, {"fused": way}) for s in SETUPS + VARIANTS for way in ways]
+    cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": way}) for way in ways]
+    for make, options in cases:
+        plain = make_params([(5, 4)] * 3)
+        params = [
+            nn.Parameter(place(p.detach(), line, where))
+            for p, where in zip(plain, placed, strict=True)
+        ]
+        optimizer, other = make(params, **options), make(plain, **options)
+        for step in (1, 2, 3, 4):
+            grads = make_grads(plain, step)
+            for p, q, g, where in zip(params, plain, grads, placed, strict=True):
+                q.grad = g
+                # A gradient that is still to be summed, or is sharded otherwise.
+                share = g if rank == 0 else torch.zeros_like(g)
+                p.grad = {
+                    1: DTensor.from_local(share, line, [Partial()]),
+                    2: place(g, line, [Shard(1)]),
+                    3: place(g, line, where),
+                    4: place(g, plane, [Replicate(), Shard(0)]),
+                }[step]
+            optimizer.step()
+            other.step()
+        for p, q, where in zip(params, plain, placed, strict=True):
+            torch.testing.assert_close(full(p), q, msg=str(options))
+            for name, state in optimizer.state[p].items():
+                if name != "step":
+                    assert isinstance(state, DTensor), name
+                    assert list(state.placements) == where, name
+        name = list(optimizer.state[params[1]])[-1]
+        before = [full(p).clone() for p in params]
+        for wrong in (torch.zeros(5, 4), place(torch.zeros(5, 4), line, [Shard(0)])):
+            optimizer.state[params[1]][name] = wrong
+            with pytest.raises((TypeError, ValueError), match=f"state {name!r}"):
+                optimizer.step()
+        assert all(torch.equal(full(p), q) for p, q in zip(params, before, strict=True))

@@ -33,6 +33,10 @@ def test_functions_on_dtensors(tmp_path: Path) -> None:
     launch("dtensor_workers.update_dtensors", 2, tmp_path)
 
 
+def test_optimizers_on_dtensors(tmp_path: Path) -> None:
+    launch("dtensor_workers.step_dtensors", 2, tmp_path)
+
+
 # Which process is killed, by when.
 MOMENTS = {
     "before its first tensor": 1,

@@ -27,7 +27,7 @@ from optimizers import (
     run,
     set_grads,
 )
-from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, run_python, to_numpy
+from support import LAYOUT_SHAPE, LAYOUTS, assert_equal_bits, round_once, to_numpy
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -1569,82 +1569,3 @@ def test_fused_without_a_native_step(setup: Setup, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_optimizer, "native", None)
     with pytest.raises(RuntimeError, match=message):
         run(setup.make(params, fused=True), params, [1])
-
-
-# ---- distributed tensors -------------------------------------------------------------------------
-
-_DISTRIBUTED = """
-import sys
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from optimizers import SETUPS, VARIANTS, make_grads, make_params
-from emerging_optimizers import LaProp
-
-
-def work(rank, file):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    mesh, other_mesh = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
-    placed = [[Shard(0)], [Replicate()], [Shard(1)]]
-    cases = [(s.make, {"fused": f}) for s in SETUPS + VARIANTS for f in (False, True)]
-    cases += [(LaProp, {"frob_normalize": True, "lr": 0.1, "fused": f}) for f in (False, True)]
-    for make, options in cases:
-        plain = make_params([(5, 4)] * 3)
-        params = [
-            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, where))
-            for p, where in zip(plain, placed)
-        ]
-        optimizer, other = make(params, **options), make(plain, **options)
-        for step in (1, 2, 3, 4):
-            for p, q, g, where in zip(params, plain, make_grads(plain, step), placed):
-                q.grad = g
-                # A gradient that is still to be summed, or is sharded otherwise.
-                share = g if rank == 0 else torch.zeros_like(g)
-                p.grad = {
-                    1: DTensor.from_local(share, mesh, [Partial()]),
-                    2: distribute_tensor(g, mesh, [Shard(1)]),
-                    3: distribute_tensor(g, mesh, where),
-                    4: distribute_tensor(g, other_mesh, [Replicate(), Shard(0)]),
-                }[step]
-            optimizer.step()
-            other.step()
-        for p, q, where in zip(params, plain, placed):
-            torch.testing.assert_close(p.full_tensor(), q, msg=str(options))
-            for name, state in optimizer.state[p].items():
-                if name != "step":
-                    assert isinstance(state, DTensor) and list(state.placements) == where, name
-        name = list(optimizer.state[params[1]])[-1]
-        before = [p.full_tensor().clone() for p in params]
-        for wrong in (torch.zeros(5, 4), distribute_tensor(torch.zeros(5, 4), mesh, [Shard(0)])):
-            optimizer.state[params[1]][name] = wrong
-            try:
-                optimizer.step()
-            except (TypeError, ValueError) as error:
-                assert f"state {name!r}" in str(error), error
-            else:
-                raise AssertionError("no error")
-        assert all(torch.equal(p.full_tensor(), q) for p, q in zip(params, before))
-    if rank == 0:
-        print("done")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1],), nprocs=2)
-"""
-
-
-@pytest.mark.real
-def test_distributed(tmp_path: Any) -> None:
-    script = tmp_path / "distributed.py"
-    script.write_text(_DISTRIBUTED)
-    arguments = [str(script), str(tmp_path / "store")]
-    done = run_python(
-        f"import runpy, sys\nsys.argv = {arguments}\nrunpy.run_path(sys.argv[0], None, '__main__')"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "done" in done.stdout
