@@ -991,6 +991,7 @@ def test_compiled_training_step(setup: Setup, fused: bool | None) -> None:
     assert_same(train(True), train(False))
 
 
+@pytest.mark.real  # compiling asks a CUDA device for the state of its random numbers
 def test_a_compiled_step_of_a_subclass_runs_once() -> None:
     params = make_params()
     optimizer = Counting(params)
@@ -1008,7 +1009,11 @@ def test_a_compiled_step_of_a_subclass_runs_once() -> None:
     assert all(optimizer.state[p]["step"] == 1 for p in params)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.real
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore::DeprecationWarning",  # of torch's own parts, which a reset imports where CUDA is
+)
 def test_a_compiled_step_with_a_closure() -> None:
     torch._dynamo.reset()  # it gives up compiling what has been compiled for many classes
     params = make_params()
@@ -1032,6 +1037,7 @@ def test_a_compiled_step_with_a_closure() -> None:
     assert graphs  # of the closure
 
 
+@pytest.mark.real
 def test_a_step_while_something_else_is_compiled() -> None:
     params = make_params()
     optimizer = Adam(params)
