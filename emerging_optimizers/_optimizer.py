@@ -505,7 +505,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _step_between_graphs(self, grad_multiplier: float | Tensor | None) -> None:
         self._step(grad_multiplier)
 
-    def _step(self, grad_multiplier: float | Tensor | None) -> None:
+    def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
+        """Step all groups, and return what says whether that was to change nothing, if it is not 0.
+
+        None where nothing says so.
+        """
         # None is looked for first: whether something is a Tensor takes a call to find out.
         if grad_multiplier is not None and isinstance(grad_multiplier, Tensor):
             if grad_multiplier.numel() != 1:
@@ -520,14 +524,14 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     )
         # A GradScaler sets these for the duration of the call.
         grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         if grad_scale is not None:
             grad_scale = whole(grad_scale)
         if found_inf is not None:
             if isinstance(found_inf, Tensor):
                 found_inf = whole(found_inf)
                 if not found_inf.is_cuda and float(found_inf) != 0.0:
-                    return
+                    return found_inf
             else:
                 found_inf = None  # of a GradScaler that found no gradients, their sum: 0
         groups = list(self.param_groups)
@@ -552,12 +556,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 self.state, groups, positions, keys, names, arguments, None, False
             )
             if found is None:
-                return
+                return found_inf
             left = self._step_left(groups, positions, StepArguments(*arguments), found)
         else:
             left = self._native_step(groups, positions, StepArguments(*arguments))
         for i, indices in left.items():
             self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
+        return found_inf
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether a step of groups may be one native call.

@@ -95,7 +95,8 @@ class MegatronMixin(ScalarOptimizer):
 
     A group's ``step`` is that of its parameters, as long as they agree, and their largest in a
     state dict. In what is loaded, it is right where it differs from all of theirs, and enough where
-    they have none. Steps that it says are left out of the states until the next step.
+    they have none. Steps that it says are left out of the states until the next step. A group that
+    has no parameters here, as other processes have them, counts all steps.
 
     Args:
         params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
@@ -305,15 +306,18 @@ class MegatronMixin(ScalarOptimizer):
 
     # ---- the step --------------------------------------------------------------------------------
 
-    def _step(self, grad_multiplier: float | Tensor | None) -> None:
-        super()._step(grad_multiplier)
+    def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
+        found_inf = super()._step(grad_multiplier)
         for group in self.param_groups:
+            if not group["params"]:
+                _count_step(group, found_inf)
             for param in group["params"]:
                 step = self.state.get(param, {}).get("step")
                 if step is not None and self._grad(group, param) is not None:
                     # One on a device is not read.
                     group["step"] = int(step) if step.is_cpu else step
                     break
+        return found_inf
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         for group in groups:
@@ -350,8 +354,8 @@ class MegatronMixin(ScalarOptimizer):
         saved = super().state_dict()
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
             steps = self._steps(group)
-            if steps:
-                saved_group["step"] = int(max(steps))
+            if steps or "step" in group:
+                saved_group["step"] = int(max(steps, default=group.get("step", 0)))
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 if not saved["state"].get(key):
                     continue
@@ -387,6 +391,21 @@ def _check_dtype(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]
         raise ValueError(
             f"{name}={dtype} is not supported; expected {' or '.join(map(str, supported))}"
         )
+
+
+def _count_step(group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """Count a group's step as those of parameters are: on a device, where they would be there."""
+    taken: int | Tensor = 1
+    if found_inf is not None:
+        is_taken = found_inf.reshape(()) == 0
+        taken = is_taken.int() if found_inf.is_cuda else int(is_taken)
+    elif group["capturable"] and torch.cuda.is_available():
+        taken = torch.ones((), dtype=torch.int32, device="cuda")
+    step = group.get("step", 0)
+    if isinstance(step, Tensor):
+        step.add_(taken)  # in its place, where a CUDA graph finds it again
+    else:
+        group["step"] = step + taken
 
 
 def _stores_remainder(group: dict[str, Any], param: Tensor) -> bool:

@@ -147,7 +147,7 @@ def assert_trained(model: Any, options: dict[str, Any], steps: Sequence[int], la
 
 
 def steps_of(optimizer: Any) -> set[int]:
-    return {group["step"] for group in optimizer.param_groups if group["params"]}
+    return {group["step"] for group in optimizer.param_groups}
 
 
 def sharded_state(model: Any, optimizer: Any, is_loading: bool, kind: str) -> dict[str, Any]:

@@ -515,7 +515,7 @@ def test_data_and_states_moved_away_and_back(
 def test_a_groups_step_is_its_parameters(cls: Any, fused: bool | None) -> None:
     first, second = make_params(), make_params()
     groups = [{"params": first, "fused": fused}, {"params": second, "fused": fused}]
-    optimizer = cls([*groups, {"params": []}], **AWARE)
+    optimizer = cls([*groups], **AWARE)
     for step in (1, 2, 3):
         decouple_grads(first, step)
         decouple_grads(second, step)
@@ -524,9 +524,45 @@ def test_a_groups_step_is_its_parameters(cls: Any, fused: bool | None) -> None:
                 param.decoupled_grad = None  # type: ignore[attr-defined]
         optimizer.step()
         steps = [{optimizer.state[p]["step"].item() for p in ps} for ps in (first, second)]
-        assert [{group["step"]} for group in optimizer.param_groups[:2]] == steps
+        assert [{group["step"]} for group in optimizer.param_groups] == steps
     assert steps == [{3}, {2}]
-    assert "step" not in optimizer.param_groups[2]
+
+
+@every_class
+@devices
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steps_of_a_group_that_is_elsewhere(cls: Any, device: str, capturable: bool) -> None:
+    """A process that has none of a group's parameters saves the step that others go on from."""
+
+    def make(*groups: list[Tensor]) -> Any:
+        options = {**OPTIONS, "use_decoupled_grad": True, "capturable": capturable}
+        return cls([{"params": params} for params in groups], **options)
+
+    params = make_params(F32, device)
+    here, there = make([], []), make([], params)
+    for step in (1, 2, 3, 4, 5):
+        decouple_grads(params, step)
+        for optimizer in (here, there):
+            if step < 5:
+                optimizer.found_inf = torch.tensor(float(step == 2), device=device)
+            optimizer.step()
+            vars(optimizer).pop("found_inf", None)
+    assert [int(group["step"]) for group in here.param_groups] == [4, 4]
+    saved = copy.deepcopy(there.state_dict())
+    assert [group["step"] for group in saved["param_groups"]] == [4, 4]
+    for state in saved["state"].values():
+        del state["step"]
+    for group, from_here in zip(
+        saved["param_groups"], here.state_dict()["param_groups"], strict=True
+    ):
+        group["step"] = from_here["step"]
+
+    resumed = make([], [param.clone() for param in params])
+    resumed.load_state_dict(saved)
+    run(there, [6])
+    run(resumed, [6])
+    assert_same(contents(resumed), contents(there))
+    assert there.state[params[0]]["step"].item() == 5
 
 
 def test_steps_that_differ_are_kept() -> None:
