@@ -124,6 +124,8 @@ def why_no_cuda() -> str | None:
         return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
     if _numbers(version) < OLDEST_NVCC:
         return f"nvcc is of CUDA {version}, older than 12.1"
+    if not _finds_cuda_headers():
+        return "there is no cuda_runtime.h where nvcc is (set CUDA_HOME)"
     if not architectures():
         return "all GPUs here are older than compute capability 7.0"
     return None
@@ -141,6 +143,16 @@ def nvcc_version() -> str | None:
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"release (\d+\.\d+)", answer.stdout)
     return found.group(1) if found else None
+
+
+def _finds_cuda_headers() -> bool:
+    """Whether the C++ compiler will find them: an nvcc on the PATH may be a script, without."""
+    from torch.utils import cpp_extension
+
+    folders = [*cpp_extension.include_paths("cuda"), "/usr/include", "/usr/local/include"]
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH", "INCLUDE"):
+        folders += os.environ.get(name, "").split(os.pathsep)
+    return any(Path(folder, "cuda_runtime.h").is_file() for folder in folders if folder)
 
 
 def architectures() -> str:

@@ -57,6 +57,8 @@ def arguments(rule: Rule, requires_grad: bool) -> tuple[list[Any], dict[str, Any
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+# Dynamo reads the gradients of tensors that are no leaves, from torch 2.14 on.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck(rule: Rule, requires_grad: bool) -> None:
     args, kwargs = arguments(rule, requires_grad)
     results = torch.library.opcheck(operator(rule), args, kwargs)

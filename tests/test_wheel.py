@@ -111,7 +111,8 @@ def link_torch(folder: Path) -> None:
                 waiting.append(required)
                 seen.add(required)
         for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            (folder / top).symlink_to(str(distribution.locate_file(top)))
+            if not (folder / top).exists():  # several have parts in one, as those of CUDA do
+                (folder / top).symlink_to(str(distribution.locate_file(top)))
 
 
 @pytest.fixture(scope="module")
