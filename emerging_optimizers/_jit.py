@@ -110,10 +110,13 @@ def _compile(recipe: _build.Recipe, folder: Path, log: Path) -> ModuleType:
     for killed in folder.glob("build-*"):
         shutil.rmtree(killed, ignore_errors=True)
     build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+    # For a torch without CUDA nothing is missing.
+    lack = torch.version.cuda and recipe.why_no_cuda
     duration = "several minutes" if recipe.architectures else "about a minute"
     _say(
         f"compiling the native kernels for torch {torch.__version__}, which takes {duration}, once"
         f" (into {folder}; EMERGING_OPTIMIZERS_JIT=0 does without)"
+        + (f", without CUDA kernels: {lack}" if lack else "")
     )
     from torch.utils import cpp_extension  # takes a quarter of a second
 

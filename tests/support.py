@@ -446,6 +446,11 @@ def check_call(
 # ---- other processes -----------------------------------------------------------------------------
 
 
+def without_torchs_own(written: str) -> list[str]:
+    """Return the lines that a process wrote, less what a CUDA build of torch says without a GPU."""
+    return [line for line in written.splitlines() if "No CUDA runtime is found" not in line]
+
+
 def run_python(
     code: str, package: Path | None = None, **environment: str
 ) -> "subprocess.CompletedProcess[str]":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import run_python
+from support import run_python, without_torchs_own
 
 import emerging_optimizers
 from emerging_optimizers import _build, _jit
@@ -107,7 +107,7 @@ class Workers:
             process.wait(120)
 
     def written(self) -> list[str]:
-        return [line for output in self.outputs for line in output.read_text().splitlines()]
+        return [line for o in self.outputs for line in without_torchs_own(o.read_text())]
 
     def count(self, text: str) -> int:
         return sum(text in line for line in self.written())
@@ -215,7 +215,7 @@ def test_failure_then_success(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     source.write_text(MODULE)
     module = _jit.load_once(recipe_of(source), folder)
     assert module.answer == 42
-    (said,) = capfd.readouterr().err.splitlines()
+    (said,) = without_torchs_own(capfd.readouterr().err)
     assert f"compiling the native kernels for torch {torch.__version__}, which takes" in said
     assert str(folder) in said
     assert Path(str(module.__file__)).parent == folder
@@ -224,6 +224,19 @@ def test_failure_then_success(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     source.unlink()  # what is there is loaded, and nothing is compiled
     assert _jit.load_once(recipe_of(source), folder).answer == 42
     assert capfd.readouterr().err == ""
+
+
+def test_cuda_kernels_that_are_missing_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    source = tmp_path / "stub.cpp"
+    source.write_text(BROKEN)
+    recipe = replace(recipe_of(source), why_no_cuda="there is no nvcc")
+    with pytest.raises(_jit.BuildError):
+        _jit.load_once(recipe, tmp_path / "built")
+    (said,) = without_torchs_own(capfd.readouterr().err)
+    assert said.endswith("does without), without CUDA kernels: there is no nvcc")
 
 
 def test_folder_depends_on_what_the_build_does(

@@ -14,6 +14,7 @@ kernels where setup.py finds what they need. On Linux, auditwheel tags it. The c
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "emerging_optimizers"
 MAX_MB = {"cpu": 6, "cuda": 60}
+# What is made here, from the rest.
+MADE = (".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
 # What comes with torch, so not in the wheel: another OpenMP, for one, would have its own threads.
 FROM_TORCH = ("libc10*.so", "libtorch*.so", "libgomp.so.1", "libcudart.so.*")
 MAY_NEED = re.compile(
@@ -54,11 +57,17 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def build(output: Path) -> tuple[Path, Path]:
-    """Return the source distribution, and the wheel that was built from it."""
+    """Return the source distribution, and the wheel that was built from it.
+
+    Built from a copy, for where it builds, setuptools makes folders that another build at the same
+    time removes.
+    """
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--no-isolation", "--outdir", folder]
-        log = run(sys.executable, "-m", "build", *options, EMERGING_OPTIMIZERS_NATIVE="1")
+        source = Path(folder, "source")
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*MADE))
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
+        log = run(*command, cwd=source, EMERGING_OPTIMIZERS_NATIVE="1")
         print(*sorted(set(re.findall(rf"^{PACKAGE}: .*", log, re.MULTILINE))), sep="\n")
         (sdist,) = Path(folder).glob("*.tar.gz")
         (built,) = Path(folder).glob("*.whl")
