@@ -402,10 +402,12 @@ def _count_step(group: dict[str, Any], found_inf: Tensor | None) -> None:
     elif group["capturable"] and torch.cuda.is_available():
         taken = torch.ones((), dtype=torch.int32, device="cuda")
     step = group.get("step", 0)
-    if isinstance(step, Tensor):
-        step.add_(taken)  # in its place, where a CUDA graph finds it again
-    else:
+    if not isinstance(step, Tensor):
         group["step"] = step + taken
+    elif step.is_floating_point():
+        group["step"] = step.int()  # from a parameter that was in this group and has counted
+    else:
+        step.add_(taken)  # in its place, where a CUDA graph finds it again
 
 
 def _stores_remainder(group: dict[str, Any], param: Tensor) -> bool:

@@ -565,6 +565,20 @@ def test_steps_of_a_group_that_is_elsewhere(cls: Any, device: str, capturable: b
     assert there.state[params[0]]["step"].item() == 5
 
 
+@devices
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_group_that_has_lost_its_parameters_counts_alone(device: str, capturable: bool) -> None:
+    params = make_params(F32, device)
+    groups = [{"params": params}, {"params": []}]
+    optimizer = FusedAdam(groups, use_decoupled_grad=True, capturable=capturable, **OPTIONS)
+    run(optimizer, [1, 2])
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    run(optimizer, [3, 4])
+    assert {state["step"].item() for state in optimizer.state.values()} == {4}
+    assert [int(first["step"]), int(second["step"])] == [4, 4]
+
+
 def test_steps_that_differ_are_kept() -> None:
     """A state dict's group then has the largest; each parameter goes on from its own."""
     params, others = make_params(), make_params()
