@@ -506,9 +506,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         self._step(grad_multiplier)
 
     def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
-        """Step all groups, and return what says whether that was to change nothing, if it is not 0.
+        """Step all groups.
 
-        None where nothing says so.
+        Returns:
+            What a ``GradScaler`` says: where it is there and not 0, nothing was changed.
         """
         # None is looked for first: whether something is a Tensor takes a call to find out.
         if grad_multiplier is not None and isinstance(grad_multiplier, Tensor):

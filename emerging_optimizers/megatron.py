@@ -354,8 +354,10 @@ class MegatronMixin(ScalarOptimizer):
         saved = super().state_dict()
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
             steps = self._steps(group)
-            if steps or "step" in group:
-                saved_group["step"] = int(max(steps, default=group.get("step", 0)))
+            if steps:
+                saved_group["step"] = int(max(steps))
+            elif "step" in group:
+                saved_group["step"] = int(group["step"])
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 if not saved["state"].get(key):
                     continue

@@ -515,7 +515,7 @@ def test_data_and_states_moved_away_and_back(
 def test_a_groups_step_is_its_parameters(cls: Any, fused: bool | None) -> None:
     first, second = make_params(), make_params()
     groups = [{"params": first, "fused": fused}, {"params": second, "fused": fused}]
-    optimizer = cls([*groups], **AWARE)
+    optimizer = cls(groups, **AWARE)
     for step in (1, 2, 3):
         decouple_grads(first, step)
         decouple_grads(second, step)
