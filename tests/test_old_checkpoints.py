@@ -5,7 +5,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import checkpoint_cases
 import pytest
 import torch
 from checkpoint_cases import CASES, SAVED_AFTER, STEPS_AFTERWARDS, Case, outcome
