@@ -155,7 +155,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
             ``weight_decay_method`` and what the rule needs.
         maximize: Go up instead of down.
         fused: None: one native call, of what there is one for, and a loop of plain PyTorch
-            operations for the rest. False: the loop. True: the native call, or an error.
+            operations for the rest. False: the loop. True: the native call, or an error. With True
+            in every group, a ``GradScaler`` leaves it to the step to unscale gradients and to skip
+            it, and on CUDA the host does not wait for ``found_inf``. Otherwise the ``GradScaler``
+            unscales them before the step, and waits.
         capturable: Keep the step counters on the parameters' devices, where the native step counts
             them without the host: CUDA graphs can capture it.
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
@@ -181,9 +184,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
     _num_betas: ClassVar[int] = 2
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
 
-    # torch.amp.GradScaler then leaves it to `step` to unscale and to skip.
-    _step_supports_amp_scaling = True
-
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Read the class's rule."""
         super().__init_subclass__(**arguments)
@@ -204,6 +204,18 @@ class ScalarOptimizer(torch.optim.Optimizer):
         defaults = {**hyperparameters, **self._option_defaults, **options}
         self._check_group(defaults)
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` leaves it to ``step`` to unscale and to skip.
+
+        It tells so of the optimizer, whose groups may differ: all of them have to be fused.
+        """
+        return bool(self.param_groups) and all(map(self._scales_in_step, self.param_groups))
+
+    def _scales_in_step(self, group: dict[str, Any]) -> bool:
+        """Return whether a group's step was asked to apply a ``GradScaler``'s numbers itself."""
+        return group.get("fused") is True
 
     # ---- what a rule adds ------------------------------------------------------------------------
 

@@ -115,7 +115,8 @@ class MegatronMixin(ScalarOptimizer):
             :func:`split_master` leaves. No effect without `master_weights`.
         set_grad_none: Deprecated: what ``zero_grad`` does without an argument.
         **options: The rule's own, and `maximize`, `fused` and `capturable` of
-            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. As in TransformerEngine,
+            ``capturable=True`` also leaves it to the step to apply a ``GradScaler``'s numbers.
 
     Raises:
         ValueError: A dtype that is refused, named by its argument, or a hyperparameter out of
@@ -165,6 +166,9 @@ class MegatronMixin(ScalarOptimizer):
                 DeprecationWarning,
                 stacklevel=3,
             )
+
+    def _scales_in_step(self, group: dict[str, Any]) -> bool:
+        return super()._scales_in_step(group) or group.get("capturable") is True
 
     # ---- states, one by one ----------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from unittest import mock
 import emerging_optimizers
 
 # What all workers need is imported once, by a server that they are forked from.
-_WORKERS = ["distributed_workers", "dtensor_workers", "fault_workers"]
+_WORKERS = ["amp_workers", "distributed_workers", "dtensor_workers", "fault_workers"]
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload([*_WORKERS, "torch._dynamo"])
 

@@ -224,6 +224,7 @@ def _clip_coefficient(model: nn.Module, max_norm: float) -> Tensor:
 
 
 @every_optimizer
+@pytest.mark.parametrize("fused", [False, None, True])
 @pytest.mark.parametrize("clip", [None, "in place", "multiplier"])
 def test_grad_scaler_over_autocast(setup: Setup, clip: str | None, fused: bool | None) -> None:
     def make(params: Any) -> torch.optim.Optimizer:
@@ -253,6 +254,7 @@ def test_grad_scaler_over_autocast(setup: Setup, clip: str | None, fused: bool |
 
 
 @pytest.mark.parametrize("clip", [None, "in place"])
+@pytest.mark.parametrize("fused", [False, None, True])
 @pytest.mark.parametrize("fused_reference", [False, True])
 def test_grad_scaler_beside_torch(
     clip: str | None, fused_reference: bool, fused: bool | None
@@ -269,11 +271,12 @@ def test_grad_scaler_beside_torch(
 
 
 @every_optimizer
-def test_grad_scaler_over_float16_params(setup: Setup, fused: bool | None) -> None:
+def test_grad_scaler_over_float16_params(setup: Setup) -> None:
     """Gradients in float16 are unscaled by the step itself, on the way to float32 masters."""
     model = make_model().half()
     copies = [nn.Parameter(p.detach().float()) for p in model.parameters()]
-    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "fused": fused}
+    # Without fused=True, torch's GradScaler refuses to unscale float16.
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "fused": True}
     optimizer = setup.make(
         model.parameters(), master_weights=True, state_dtype=torch.float32, **options
     )
@@ -428,6 +431,40 @@ def test_accelerate_continues_from_a_saved_state(
     accelerator.load_state(str(tmp_path))
     assert_same(second.train(batches[3:]), wanted)
     assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_accelerate_sees_a_skipped_step(accelerate: Any, clip: bool, fused: bool | None) -> None:
+    """A scheduler does not advance with it."""
+
+    def train(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[Any], list[Tensor]]:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
+        # Accelerator makes a scaler for GPUs only.
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.native_amp = True
+        model = make_model()
+        optimizer = cls(model.parameters(), lr=0.01, weight_decay=0.1, **options)
+        scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        seen: list[Any] = []
+        for step, (x, y) in enumerate(make_batches(5)):
+            loss = mse(model(x).float(), y * (1e9 if step == 2 else 1.0))
+            accelerator.backward(loss)
+            if clip:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            seen.append((accelerator.optimizer_step_was_skipped, scheduler.get_last_lr()))
+        return seen, [p.detach() for p in model.parameters()]
+
+    seen, params = train(AdamW, fused=fused)
+    wanted, wanted_params = train(torch.optim.AdamW)
+    assert [skipped for skipped, _ in seen] == [False, False, True, False, False]
+    assert seen == wanted
+    assert seen[1][1] == seen[2][1]
+    # A last bit may decide how a float16 activation is rounded.
+    torch.testing.assert_close(params, wanted_params, rtol=0, atol=1e-4)
 
 
 # ---- transformers --------------------------------------------------------------------------------

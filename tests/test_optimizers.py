@@ -530,7 +530,6 @@ def test_grad_multiplier(setup: Setup, method: str, fused: bool | None) -> None:
 
 @every_optimizer
 def test_amp_attributes(setup: Setup, fused: bool | None) -> None:
-    assert setup.cls._step_supports_amp_scaling
     params, others = make_params(), make_params()
     options = {"weight_decay": 0.1, "fused": fused}
     optimizer, other = setup.make(params, **options), setup.make(others, **options)
