@@ -360,7 +360,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         step = state.get("step")
         if not isinstance(step, Tensor):
             device = param.device if group["capturable"] else torch.device("cpu")
-            state["step"] = _counter(float(step or 0), device)
+            state["step"] = new_counter(float(step or 0), device)
         for name in self._state_names:
             if name not in state:
                 state[name] = torch.zeros_like(
@@ -377,6 +377,25 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """Return a master of the parameter as it is, if it is to have one."""
         return param.detach().to(torch.float32) if has_master(group, param) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states and the groups, of types that every state-dict tool accepts.
+
+        So `state_dtype` is there as text. It is not loaded.
+        """
+        # Before the user's hooks see it.
+        finish: Any = type(self)._finish_state_dict
+        hook = self.register_state_dict_post_hook(finish, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _finish_state_dict(self, saved: dict[str, Any]) -> None:
+        """Change what ``torch`` has saved to what is to be saved."""
+        for group in saved["param_groups"]:
+            # The keys stay, those of a mapping too: tools look for what older checkpoints have.
+            group["state_dtype"] = _dtype_text(group["state_dtype"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of this optimizer or of one with the same states.
@@ -424,7 +443,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if isinstance(step, Saved):
                 step = step.tensor
             elif not isinstance(step, Tensor):
-                step = torch.tensor(float(step), device="cpu")
+                step = new_counter(float(step), torch.device("cpu"))
             # A counter on its parameter's device may stay there, where it is counted without a
             # read.
             on_device = group["capturable"] or step.device == param.device
@@ -699,7 +718,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             # the host need not know whether they advance.
             needs_device = group["capturable"] or arguments.found_inf is not None
             if needs_device and params[i].device.type == "cuda" and state["step"].is_cpu:
-                state["step"] = _counter(float(state["step"]), params[i].device)
+                state["step"] = new_counter(float(state["step"]), params[i].device)
             else:
                 # Its own, where several shared one.
                 state["step"] = state["step"].to(torch.float32, copy=True)
@@ -850,6 +869,12 @@ def _check_method(group: dict[str, Any]) -> None:
         )
 
 
+def _dtype_text(state_dtype: StateDtype) -> str | dict[str, Any] | None:
+    if isinstance(state_dtype, Mapping):
+        return {name: _dtype_text(dtype) for name, dtype in state_dtype.items()}
+    return None if state_dtype is None else str(state_dtype)
+
+
 def _check_saved_states(
     optimizer: ScalarOptimizer, group: dict[str, Any], states: dict[Any, Any]
 ) -> None:
@@ -933,7 +958,7 @@ def _check_modified(name: str, tensor: Tensor) -> None:
         )
 
 
-def _counter(step: float, device: torch.device) -> Tensor:
+def new_counter(step: float, device: torch.device) -> Tensor:
     # Not from a number in the host's memory, for which a device would be waited for.
     return torch.full((), step, dtype=torch.float32, device=device)
 

@@ -20,6 +20,7 @@ from ._optimizer import (
     ScalarOptimizer,
     as_local,
     check_master_dtype,
+    new_counter,
 )
 
 __all__ = [
@@ -355,7 +356,10 @@ class MegatronMixin(ScalarOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states, each with its ``step``, and the groups, each with its largest."""
-        saved = super().state_dict()
+        return super().state_dict()
+
+    def _finish_state_dict(self, saved: dict[str, Any]) -> None:
+        super()._finish_state_dict(saved)
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
             steps = self._steps(group)
             if steps:
@@ -365,11 +369,11 @@ class MegatronMixin(ScalarOptimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 if not saved["state"].get(key):
                     continue
-                state = {"step": torch.tensor(float(group.get("step", 0))), **saved["state"][key]}
+                count = new_counter(float(group.get("step", 0)), torch.device("cpu"))
+                state = {"step": count, **saved["state"][key]}
                 if MASTER in state:
                     state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
                 saved["state"][key] = state
-        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, here or in TransformerEngine's optimizer."""
@@ -521,7 +525,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
         for group in self.param_groups:
             if group["capturable"] and group["params"]:
                 device = group["params"][0].device
-                group["lr"] = torch.full((), float(group["lr"]), device=device)
+                group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
 
 
 class AdEMAMix(MegatronMixin, rules.AdEMAMix):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .._checks import Beta, NonNegative, Step
@@ -201,12 +201,12 @@ class Adam(ScalarOptimizer):
 
         That is ``decoupled_weight_decay``, beside each group's ``weight_decay_method``.
         """
-        # Before the user's hooks see it.
-        hook = self.register_state_dict_post_hook(_name_weight_decay, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        return super().state_dict()
+
+    def _finish_state_dict(self, saved: dict[str, Any]) -> None:
+        super()._finish_state_dict(saved)
+        for group in saved["param_groups"]:
+            group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         _refuse_amsgrad(saved.get("amsgrad", False))
@@ -215,11 +215,6 @@ class Adam(ScalarOptimizer):
         if translated.pop("decoupled_weight_decay", False):
             translated.setdefault("weight_decay_method", "decoupled")
         return translated
-
-
-def _name_weight_decay(_: Optimizer, state_dict: dict[str, Any]) -> None:
-    for group in state_dict["param_groups"]:
-        group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
 
 
 def _refuse_amsgrad(amsgrad: bool) -> None:
