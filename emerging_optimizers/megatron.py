@@ -116,8 +116,8 @@ class MegatronMixin(ScalarOptimizer):
             :func:`split_master` leaves. No effect without `master_weights`.
         set_grad_none: Deprecated: what ``zero_grad`` does without an argument.
         **options: The rule's own, and `maximize`, `fused` and `capturable` of
-            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. As in TransformerEngine,
-            ``capturable=True`` also leaves it to the step to apply a ``GradScaler``'s numbers.
+            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. ``capturable=True``
+            also leaves it to the step to apply a ``GradScaler``'s numbers, as in TransformerEngine.
 
     Raises:
         ValueError: A dtype that is refused, named by its argument, or a hyperparameter out of
