@@ -20,7 +20,7 @@ from ._rounding import (
     round_stochastically,
     rounding_key,
 )
-from ._rule import Rule, store
+from ._rule import Rule, refuse_trace, store
 
 # What every step asks; without looking up each module on the way.
 _is_compiling = torch.compiler.is_compiling
@@ -707,6 +707,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         Returns:
             The indices of those that have a gradient.
         """
+        refuse_trace("an optimizer's step")
         params = group["params"]
         indices = [i for i in indices if self._grad(group, params[i]) is not None]
         for i in indices:

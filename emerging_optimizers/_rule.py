@@ -119,6 +119,8 @@ class Rule:
 
     def _call(self, *arguments: Any) -> Any:
         """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
+        if not torch.compiler.is_compiling():
+            refuse_trace(f"calculate_{self.name}_update")
         num_tensors = 1 + len(self.states)
         out = arguments[-1]
         single, grads = _checks.read_tensors("grad", arguments[0])
@@ -292,6 +294,15 @@ class Rule:
             if wide is not state:
                 store(state, wide)
         return update
+
+
+def refuse_trace(what: str) -> None:
+    """Raise under ``torch.jit.trace``: it keeps what only Python computes, the step, as it was."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"torch.jit.trace cannot record {what}: use torch.compile or torch.export, or call it"
+            " outside of what is traced"
+        )
 
 
 def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:

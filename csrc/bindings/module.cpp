@@ -2,6 +2,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -33,6 +34,14 @@ TORCH_LIBRARY_IMPL(emerging_optimizers, CUDA, m){EMOPT_FOR_EACH_RULE(EMOPT_IMPLE
 TORCH_LIBRARY_IMPL(emerging_optimizers, Meta, m) {
 #define EMOPT_IMPLEMENT(Rule) \
   m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::meta));
+  EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
+#undef EMOPT_IMPLEMENT
+}
+
+// Where torch.jit.trace records.
+TORCH_LIBRARY_IMPL(emerging_optimizers, Tracer, m) {
+#define EMOPT_IMPLEMENT(Rule) \
+  m.impl(Operator<Rule>::name().c_str(), TORCH_FN(Operator<Rule>::traced));
   EMOPT_FOR_EACH_RULE(EMOPT_IMPLEMENT)
 #undef EMOPT_IMPLEMENT
 }
@@ -194,6 +203,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
                          const py::tuple& keys, const py::tuple& state_names,
                          const py::tuple& arguments, py::handle grads, bool may_leave) {
     const at::NoGradGuard no_grad;  // here, where it takes no microseconds
+    if (torch::jit::tracer::isTracing()) refuse_trace("an optimizer's step");
     StepNumbers numbers{{"grad_multiplier", py::object(arguments[0]), 1.0},
                         {"grad_scale", py::object(arguments[1]), 1.0},
                         {"found_inf", py::object(arguments[2]), 0.0}};

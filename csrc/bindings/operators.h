@@ -102,6 +102,13 @@ double update_scale(const Rule& rule, at::TensorList grads, size_t position) {
 
 // ---- the operator -------------------------------------------------------------------------------
 
+// torch.jit.trace records only PyTorch's own operators: of a call, its graph would have the memory
+// that was made for the result, and nothing that fills it.
+[[noreturn]] inline void refuse_trace(const std::string& what) {
+  TORCH_CHECK(false, "torch.jit.trace cannot record ", what,
+              ": use torch.compile or torch.export, or call it outside of what is traced");
+}
+
 template <class Rule, class, class>
 class OperatorOf;
 
@@ -166,6 +173,12 @@ class OperatorOf<Rule, std::index_sequence<kState...>, std::tuple<Options...>> {
                    Repeat<kState, at::TensorList>... states, typename Travels<Options>::Type...,
                    const std::optional<at::Tensor>& step_tensor) {
     check_all_meta(operand_lists(updates, grads, states...), step_tensor);
+  }
+
+  // Under torch.jit.trace.
+  static void traced(at::TensorList, at::TensorList, Repeat<kState, at::TensorList>...,
+                     typename Travels<Options>::Type..., const std::optional<at::Tensor>&) {
+    refuse_trace("calculate_" + std::string(Rule::kName) + "_update");
   }
 
  private:
