@@ -71,12 +71,12 @@ KEPT_ON_LOAD = (
     "store_param_remainders",
 )
 
-# By what a parameter is multiplied before its update.
-_KEEP: dict[str, Callable[[float, float], float]] = {
-    "decoupled": lambda lr, weight_decay: 1 - lr * weight_decay,
-    "independent": lambda lr, weight_decay: 1 - weight_decay,
-    "palm": lambda lr, weight_decay: 1 - lr * lr * weight_decay,
-    "l2": lambda lr, weight_decay: 1.0,
+# The fraction of a parameter that a step takes from it.
+_LOST: dict[str, Callable[[float, float], float]] = {
+    "decoupled": lambda lr, weight_decay: lr * weight_decay,
+    "independent": lambda lr, weight_decay: weight_decay,
+    "palm": lambda lr, weight_decay: lr * lr * weight_decay,
+    "l2": lambda lr, weight_decay: 0.0,
 }
 
 
@@ -788,13 +788,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         norms = None
         if group.get("frob_normalize", False):
             norms = frobenius_norms([weights], [param])
-        keep = _KEEP[method](lr, weight_decay)
-        if keep != 1.0:
-            weights.mul_(keep)
         scale = self._update_scale(group, param)
         if scale != 1.0:
             update.mul_(scale)
-        weights.sub_(update.mul_(lr))
+        _move(weights, update.mul_(lr), _LOST[method](lr, weight_decay))
         if norms is not None:
             restore_norms([weights], [param], norms)
 
@@ -863,10 +860,10 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
 
 
 def _check_method(group: dict[str, Any]) -> None:
-    if group["weight_decay_method"] not in _KEEP:
+    if group["weight_decay_method"] not in _LOST:
         raise ValueError(
             f"Invalid weight_decay_method: {group['weight_decay_method']!r}; expected one of"
-            f" {', '.join(map(repr, _KEEP))}"
+            f" {', '.join(map(repr, _LOST))}"
         )
 
 
@@ -905,6 +902,18 @@ def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
 
 
 # ---- one parameter -------------------------------------------------------------------------------
+
+
+def _move(weights: Tensor, update: Tensor, lost: float) -> None:
+    """Take an update, which is overwritten, and a fraction of themselves from weights."""
+    if lost >= 0.5:
+        weights.mul_(1 - lost)
+    elif lost != 0.0:
+        # 1 - lost would be rounded to 24 bits, of which a small fraction has few. An infinite weight
+        # stays what it is: it loses a finite amount.
+        largest = torch.finfo(weights.dtype).max
+        update.add_(weights.clamp(-largest, largest), alpha=lost)
+    weights.sub_(update)
 
 
 def has_master(group: dict[str, Any], param: Tensor) -> bool:

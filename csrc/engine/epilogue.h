@@ -15,6 +15,8 @@
 //   };
 #pragma once
 
+#include <limits>
+
 #include "number.h"
 
 namespace emopt {
@@ -66,22 +68,25 @@ struct ApplyUpdate {
 
   template <class Real>
   struct At {
-    Real grad_factor, l2, weight_factor, lr;
+    Real grad_factor, l2, kept, lost, lr;
     bool has_l2, moves;
 
     EMOPT_FN explicit At(const ApplyUpdate& epilogue) {
       const double rate = epilogue.lr.read();
       const double factor = epilogue.grad_multiplier.read() / epilogue.grad_scale.read();
       const double decay = epilogue.weight_decay;
-      // What a weight loses is a part of it.
-      const double lost = epilogue.method == WeightDecay::kDecoupled     ? rate * decay
-                          : epilogue.method == WeightDecay::kIndependent ? decay
-                          : epilogue.method == WeightDecay::kPalm        ? rate * rate * decay
-                                                                         : 0.0;
+      // The fraction of a weight that it loses.
+      const double fraction = epilogue.method == WeightDecay::kDecoupled     ? rate * decay
+                              : epilogue.method == WeightDecay::kIndependent ? decay
+                              : epilogue.method == WeightDecay::kPalm        ? rate * rate * decay
+                                                                             : 0.0;
       grad_factor = static_cast<Real>(epilogue.maximize ? -factor : factor);
       has_l2 = epilogue.method == WeightDecay::kL2 && decay != 0.0;
       l2 = static_cast<Real>(decay);
-      weight_factor = static_cast<Real>(1.0 - lost);
+      // 1 - fraction would be rounded to 24 bits, of which a small fraction has few.
+      const bool is_small = fraction < 0.5;
+      kept = static_cast<Real>(is_small ? 1.0 : 1.0 - fraction);
+      lost = static_cast<Real>(is_small ? fraction : 0.0);
       lr = static_cast<Real>(rate);
       moves = rate != 0.0;
     }
@@ -94,7 +99,11 @@ struct ApplyUpdate {
     }
 
     EMOPT_FN Real after(Real update, Real& weight) const {
-      const Real moved = weight_factor * weight - lr * update;
+      constexpr Real kMax = std::numeric_limits<Real>::max();
+      // An infinite weight stays what it is: it loses a finite amount.
+      const Real above = weight < -kMax ? -kMax : weight;
+      const Real finite = above > kMax ? kMax : above;
+      const Real moved = kept * weight - (lost * finite + lr * update);
       weight = moves ? moved : weight;
       return weight;
     }

@@ -24,30 +24,27 @@ struct Adam {
   template <class Real>
   struct Step {
     ExponentialMovingAverage<Real> first, second;
-    Real unbias_first, unbias_second, look_ahead, look_now, eps;
+    Real unbias_first, look_ahead, look_now, eps;
     bool use_nesterov;
 
     EMOPT_FN Step(const Adam& rule, double step)
-        : first(rule.betas[0]),
-          second(rule.betas[1]),
-          eps(static_cast<Real>(rule.eps)),
-          use_nesterov(rule.use_nesterov) {
+        : first(rule.betas[0]), second(rule.betas[1]), use_nesterov(rule.use_nesterov) {
       const double c1 = bias_correction(rule.betas[0], step, rule.correct_bias);
       const double c1_next = bias_correction(rule.betas[0], step + 1.0, rule.correct_bias);
-      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
-      unbias_first = static_cast<Real>(1.0 / c1);
-      unbias_second = static_cast<Real>(1.0 / c2);
-      look_ahead = static_cast<Real>(rule.betas[0] / c1_next);
-      look_now = static_cast<Real>((1.0 - rule.betas[0]) / c1);
+      const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
+      unbias_first = static_cast<Real>(root / c1);
+      look_ahead = static_cast<Real>(root * rule.betas[0] / c1_next);
+      look_now = static_cast<Real>(root * (1.0 - rule.betas[0]) / c1);
+      eps = static_cast<Real>(root * rule.eps);
     }
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
       exp_avg = first(exp_avg, grad);
-      exp_avg_sq = second(exp_avg_sq, grad * grad);
-      // m_hat = b1 m / c1' + (1 - b1) g / c1   or   m / c1
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
+      // sqrt(c2) m_hat, with m_hat = b1 m / c1' + (1 - b1) g / c1   or   m / c1
       const Real exp_avg_hat =
           use_nesterov ? look_ahead * exp_avg + look_now * grad : unbias_first * exp_avg;
-      return exp_avg_hat / (square_root(unbias_second * exp_avg_sq) + eps);
+      return exp_avg_hat / (square_root(exp_avg_sq) + eps);
     }
   };
 };

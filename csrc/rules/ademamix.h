@@ -34,28 +34,27 @@ struct AdEMAMix {
   template <class Real>
   struct Step {
     ExponentialMovingAverage<Real> fast, slow, second;
-    Real unbias_fast, unbias_second, alpha, eps;
+    Real unbias_fast, alpha, eps;
 
     EMOPT_FN Step(const AdEMAMix& rule, double step)
         : fast(rule.betas[0]),
           slow(half_life_warmup(step, rule.betas[0], rule.betas[2],
                                 rule.num_beta_slow_warmup_steps)),
-          second(rule.betas[1]),
-          alpha(static_cast<Real>(linear_warmup(step, rule.alpha, rule.num_alpha_warmup_steps))),
-          eps(static_cast<Real>(rule.eps)) {
+          second(rule.betas[1]) {
       const double c_fast = bias_correction(rule.betas[0], step, rule.correct_bias);
-      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
-      unbias_fast = static_cast<Real>(1.0 / c_fast);
-      unbias_second = static_cast<Real>(1.0 / c2);
+      const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
+      const double a = linear_warmup(step, rule.alpha, rule.num_alpha_warmup_steps);
+      unbias_fast = static_cast<Real>(root / c_fast);
+      alpha = static_cast<Real>(root * a);
+      eps = static_cast<Real>(root * rule.eps);
     }
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg_fast, Real& exp_avg_slow,
                              Real& exp_avg_sq) const {
       exp_avg_fast = fast(exp_avg_fast, grad);
       exp_avg_slow = slow(exp_avg_slow, grad);
-      exp_avg_sq = second(exp_avg_sq, grad * grad);
-      return (unbias_fast * exp_avg_fast + alpha * exp_avg_slow) /
-             (square_root(unbias_second * exp_avg_sq) + eps);
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
+      return (unbias_fast * exp_avg_fast + alpha * exp_avg_slow) / (square_root(exp_avg_sq) + eps);
     }
   };
 };

@@ -22,20 +22,20 @@ struct LaProp {
   template <class Real>
   struct Step {
     ExponentialMovingAverage<Real> first, second;
-    Real unbias_first, unbias_second, eps;
+    Real unbias_first, rescale, eps;
 
-    EMOPT_FN Step(const LaProp& rule, double step)
-        : first(rule.betas[0]), second(rule.betas[1]), eps(static_cast<Real>(rule.eps)) {
+    EMOPT_FN Step(const LaProp& rule, double step) : first(rule.betas[0]), second(rule.betas[1]) {
       const double c1 = bias_correction(rule.betas[0], step, rule.correct_bias);
-      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
+      const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
       unbias_first = static_cast<Real>(1.0 / c1);
-      unbias_second = static_cast<Real>(1.0 / c2);
+      rescale = static_cast<Real>(root);
+      eps = static_cast<Real>(root * rule.eps);
     }
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
-      exp_avg_sq = second(exp_avg_sq, grad * grad);
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
       // The gradient is normalised first, and only then averaged.
-      const Real normalised = grad / (square_root(unbias_second * exp_avg_sq) + eps);
+      const Real normalised = rescale * grad / (square_root(exp_avg_sq) + eps);
       exp_avg = first(exp_avg, normalised);
       return unbias_first * exp_avg;
     }

@@ -57,6 +57,11 @@ struct ExponentialMovingAverage {
   EMOPT_FN Real operator()(Real average, Real value) const {
     return beta * average + one_minus_beta * value;
   }
+
+  // Of the value's square. The square itself may overflow where its share of the average does not.
+  EMOPT_FN Real of_square(Real average, Real value) const {
+    return beta * average + one_minus_beta * value * value;
+  }
 };
 
 // As torch.sign: 0 for both zeros and for NaN.

@@ -29,6 +29,15 @@ EMOPT_FN double bias_correction(double beta, double step, bool correct_bias) {
   return correct_bias ? one_minus_power(beta, step) : 1.0;
 }
 
+// sqrt(c2). Rules multiply numerator and eps by it, in
+//
+//   m_hat / (sqrt(v / c2) + eps)  =  sqrt(c2) m_hat / (sqrt(v) + sqrt(c2) eps),
+//
+// where only constants change, and v / c2 cannot overflow.
+EMOPT_FN double root_of_correction(double beta, double step, bool correct_bias) {
+  return ::sqrt(bias_correction(beta, step, correct_bias));
+}
+
 // (step / warmup_steps) end, then end.
 EMOPT_FN double linear_warmup(double step, double end, int64_t warmup_steps) {
   const double n = static_cast<double>(warmup_steps);

@@ -37,27 +37,24 @@ struct SimAdEMAMix {
   struct Step {
     Real beta;
     ExponentialMovingAverage<Real> second;
-    Real unbias_first, unbias_second, alpha, eps;
+    Real unbias_first, alpha, eps;
 
-    EMOPT_FN Step(const SimAdEMAMix& rule, double step)
-        : second(rule.betas[1]),
-          alpha(static_cast<Real>(rule.alpha)),
-          eps(static_cast<Real>(rule.eps)) {
+    EMOPT_FN Step(const SimAdEMAMix& rule, double step) : second(rule.betas[1]) {
       const double b = half_life_warmup(step, rule.min_beta_fast, rule.betas[0],
                                         rule.num_beta_fast_warmup_steps);
       // c1 = (1 - B^t) / (1 - B): what a constant gradient of 1 has summed up to.
       const double c1 = rule.correct_bias ? one_minus_power(b, step) / (1.0 - b) : 1.0;
-      const double c2 = bias_correction(rule.betas[1], step, rule.correct_bias);
+      const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
       beta = static_cast<Real>(b);
-      unbias_first = static_cast<Real>(1.0 / c1);
-      unbias_second = static_cast<Real>(1.0 / c2);
+      unbias_first = static_cast<Real>(root / c1);
+      alpha = static_cast<Real>(root * rule.alpha);
+      eps = static_cast<Real>(root * rule.eps);
     }
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
       exp_avg = beta * exp_avg + grad;
-      exp_avg_sq = second(exp_avg_sq, grad * grad);
-      return (alpha * grad + unbias_first * exp_avg) /
-             (square_root(unbias_second * exp_avg_sq) + eps);
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
+      return (alpha * grad + unbias_first * exp_avg) / (square_root(exp_avg_sq) + eps);
     }
   };
 };

@@ -27,13 +27,13 @@ def _adam(
     c1 = bias_correction(beta1, step, correct_bias)
     c2 = bias_correction(beta2, step, correct_bias)
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
     if use_nesterov:
         c1_next = bias_correction(beta1, step + 1, correct_bias)
         exp_avg_hat = (exp_avg * (beta1 / c1_next)).add_(grad, alpha=(1 - beta1) / c1)
     else:
         exp_avg_hat = exp_avg / c1
-    return exp_avg_hat.div_((exp_avg_sq / c2).sqrt_().add_(eps))
+    return exp_avg_hat.div_(exp_avg_sq.sqrt().div_(c2**0.5).add_(eps))
 
 
 _RULE = Rule("adam", _adam)

@@ -32,9 +32,9 @@ def _ademamix(
     c2 = bias_correction(beta2, step, correct_bias)
     exp_avg_fast.mul_(beta_fast).add_(grad, alpha=1 - beta_fast)
     exp_avg_slow.mul_(beta_slow).add_(grad, alpha=1 - beta_slow)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
     mixed = (exp_avg_fast / c_fast).add_(exp_avg_slow, alpha=alpha)
-    return mixed.div_((exp_avg_sq / c2).sqrt_().add_(eps))
+    return mixed.div_(exp_avg_sq.sqrt().div_(c2**0.5).add_(eps))
 
 
 def _check(betas: Sequence[float], num_beta_slow_warmup_steps: int | None, **_: object) -> None:

@@ -37,8 +37,8 @@ def _laprop(
     beta1, beta2 = betas
     c1 = bias_correction(beta1, step, correct_bias)
     c2 = bias_correction(beta2, step, correct_bias)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    normalised = grad / (exp_avg_sq / c2).sqrt_().add_(eps)
+    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
+    normalised = grad / exp_avg_sq.sqrt().div_(c2**0.5).add_(eps)
     exp_avg.mul_(beta1).add_(normalised, alpha=1 - beta1)
     return exp_avg / c1
 

@@ -29,9 +29,9 @@ def _sim_ademamix(
     c1 = bias_correction(beta, step, True) / (1 - beta) if correct_bias else 1.0
     c2 = bias_correction(beta2, step, correct_bias)
     exp_avg.mul_(beta).add_(grad)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
     mixed = (exp_avg / c1).add_(grad, alpha=alpha)
-    return mixed.div_((exp_avg_sq / c2).sqrt_().add_(eps))
+    return mixed.div_(exp_avg_sq.sqrt().div_(c2**0.5).add_(eps))
 
 
 def _check(

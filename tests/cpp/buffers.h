@@ -2,8 +2,10 @@
 // loops are compared with.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <utility>
 #include <vector>
@@ -160,10 +162,13 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
   const typename Rule::template Step<Real> rule_step(rule, step);
   const double lr = options.lr.value, decay = options.weight_decay;
   const auto factor = static_cast<Real>(options.grad_multiplier.value / options.grad_scale.value);
-  double kept = 1.0;
-  if (options.method == WeightDecay::kDecoupled) kept -= lr * decay;
-  if (options.method == WeightDecay::kIndependent) kept -= decay;
-  if (options.method == WeightDecay::kPalm) kept -= lr * lr * decay;
+  double lost = 0.0;
+  if (options.method == WeightDecay::kDecoupled) lost = lr * decay;
+  if (options.method == WeightDecay::kIndependent) lost = decay;
+  if (options.method == WeightDecay::kPalm) lost = lr * lr * decay;
+  const auto kept = static_cast<Real>(lost < 0.5 ? 1.0 : 1.0 - lost);
+  if (lost >= 0.5) lost = 0.0;
+  constexpr Real kMax = std::numeric_limits<Real>::max();
   Buffer& param = operands[emopt::kUpdate];
   const size_t num_others = emopt::kFirstState + emopt::kNumStates<Rule>;
   Buffer* const master = operands.size() > num_others ? &operands.back() : nullptr;
@@ -179,7 +184,8 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
                                        std::make_index_sequence<emopt::kNumStates<Rule>>());
     if (lr == 0.0) continue;
     const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
-    weight = static_cast<Real>(kept) * weight - rate * update;
+    const Real finite = std::min(std::max(weight, -kMax), kMax);
+    weight = kept * weight - (static_cast<Real>(lost) * finite + rate * update);
     if (is_halved) {
       uint32_t bits = 0;
       const auto stored = static_cast<float>(weight);

@@ -41,7 +41,7 @@ Epilogue random_epilogue(std::mt19937_64& random) {
     epilogue.lr.value = one_of({0.0, 0.0009765625, 0.75, 1.5}, random);
     epilogue.grad_multiplier.value = one_of({1.0, 0.375}, random);
     epilogue.grad_scale.value = one_of({1.0, 3.0}, random);
-    epilogue.weight_decay = one_of({0.0, 0.1}, random);
+    epilogue.weight_decay = one_of({0.0, 0.1, 0.8, 1.5}, random);
     epilogue.method = one_of(
         {WeightDecay::kDecoupled, WeightDecay::kIndependent, WeightDecay::kL2, WeightDecay::kPalm},
         random);
