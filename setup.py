@@ -87,6 +87,7 @@ def native_module() -> list[setuptools.Extension]:
             f"no native kernels, because there is no C++ compiler ({compiler}); set CXX to name one"
         )
         return []
+    os.environ.update(_build.compiler_variables(ROOT / "build" / "compilers"))
     say(
         f"CPU kernels for torch {torch.__version__}, by {compiler}; EMERGING_OPTIMIZERS_ISA chooses"
     )

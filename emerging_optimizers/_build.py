@@ -10,6 +10,7 @@ TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this ma
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,13 +101,65 @@ def recipe(csrc: Path) -> Recipe:
 
 
 def compiler() -> str:
-    """Return the C++ compiler's command."""
-    return os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")
+    """Return the C++ compiler's command, which may have several words."""
+    return os.environ.get("CXX", "").strip() or ("cl" if sys.platform == "win32" else "c++")
 
 
 def has_compiler() -> bool:
-    """Whether the C++ compiler is there."""
-    return shutil.which(compiler().split()[0]) is not None
+    """Whether the C++ compiler, or what is to start it, is there."""
+    return shutil.which(_words(compiler())[0]) is not None
+
+
+def compiler_variables(folder: Path) -> dict[str, str]:
+    """Return variables with which torch and setuptools run the compilers that CXX and CC name.
+
+    Torch takes CXX for one word; setuptools splits it. Both pass words of CC on to nvcc or to the
+    C++ compiler. So a command of several words becomes a script, of one word.
+
+    Args:
+        folder: Where scripts are put, if there are any.
+    """
+    variables: dict[str, str] = {}
+    if sys.platform == "win32":
+        return variables
+    for name, usual in (("CXX", "c++"), ("CC", "cc")):
+        if name not in os.environ:
+            continue
+        command = os.environ[name].strip() or usual
+        # The build runs in a folder of its own.
+        words = [
+            os.path.abspath(w) if "/" in w and os.path.isfile(w) else w for w in _words(command)
+        ]
+        if len(words) == 1 and shlex.quote(words[0]) == words[0]:
+            variables[name] = words[0]
+            continue
+        # Named like the compiler, by whose name torch knows it; but not the same, for it is first
+        # on the PATH.
+        programs = [word for word in words if shutil.which(word)] or [usual]
+        script = folder / (re.sub(r"[^\w+.-]", "_", Path(programs[-1]).name) + f"-of-{name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o755)
+        # By its name, since torch quotes a path for the shell but not for ninja.
+        variables[name] = str(script.absolute()) if os.pathsep in str(folder) else script.name
+        path = os.environ.get("PATH", os.defpath)
+        variables["PATH"] = os.pathsep.join([str(folder.absolute()), path])
+        # torch would put ccache before the script, where the command may have it already.
+        variables["TORCH_NO_COMPILER_WRAPPER"] = "1"
+    return variables
+
+
+def _words(command: str) -> list[str]:
+    """Split a command as a shell does, unless all of it is one program's path, with spaces."""
+    if shutil.which(command) is not None or sys.platform == "win32":
+        return [command]
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that does not end
+        words = []
+    if words and re.match(r"[A-Za-z_]\w*=", words[0]):
+        words = ["env", *words]
+    return words or [command]
 
 
 def why_no_cuda() -> str | None:

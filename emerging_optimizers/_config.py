@@ -39,6 +39,8 @@ def explain_import_error(error: ImportError) -> ImportError:
 def show_config() -> None:
     """Print version, torch, compiled module, instruction sets, CUDA and threads of what is here.
 
+    Where there is no compiled module, it prints why, ``EMERGING_OPTIMIZERS_JIT=0`` for one.
+
     Example:
         >>> import emerging_optimizers
         >>> emerging_optimizers.show_config()  # doctest: +ELLIPSIS

@@ -2,32 +2,37 @@
 
 What was built is kept in torch's folder of extensions (TORCH_EXTENSIONS_DIR), in a folder of its
 own for all that it depends on, and loaded from there afterwards. EMERGING_OPTIMIZERS_JIT=0 switches
-this off.
+this off (_native.py).
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
-import re
+import platform
 import shutil
 import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple, TextIO
 
 import torch
 
-from . import _build
+from . import _build, _build_output, _library
 from ._config import __version__
 
 _NAME = "emerging_optimizers_native"
 _SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 # Seconds that a process waits while others build; a build with CUDA takes minutes.
 _LIMIT = 1800.0
+# Seconds after which a build's folder is left over, whoever made it.
+_DAY = 86400.0
 
 
 class BuildError(Exception):
@@ -45,13 +50,6 @@ def load_module() -> ModuleType:
     Raises:
         BuildError: It cannot be built.
     """
-    if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
-        raise BuildError(
-            "EMERGING_OPTIMIZERS_JIT=0",
-            "To have them, compile the package against this torch: `pip install"
-            " --no-build-isolation .` in its source folder, and run from another one (or add"
-            " `--editable`); or unset EMERGING_OPTIMIZERS_JIT",
-        )
     # A library that was loaded and then refused has left its operators. A second registration of
     # the same ones would end the process.
     names = torch._C._dispatch_get_all_op_names()
@@ -60,8 +58,11 @@ def load_module() -> ModuleType:
             "the operators of another build are loaded in this process", "Start a new process"
         )
     try:
-        recipe = _build.recipe(_sources())
-        return load_once(recipe, _folder(recipe))
+        # A warning of torch's tools must not end the build where warnings are errors.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            recipe = _build.recipe(_sources())
+            return load_once(recipe, _folder(recipe))
     except BuildError:
         raise
     except Exception as error:  # whatever it is, the package works without
@@ -82,34 +83,68 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
     Raises:
         BuildError: It cannot be built.
     """
-    found = _library(folder)
-    if found is not None:
-        return _load(found)
+    folder = folder.absolute()
+    library, fault = _kept(folder)
+    if library is not None and not fault:
+        return _load(library)
+    lack = _lack()
+    if lack is not None:
+        reason, remedy = lack
+        raise BuildError(f"{library} {fault}, and {reason}" if fault else reason, remedy)
+    log = folder / "error.txt"
+    before = _time_of(log)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "lock").open("a"))
+        except OSError as error:
+            raise _no_room(folder, error) from error
+        lock = stack.enter_context(_locked(file, limit))
+        library, fault = _kept(folder)
+        if library is not None and not fault:
+            return _load(library)
+        # Where many processes start at once, one failure is enough.
+        if lock.has_waited and _time_of(log) != before:
+            raise _failure(log.read_text(errors="replace"), log)
+        try:
+            if library is not None:
+                _say(f"{library} {fault}; it is compiled again")
+                _remove(library)
+            # A build that was killed leaves its folder, with torch's lock file, for which torch
+            # would wait for ever; and its compilers, which may still be writing there. So each
+            # build has its own.
+            _remove_killed(folder, lock.is_held)
+            build = Path(tempfile.mkdtemp(prefix=_prefix(), dir=folder))
+        except OSError as error:
+            raise _no_room(folder, error) from error
+        try:
+            return _compile(recipe, folder, build, log)
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
+
+
+def _lack() -> tuple[str, str] | None:
+    """Say what a build would lack, and what to do."""
     if not _build.has_compiler():
-        raise BuildError(
+        return (
             f"there is no C++ compiler ({_build.compiler()}) to build them with",
             "Install one, or name it in CXX, and they are compiled at the next import",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "error.txt"
-    before = _time_of(log)
-    with _locked(folder / "lock", limit) as has_waited:
-        found = _library(folder)
-        if found is not None:
-            return _load(found)
-        # Where many processes start at once, one failure is enough.
-        if has_waited and _time_of(log) != before:
-            raise _failure(log)
-        return _compile(recipe, folder, log)
+    if shutil.which("ninja", path=_path()) is None:
+        return (
+            "there is no ninja to build them with",
+            "Install it (`pip install ninja`), and they are compiled at the next import",
+        )
+    return None
 
 
-def _compile(recipe: _build.Recipe, folder: Path, log: Path) -> ModuleType:
-    """Compile, while the folder is locked."""
-    # A build that was killed leaves its folder, with torch's lock file, for which torch would wait
-    # for ever; and its compilers, which may still be writing there. So each build has its own.
-    for killed in folder.glob("build-*"):
-        shutil.rmtree(killed, ignore_errors=True)
-    build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+def _path() -> str:
+    """Return the PATH, with the ninja of a virtual environment that is not activated."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> ModuleType:
+    """Compile in a folder of this process, and put the library into the one where it is kept."""
     # For a torch without CUDA nothing is missing.
     lack = torch.version.cuda and recipe.why_no_cuda
     duration = "several minutes" if recipe.architectures else "about a minute"
@@ -120,13 +155,20 @@ def _compile(recipe: _build.Recipe, folder: Path, log: Path) -> ModuleType:
     )
     from torch.utils import cpp_extension  # takes a quarter of a second
 
-    # The ninja of a virtual environment that is not activated.
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-    environment = {"PATH": path}
+    environment = {
+        "PATH": _path(),
+        "LC_ALL": "C",  # for messages in English
+        "NINJA_STATUS": "[%f/%t] ",
+        # The compiler says what it cannot compile; torch's guess by its name only disturbs.
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+    }
     if recipe.architectures:
         environment["TORCH_CUDA_ARCH_LIST"] = recipe.architectures
     try:
-        with _environment(environment):
+        with (
+            _environment(environment),
+            _environment(_build.compiler_variables(build / "compilers")),
+        ):
             module: ModuleType = cpp_extension.load(
                 _NAME,
                 [str(source) for source in recipe.sources],
@@ -135,26 +177,42 @@ def _compile(recipe: _build.Recipe, folder: Path, log: Path) -> ModuleType:
                 extra_ldflags=recipe.link_args,
                 build_directory=str(build),
             )
+    except Exception as error:
+        text = _build_output.output_of(error)
+        # Without locks, others may have built it meanwhile. What was linked here has been loaded.
+        library, fault = _kept(folder)
+        if library is not None and not fault and not any(build.glob(f"{_NAME}*{_SUFFIX}")):
+            return _load(library)
+        with contextlib.suppress(OSError):  # a full disk
+            log.write_text(text)
+        raise _failure(text, log) from error
+    try:
         # At once, and only now: what is there under this name is complete.
         library = Path(str(module.__file__))
+        _library.seal(library)
         module.__file__ = str(library.replace(folder / library.name))
-    except Exception as error:
-        log.write_text(str(error))
-        raise _failure(log) from error
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
-    log.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+    except OSError as error:
+        _say(f"what was compiled could not be kept in {folder} ({error})")
     return module
 
 
-def _failure(log: Path) -> BuildError:
+def _failure(text: str, log: Path) -> BuildError:
     """Return the error of a build, by what it wrote."""
-    text = log.read_text()
-    lines = re.findall(r"^.*\berror\b.*$", text, re.MULTILINE) or text.strip().splitlines()
+    what = f"Mend what {log} says" if log.exists() else "Mend that"
+    if _build_output.was_killed(text):
+        what += " (MAX_JOBS=1 takes the least memory)"
     return BuildError(
-        f"they could not be compiled: {lines[0].strip() if lines else 'no output'}",
-        f"Mend what {log} says, and they are compiled at the next import; or set"
-        " EMERGING_OPTIMIZERS_JIT=0",
+        f"they could not be compiled: {_build_output.first_error(text)}",
+        f"{what}, and they are compiled at the next import; or set EMERGING_OPTIMIZERS_JIT=0",
+    )
+
+
+def _no_room(folder: Path, error: OSError) -> BuildError:
+    return BuildError(
+        f"they cannot be kept in {folder} ({type(error).__name__}: {error})",
+        "Name a folder that can be written in TORCH_EXTENSIONS_DIR, and they are compiled at the"
+        " next import",
     )
 
 
@@ -177,6 +235,11 @@ def _folder(recipe: _build.Recipe) -> Path:
         key.update(path.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
+        if not os.environ.get("XDG_CACHE_HOME") and os.path.expanduser("~") == "~":
+            raise BuildError(
+                "there is no folder to keep them in, since there is no home directory",
+                "Name one in TORCH_EXTENSIONS_DIR, and they are compiled at the next import",
+            )
         from torch.utils import cpp_extension
 
         root = cpp_extension.get_default_build_root()
@@ -185,8 +248,35 @@ def _folder(recipe: _build.Recipe) -> Path:
     return Path(root) / "emerging_optimizers" / name
 
 
-def _library(folder: Path) -> Path | None:
-    return next(folder.glob(f"{_NAME}*{_SUFFIX}"), None)
+def _kept(folder: Path) -> tuple[Path | None, str]:
+    """Return the library that is kept in a folder, if there is one, and what is wrong with it."""
+    library, fault = None, ""
+    for library in folder.glob(f"{_NAME}*{_SUFFIX}"):
+        fault = _library.fault(library)
+        if not fault:
+            break
+    return library, fault
+
+
+def _remove(library: Path) -> None:
+    if library.is_dir():
+        shutil.rmtree(library)
+    else:
+        library.unlink(missing_ok=True)
+
+
+def _prefix() -> str:
+    """Return how the names of this machine's builds begin; locks may not reach another one."""
+    return f"build-{platform.node()}-"
+
+
+def _remove_killed(folder: Path, is_locked: bool) -> None:
+    """Remove folders of builds that have ended without removing them."""
+    for build in folder.glob("build-*"):
+        with contextlib.suppress(FileNotFoundError):
+            is_old = time.time() - build.stat().st_mtime > _DAY
+            if is_old or (is_locked and build.name.startswith(_prefix())):
+                shutil.rmtree(build, ignore_errors=True)
 
 
 def _load(library: Path) -> ModuleType:
@@ -230,37 +320,53 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class _Lock(NamedTuple):
+    """What became of the attempt to lock: without locks, each process builds for itself."""
+
+    is_held: bool
+    has_waited: bool
+
+
 @contextlib.contextmanager
-def _locked(path: Path, limit: float) -> Iterator[bool]:
-    """Hold the operating system's lock on a file, which ends with the process that holds it.
+def _locked(file: TextIO, limit: float) -> Iterator[_Lock]:
+    """Hold the operating system's lock on a file, which ends with the process that holds it."""
+    deadline = time.monotonic() + limit
+    has_waited = False
+    while True:
+        try:
+            is_held = _try_lock(file.fileno())
+        except OSError as error:
+            _say(
+                f"{file.name} cannot be locked ({error.strerror}); other processes may compile, too"
+            )
+            yield _Lock(is_held=False, has_waited=has_waited)
+            return
+        if is_held:
+            break
+        if not has_waited:
+            _say(f"another process compiles the native kernels; waiting for it ({file.name})")
+            has_waited = True
+        if time.monotonic() > deadline:
+            raise BuildError(
+                f"another process holds {file.name} for more than {limit:g} seconds",
+                "End that process, or wait for it, and import again",
+            )
+        time.sleep(0.1)
+    yield _Lock(is_held=True, has_waited=has_waited)
 
-    Yields:
-        Whether another process held it at first.
-    """
-    with path.open("a") as file:
-        deadline = time.monotonic() + limit
-        has_waited = False
-        while not _try_lock(file.fileno()):
-            if not has_waited:
-                _say(f"another process compiles the native kernels; waiting for it ({path})")
-                has_waited = True
-            if time.monotonic() > deadline:
-                raise BuildError(
-                    f"another process holds {path} for more than {limit:g} seconds",
-                    "End that process, or wait for it, and import again",
-                )
-            time.sleep(0.1)
-        yield has_waited
 
-
+# Returns whether the file is locked now, rather than by another process. An OSError says that files
+# cannot be locked here, as on some network file systems.
 if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(descriptor: int) -> bool:
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK):
+                return False
+            raise
         return True
 
 else:

@@ -7,13 +7,20 @@ import os
 import sys
 import warnings
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from . import _library
+
 _NAME = f"{__package__}._C"
 # What stands in the library before the version of its torch (bindings/module.cpp).
 _BUILT_FOR = b"emerging_optimizers is built for torch "
+
+
+class _BrokenLibraryError(ImportError):
+    """The library that is installed cannot be loaded."""
 
 
 def _compiled() -> ModuleType:
@@ -23,6 +30,9 @@ def _compiled() -> ModuleType:
         spec = PathFinder.find_spec(_NAME, [os.path.dirname(__file__)])
         if spec is None or spec.origin is None:
             raise ImportError("nothing is compiled")
+        fault = _library.fault(Path(spec.origin))
+        if fault:
+            raise _BrokenLibraryError(f"{spec.origin} {fault}; install the package again")
         version = _built_for(spec.origin)
         # Before it is loaded: its code may be wrong for this torch, and its operators would stay.
         if version.split(".")[:2] != torch.__version__.split(".")[:2]:
@@ -34,7 +44,7 @@ def _compiled() -> ModuleType:
 
 def _built_for(library: str) -> str:
     with (
-        contextlib.suppress(ValueError),  # nothing can be mapped of an empty file
+        contextlib.suppress(ValueError),  # an empty file cannot be mapped
         open(library, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
@@ -51,20 +61,27 @@ def _find() -> tuple[ModuleType | None, str]:
         return _compiled(), ""
     except ImportError as error:
         reason = str(error)
-    from . import _jit  # most imports need nothing of it
+        is_broken = isinstance(error, _BrokenLibraryError)
+    module = None
+    if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+        reason += "; EMERGING_OPTIMIZERS_JIT=0"
+    else:
+        from . import _jit  # most imports need nothing of it
 
-    try:
-        module = _jit.load_module()
-    except _jit.BuildError as error:
-        warnings.warn(
-            f"emerging_optimizers runs without its native kernels, on plain PyTorch: {reason};"
-            f" {error.reason}. {error.remedy}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None, f"{reason}; {error.reason}"
-    sys.modules[_NAME] = module
-    return module, ""
+        try:
+            module = _jit.load_module()
+        except _jit.BuildError as error:
+            warnings.warn(
+                f"emerging_optimizers runs without its native kernels, on plain PyTorch: {reason};"
+                f" {error.reason}. {error.remedy}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return None, f"{reason}; {error.reason}"
+        sys.modules[_NAME] = module
+    if is_broken:
+        print(f"emerging_optimizers: {reason}", file=sys.stderr, flush=True)
+    return module, reason if module is None else ""
 
 
 native, reason = _find()

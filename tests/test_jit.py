@@ -309,11 +309,6 @@ print(json.dumps([param.tolist(), [(w.category.__name__, str(w.message)) for w i
 @pytest.mark.parametrize(
     ("environment", "reasons", "lines"),
     [
-        (
-            {"EMERGING_OPTIMIZERS_JIT": "0"},
-            ["EMERGING_OPTIMIZERS_JIT=0", "pip install --no-build-isolation ."],
-            0,
-        ),
         ({"CXX": "missing-c++"}, ["no C++ compiler (missing-c++)", "Install one"], 0),
         (
             {"CXX": "{folder}/broken"},
@@ -322,7 +317,7 @@ print(json.dumps([param.tolist(), [(w.category.__name__, str(w.message)) for w i
         ),
         ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, ["NotADirectoryError", "'/dev/null/"], 0),
     ],
-    ids=["switched off", "no compiler", "broken compiler", "no folder"],
+    ids=["no compiler", "broken compiler", "no folder"],
 )
 def test_import_without_kernels(
     uncompiled: Path, environment: dict[str, str], reasons: list[str], lines: int
@@ -339,3 +334,15 @@ def test_import_without_kernels(
         assert part.format(folder=uncompiled) in message
     said = [line for line in done.stderr.splitlines() if line.startswith("emerging_optimizers:")]
     assert len(said) == lines, done.stderr
+
+
+def test_import_with_the_build_switched_off(uncompiled: Path) -> None:
+    code = f"{FIRST_IMPORT}\nemerging_optimizers.show_config()"
+    switches = {"EMERGING_OPTIMIZERS_JIT": "0", "PYTHONWARNINGS": "error"}
+    done = run_python(code, package=uncompiled, **switches)
+    assert done.returncode == 0, done.stderr
+    result, *config = done.stdout.splitlines()
+    assert json.loads(result) == [[0.5, 0.5, 0.5], []]
+    assert without_torchs_own(done.stderr) == []
+    reason = "nothing is compiled; EMERGING_OPTIMIZERS_JIT=0"
+    assert f"CPU instruction sets: none in use, plain PyTorch is used ({reason})" in config

@@ -1,0 +1,103 @@
+"""Whether the file of a compiled library is complete.
+
+Loading a truncated one kills the process: it is mapped as long as its header says, and memory
+beyond the end of the file cannot be read. So the header is read first. What was built at the first
+import ends in a checksum as well, which finds any other damage.
+"""
+
+import errno
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+_IS_ELF = sys.platform not in ("win32", "darwin")
+_SEAL = b"\nemerging_optimizers crc32 "
+_SEAL_SIZE = len(_SEAL) + 8
+_SHT_STRTAB = 3
+# Bytes that are read at once: memory of this size is used again, without page faults.
+_PIECE = 1 << 16
+
+
+def fault(path: Path) -> str:
+    """Say what is wrong with a library, to follow its name; "" where nothing is."""
+    try:
+        if path.is_dir():
+            return "is a folder, not a library"
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return "is empty"
+            return (_elf_fault(file, size) or _checksum_fault(file, size)) if _IS_ELF else ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def seal(path: Path) -> None:
+    """Append the checksum, and see to it that all is on the disk."""
+    with path.open("r+b") as file:
+        if _IS_ELF:  # loaders of other systems may not ignore what follows
+            checksum = _checksum(file, os.fstat(file.fileno()).st_size)
+            file.seek(0, os.SEEK_END)
+            file.write(_SEAL + b"%08x" % checksum)
+            file.flush()
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise  # elsewhere it may not be supported
+
+
+def _elf_fault(file: BinaryIO, size: int) -> str:
+    header = file.read(64)
+    if header[:4] != b"\x7fELF":
+        return "is damaged: it does not begin like a library"
+    if len(header) < 64:
+        return "is truncated"
+    with open(torch._C.__file__, "rb") as other:
+        expected = other.read(20)
+    # Word size, byte order, processor.
+    if (header[4:6], header[18:20]) != (expected[4:6], expected[18:20]):
+        return "is for another processor"
+    if header[4] != 2:
+        return ""
+    (phoff, shoff), sizes = (
+        struct.unpack_from("=QQ", header, 32),
+        struct.unpack_from("=5H", header, 54),
+    )
+    phentsize, phnum, shentsize, shnum, shstrndx = sizes
+    file.seek(phoff)
+    segments = file.read(phentsize * phnum)
+    end = max(phoff + phentsize * phnum, shoff + shentsize * shnum)
+    for start in range(0, len(segments) - 55, max(phentsize, 56)):
+        offset, _, _, length = struct.unpack_from("=4Q", segments, start + 8)
+        end = max(end, offset + length)
+    if size < end:
+        return f"is truncated: it has {size} of at least {end} bytes"
+    if shoff and shstrndx:
+        # The headers of sections come last: zeros there are a file that was never filled.
+        file.seek(shoff + shentsize * shstrndx + 4)
+        if file.read(4) != struct.pack("=I", _SHT_STRTAB):
+            return "is damaged: its headers of sections are wrong"
+    return ""
+
+
+def _checksum_fault(file: BinaryIO, size: int) -> str:
+    file.seek(max(size - _SEAL_SIZE, 0))
+    end = file.read()
+    if not end.startswith(_SEAL):
+        return ""  # it was installed, or built by an earlier version
+    checksum = b"%08x" % _checksum(file, size - _SEAL_SIZE)
+    return "" if end[len(_SEAL) :] == checksum else "is damaged: its checksum is wrong"
+
+
+def _checksum(file: BinaryIO, size: int) -> int:
+    file.seek(0)
+    checksum = 0
+    for start in range(0, size, _PIECE):
+        checksum = zlib.crc32(file.read(min(_PIECE, size - start)), checksum)
+    return checksum
