@@ -1,31 +1,16 @@
-"""The checks of the native kernels, for the calls that those do not see.
+"""The native kernels' checks of tensors, for the calls that those do not see.
 
 These are the calls on devices without native kernels, and all calls where nothing was compiled. The
 messages are the same; one table of tests holds the two together.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NewType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The types of hyperparameters, as the formulas' signatures name them.
-Beta = NewType("Beta", float)  # [0, 1)
-NonNegative = NewType("NonNegative", float)  # [0, inf]
-WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
-Step = NewType("Step", int)
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_STEP_DTYPES = (torch.int64, torch.float32)
-
-
-# ---- scalars -------------------------------------------------------------------------------------
-
-
-def _number_text(value: float) -> str:
-    return repr(float(value)).removesuffix(".0")
 
 
 def _is_sequence(value: Any) -> bool:
@@ -34,95 +19,6 @@ def _is_sequence(value: Any) -> bool:
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _as_float(value: Any) -> float | None:
-    """Return a number's value; None where the object is none, or none that a float holds."""
-    if isinstance(value, float):
-        return value
-    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-
-
-def read_number(name: str, value: Any) -> float:
-    """Return a float for whatever Python takes for a number."""
-    number = _as_float(value)
-    if number is None:
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    return number
-
-
-def read_flag(name: str, value: Any) -> bool:
-    """Return a bool for a bool, numpy's included."""
-    if type(value).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
-    return bool(value)
-
-
-def read_whole_number(name: str, value: Any, expected: str) -> int:
-    """Return an int for an int or an integral float."""
-    if isinstance(value, int):
-        return value
-    if hasattr(value, "__index__"):
-        return int(value.__index__())
-    number = _as_float(value)
-    if number is None:
-        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
-    if math.isnan(number):
-        raise ValueError(f"{name} is nan; expected a whole number")
-    if not number.is_integer():
-        raise TypeError(f"{name} is {_number_text(number)}; expected a whole number")
-    return int(number)
-
-
-def read_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
-    """Return a tuple of floats for a sequence of ``count`` numbers."""
-    if not _is_sequence(values):
-        raise TypeError(f"{name} must be a sequence of numbers, not {type(values).__name__}")
-    numbers = tuple(read_number(f"{name}[{i}]", value) for i, value in enumerate(values))
-    if len(numbers) != count:
-        raise ValueError(f"{name} has {len(numbers)} values; expected {count}")
-    return numbers
-
-
-def read_step_tensor(step: Tensor) -> float:
-    """Return the value of a 0-dim tensor."""
-    if step.dim() != 0 or step.dtype not in _STEP_DTYPES:
-        raise TypeError(
-            f"step is a tensor of dtype {_dtype_text(step.dtype)} with {step.dim()} dimensions;"
-            " expected an int or a 0-dim tensor of dtype int64 or float32"
-        )
-    return step.item()
-
-
-def check_domain(name: str, value: float, domain: Any) -> None:
-    """Raise for a value outside of the domain that a formula's signature declares."""
-    text = _number_text(value)
-    if domain is Beta and not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} is {text}; expected 0 <= {name} < 1")
-    if domain in (NonNegative, WarmupSteps) and not value >= 0.0:
-        raise ValueError(f"{name} is {text}; expected {name} >= 0")
-    if math.isnan(value):
-        raise ValueError(f"{name} is nan; expected a number")
-
-
-def check_step(step: int, correct_bias: bool) -> None:
-    """Raise for a step before the first."""
-    if step >= 2**63:
-        raise ValueError("step is beyond the range of int64")
-    if correct_bias and step < 1:
-        raise ValueError(
-            f"step is {step}; expected step >= 1 (with bias correction, steps count from 1)"
-        )
-    if step < 0:
-        raise ValueError(f"step is {step}; expected step >= 0")
-
-
-# ---- tensors -------------------------------------------------------------------------------------
 
 
 class Operand(NamedTuple):

@@ -12,6 +12,14 @@ from torch.optim.optimizer import ParamsT
 
 from . import _checks
 from ._dtensor import increment_versions, is_dtensor, whole
+from ._hyperparameters import (
+    check_flags,
+    check_group,
+    flags_of,
+    read_group_flag,
+    read_option,
+    restore_flags,
+)
 from ._native import native
 from ._rounding import (
     draw_seed,
@@ -31,7 +39,6 @@ GroupKey: TypeAlias = str | tuple[str, int, int]
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 _HALF = (torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, *_HALF)
 MASTER = "master_param"
 
 
@@ -77,36 +84,6 @@ _LOST: dict[str, Callable[[float, float], float]] = {
     "independent": lambda lr, weight_decay: weight_decay,
     "palm": lambda lr, weight_decay: lr * lr * weight_decay,
     "l2": lambda lr, weight_decay: 0.0,
-}
-
-
-def _is_fraction(value: Any) -> bool:
-    return bool(0.0 <= value < 1.0)
-
-
-def _is_not_negative(value: Any) -> bool:
-    return bool(value >= 0.0)
-
-
-def _is_number(value: Any) -> bool:
-    return not math.isnan(value)
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or bool(value >= 0)
-
-
-# The hyperparameters that are single values: what torch.optim's errors call them, and their domain.
-_DOMAINS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("learning rate", _is_not_negative),
-    "eps": ("epsilon value", _is_not_negative),
-    "weight_decay": ("weight_decay value", _is_not_negative),
-    "momentum": ("momentum", _is_fraction),
-    "min_beta_fast": ("min_beta_fast", _is_fraction),
-    "alpha": ("alpha", _is_number),
-    "num_alpha_warmup_steps": ("num_alpha_warmup_steps", _is_count),
-    "num_beta_slow_warmup_steps": ("num_beta_slow_warmup_steps", _is_count),
-    "num_beta_fast_warmup_steps": ("num_beta_fast_warmup_steps", _is_count),
 }
 
 
@@ -181,7 +158,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
     # in the order of the rule's formula.
     _group_keys: ClassVar[tuple["GroupKey", ...]]
     _state_names: ClassVar[tuple[str, ...]]
-    _num_betas: ClassVar[int] = 2
+    # What an error calls one of the ``betas``, as torch.optim's or NVIDIA's class of the name does.
+    _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -202,7 +180,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
                 )
         defaults = {**hyperparameters, **self._option_defaults, **options}
-        self._check_group(defaults)
+        check_group(self, defaults, is_new=True)
         super().__init__(params, defaults)
 
     @property
@@ -224,19 +202,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
         The native step reads them from the group itself.
         """
-        names = (name for name in self._rule.options if name != "step")
-        return {
-            name: self._read_option(group, key)
-            for name, key in zip(names, self._group_keys, strict=True)
-        }
-
-    def _read_option(self, group: dict[str, Any], key: "GroupKey") -> Any:
-        if isinstance(key, tuple):
-            name, index, length = key
-            return _checks.read_numbers(name, group[name], length)[index]
-        if key == "betas":
-            return _checks.read_numbers(key, group[key], self._num_betas)
-        return group[key]
+        pairs = zip(self._rule.hyperparameters, self._group_keys, strict=True)
+        return {option.name: read_option(group, key, option) for option, key in pairs}
 
     def _grad(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
@@ -297,50 +264,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, whose missing keys take the defaults."""
         if isinstance(param_group, dict):
-            self._check_group({**self.defaults, **param_group})
+            where = f"param_groups[{len(self.param_groups)}]"
+            check_group(self, {**self.defaults, **param_group}, where, is_new=True)
         super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for key, (name, is_in_domain) in _DOMAINS.items():
-            if key in group and not is_in_domain(group[key]):
-                raise ValueError(f"Invalid {name}: {group[key]}")
-        if "betas" in group:
-            betas = _checks.read_numbers("betas", group["betas"], self._num_betas)
-            for i, beta in enumerate(betas):
-                if not _is_fraction(beta):
-                    raise ValueError(f"Invalid beta at index {i}: {beta}")
-        _check_method(group)
-        self._check_options(group)
-        self._rule.check_options({**self._plain_options(group), "step": 1})
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        if group["differentiable"]:
-            raise ValueError(
-                f"{type(self).__name__} does not support differentiable=True: its step records no"
-                " autograd graph; torch.optim has optimizers that do"
-            )
-        if group["fused"] and group.get("foreach"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if group["master_weights"] and group["stochastic_rounding"]:
-            raise ValueError(
-                "master_weights and stochastic_rounding cannot be combined: a parameter with a"
-                " float32 master loses nothing to rounding"
-            )
-        option = group["state_dtype"]
-        by_key = option if isinstance(option, Mapping) else dict.fromkeys(self._state_names, option)
-        for key, dtype in by_key.items():
-            if key not in self._state_names:
-                raise ValueError(
-                    f"Invalid state_dtype: {type(self).__name__} has no state {key!r}; it has"
-                    f" {', '.join(map(repr, self._state_names))}"
-                )
-            if dtype is not None and dtype not in STATE_DTYPES:
-                raise ValueError(
-                    f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
-                    " torch.float16"
-                )
+        group = self.param_groups[-1]
+        for name in flags_of(self, group):
+            group[name] = read_group_flag(group, name)  # numpy's are not for state dicts
 
     # ---- states ----------------------------------------------------------------------------------
 
@@ -415,6 +344,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
 
+    def _saved_group(self, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = dict(saved)
+        restore_flags(self, saved)
+        return self._translate_group(saved)
+
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group in this optimizer's terms."""
         return saved
@@ -425,6 +359,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, default in {**self._option_defaults, **self.defaults}.items():
                 group.setdefault(key, default)
+            restore_flags(self, group)
             for param in group["params"]:
                 if param in self.state:
                     self._settle_state(group, param, self.state[param])
@@ -578,19 +513,28 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not are_rates_floats:
             # Those of DTensors once, by all processes, whatever is then left to each of them.
             groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
+        if draws:
+            for i, group in enumerate(groups):
+                check_flags(self, group, f"param_groups[{i}]")  # before a seed is drawn
         seed = draw_seed() if draws else 0
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
         if self._may_be_one_call(groups):
             # Here, for the layers below take as long as five small parameters do. Nothing is done
             # where any are left.
             keys, names = self._group_keys, self._state_names
-            found = self._rule.native_step(
-                self.state, groups, positions, keys, names, arguments, None, False
-            )
+            try:
+                found = self._rule.native_step(
+                    self.state, groups, positions, keys, names, arguments, None, False
+                )
+            except (TypeError, ValueError) as error:
+                self._explain(error)
             if found is None:
                 return found_inf
             left = self._step_left(groups, positions, StepArguments(*arguments), found)
         else:
+            check = check_flags if all(map(self._has_native_step, groups)) else check_group
+            for i, group in enumerate(groups):
+                check(self, group, f"param_groups[{i}]")
             left = self._native_step(groups, positions, StepArguments(*arguments))
         for i, indices in left.items():
             self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
@@ -604,7 +548,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for group in groups:
             if group["fused"] is False:
                 return False
-        return native is not None
+        return native is not None and self._rule.native_step is not None
 
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""
@@ -612,7 +556,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         """Return whether there may be a native step for what a group asks."""
-        return native is not None and group["fused"] is not False
+        is_native = native is not None and self._rule.native_step is not None
+        return is_native and group["fused"] is not False
 
     def _native_step(
         self,
@@ -632,7 +577,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if self._has_native_step(group):
                 chosen.append(i)
                 continue
-            self._check_numbers(group)
             indices = self._prepare(group, range(len(group["params"])), arguments)
             if indices and group["fused"]:
                 self._raise_no_native_step()
@@ -643,10 +587,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         groups = [groups[i] for i in chosen]
         positions = [positions[i] for i in chosen]
         grads = [self._grads(group) for group in groups]
-        keys, names = self._group_keys, self._state_names
-        found = self._rule.native_step(
-            self.state, groups, positions, keys, names, arguments, grads, False
-        )
+        found = self._call_native(groups, positions, arguments, grads, may_leave=False)
         if found is not None:
             more = self._step_left(groups, positions, arguments, found)
             left.update((chosen[k], indices) for k, indices in more.items())
@@ -680,23 +621,36 @@ class ScalarOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 for i in indices:
                     grads[-1][i] = _placed_like(grads[-1][i], group["params"][i])
-        keys, names = self._group_keys, self._state_names
-        still = self._rule.native_step(
-            self.state, groups, positions, keys, names, arguments, grads, True
-        )
+        still = self._call_native(groups, positions, arguments, grads, may_leave=True)
         left = {i: indices for i, indices in enumerate(still or ()) if indices}
         if any(groups[i]["fused"] for i in left):
             self._raise_no_native_step()  # then nothing was done
         return left
 
-    def _check_numbers(self, group: dict[str, Any]) -> None:
-        """Raise for what a group may have been given since it was added."""
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for name in ("lr", "weight_decay"):
-            _checks.read_number(name, group[name])
-        _check_method(group)
-        self._rule.check_options({**self._plain_options(group), "step": 1})
+    def _call_native(
+        self,
+        groups: Sequence[dict[str, Any]],
+        positions: Sequence[int],
+        arguments: StepArguments,
+        grads: list[list[Tensor | None]],
+        may_leave: bool,
+    ) -> Any:
+        keys, names = self._group_keys, self._state_names
+        try:
+            return self._rule.native_step(
+                self.state, groups, positions, keys, names, arguments, grads, may_leave
+            )
+        except (TypeError, ValueError) as error:
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> NoReturn:
+        """Raise what the native step has raised, with the culprit's name where one is found."""
+        try:
+            for i, group in enumerate(self.param_groups):
+                check_group(self, group, f"param_groups[{i}]")
+        except (TypeError, ValueError, RuntimeError) as explained:
+            raise explained from None
+        raise error
 
     @torch.no_grad()
     def _prepare(
@@ -842,14 +796,16 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     for group in groups:
         _check_saved_states(optimizer, group, state_dict["state"])
     if len(groups) == len(optimizer.param_groups):  # if not, torch says so
-        translated = map(optimizer._translate_group, groups)
         groups = [
             {
-                **{k: v for k, v in saved.items() if k not in KEPT_ON_LOAD},
+                **{k: v for k, v in optimizer._saved_group(saved).items() if k not in KEPT_ON_LOAD},
                 **{k: own[k] for k in KEPT_ON_LOAD if k in own},
             }
-            for saved, own in zip(translated, optimizer.param_groups, strict=True)
+            for saved, own in zip(groups, optimizer.param_groups, strict=True)
         ]
+        defaults = {**optimizer._option_defaults, **optimizer.defaults}
+        for i, group in enumerate(groups):
+            check_group(optimizer, {**defaults, **group}, f"the loaded param_groups[{i}]")
     state = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if isinstance(values, dict)
@@ -857,14 +813,6 @@ def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _check_method(group: dict[str, Any]) -> None:
-    if group["weight_decay_method"] not in _LOST:
-        raise ValueError(
-            f"Invalid weight_decay_method: {group['weight_decay_method']!r}; expected one of"
-            f" {', '.join(map(repr, _LOST))}"
-        )
 
 
 def _dtype_text(state_dtype: StateDtype) -> str | dict[str, Any] | None:

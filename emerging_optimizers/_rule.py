@@ -9,13 +9,14 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks, _dtensor
-from ._checks import Operand, Step, WarmupSteps
+from ._checks import Operand
+from ._hyperparameters import Option, check_domain, check_step, read_step_tensor, read_whole_number
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
@@ -28,27 +29,6 @@ _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in 
 
 # The formulas, for devices on which the operators have no kernel of their own.
 _fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
-
-
-class _Option(NamedTuple):
-    """A hyperparameter, as a formula's signature describes it."""
-
-    name: str
-    kind: Literal["flag", "step", "warm-up", "number", "numbers"]
-    domain: Any = None
-    length: int = 1
-
-    @classmethod
-    def from_annotation(cls, name: str, annotation: Any) -> "_Option":
-        if annotation is bool:
-            return cls(name, "flag")
-        if annotation is Step:
-            return cls(name, "step")
-        if annotation == WarmupSteps | None:
-            return cls(name, "warm-up", WarmupSteps)
-        if get_args(annotation):
-            return cls(name, "numbers", get_args(annotation)[0], len(get_args(annotation)))
-        return cls(name, "number", annotation)
 
 
 class Rule:
@@ -76,13 +56,16 @@ class Rule:
         parameters = inspect.signature(formula).parameters.values()
         self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
         self._options = [
-            _Option.from_annotation(p.name, p.annotation)
+            Option.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
         self.options = [option.name for option in self._options]
+        self.hyperparameters = [option for option in self._options if option.kind != "step"]
+        # None for a rule that is not of this package.
         self.native_step: Any = getattr(native, f"{name}_step", None)
-        if _fallbacks is not None:
+        self._operator: Any = None
+        if self.native_step is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
         self.meet_dtensors = self._way_to_meet_dtensors()
@@ -90,7 +73,7 @@ class Rule:
 
     def door(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return the function that a wrapper calls, with all its arguments and then ``out``."""
-        if native is None:
+        if self._operator is None:
             return self._call
         eager = getattr(native, f"{self.name}_update")
         traced = self._call
@@ -105,7 +88,7 @@ class Rule:
 
     def _way_to_meet_dtensors(self) -> Callable[[], None]:
         """Return what tells the operator about DTensors, as soon as there can be any."""
-        are_met = native is None  # there is no operator
+        are_met = self._operator is None
 
         def meet_dtensors() -> None:
             nonlocal are_met
@@ -139,7 +122,7 @@ class Rule:
         else:
             updates = self._read_beside(grads, single, "out", out)
         operands = self._operands([grads, *states, updates])
-        if native is not None and grads:
+        if native is not None and self._operator is not None and grads:
             self._operate(operands, options, step_tensor, single)
         elif any(map(_dtensor.is_dtensor, chain(grads, *states, updates))):
             self._apply_to_parts(self._apply, operands, options, step_tensor, single)
@@ -163,21 +146,13 @@ class Rule:
         step_tensor = None
         for option, value in zip(self._options, values, strict=True):
             name = option.name
-            if option.kind == "flag":
-                options[name] = _checks.read_flag(name, value)
-            elif option.kind == "step" and isinstance(value, Tensor):
+            if option.kind != "step":
+                options[name] = option.read(name, value)
+            elif isinstance(value, Tensor):
                 options[name] = 0
                 step_tensor = value
-            elif option.kind == "step":
-                options[name] = _checks.read_whole_number(name, value, "an int")
-            elif option.kind == "numbers":
-                options[name] = _checks.read_numbers(name, value, option.length)
-            elif option.kind == "number":
-                options[name] = _checks.read_number(name, value)
-            elif value is None:
-                options[name] = None
             else:
-                options[name] = _checks.read_whole_number(name, value, "a whole number or None")
+                options[name] = read_whole_number(name, value, "an int")
         return options, step_tensor
 
     def check_options(self, options: dict[str, Any]) -> None:
@@ -185,12 +160,16 @@ class Rule:
         for option in self._options:
             value = options[option.name]
             if option.kind == "step":
-                _checks.check_step(value, options.get("correct_bias", False))
+                check_step(value, options.get("correct_bias", False))
             elif option.kind == "numbers":
                 for i, number in enumerate(value):
-                    _checks.check_domain(f"{option.name}[{i}]", number, option.domain)
+                    check_domain(f"{option.name}[{i}]", number, option.domain)
             elif option.kind != "flag" and value is not None:
-                _checks.check_domain(option.name, value, option.domain)
+                check_domain(option.name, value, option.domain)
+        self.check_together(options)
+
+    def check_together(self, options: dict[str, Any]) -> None:
+        """Raise for hyperparameters that do not go together."""
         if self._check is not None:
             self._check(**options)
 
@@ -266,15 +245,15 @@ class Rule:
         single: bool,
     ) -> None:
         if step_tensor is not None:
-            value = _checks.read_step_tensor(step_tensor)
-            options = options | {"step": _checks.read_whole_number("step", value, "an int")}
+            value = read_step_tensor(step_tensor)
+            options = options | {"step": read_whole_number("step", value, "an int")}
         self.check_options(options)
         _checks.check_operands(operands, single, options.get("use_shape_scaling", False))
         lists = (operand.tensors for operand in operands)
         for grad, *states, update in zip(*lists, strict=True):
             if grad.numel() == 0:
                 continue
-            if grad.device.type in _NATIVE_DEVICES:
+            if self._operator is not None and grad.device.type in _NATIVE_DEVICES:
                 row = [[tensor] for tensor in (update, grad, *states)]
                 self._operator(*row, *options.values())
             else:

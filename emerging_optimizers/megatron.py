@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import scalar_optimizers as rules
+from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
 from ._optimizer import (
     MASTER,
     SHARED_DEFAULTS,
-    STATE_DTYPES,
     ScalarOptimizer,
     as_local,
     check_master_dtype,
@@ -146,6 +146,7 @@ class MegatronMixin(ScalarOptimizer):
         _check_dtype("master_weight_dtype", master_weight_dtype, (torch.float32,))
         _check_dtype("exp_avg_dtype", exp_avg_dtype, STATE_DTYPES)
         _check_dtype("exp_avg_sq_dtype", exp_avg_sq_dtype, STATE_DTYPES)
+        read_optional_flag("set_grad_none", set_grad_none)
         rule_init: Any = super().__init__
         rule_init(
             params,
@@ -326,7 +327,7 @@ class MegatronMixin(ScalarOptimizer):
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         for group in groups:
-            if group["use_decoupled_grad"]:
+            if group["use_decoupled_grad"] is not False:
                 return False
         return super()._may_be_one_call(groups)
 
@@ -509,7 +510,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
             weight_decay,
             amsgrad,
             bias_correction=bias_correction,
-            weight_decay_method="decoupled" if adam_w_mode else "l2",
+            weight_decay_method="decoupled" if read_flag("adam_w_mode", adam_w_mode) else "l2",
             capturable=capturable,
             master_weights=master_weights,
             master_weight_dtype=master_weight_dtype,

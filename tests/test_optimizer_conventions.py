@@ -23,6 +23,8 @@ from torch.testing._internal.common_optimizers import (
     get_error_inputs_for_all_optims,
 )
 
+from emerging_optimizers import Adam, AdEMAMix
+
 
 def _inputs_of(setup: Setup) -> Any:
     def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
@@ -50,8 +52,9 @@ def _error_inputs_of(setup: Setup) -> Any:
         found: list[ErrorOptimizerInput] = get_error_inputs_for_all_optims(device, dtype)
         bad = [({"weight_decay": -1}, "Invalid weight_decay value: -1")]
         if "betas" in setup.cls.__init__.__annotations__:
-            betas = [1.0] + [0.0] * (setup.cls._num_betas - 1)
-            bad.append(({"betas": betas}, "Invalid beta at index 0: 1.0"))
+            betas = [1.0] + [0.0] * (2 if issubclass(setup.cls, AdEMAMix) else 1)
+            name = "beta parameter" if issubclass(setup.cls, Adam) else "beta"
+            bad.append(({"betas": betas}, f"Invalid {name} at index 0: 1.0"))
         for kwargs, message in bad:
             entry = OptimizerInput(params=None, kwargs=kwargs, desc=message)
             found.append(ErrorOptimizerInput(entry, error_type=ValueError, error_regex=message))

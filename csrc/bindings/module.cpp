@@ -196,6 +196,8 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   //   grads            None, or for each group a list of what to take as the parameters' gradients
   //   may_leave        whether what has to be stepped otherwise may be left
   //
+  // A hyperparameter that is none raises before anything is changed; the caller then says which.
+  //
   // Returns None where all are stepped, or for each group the indices of those that are left. Then
   // the others are stepped if `may_leave`, and if no group has fused=True and any left; or else
   // nothing is done.
@@ -242,6 +244,8 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   }
 
  private:
+  // As emerging_optimizers/_hyperparameters.py has it.
+  static constexpr double kLowestRate = -1e-12;
   // Elements from which on it pays to let other threads run.
   static constexpr int64_t kWorthTheGil = 1 << 18;
 
@@ -298,19 +302,29 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     static PyObject* const remainders = interned("store_param_remainders");
     static PyObject* const capturable = interned("capturable");
     static PyObject* const fused = interned("fused");
+    static PyObject* const foreach = interned("foreach");
+    static PyObject* const differentiable = interned("differentiable");
+    TORCH_CHECK_VALUE(!flag(group, differentiable), "does not support differentiable=True");
     ApplyUpdate epilogue;
     epilogue.weight_decay = read_number("weight_decay", item(group, weight_decay));
+    check_domain("weight_decay", -1, epilogue.weight_decay, Domain::kNonNegative);
     epilogue.method = read_method(item(group, method));
-    epilogue.maximize = is_true(item(group, maximize));
-    epilogue.is_stochastic = is_true(item(group, stochastic_rounding));
+    epilogue.maximize = flag(group, maximize);
+    epilogue.is_stochastic = flag(group, stochastic_rounding);
     epilogue.seed = seed;
-    return {Scalar("lr", item(group, lr)),
-            epilogue,
-            is_true(item(group, master_weights)),
-            PyDict_Contains(group.ptr(), remainders) == 1 && is_true(item(group, remainders)),
-            is_true(item(group, capturable)),
-            is_true(item(group, fused)),
-            first_position};
+    Scalar rate("lr", item(group, lr));
+    // Schedulers reach 0 by sums that rounding takes below it.
+    if (!rate.is_on_device() && !(rate.on(kHost).value >= kLowestRate)) {
+      check_domain("lr", -1, rate.on(kHost).value, Domain::kNonNegative);
+    }
+    const bool has_masters = flag(group, master_weights);
+    TORCH_CHECK_VALUE(!has_masters || !epilogue.is_stochastic,
+                      "master_weights and stochastic_rounding cannot be combined");
+    const bool must_be_native = flag(group, fused, Py_None);
+    TORCH_CHECK_VALUE(!flag(group, foreach, Py_None) || !must_be_native,
+                      "`fused` and `foreach` cannot be `True` together.");
+    return {std::move(rate),         epilogue,       has_masters,   flag(group, remainders),
+            flag(group, capturable), must_be_native, first_position};
   }
 
   // Of our own: another thread may change the list.
@@ -335,10 +349,13 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     return py::reinterpret_borrow<py::object>(value);
   }
 
-  static bool is_true(py::handle value) {
-    const int result = PyObject_IsTrue(value.ptr());
-    if (result < 0) throw py::error_already_set();
-    return result == 1;
+  // False where it is missing, or what else it may be.
+  static bool flag(py::handle group, PyObject* key, PyObject* other = Py_False) {
+    PyObject* const value = PyDict_GetItemWithError(group.ptr(), key);
+    if (value == Py_True) return true;
+    if (value == Py_False || value == other) return false;
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return value != nullptr && read_flag(PyUnicode_AsUTF8(key), value);
   }
 };
 

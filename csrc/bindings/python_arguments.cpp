@@ -15,9 +15,14 @@ namespace {
 
 const char* type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; }
 
+// Of values that errors show.
+constexpr Py_ssize_t kMaxText = 40;
+constexpr double kMaxNumber = 1e15;
+
 // A number's value; empty where the object is none.
 std::optional<double> as_number(py::handle value) {
   if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (PyUnicode_Check(value.ptr())) return std::nullopt;  // numpy's text converts to a double
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
     // Neither a number nor one that a double holds. Anything else, an interrupt say, is passed on.
@@ -31,6 +36,43 @@ std::optional<double> as_number(py::handle value) {
     return std::nullopt;
   }
   return number;
+}
+
+// A value's type; and the value, if it is short.
+std::string described(py::handle value) {
+  std::string text = type_name(value);
+  text.erase(0, text.rfind('.') + 1);  // numpy's have the module's name
+  py::object shown;
+  if (PyUnicode_Check(value.ptr())) {
+    if (PyUnicode_GET_LENGTH(value.ptr()) <= kMaxText) shown = py::str(value);
+  } else if (PyLong_Check(value.ptr()) || PyFloat_Check(value.ptr())) {
+    const bool is_short = std::abs(PyFloat_AsDouble(value.ptr())) < kMaxNumber;
+    if (is_short && PyErr_Occurred() == nullptr) shown = py::reinterpret_borrow<py::object>(value);
+    PyErr_Clear();  // of an int beyond a double
+  }
+  if (shown) text += " (" + py::repr(shown).cast<std::string>() + ")";
+  return text;
+}
+
+// What to do about a number that came as text.
+std::string advice(py::handle value) {
+  if (!PyUnicode_Check(value.ptr()) || PyUnicode_GET_LENGTH(value.ptr()) > kMaxText) return "";
+  const auto number = py::reinterpret_steal<py::object>(PyFloat_FromString(value.ptr()));
+  if (!number) {
+    PyErr_Clear();
+    return "";
+  }
+  const std::string convert = "convert it with float()";
+  auto text = py::str(value.attr("strip")()).cast<std::string>();
+  const size_t mark = text.find_first_of("eE");
+  if (mark == std::string::npos || text.find('_') != std::string::npos) return "; " + convert;
+  std::string mantissa = text.substr(0, mark);
+  std::string exponent = text.substr(mark + 1);
+  if (mantissa.find('.') == std::string::npos) mantissa += ".0";
+  if (exponent[0] != '+' && exponent[0] != '-') exponent = "+" + exponent;
+  if (mantissa.size() + 1 + exponent.size() == text.size()) return "; " + convert;
+  return "; YAML reads " + text + " as text: write " + mantissa + "e" + exponent + ", or " +
+         convert;
 }
 
 // A list, a tuple, an array, a ParameterList: what can be indexed, but by position.
@@ -49,7 +91,8 @@ int64_t read_whole_number(const char* name, py::handle value, const char* expect
   }
   PyErr_Clear();
   const auto number = as_number(value);
-  TORCH_CHECK_TYPE(number.has_value(), name, " must be ", expected, ", not ", type_name(value));
+  TORCH_CHECK_TYPE(number.has_value(), name, " must be ", expected, ", not ", described(value),
+                   advice(value));
   TORCH_CHECK_VALUE(!std::isnan(*number), name, " is nan; expected a whole number");
   TORCH_CHECK_TYPE(std::isfinite(*number) && std::floor(*number) == *number, name, " is ",
                    number_text(*number), "; expected a whole number");
@@ -102,7 +145,8 @@ void check_same_kind(const TensorArgument& grad, const TensorArgument& other) {
 
 double read_number(const char* name, py::handle value) {
   const auto number = as_number(value);
-  TORCH_CHECK_TYPE(number.has_value(), name, " must be a number, not ", type_name(value));
+  TORCH_CHECK_TYPE(number.has_value(), name, " must be a number, not ", described(value),
+                   advice(value));
   return *number;
 }
 
@@ -111,7 +155,7 @@ bool read_flag(const char* name, py::handle value) {
   if (value.ptr() == Py_False) return false;
   const std::string type = type_name(value);
   TORCH_CHECK_TYPE(type == "numpy.bool" || type == "numpy.bool_", name, " must be a bool, not ",
-                   type);
+                   described(value), advice(value));
   return PyObject_IsTrue(value.ptr()) == 1;
 }
 
@@ -122,14 +166,15 @@ std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
 
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
   TORCH_CHECK_TYPE(is_sequence(value), name, " must be a sequence of numbers, not ",
-                   type_name(value));
+                   described(value));
   const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
   if (!items) throw py::error_already_set();
   c10::SmallVector<double, 3> numbers;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
     const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);
     const auto number = as_number(item);
-    TORCH_CHECK_TYPE(number.has_value(), name, "[", i, "] must be a number, not ", type_name(item));
+    TORCH_CHECK_TYPE(number.has_value(), name, "[", i, "] must be a number, not ", described(item),
+                     advice(item));
     numbers.push_back(*number);
   }
   return numbers;

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .._checks import Beta, NonNegative, Step
+from .._hyperparameters import Beta, NonNegative, Step, read_flag
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
@@ -159,6 +159,7 @@ class Adam(ScalarOptimizer):
 
     _rule = _RULE
     _renamed: ClassVar = {"use_nesterov": "nesterov"}
+    _beta_title = "beta parameter"
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ class Adam(ScalarOptimizer):
         **options: Unpack[SharedOptions],
     ) -> None:
         _refuse_amsgrad(amsgrad)
-        if decoupled_weight_decay:
+        if read_flag("decoupled_weight_decay", decoupled_weight_decay):
             if weight_decay_method not in ("l2", "decoupled"):
                 raise ValueError(
                     "decoupled_weight_decay=True cannot be combined with"
@@ -212,13 +213,13 @@ class Adam(ScalarOptimizer):
         _refuse_amsgrad(saved.get("amsgrad", False))
         # A torch.optim.AdamW is an Adam with this key.
         translated = dict(saved)
-        if translated.pop("decoupled_weight_decay", False):
+        if read_flag("decoupled_weight_decay", translated.pop("decoupled_weight_decay", False)):
             translated.setdefault("weight_decay_method", "decoupled")
         return translated
 
 
 def _refuse_amsgrad(amsgrad: bool) -> None:
-    if amsgrad:
+    if read_flag("amsgrad", amsgrad):
         raise ValueError(
             "amsgrad=True is not supported; torch.optim.Adam and torch.optim.AdamW have it"
         )

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .._checks import Beta, NonNegative, Step
 from .._dtensor import is_dtensor
+from .._hyperparameters import Beta, NonNegative, Step
 from .._optimizer import (
     ScalarOptimizer,
     SharedOptions,
@@ -192,7 +192,7 @@ class LaProp(ScalarOptimizer):
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
         for group in groups:
-            if group["frob_normalize"]:
+            if group["frob_normalize"] is not False:
                 return False
         return super()._may_be_one_call(groups)
 

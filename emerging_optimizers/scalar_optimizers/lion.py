@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .._checks import Beta
+from .._hyperparameters import Beta
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 

@@ -1,0 +1,396 @@
+"""Wrong hyperparameters are refused wherever they come from, before anything is changed."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from optimizers import SETUPS, assert_same, contents, make_params, run, set_grads
+from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
+
+from emerging_optimizers import Adam, AdamW, Lion, ScalarOptimizer, megatron
+from emerging_optimizers._hyperparameters import Beta
+from emerging_optimizers._optimizer import KEPT_ON_LOAD
+from emerging_optimizers._rule import Rule
+
+MEGATRON = [getattr(megatron, name) for name in megatron.__all__ if name[0].isupper()]
+CLASSES = [
+    *(setup.cls for setup in SETUPS),
+    *(cls for cls in MEGATRON if cls is not megatron.MegatronMixin),
+]
+NAN = math.nan
+TEXT = "; convert it with float()"
+YAML = "; YAML reads 1e-4 as text: write 1.0e-4, or convert it with float()"
+
+
+# By key: wrong values, each with its error and the message up to where the group is named.
+Rows = Mapping[str, list[tuple[Any, type[Exception], str]]]
+
+
+def flag_rows(key: str) -> list[tuple[Any, type[Exception], str]]:
+    return [
+        ("yes", TypeError, f"{key} must be a bool, not str ('yes')"),
+        ("False", TypeError, f"{key} must be a bool, not str ('False')"),
+        (1, TypeError, f"{key} must be a bool, not int (1)"),
+        (0, TypeError, f"{key} must be a bool, not int (0)"),
+        (None, TypeError, f"{key} must be a bool, not NoneType"),
+    ]
+
+
+def beta_rows(key: str, title: str) -> list[tuple[Any, type[Exception], str]]:
+    return [
+        (1.0, ValueError, f"Invalid {title}: 1.0"),
+        (-1, ValueError, f"Invalid {title}: -1"),
+        (NAN, ValueError, f"Invalid {title}: nan"),
+        ("0.9", TypeError, f"{key} must be a number, not str ('0.9'){TEXT}"),
+    ]
+
+
+def warmup_rows(key: str) -> list[tuple[Any, type[Exception], str]]:
+    expected = f"{key} must be a whole number or None"
+    return [
+        ("3", TypeError, f"{expected}, not str ('3'){TEXT}"),
+        (2.5, TypeError, f"{key} is 2.5; expected a whole number"),
+        (-1, ValueError, f"Invalid {key}: -1"),
+        ([3], TypeError, f"{expected}, not list"),
+    ]
+
+
+ROWS: Rows = {
+    "lr": [
+        ("1e-4", TypeError, "lr must be a number, not str ('1e-4')" + YAML),
+        ("fast", TypeError, "lr must be a number, not str ('fast')"),
+        (None, TypeError, "lr must be a number, not NoneType"),
+        ([0.1], TypeError, "lr must be a number, not list"),
+        (-1, ValueError, "Invalid learning rate: -1"),
+        (NAN, ValueError, "Invalid learning rate: nan"),
+        (-math.inf, ValueError, "Invalid learning rate: -inf"),
+        (torch.tensor(-0.5), ValueError, "Invalid learning rate: -0.5"),
+        (torch.tensor(NAN), ValueError, "Invalid learning rate: nan"),
+        (torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+    ],
+    "weight_decay": [
+        ("0.1", TypeError, "weight_decay must be a number, not str ('0.1')" + TEXT),
+        (None, TypeError, "weight_decay must be a number, not NoneType"),
+        (-0.5, ValueError, "Invalid weight_decay value: -0.5"),
+        (NAN, ValueError, "Invalid weight_decay value: nan"),
+    ],
+    "weight_decay_method": [
+        ("l1", ValueError, "Invalid weight_decay_method: 'l1'; expected one of 'decoupled', "),
+        (["l2"], ValueError, "Invalid weight_decay_method: ['l2']; expected one of "),
+    ],
+    "eps": [
+        ("1e-4", TypeError, "eps must be a number, not str ('1e-4')" + YAML),
+        (-1e-8, ValueError, "Invalid epsilon value: -1e-08"),
+        (NAN, ValueError, "Invalid epsilon value: nan"),
+    ],
+    "momentum": beta_rows("momentum", "momentum"),
+    "min_beta_fast": beta_rows("min_beta_fast", "min_beta_fast"),
+    "alpha": [
+        (NAN, ValueError, "Invalid alpha: nan"),
+        ("2", TypeError, f"alpha must be a number, not str ('2'){TEXT}"),
+    ],
+    **{
+        key: warmup_rows(key)
+        for key in (
+            "num_alpha_warmup_steps",
+            "num_beta_slow_warmup_steps",
+            "num_beta_fast_warmup_steps",
+        )
+    },
+    **{
+        key: flag_rows(key)
+        for key in (
+            "maximize",
+            "capturable",
+            "master_weights",
+            "stochastic_rounding",
+            "differentiable",
+            "correct_bias",
+            "bias_correction",
+            "nesterov",
+            "use_shape_scaling",
+            "frob_normalize",
+            "use_decoupled_grad",
+            "store_param_remainders",
+        )
+    },
+    **{
+        key: [("no", TypeError, f"{key} must be a bool or None, not str ('no')")]
+        for key in ("fused", "foreach")
+    },
+}
+
+
+def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception], str]]:
+    group = optimizer.param_groups[0]
+    found = [(key, *row) for key, rows in ROWS.items() if key in group for row in rows]
+    if "betas" in group:
+        title = "beta parameter" if isinstance(optimizer, Adam) else "beta"
+        last = len(group["betas"]) - 1
+        for wrong, error, message in beta_rows(f"betas[{last}]", f"{title} at index {last}"):
+            found.append(("betas", (*group["betas"][:-1], wrong), error, message))
+        found += [
+            ("betas", 0.9, TypeError, "betas must be a sequence of numbers, not float (0.9)"),
+            ("betas", (0.9,), ValueError, f"betas has 1 values; expected {last + 1}"),
+        ]
+    return found
+
+
+def refused(
+    expected: type[Exception], message: str, where: str, call: Callable[[], object]
+) -> None:
+    with pytest.raises(expected) as caught:
+        call()
+    assert type(caught.value) is expected
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith(where)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+every_class = pytest.mark.parametrize(
+    "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
+)
+
+
+def make(cls: Any, fused: bool | None = None) -> tuple[ScalarOptimizer, list[Any]]:
+    """An optimizer of two groups that has done a step."""
+    params = make_params([(3, 4), (5, 2)])
+    optimizer = cls([{"params": params[:1], "fused": fused}, {"params": params[1:]}])
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    run(optimizer, params, [1])
+    set_grads(params, 2)
+    return optimizer, params
+
+
+@every_class
+def test_in_the_constructor_and_in_an_added_group(cls: Any) -> None:
+    optimizer, params = make(cls)
+    names = inspect.signature(cls).parameters
+    takes_all = "options" in names
+    groups = copy.deepcopy([{**g, "params": []} for g in optimizer.param_groups])
+    for key, value, error, message in rows_of(optimizer):
+        if key in names or (takes_all and key not in ("bias_correction", "foreach")):
+            refused(error, message, "", lambda k=key, v=value: cls(make_params(), **{k: v}))
+        added = {"params": make_params([(2,)]), key: value}
+        where = f" (param_groups[2][{key!r}])"
+        refused(error, message, where, lambda added=added: optimizer.add_param_group(added))
+    assert [{**g, "params": []} for g in optimizer.param_groups] == groups
+    run(optimizer, params, [2])
+
+
+@every_class
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+def test_set_later(cls: Any, fused: bool | None) -> None:
+    optimizer, _ = make(cls, fused)
+    before, rng = contents(optimizer), torch.get_rng_state()
+    group = optimizer.param_groups[1]
+    for key, value, error, message in rows_of(optimizer):
+        right, group[key] = group[key], value
+        refused(error, message, f" (param_groups[1][{key!r}])", optimizer.step)
+        group[key] = right
+    assert_same(contents(optimizer), before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    optimizer.step()
+    assert not torch.equal(contents(optimizer)[-2], before[-2])
+
+
+@every_class
+def test_in_what_is_loaded(cls: Any) -> None:
+    optimizer, _ = make(cls)
+    before, saved = contents(optimizer), optimizer.state_dict()
+    groups = copy.deepcopy([{**g, "params": []} for g in optimizer.param_groups])
+    for key, value, error, message in rows_of(optimizer):
+        state_dict = copy.deepcopy(saved)
+        state_dict["param_groups"][1][key] = value
+        state_dict["param_groups"][0]["weight_decay"] = 0.25
+        if key in KEPT_ON_LOAD or (type(value) is int and value in (0, 1)):
+            continue
+        where = f" (the loaded param_groups[1][{key!r}])"
+        refused(error, message, where, lambda s=state_dict: optimizer.load_state_dict(s))
+    assert [{**g, "params": []} for g in optimizer.param_groups] == groups
+    assert_same(contents(optimizer), before)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+def test_what_does_not_go_together_later(fused: bool | None) -> None:
+    optimizer, _ = make(AdamW, fused)
+    before = contents(optimizer)
+    group = optimizer.param_groups[1]
+    for changes, error, message in (
+        ({"differentiable": True}, ValueError, "AdamW does not support differentiable=True: "),
+        (
+            {"master_weights": True, "stochastic_rounding": True},
+            ValueError,
+            "master_weights and stochastic_rounding cannot be combined: ",
+        ),
+        (
+            {"fused": True, "foreach": True},
+            RuntimeError,
+            "`fused` and `foreach` cannot be `True` together.",
+        ),
+    ):
+        right = dict(group)
+        group.update(changes)  # type: ignore[arg-type]
+        refused(error, message, " (param_groups[1])", optimizer.step)
+        group.update(right)
+    assert_same(contents(optimizer), before)
+
+
+@pytest.mark.parametrize("value", ["no", 1, "True"])
+def test_flags_of_constructors_alone(value: Any) -> None:
+    def message(name: str, expected: str = "a bool") -> str:
+        return f"^{name} must be {expected}, not {type(value).__name__} \\({value!r}\\)"
+
+    for cls in (Adam, AdamW, megatron.FusedAdam):
+        with pytest.raises(TypeError, match=message("amsgrad")):
+            cls(make_params(), amsgrad=value)
+    with pytest.raises(TypeError, match=message("decoupled_weight_decay")):
+        Adam(make_params(), decoupled_weight_decay=value)
+    with pytest.raises(TypeError, match=message("adam_w_mode")):
+        megatron.FusedAdam(make_params(), adam_w_mode=value)
+    with pytest.raises(TypeError, match=message("set_grad_none", "a bool or None")):
+        megatron.Lion(make_params(), set_grad_none=value)
+
+
+# ---- what is accepted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+def test_numbers_of_other_types(fused: bool | None) -> None:
+    wanted = make_params()
+    run(AdamW(wanted, 0.125, (0.5, 0.75), 0.25, 0.5, fused=fused), wanted, [1, 2])
+    for lr, betas, eps, decay in (
+        (np.float32(0.125), np.array([0.5, 0.75]), np.float64(0.25), np.float16(0.5)),
+        (Decimal("0.125"), [Decimal("0.5"), Fraction(3, 4)], Fraction(1, 4), Decimal("0.5")),
+        (torch.tensor(0.125), torch.tensor([0.5, 0.75]), torch.tensor(0.25), torch.tensor([0.5])),
+        (torch.tensor([[0.125]]), (0.5, 0.75), 0.25, 0.5),
+    ):
+        given: Any = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
+        params, later = make_params(), make_params()
+        run(AdamW(params, **given, fused=fused), params, [1, 2])
+        optimizer = AdamW(later, fused=fused)
+        optimizer.param_groups[0].update(given)
+        run(optimizer, later, [1, 2])
+        assert_same([p.detach() for p in params], [p.detach() for p in wanted], str(given))
+        assert_same([p.detach() for p in later], [p.detach() for p in wanted], str(given))
+
+
+def test_bools_are_numbers_as_for_torch() -> None:
+    params, others = make_params(), make_params()
+    given: Any = {"lr": True, "weight_decay": False}
+    run(AdamW(params, **given), params, [1])
+    run(AdamW(others, lr=1.0, weight_decay=0.0), others, [1])
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
+
+
+def test_flags_of_numpy_become_bools() -> None:
+    """State dicts may hold no others."""
+    flags: Any = {"maximize": np.True_, "nesterov": np.bool_(True), "fused": np.False_}
+    params, others = make_params(), make_params()
+    optimizer = Adam(params, **flags)
+    group = optimizer.param_groups[0]
+    assert [group[key] for key in flags] == [True, True, False]
+    assert all(type(group[key]) is bool for key in flags)
+    run(optimizer, params, [1, 2])
+    run(Adam(others, maximize=True, nesterov=True, fused=False), others, [1, 2])
+    assert_same([p.detach() for p in params], [p.detach() for p in others])
+    group["maximize"], group["nesterov"] = np.True_, np.True_
+    run(optimizer, params, [3])
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "__setstate__"])
+def test_flags_that_were_saved_as_numbers(how: str) -> None:
+    """torch.optim and earlier versions take 1 for True, and save it so."""
+    params, others = make_params(), make_params()
+    optimizer, other = Adam(params, maximize=True), Adam(others)
+    run(optimizer, params, [1])
+    run(other, others, [1])
+    if how == "load_state_dict":
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        state_dict["param_groups"][0].update(maximize=1, amsgrad=0, nesterov=0, correct_bias=1)
+        other.load_state_dict(state_dict)
+    else:
+        other.param_groups[0].update(maximize=1, nesterov=0, correct_bias=1)
+        other = copy.deepcopy(other)
+        others = other.param_groups[0]["params"]
+    group = other.param_groups[0]
+    found = [group[key] for key in ("maximize", "nesterov", "correct_bias")]
+    assert found == [True, False, True]
+    assert all(type(value) is bool for value in found)
+    with torch.no_grad():
+        for param, same in zip(params, others, strict=True):
+            same.copy_(param)
+            for name, value in optimizer.state[param].items():
+                other.state[same][name].copy_(value)
+    run(optimizer, params, [2])
+    run(other, others, [2])
+    assert_same(contents(other), contents(optimizer))
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+def test_a_schedule_down_to_zero(fused: bool | None) -> None:
+    """Its sums end a rounding error below 0; a checkpoint of that step loads, too."""
+    params = make_params()
+    optimizer = AdamW(params, lr=1e-3, fused=fused)
+    schedule = LinearLR(optimizer, start_factor=0.4, end_factor=0.0, total_iters=7)
+    for step in range(1, 9):
+        run(optimizer, params, [step])
+        schedule.step()
+    assert -1e-18 < optimizer.param_groups[0]["lr"] < 0
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, [9])
+    assert_same([p.detach() for p in params], before)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["lr"] < 0
+
+
+# ---- rules of others -----------------------------------------------------------------------------
+
+
+def _heavy_ball(grad: Tensor, exp_avg: Tensor, momentum: float, alpha: Beta) -> Tensor:
+    return exp_avg.mul_(momentum).add_(grad).mul(1 - alpha)
+
+
+class HeavyBall(ScalarOptimizer):
+    """Its momentum is any number, as Signum's is not; its alpha less than 1, as AdEMAMix's."""
+
+    _rule = Rule("heavy_ball", _heavy_ball)
+
+    def __init__(self, params: Any, momentum: float = 2.0, alpha: float = 0.5, **o: Any) -> None:
+        given = {"lr": 0.5, "weight_decay": 0.0, "weight_decay_method": "l2"}
+        super().__init__(params, {**given, "momentum": momentum, "alpha": alpha}, o)  # type: ignore[arg-type]
+
+
+class Renamed(Lion):
+    """Lion's betas under the names that other rules have for other things."""
+
+    _renamed: ClassVar = {"momentum_beta": "alpha", "momentum_beta2": "eps"}
+
+    def __init__(self, params: Any, **given: Any) -> None:
+        shared = {"lr": 0.5, "weight_decay": 0.0, "weight_decay_method": "l2"}
+        ScalarOptimizer.__init__(self, params, {**shared, "alpha": 0.9, "eps": 0.5, **given}, {})
+
+
+def test_a_rules_domains_are_its_own() -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = HeavyBall([param], momentum=2.0)
+    for _ in range(2):
+        param.grad = torch.tensor([1.0, -2.0])
+        optimizer.step()
+    # Averages of 1 and then 2 * 1 + 1 times the gradient, halved by alpha and again by lr.
+    assert param.tolist() == [-1.0, 2.0]
+    optimizer.param_groups[0]["momentum"] = NAN
+    refused(ValueError, "Invalid momentum: nan", " (param_groups[0]['momentum'])", optimizer.step)
+    refused(ValueError, "Invalid alpha: 1.0", "", lambda: HeavyBall([param], alpha=1.0))
+    Renamed([param], alpha=0.0)
+    refused(ValueError, "Invalid alpha: 5.0", "", lambda: Renamed([param], alpha=5.0))
+    refused(ValueError, "Invalid epsilon value: 1.0", "", lambda: Renamed([param], eps=1.0))
