@@ -857,8 +857,8 @@ def _move(weights: Tensor, update: Tensor, lost: float) -> None:
     if lost >= 0.5:
         weights.mul_(1 - lost)
     elif lost != 0.0:
-        # 1 - lost would be rounded to 24 bits, of which a small fraction has few. An infinite weight
-        # stays what it is: it loses a finite amount.
+        # 1 - lost would be rounded to 24 bits, of which a small fraction has few. An infinite
+        # weight stays what it is: it loses a finite amount.
         largest = torch.finfo(weights.dtype).max
         update.add_(weights.clamp(-largest, largest), alpha=lost)
     weights.sub_(update)
