@@ -1,6 +1,5 @@
 """What the optimizers share: everything but the rule, its hyperparameters and its documentation."""
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
@@ -12,14 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from . import _checks
 from ._dtensor import increment_versions, is_dtensor, whole
-from ._hyperparameters import (
-    check_flags,
-    check_group,
-    flags_of,
-    read_group_flag,
-    read_option,
-    restore_flags,
-)
+from ._hyperparameters import check_flags, check_group, flags_of, read_group_flag, read_option
+from ._loading import before_load, settle, settle_counts, settle_state
 from ._native import native
 from ._rounding import (
     draw_seed,
@@ -29,6 +22,19 @@ from ._rounding import (
     rounding_key,
 )
 from ._rule import Rule, refuse_trace, store
+from ._states import (
+    HALF,
+    MASTER,
+    check_complete,
+    check_count,
+    check_master_dtype,
+    has_master,
+    is_absent,
+    new_counter,
+    param_name,
+    set_counter,
+    split_counters,
+)
 
 # What every step asks; without looking up each module on the way.
 _is_compiling = torch.compiler.is_compiling
@@ -37,9 +43,6 @@ _is_cuda_in_use = torch.cuda.is_initialized
 
 GroupKey: TypeAlias = str | tuple[str, int, int]
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
-
-_HALF = (torch.bfloat16, torch.float16)
-MASTER = "master_param"
 
 
 class SharedOptions(TypedDict, total=False):
@@ -64,20 +67,6 @@ SHARED_DEFAULTS: dict[str, Any] = {
     "differentiable": False,
 }
 
-# How a group is stored and run; the last two are of `megatron` only. A loaded state dict sets
-# hyperparameters, but none of these: it may come from another machine, or from an optimizer that
-# was set up otherwise.
-KEPT_ON_LOAD = (
-    "fused",
-    "foreach",
-    "capturable",
-    "state_dtype",
-    "master_weights",
-    "stochastic_rounding",
-    "use_decoupled_grad",
-    "store_param_remainders",
-)
-
 # The fraction of a parameter that a step takes from it.
 _LOST: dict[str, Callable[[float, float], float]] = {
     "decoupled": lambda lr, weight_decay: lr * weight_decay,
@@ -101,13 +90,6 @@ class StepArguments(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     seed: int
-
-
-class Saved:
-    """A loaded state tensor, hidden from torch, which would cast it to its parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
 
 
 class ScalarOptimizer(torch.optim.Optimizer):
@@ -236,13 +218,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for name in (*self._state_names, MASTER):
             if name != MASTER or state.get(name) is not None:
                 self._check_part(group, param, name, state.get(name))
-        step = state["step"]
-        if step.numel() != 1:
-            raise ValueError(f"state 'step' has {step.numel()} elements; expected 1")
-        if step.is_cpu and not 0.0 <= float(step) < math.inf:
-            raise ValueError(f"state 'step' is {float(step):g}; expected a number of steps")
+        check_count("state 'step'", state["step"])
 
-    def _check_part(self, group: dict[str, Any], param: Tensor, name: str, value: Any) -> None:
+    def _check_part(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        name: str,
+        value: Any,
+        is_loaded: bool = False,
+    ) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
         if value.shape != param.shape:
@@ -254,7 +239,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if name == MASTER:
             as_stored = self._dtype_of(group, name, param)
             check_master_dtype(as_stored == torch.int16, value)
-        _check_beside(f"state {name!r}", value, param, as_stored)
+            if value.dtype != as_stored:
+                raise TypeError(f"state {name!r} has dtype {value.dtype}; expected {as_stored}")
+        _check_beside(f"state {name!r}", value, param, as_stored, is_loaded)
         if not _is_placed_like(value, param):
             raise ValueError(f"state {name!r} is not distributed as its parameter is")
         _check_modified(f"state {name!r}", value)
@@ -289,15 +276,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
         step = state.get("step")
         if not isinstance(step, Tensor):
             device = param.device if group["capturable"] else torch.device("cpu")
-            state["step"] = new_counter(float(step or 0), device)
+            set_counter(state, new_counter(float(step or 0), device))
         for name in self._state_names:
-            if name not in state:
+            if is_absent(state.get(name)):
                 state[name] = torch.zeros_like(
                     param,
                     dtype=self._dtype_of(group, name, param),
                     memory_format=torch.preserve_format,
                 )
-        if MASTER not in state:
+        if is_absent(state.get(MASTER)):
+            state.pop(MASTER, None)
             master = self._init_master(group, param)
             if master is not None:
                 state[MASTER] = master
@@ -338,16 +326,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
             state_dict: The optimizer's state. Its tensors are not copied where they fit.
         """
         # Registered only now, so that it sees what the user's hooks return.
-        hook = self.register_load_state_dict_pre_hook(_before_load)
+        check: Any = before_load
+        hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-
-    def _saved_group(self, saved: dict[str, Any]) -> dict[str, Any]:
-        saved = dict(saved)
-        restore_flags(self, saved)
-        return self._translate_group(saved)
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group in this optimizer's terms."""
@@ -355,42 +339,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled, copied or loaded; of an older version, too."""
+        settle(self, state)  # what can fail comes first
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, default in {**self._option_defaults, **self.defaults}.items():
-                group.setdefault(key, default)
-            restore_flags(self, group)
-            for param in group["params"]:
-                if param in self.state:
-                    self._settle_state(group, param, self.state[param])
-        for values in self.state.values():
-            # What belongs to no parameter stays as it was saved.
-            if isinstance(values, dict):
-                values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
+
+    def _settle_counts(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        """Bring the counters of a loaded group's begun states, and its own, into agreement."""
+        settle_counts(self, group, states)
 
     def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Give what was loaded the device and the dtype that it has in this optimizer."""
-        if isinstance(state.get(MASTER), Saved) and group["master_weights"]:
-            is_remainder = self._dtype_of(group, MASTER, param) == torch.int16
-            check_master_dtype(is_remainder, state[MASTER].tensor)
-        if "step" in state:
-            step = state["step"]
-            if isinstance(step, Saved):
-                step = step.tensor
-            elif not isinstance(step, Tensor):
-                step = new_counter(float(step), torch.device("cpu"))
-            # A counter on its parameter's device may stay there, where it is counted without a
-            # read.
-            on_device = group["capturable"] or step.device == param.device
-            state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
-        for name, value in state.items():
-            if isinstance(value, Saved):
-                # What is no state of the rule stays as it was saved.
-                is_known = name == MASTER or name in self._state_names
-                dtype = self._dtype_of(group, name, param) if is_known else None
-                state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
-        if not has_master(group, param):
-            state.pop(MASTER, None)  # it would go stale
+        settle_state(self, group, param, state)
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -573,6 +531,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """
         left: dict[int, Collection[int]] = {}
         chosen = []
+        if not all(map(self._has_native_step, groups)):
+            split_counters(self.state.values())
         for i, group in enumerate(groups):
             if self._has_native_step(group):
                 chosen.append(i)
@@ -613,6 +573,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         Returns:
             By the index of a group, the indices of its parameters that are still left.
         """
+        split_counters(self.state.values())
         for group, indices in zip(groups, found, strict=True):
             self._prepare(group, indices, arguments)
         grads = []
@@ -667,17 +628,39 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for i in indices:
             self._check_param(group, params[i])
         for i in indices:
+            state = self.state.get(params[i])
+            if state and self._is_begun(group):
+                check_complete(self, group, state, f"the state of {param_name(self, group, i)}")
+        if not is_absent(group.get("step")):
+            self._count_from_group(group)
+        for i in indices:
             state = self._init_state(group, params[i])
             self._check_state(group, params[i], state)
             # From the first step that carries one, counters are where CUDA parameters are, so that
             # the host need not know whether they advance.
+            step = state["step"]
             needs_device = group["capturable"] or arguments.found_inf is not None
-            if needs_device and params[i].device.type == "cuda" and state["step"].is_cpu:
-                state["step"] = new_counter(float(state["step"]), params[i].device)
-            else:
-                # Its own, where several shared one.
-                state["step"] = state["step"].to(torch.float32, copy=True)
+            if needs_device and params[i].device.type == "cuda" and step.is_cpu:
+                state["step"] = new_counter(float(step), params[i].device)
+            elif step.dtype != torch.float32:
+                state["step"] = step.to(torch.float32)
         return indices
+
+    def _needs_count(self, group: dict[str, Any]) -> bool:
+        """Return whether an update depends on a count that a group's ``step`` does not say."""
+        return is_absent(group.get("step")) and "step" in self._rule.options
+
+    def _is_begun(self, group: dict[str, Any]) -> bool:
+        """Return whether a state may hold steps that were taken, so that it has to be complete."""
+        return True
+
+    def _count_from_group(self, group: dict[str, Any]) -> None:
+        """Let begun states that have no counter count from their group's ``step``."""
+        check_count("the group's 'step'", group["step"])
+        states = [state for param in group["params"] if (state := self.state.get(param))]
+        for own in self.param_groups:  # of which `group` may be a copy
+            if own["params"] is group["params"]:
+                settle_counts(self, own, states)
 
     def _grads(self, group: dict[str, Any]) -> list[Tensor | None]:
         return [self._grad(group, param) for param in group["params"]]
@@ -750,7 +733,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             restore_norms([weights], [param], norms)
 
         if weights is not values:
-            if group["stochastic_rounding"] and values.dtype in _HALF:
+            if group["stochastic_rounding"] and values.dtype in HALF:
                 bits = random_bits(rounding_key(seed, position, step), element_indices(values))
                 values.copy_(round_stochastically(weights.float(), values.dtype, bits))
             else:
@@ -789,54 +772,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         return master
 
 
-def _before_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Change what is to be loaded before torch sees it; a hook."""
-    assert isinstance(optimizer, ScalarOptimizer)
-    groups = state_dict["param_groups"]
-    for group in groups:
-        _check_saved_states(optimizer, group, state_dict["state"])
-    if len(groups) == len(optimizer.param_groups):  # if not, torch says so
-        groups = [
-            {
-                **{k: v for k, v in optimizer._saved_group(saved).items() if k not in KEPT_ON_LOAD},
-                **{k: own[k] for k in KEPT_ON_LOAD if k in own},
-            }
-            for saved, own in zip(groups, optimizer.param_groups, strict=True)
-        ]
-        defaults = {**optimizer._option_defaults, **optimizer.defaults}
-        for i, group in enumerate(groups):
-            check_group(optimizer, {**defaults, **group}, f"the loaded param_groups[{i}]")
-    state = {
-        key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        if isinstance(values, dict)
-        else values
-        for key, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
 def _dtype_text(state_dtype: StateDtype) -> str | dict[str, Any] | None:
     if isinstance(state_dtype, Mapping):
         return {name: _dtype_text(dtype) for name, dtype in state_dtype.items()}
     return None if state_dtype is None else str(state_dtype)
-
-
-def _check_saved_states(
-    optimizer: ScalarOptimizer, group: dict[str, Any], states: dict[Any, Any]
-) -> None:
-    """Raise for a state that lacks a part, which would begin anew beside a step that went on."""
-    wanted = optimizer._state_names
-    names = group.get("param_names") or group["params"]
-    for name, key in zip(names, group["params"], strict=True):
-        saved = states.get(key)
-        if not isinstance(saved, dict) or saved.keys().isdisjoint(["step", *wanted]):
-            continue
-        for part in wanted:
-            if part not in saved:
-                raise ValueError(
-                    f"the loaded state of parameter {name!r} has no {part!r}; it has"
-                    f" {', '.join(map(repr, saved))}"
-                )
 
 
 def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
@@ -864,12 +803,12 @@ def _move(weights: Tensor, update: Tensor, lost: float) -> None:
     weights.sub_(update)
 
 
-def has_master(group: dict[str, Any], param: Tensor) -> bool:
-    return bool(group["master_weights"]) and param.dtype in _HALF
-
-
 def _check_beside(
-    name: str, tensor: Tensor, param: Tensor, as_stored: torch.dtype | None = None
+    name: str,
+    tensor: Tensor,
+    param: Tensor,
+    as_stored: torch.dtype | None = None,
+    is_loaded: bool = False,
 ) -> None:
     """Raise for a tensor of a parameter's shape that yet is none for it."""
     is_number = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == as_stored
@@ -877,20 +816,13 @@ def _check_beside(
         raise TypeError(f"a parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
-    if tensor.device != param.device:
+    # What is loaded is moved; but a meta tensor has no values to move.
+    is_elsewhere = tensor.is_meta != param.is_meta if is_loaded else tensor.device != param.device
+    if is_elsewhere:
         raise ValueError(f"a parameter is on {param.device} but {name} is on {tensor.device}")
     if is_dtensor(tensor) != is_dtensor(param):
         raise TypeError(
             f"a parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
-        )
-
-
-def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
-    if is_remainder != (master.dtype == torch.int16):
-        raise TypeError(
-            f"a master_param has dtype {master.dtype}, but this optimizer stores"
-            f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
-            " store_param_remainders has to be as where it was saved"
         )
 
 
@@ -914,11 +846,6 @@ def _check_modified(name: str, tensor: Tensor) -> None:
             f"{name} overlaps itself in memory (an expanded tensor, with shape"
             f" {tuple(tensor.shape)} and strides {tensor.stride()})"
         )
-
-
-def new_counter(step: float, device: torch.device) -> Tensor:
-    # Not from a number in the host's memory, for which a device would be waited for.
-    return torch.full((), step, dtype=torch.float32, device=device)
 
 
 def _local_part(tensor: Any) -> Tensor:

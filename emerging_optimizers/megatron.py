@@ -14,14 +14,9 @@ from torch.optim.optimizer import ParamsT
 
 from . import scalar_optimizers as rules
 from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
-from ._optimizer import (
-    MASTER,
-    SHARED_DEFAULTS,
-    ScalarOptimizer,
-    as_local,
-    check_master_dtype,
-    new_counter,
-)
+from ._loading import count_of
+from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, as_local
+from ._states import MASTER, check_master_dtype, is_absent, is_begun, new_counter
 
 __all__ = [
     "AdEMAMix",
@@ -257,11 +252,8 @@ class MegatronMixin(ScalarOptimizer):
 
     def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if state and "step" not in state:
-            # First, where the native step looks for it.
-            others = dict(state)
-            state.clear()
-            state.update({"step": float(group.get("step", 0)), **others})
+        if state and is_absent(state.get("step")):
+            state["step"] = group.get("step") or 0
         return super()._init_state(group, param)
 
     def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
@@ -376,16 +368,29 @@ class MegatronMixin(ScalarOptimizer):
                     state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
                 saved["state"][key] = state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, here or in TransformerEngine's optimizer."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            steps = self._steps(group)
-            if "step" in group or steps:
-                group["step"] = int(group.get("step", max(steps, default=0)))
-            if len(set(steps)) == 1 or max(steps, default=0) != group.get("step", 0):
-                for param in group["params"]:
-                    self.state.get(param, {}).pop("step", None)
+    def _settle_counts(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        begun = [state for state in states if is_begun(self, state)]
+        step = group.pop("step", None)
+        if is_absent(step):
+            step = max((count_of(state) for state in begun), default=None)
+        if step is None:
+            return
+        group["step"] = int(step)
+        for state in begun:
+            # Megatron-Core copies what is in a state, and has no step to copy.
+            state.pop("step", None)
+
+    def _count_from_group(self, group: dict[str, Any]) -> None:
+        pass
+
+    def _needs_count(self, group: dict[str, Any]) -> bool:
+        # Where there is no key, it is 0: Megatron-Core loads states that it has allocated only.
+        return "step" in group and super()._needs_count(group)
+
+    def _is_begun(self, group: dict[str, Any]) -> bool:
+        # Before the first step, Megatron-Core gives parameters an exp_avg and an exp_avg_sq.
+        step = group.get("step", 0)
+        return isinstance(step, Tensor) or step != 0
 
     def _steps(self, group: dict[str, Any]) -> list[float]:
         states = [self.state.get(param, {}) for param in group["params"]]

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from emerging_optimizers import Adam, AdamW, Lion, ScalarOptimizer, megatron
 from emerging_optimizers._hyperparameters import Beta
-from emerging_optimizers._optimizer import KEPT_ON_LOAD
+from emerging_optimizers._loading import KEPT_ON_LOAD
 from emerging_optimizers._rule import Rule
 
 MEGATRON = [getattr(megatron, name) for name in megatron.__all__ if name[0].isupper()]

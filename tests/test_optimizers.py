@@ -790,6 +790,7 @@ def test_older_state_dicts(setup: Setup, fused: bool | None) -> None:
         if key not in ("params", "lr"):
             del group[key]
     group["unknown"] = "kept"
+    group["step"] = torch.tensor(6.0)  # for what has none
     state_dict["state"][0]["step"] = 2
     del state_dict["state"][1]["step"]
     state_dict["state"]["of no parameter"] = {"tensor": torch.ones(2)}
@@ -808,7 +809,8 @@ def test_older_state_dicts(setup: Setup, fused: bool | None) -> None:
     assert torch.equal(other.state["of no parameter"]["tensor"], torch.ones(2))  # type: ignore[index]
     assert isinstance(other.state[others[0]]["step"], Tensor)
     run(other, others, [3])
-    assert [other.state[p]["step"].item() for p in others] == [3, 1]
+    assert [other.state[p]["step"].item() for p in others] == [3, 7]
+    assert "step" not in loaded
     with pytest.raises(ValueError, match="different number of parameter groups"):
         setup.make(others).load_state_dict({"state": {}, "param_groups": []})
 
@@ -1273,9 +1275,13 @@ def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
     assert [p._version for p in params] == versions
     set_grads(params, 2)
     name = setup.states[-1]
-    for wrong, error in ((torch.zeros(5), ValueError), (None, TypeError)):
+    for wrong, error, message in (
+        (torch.zeros(5), ValueError, f"state '{name}' has shape"),
+        (3.0, TypeError, f"state '{name}' must be a Tensor"),
+        (None, ValueError, rf"the state of param_groups\[2\]\['params'\]\[0\] has no '{name}'"),
+    ):
         optimizer.state[params[2]][name] = wrong
-        with pytest.raises(error, match=f"state '{name}'"):
+        with pytest.raises(error, match=message):
             optimizer.step()
         del optimizer.state[params[2]][name]
         optimizer._init_state(optimizer.param_groups[2], params[2])

@@ -349,6 +349,8 @@ class GroupStep {
       } else {
         const bool is_remainder = is_halved && k == kOwn;
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
+        const bool is_master = c.has_master && k == kOwn;
+        if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
         if (k != kUpdate && !(is_remainder ? is_beside : is_alike)(*operand, param)) return false;
         if (k != kUpdate && !lies_alike(*operand)) {
           if (k != kGrad) return false;

@@ -16,11 +16,11 @@ from .._optimizer import (
     SharedOptions,
     StepArguments,
     frobenius_norms,
-    has_master,
     restore_norms,
 )
 from .._rule import Rule
 from .._schedules import bias_correction
+from .._states import has_master
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,212 @@
+"""Loading: everything that can be wrong is found before anything changes."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ._dtensor import is_dtensor
+from ._hyperparameters import check_group, restore_flags
+from ._states import (
+    MASTER,
+    check_complete,
+    check_count,
+    has_master,
+    is_absent,
+    is_begun,
+    new_counter,
+    param_name,
+    set_counter,
+)
+
+if TYPE_CHECKING:
+    from ._optimizer import ScalarOptimizer
+
+# How a group is stored and run; the last two are of `megatron` only. A loaded state dict sets
+# hyperparameters, but none of these: it may come from another machine, or from an optimizer that
+# was set up otherwise.
+KEPT_ON_LOAD = (
+    "fused",
+    "foreach",
+    "capturable",
+    "state_dtype",
+    "master_weights",
+    "stochastic_rounding",
+    "use_decoupled_grad",
+    "store_param_remainders",
+)
+
+
+class Saved:
+    """A loaded state tensor, hidden from torch, which would cast it to its parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Check what is to be loaded, and return it as torch is to see it; a hook."""
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    if list(map(_num_params, groups)) != list(map(_num_params, optimizer.param_groups)):
+        return None  # torch says so
+    loaded = []
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        readable = dict(saved)
+        restore_flags(optimizer, readable)
+        translated = optimizer._translate_group(readable)
+        loaded.append(
+            {
+                **{k: v for k, v in translated.items() if k not in KEPT_ON_LOAD},
+                **{k: group[k] for k in KEPT_ON_LOAD if k in group},
+            }
+        )
+    defaults = _defaults(optimizer, optimizer.defaults)
+    for i, (new, group) in enumerate(zip(loaded, optimizer.param_groups, strict=True)):
+        complete = {**defaults, **new, "params": group["params"]}
+        _check_group(optimizer, i, complete)
+        names = group.get("param_names")
+        if all(isinstance(key, str) for key in new["params"]):
+            names = new["params"]  # torch's tools know parameters by names
+        complete["param_names"] = new.get("param_names", names)
+        for index, key in enumerate(new["params"]):
+            if key in states:
+                _check_state(optimizer, complete, index, states[key])
+    hidden = {
+        key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for key, values in states.items()
+    }
+    return {**state_dict, "state": hidden, "param_groups": loaded}
+
+
+def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:
+    """Give what was pickled, copied or loaded the form that it has in this optimizer.
+
+    Args:
+        optimizer: Unchanged.
+        new: What its ``__setstate__`` is to take; of an older version, too. Modified in place.
+    """
+    is_loaded = "defaults" not in new
+    defaults = _defaults(optimizer, new.get("defaults") or optimizer.defaults)
+    states = new["state"]
+    for group in new["param_groups"]:
+        for key, default in defaults.items():
+            group.setdefault(key, default)
+        restore_flags(optimizer, group)
+        params = [param for param in group["params"] if param in states]
+        if is_loaded:
+            for param in params:
+                for name in [k for k, v in states[param].items() if is_absent(v)]:
+                    del states[param][name]
+            optimizer._settle_counts(group, [states[param] for param in params])
+        for param in params:
+            optimizer._settle_state(group, param, states[param])
+    for values in states.values():
+        # What belongs to no parameter stays as it was saved.
+        if isinstance(values, dict):
+            values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
+
+
+def settle_state(
+    optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
+) -> None:
+    """Give a state the device and the dtypes that it has in an optimizer."""
+    if "step" in state:
+        step = state["step"]
+        if isinstance(step, Saved):
+            step = step.tensor
+        elif not isinstance(step, Tensor):
+            step = new_counter(float(step), torch.device("cpu"))
+        # A counter on its parameter's device may stay there, where it is counted without a read.
+        on_device = group["capturable"] or step.device == param.device
+        state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
+    for name, value in state.items():
+        if isinstance(value, Saved):
+            # What is no state of the rule stays as it was saved.
+            is_known = name == MASTER or name in optimizer._state_names
+            dtype = optimizer._dtype_of(group, name, param) if is_known else None
+            state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
+    if not has_master(group, param):
+        state.pop(MASTER, None)  # it would go stale
+
+
+def count_of(state: dict[str, Any]) -> float:
+    """Return how many steps a loaded state counts; 0 where it has no counter."""
+    step = state.get("step")
+    return float(step.tensor if isinstance(step, Saved) else step or 0)
+
+
+def settle_counts(
+    optimizer: "ScalarOptimizer", group: dict[str, Any], states: list[dict[str, Any]]
+) -> None:
+    """Let begun states that have no counter count from their group's ``step``, which then goes."""
+    step = group.pop("step", None)
+    for state in states:
+        if is_begun(optimizer, state) and is_absent(state.get("step")):
+            set_counter(state, new_counter(float(step or 0), torch.device("cpu")))
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _num_params(group: dict[str, Any]) -> int:
+    return len(group["params"])
+
+
+def _defaults(optimizer: "ScalarOptimizer", defaults: dict[str, Any]) -> dict[str, Any]:
+    return {**optimizer._option_defaults, **defaults}
+
+
+def _check_group(optimizer: "ScalarOptimizer", index: int, group: dict[str, Any]) -> None:
+    check_group(optimizer, group, f"the loaded param_groups[{index}]")
+    step = group.get("step")
+    if not is_absent(step):
+        check_count(f"the loaded param_groups[{index}]['step']", step)
+
+
+def _check_state(
+    optimizer: "ScalarOptimizer", group: dict[str, Any], index: int, state: Any
+) -> None:
+    param = group["params"][index]
+    what = f"the loaded state of {param_name(optimizer, group, index)}"
+    if not isinstance(state, dict):
+        raise TypeError(f"{what} must be a dict, not {type(state).__name__}")
+    check_complete(optimizer, group, state, what)
+    try:
+        for name, value in _tensors(optimizer, group, param, state):
+            optimizer._check_part(group, param, name, value, is_loaded=True)
+            if _shares_memory(value, param):
+                raise ValueError(f"state {name!r} shares memory with its parameter")
+        if not is_absent(state.get("step")):
+            check_count("state 'step'", state["step"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        kinds = (TypeError, ValueError, RuntimeError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{what}: {error}") from None
+
+
+def _shares_memory(value: Tensor, param: Tensor) -> bool:
+    """Return whether tensors that have values lie within a range of memory of each other."""
+    ranges = []
+    for tensor in (value, param):
+        if is_dtensor(tensor):
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
+        if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
+            return False
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.data_ptr()
+        ranges.append((tensor.device, start, start + (reach + 1) * tensor.element_size()))
+    (device, start, end), (other_device, other_start, other_end) = ranges
+    return device == other_device and start < other_end and other_start < end
+
+
+def _tensors(
+    optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    names = [*optimizer._state_names, *([MASTER] if has_master(group, param) else [])]
+    for name in names:
+        if not is_absent(state.get(name)):
+            yield name, state[name]

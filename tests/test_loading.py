@@ -1,0 +1,432 @@
+"""State dicts that are rejected change nothing; what a state lacks is found, or an error."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optimizers import (
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_params,
+    run,
+    set_grads,
+)
+from torch import Tensor, nn
+
+from emerging_optimizers import AdamW, Lion, megatron
+
+BF16, F32 = torch.bfloat16, torch.float32
+ways = pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+MEGATRON = [
+    megatron.FusedAdam,
+    megatron.AdEMAMix,
+    megatron.LaProp,
+    megatron.Lion,
+    megatron.Signum,
+    megatron.SimplifiedAdEMAMix,
+]
+MASTERS = {"master_weights": True}
+REMAINDERS = {"master_weights": True, "store_param_remainders": True}
+
+
+def snapshot(optimizer: Any) -> tuple[Any, ...]:
+    """All that a load could change: keys, values, and which tensors there are."""
+    groups = [
+        {k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in groups_of(optimizer)
+    ]
+    params = [[id(p) for p in g["params"]] for g in groups_of(optimizer)]
+    states = {id(p): {k: id(v) for k, v in s.items()} for p, s in optimizer.state.items()}
+    return groups, params, states, copy.deepcopy(optimizer.defaults)
+
+
+def groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return groups
+
+
+def assert_rejected(make: Callable[[Any], Any], dtype: torch.dtype, load: Any, error: Any) -> None:
+    """Compare to an optimizer that has never tried to load."""
+    params, others = make_params(dtype=dtype), make_params(dtype=dtype)
+    optimizer, other = make(params), make(others)
+    run(optimizer, params, [1, 2])
+    run(other, others, [1, 2])
+    before = snapshot(optimizer)
+    with pytest.raises(error[0], match=error[1]):
+        load(optimizer)
+    assert snapshot(optimizer) == before
+    run(optimizer, params, [3, 4])
+    run(other, others, [3, 4])
+    assert_bits(optimizer, other)
+
+
+def assert_bits(optimizer: Any, other: Any) -> None:
+    got, wanted = contents(optimizer), contents(other)
+    assert_same([_bits(t) for t in got], [_bits(t) for t in wanted])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(BF16) if tensor.dtype == torch.int16 else tensor
+
+
+# ---- rejected loads ------------------------------------------------------------------------------
+
+FIRST = r"param_groups\[0\]\['params'\]\[0\]"
+PARAM = r"param_groups\[0\]\['params'\]\[1\]"
+
+
+def _state(name: str, value: Any) -> Callable[[dict[str, Any], Any], None]:
+    def change(saved: dict[str, Any], optimizer: Any) -> None:
+        key = optimizer._state_names[-1] if name == "last" else name
+        saved["state"][1][key] = value
+
+    return change
+
+
+def _group(name: str, value: Any) -> Callable[[dict[str, Any], Any], None]:
+    def change(saved: dict[str, Any], optimizer: Any) -> None:
+        saved["param_groups"][0][name] = value
+
+    return change
+
+
+def _replace_state(saved: dict[str, Any], optimizer: Any) -> None:
+    saved["state"][1] = torch.zeros(3)
+
+
+def _remove_last(saved: dict[str, Any], optimizer: Any) -> None:
+    del saved["state"][1][optimizer._state_names[-1]]
+
+
+def _add_group(saved: dict[str, Any], optimizer: Any) -> None:
+    saved["param_groups"].append({**saved["param_groups"][0], "params": []})
+
+
+def _drop_param(saved: dict[str, Any], optimizer: Any) -> None:
+    saved["param_groups"][0]["params"].pop()
+
+
+BREAKAGES: dict[str, tuple[Any, Any]] = {
+    "missing": (_remove_last, (ValueError, rf"the loaded state of {PARAM} has no 'exp_avg")),
+    "None": (_state("last", None), (ValueError, rf"{PARAM} has no 'exp_avg")),
+    "shape": (_state("last", torch.zeros(3)), (ValueError, rf"{PARAM}: state 'exp.* has shape")),
+    "dtype": (
+        _state("last", torch.zeros(5, 2, dtype=torch.int64)),
+        (TypeError, rf"{PARAM}.*has dtype torch\.int64"),
+    ),
+    "no tensor": (_state("last", 1.0), (TypeError, rf"{PARAM}.*must be a Tensor, not float")),
+    "meta": (_state("last", torch.zeros(5, 2, device="meta")), (ValueError, rf"{PARAM}.*on meta")),
+    "no memory": (_state("last", torch.zeros(5, 2)), (ValueError, rf"{PARAM}.*has no memory")),
+    "step -1": (_state("step", -1), (ValueError, rf"{PARAM}: state 'step' is -1")),
+    "step text": (_state("step", "3"), (TypeError, rf"{PARAM}: state 'step' must be a number")),
+    "step nan": (_state("step", torch.tensor(torch.nan)), (ValueError, "'step' is nan")),
+    "steps": (_state("step", torch.ones(2)), (ValueError, "'step' has 2 elements")),
+    "no dict": (_replace_state, (TypeError, rf"{PARAM} must be a dict, not Tensor")),
+    "lr": (_group("lr", -1.0), (ValueError, "-1")),
+    "weight decay": (_group("weight_decay", torch.nan), (ValueError, "nan")),
+    "method": (_group("weight_decay_method", "no"), (ValueError, "Invalid weight_decay_method")),
+    "differentiable": (_group("differentiable", True), (ValueError, "differentiable=True")),
+    "group's step": (_group("step", -2), (ValueError, r"param_groups\[0\]\['step'\] is -2")),
+    "groups": (_add_group, (ValueError, "different number of parameter groups")),
+    "parameters": (_drop_param, (ValueError, "doesn't match the size")),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+@pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam, megatron.AdEMAMix])
+def test_a_rejected_load_changes_nothing(cls: Any, breakage: str) -> None:
+    change, error = BREAKAGES[breakage]
+
+    def load(optimizer: Any) -> None:
+        params = make_params()
+        source = cls(params, lr=0.5)
+        run(source, params, [5, 6, 7])
+        saved = copy.deepcopy(source.state_dict())
+        change(saved, optimizer)
+        if breakage == "no memory":
+            saved["state"][1][optimizer._state_names[-1]].untyped_storage().resize_(0)
+        optimizer.load_state_dict(saved)
+
+    assert_rejected(lambda params: cls(params, lr=0.01, weight_decay=0.1), F32, load, error)
+
+
+@ways
+@pytest.mark.parametrize("stores", [False, True], ids=["masters", "remainders"])
+def test_masters_of_the_other_kind_are_rejected(stores: bool, fused: bool | None) -> None:
+    def make(params: Any, stores: bool = stores) -> Any:
+        groups = [{"params": params, "fused": fused}]
+        return megatron.FusedAdam(groups, **(REMAINDERS if stores else MASTERS))
+
+    def load(optimizer: Any) -> None:
+        params = make_params(dtype=BF16)
+        source = make(params, not stores)
+        run(source, params, [5])
+        optimizer.load_state_dict(source.state_dict())
+
+    assert_rejected(make, BF16, load, (TypeError, rf"{FIRST}.*store_param_remainders has to"))
+
+
+def test_other_errors_change_nothing_either() -> None:
+    """Of a class's own checks, of torch, and of ``__setstate__``."""
+
+    def amsgrad(optimizer: Any) -> None:
+        optimizer.load_state_dict(torch.optim.Adam(make_params(), amsgrad=True, lr=7).state_dict())
+
+    def uncopyable(optimizer: Any) -> None:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["extra"] = 2 * torch.tensor(0.5, requires_grad=True)
+        optimizer.load_state_dict(saved)
+
+    def set_state(optimizer: Any) -> None:
+        group = {**optimizer.param_groups[0], "lr": 7}
+        states = {param: {"step": "text"} for param in group["params"]}
+        optimizer.__setstate__({"state": states, "param_groups": [group]})
+
+    for load, error in (
+        (amsgrad, (ValueError, "amsgrad=True is not supported")),
+        (uncopyable, (RuntimeError, "deepcopy")),
+        (set_state, (ValueError, "could not convert")),
+    ):
+        assert_rejected(AdamW, F32, load, error)
+        if load is not set_state:
+            assert_rejected(megatron.FusedAdam, F32, load, error)
+
+
+def test_a_name_is_in_the_error() -> None:
+    optimizer = AdamW([("a", make_params()[0]), ("b", make_params()[1])])
+    run(optimizer, optimizer.param_groups[0]["params"], [1])
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][1]["exp_avg"]
+    with pytest.raises(ValueError, match=rf"{PARAM} \('b'\) has no 'exp_avg'; it has 'step'"):
+        optimizer.load_state_dict(saved)
+
+
+# ---- a step that is missing ----------------------------------------------------------------------
+
+
+@ways
+@every_optimizer
+@pytest.mark.parametrize("step", [2, 2.0, torch.tensor(2), torch.tensor([2.0])], ids=repr)
+def test_a_groups_step_counts(setup: Setup, step: Any, fused: bool | None) -> None:
+    """As apex and TransformerEngine save it."""
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    run(optimizer, params, [1, 2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["step"] = step
+    del saved["state"][0]["step"]
+    saved["state"][1]["step"] = None
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = setup.make(others, fused=fused)
+    other.load_state_dict(saved)
+    assert "step" not in other.param_groups[0]  # it would go stale
+    run(optimizer, params, [3, 4])
+    run(other, others, [3, 4])
+    assert_bits(other, optimizer)
+    assert "step" not in other.state_dict()["param_groups"][0]
+
+
+@ways
+@every_optimizer
+@pytest.mark.parametrize("how", ["loaded", "by hand"])
+def test_no_step_at_all(setup: Setup, how: str, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make(params, fused=fused)
+    run(optimizer, params, [1, 2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["step"] = None
+    for state in saved["state"].values():
+        del state["step"]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = setup.make(others, fused=fused)
+
+    def go_on() -> None:
+        if how == "loaded":
+            other.load_state_dict(saved)
+        for param, state in zip(others, saved["state"].values(), strict=True):
+            other.state[param] = dict(state)
+        run(other, others, [3])
+
+    if setup.cls is Lion:
+        run(optimizer, params, [3])
+        go_on()
+        assert_same(others, params)
+        assert other.state[others[0]]["step"].item() == 1
+        return
+    before = [p.detach().clone() for p in others]
+    what = "the loaded state" if how == "loaded" else "the state"
+    pattern = rf"{what} of param_groups\[0\]\['params'\]\[0\] has no 'step', and neither"
+    with pytest.raises(ValueError, match=pattern):
+        go_on()
+    assert_same(others, before)
+    if how == "by hand":
+        other.param_groups[0]["step"] = 2
+        run(other, others, [3])
+        run(optimizer, params, [3])
+        assert_bits(other, optimizer)
+        assert "step" not in other.param_groups[0]
+
+
+@ways
+@every_optimizer
+def test_a_state_that_is_missing_at_a_step(setup: Setup, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = setup.make([{"params": [p]} for p in params], fused=fused)
+    run(optimizer, params, [1])
+    for name in setup.states:
+        state = optimizer.state[params[1]]
+        kept = state.pop(name)
+        before = contents(optimizer)
+        pattern = rf"the state of param_groups\[1\]\['params'\]\[0\] has no '{name}'; it has 'step'"
+        with pytest.raises(ValueError, match=pattern):
+            run(optimizer, params, [2])
+        assert_same(contents(optimizer), before)
+        state[name] = kept
+
+
+@ways
+@every_optimizer
+def test_a_parameter_without_a_state_starts_anew(setup: Setup, fused: bool | None) -> None:
+    """As in torch: one that was frozen until now."""
+    params, others = make_params(), make_params()
+    optimizer = setup.make(params, fused=fused)
+    run(optimizer, params, [1, 2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1] = {}
+    saved["param_groups"][0]["step"] = 2
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        params[1].copy_(others[1])
+    other = setup.make(others, fused=fused)
+    run(optimizer, params, [3])
+    run(other, others, [3])
+    assert_same([params[1].detach()], [others[1].detach()])
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 1]
+
+
+@pytest.mark.parametrize("cls", MEGATRON)
+def test_none_as_a_megatron_groups_step(cls: Any) -> None:
+    params = make_params()
+    optimizer = cls(params)
+    run(optimizer, params, [1, 2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["step"] = None
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = cls(others)
+    other.load_state_dict(copy.deepcopy(saved))
+    assert other.param_groups[0]["step"] == 2
+    run(optimizer, params, [3])
+    run(other, others, [3])
+    assert_same(others, params)
+    for state in saved["state"].values():
+        state["step"] = None
+    if cls is megatron.Lion:
+        other.load_state_dict(saved)
+        return
+    with pytest.raises(ValueError, match="has no 'step', and neither has its group"):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["step"] == 3
+
+
+# ---- masters -------------------------------------------------------------------------------------
+
+
+def _sharing(param: Tensor) -> Tensor:
+    """A float32 tensor of the parameter's shape, in the same memory."""
+    buffer = torch.zeros(2 * param.numel(), dtype=BF16)
+    buffer[: param.numel()] = param.detach().flatten()
+    param.data = buffer[: param.numel()].view(param.shape)
+    return buffer.view(F32).view(param.shape)
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "bfloat16": (lambda p: p.detach().clone(), r"dtype torch\.bfloat16"),
+    "float64": (lambda p: p.detach().double(), r"dtype torch\.float64"),
+    "int32": (lambda p: p.detach().int(), r"dtype torch\.int32"),
+    "shape": (lambda p: torch.zeros(p.numel()), "has shape"),
+    "sparse": (lambda p: p.detach().float().to_sparse(), "layout"),
+    "expanded": (lambda p: torch.zeros(()).expand(p.shape), "overlaps itself"),
+    "number": (lambda p: 1.0, "must be a Tensor"),
+}
+
+
+@ways
+@pytest.mark.parametrize("absent", [None, {}], ids=repr)
+@pytest.mark.parametrize("how", ["loaded", "by hand", "loaded, remainder", "by hand, remainder"])
+def test_an_absent_master_is_made_anew(how: str, absent: Any, fused: bool | None) -> None:
+    def make(params: Any) -> Any:
+        if "remainder" in how:
+            return megatron.FusedAdam([{"params": params, "fused": fused}], lr=1e-3, **REMAINDERS)
+        return AdamW(params, lr=1e-3, fused=fused, **MASTERS)
+
+    params, others = make_params(dtype=BF16), make_params(dtype=BF16)
+    optimizer, other = make(params), make(others)
+    for each, tensors in ((optimizer, params), (other, others)):
+        run(each, tensors, [1])
+    if how.startswith("loaded"):
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            state["master_param"] = absent
+        optimizer.load_state_dict(saved)
+    else:
+        for state in optimizer.state.values():
+            state["master_param"] = absent
+    for param, state in other.state.items():
+        if "remainder" in how:
+            state["master_param"].zero_()
+        else:
+            state["master_param"].copy_(param)
+    for _ in range(15):
+        for param, same in zip(params, others, strict=True):
+            param.grad, same.grad = torch.ones_like(param), torch.ones_like(param)
+        optimizer.step()
+        other.step()
+    assert_bits(optimizer, other)
+    assert not torch.equal(params[0], make_params(dtype=BF16)[0])
+
+
+@ways
+@pytest.mark.parametrize("wrong", [*WRONG, "sharing", "meta", "no memory"])
+@pytest.mark.parametrize("how", ["loaded", "by hand"])
+def test_what_is_no_master_is_rejected(how: str, wrong: str, fused: bool | None) -> None:
+    if wrong == "sharing" and how == "by hand":
+        pytest.skip("found with all other memory that is shared, in test_overlap.py")
+    params = make_params(dtype=BF16)
+    optimizer = AdamW(params, fused=fused, **MASTERS)
+    run(optimizer, params, [1])
+    if wrong == "sharing":
+        master, pattern = _sharing(params[1]), "shares memory with its parameter"
+    elif wrong == "meta":
+        master, pattern = torch.zeros(5, 2, device="meta"), "on meta"
+    elif wrong == "no memory":
+        master, pattern = torch.zeros(5, 2), "has no memory"
+        master.untyped_storage().resize_(0)
+    else:
+        make, pattern = WRONG[wrong]
+        master = make(params[1])
+    before = [p.detach().clone() for p in params]
+    saved = optimizer.state_dict()
+    saved["state"][1] = {**saved["state"][1], "master_param": master}
+    if how == "by hand":
+        optimizer.state[params[1]]["master_param"] = master
+        set_grads(params, 2)
+    go_on = optimizer.step if how == "by hand" else lambda: optimizer.load_state_dict(saved)
+    with pytest.raises((TypeError, ValueError), match=pattern):
+        go_on()
+    assert_same([p.detach() for p in params], before)
+
+
+@ways
+def test_a_master_where_remainders_are_stored(fused: bool | None) -> None:
+    params = make_params(dtype=BF16)
+    optimizer = megatron.FusedAdam([{"params": params, "fused": fused}], **REMAINDERS)
+    run(optimizer, params, [1])
+    optimizer.state[params[1]]["master_param"] = torch.zeros(3, dtype=torch.int16)
+    with pytest.raises(ValueError, match="'master_param' has shape"):
+        run(optimizer, params, [2])
+    optimizer.state[params[1]]["master_param"] = torch.zeros(5, 2)
+    with pytest.raises(TypeError, match="store_param_remainders has to be as"):
+        run(optimizer, params, [2])
