@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._values import is_fake
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -177,7 +179,7 @@ def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
         operands, key=lambda operand: (not operand.in_place, operand.name != "out")
     ):
         for position, tensor in enumerate(operand.tensors):
-            if tensor.numel() == 0 or tensor.is_meta:
+            if tensor.numel() == 0 or tensor.is_meta or is_fake(tensor):
                 continue
             key = (tensor.device, tensor.data_ptr())
             found = modified.get(key)

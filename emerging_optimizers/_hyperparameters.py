@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._dtensor import whole
+from ._values import HYPERPARAMETER, has_value, read
 
 if TYPE_CHECKING:
     from ._optimizer import GroupKey, ScalarOptimizer
@@ -83,7 +84,7 @@ def _as_float(value: Any) -> float | None:
     if is_text or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         return None
     try:
-        return float(value)
+        return read(value, HYPERPARAMETER)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
 
@@ -145,6 +146,8 @@ def read_whole_number(name: str, value: Any, expected: str) -> int:
     """Return an int for an int or an integral float."""
     if isinstance(value, int):
         return value
+    if not has_value(value):
+        return 1
     if hasattr(value, "__index__"):
         return int(value.__index__())
     number = _as_float(value)
@@ -174,7 +177,7 @@ def read_step_tensor(step: Tensor) -> float:
             f"step is a tensor of dtype {str(step.dtype).removeprefix('torch.')} with {step.dim()}"
             " dimensions; expected an int or a 0-dim tensor of dtype int64 or float32"
         )
-    return step.item()
+    return step.item() if torch.compiler.is_compiling() or has_value(step) else 1
 
 
 # ---- domains -------------------------------------------------------------------------------------

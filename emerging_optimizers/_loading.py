@@ -20,6 +20,7 @@ from ._states import (
     param_name,
     set_counter,
 )
+from ._values import read
 
 if TYPE_CHECKING:
     from ._optimizer import ScalarOptimizer
@@ -136,7 +137,7 @@ def settle_state(
 def count_of(state: dict[str, Any]) -> float:
     """Return how many steps a loaded state counts; 0 where it has no counter."""
     step = state.get("step")
-    return float(step.tensor if isinstance(step, Saved) else step or 0)
+    return 0.0 if step is None else read(step.tensor if isinstance(step, Saved) else step, 1)
 
 
 def settle_counts(
@@ -146,7 +147,8 @@ def settle_counts(
     step = group.pop("step", None)
     for state in states:
         if is_begun(optimizer, state) and is_absent(state.get("step")):
-            set_counter(state, new_counter(float(step or 0), torch.device("cpu")))
+            count = 0.0 if is_absent(step) else read(step, 1)
+            set_counter(state, new_counter(count, torch.device("cpu")))
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from ._states import (
     set_counter,
     split_counters,
 )
+from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 
 # What every step asks; without looking up each module on the way.
 _is_compiling = torch.compiler.is_compiling
@@ -455,7 +456,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if found_inf is not None:
             if isinstance(found_inf, Tensor):
                 found_inf = whole(found_inf)
-                if not found_inf.is_cuda and float(found_inf) != 0.0:
+                if not found_inf.is_cuda and read(found_inf, 0.0) != 0.0:
                     return found_inf
             else:
                 found_inf = None  # of a GradScaler that found no gradients, their sum: 0
@@ -463,6 +464,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         positions = []
         num_params = 0
         draws, are_rates_floats = False, True
+        has_tensors = not (grad_multiplier is None and grad_scale is None and found_inf is None)
         for group in groups:
             positions.append(num_params)
             num_params += len(group["params"])
@@ -471,12 +473,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not are_rates_floats:
             # Those of DTensors once, by all processes, whatever is then left to each of them.
             groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
+            has_tensors = True
         if draws:
             for i, group in enumerate(groups):
                 check_flags(self, group, f"param_groups[{i}]")  # before a seed is drawn
         seed = draw_seed() if draws else 0
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
-        if self._may_be_one_call(groups):
+        if has_tensors and not have_values((*(group["lr"] for group in groups), *arguments)):
+            left = self._prepare_all(groups, StepArguments(*arguments))
+        elif self._may_be_one_call(groups):
             # Here, for the layers below take as long as five small parameters do. Nothing is done
             # where any are left.
             keys, names = self._group_keys, self._state_names
@@ -511,6 +516,21 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""
         return False
+
+    def _prepare_all(
+        self, groups: Sequence[dict[str, Any]], arguments: StepArguments
+    ) -> dict[int, Collection[int]]:
+        """Leave all parameters to the plain step, where there are no values to compute with.
+
+        Returns:
+            As `_native_step`.
+        """
+        for i, group in enumerate(self.param_groups):
+            check_group(self, group, f"param_groups[{i}]")
+        return {
+            i: self._prepare(group, range(len(group["params"])), arguments)
+            for i, group in enumerate(groups)
+        }
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         """Return whether there may be a native step for what a group asks."""
@@ -573,6 +593,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         Returns:
             By the index of a group, the indices of its parameters that are still left.
         """
+        params = (g["params"][i] for g, indices in zip(groups, found, strict=True) for i in indices)
+        if is_tracing() or any(map(is_fake, params)):
+            return self._prepare_all(groups, arguments)
         split_counters(self.state.values())
         for group, indices in zip(groups, found, strict=True):
             self._prepare(group, indices, arguments)
@@ -625,6 +648,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         refuse_trace("an optimizer's step")
         params = group["params"]
         indices = [i for i in indices if self._grad(group, params[i]) is not None]
+        if is_tracing():
+            for i in indices:
+                params[i].detach()  # an error, before states are made, where no real one is taken
         for i in indices:
             self._check_param(group, params[i])
         for i in indices:
@@ -641,7 +667,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             step = state["step"]
             needs_device = group["capturable"] or arguments.found_inf is not None
             if needs_device and params[i].device.type == "cuda" and step.is_cpu:
-                state["step"] = new_counter(float(step), params[i].device)
+                state["step"] = new_counter(read(step, 0.0), params[i].device)
             elif step.dtype != torch.float32:
                 state["step"] = step.to(torch.float32)
         return indices
@@ -681,10 +707,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
     ) -> None:
         # Numbers on a device are read here, those of the counters included: this is the loop for
         # devices without kernels, and it cannot be captured in a CUDA graph.
-        if arguments.found_inf is not None and float(arguments.found_inf) != 0.0:
+        if arguments.found_inf is not None and read(arguments.found_inf, 0.0) != 0.0:
             return
         factor = _grad_factor(group, arguments)
-        lr = float(group["lr"])
+        lr = read(group["lr"], HYPERPARAMETER)
         for i in indices:
             param = group["params"][i]
             self._plain_update(group, param, lr, factor, first_position + i, arguments.seed)
@@ -698,10 +724,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
         position: int,
         seed: int,
     ) -> None:
-        weight_decay, method = float(group["weight_decay"]), group["weight_decay_method"]
+        weight_decay, method = (
+            read(group["weight_decay"], HYPERPARAMETER),
+            group["weight_decay_method"],
+        )
         state = self.state[param]
         state["step"] += 1
-        step = int(state["step"])
+        step = int(read(state["step"], 1))
         values = self._read_weight(group, param)
         states = [as_local(state[name]) for name in self._state_names]
         increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
@@ -735,7 +764,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if weights is not values:
             if group["stochastic_rounding"] and values.dtype in HALF:
                 bits = random_bits(rounding_key(seed, position, step), element_indices(values))
-                values.copy_(round_stochastically(weights.float(), values.dtype, bits))
+                store(values, round_stochastically(weights.float(), values.dtype, bits))
             else:
                 store(values, weights)
         self._write_weight(group, param, values)
@@ -761,7 +790,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if self._master(group, param) is not None:
             part = as_local(param)
             rounded = weight.to(part.dtype)
-            part.copy_(rounded if is_still is None else torch.where(is_still, part, rounded))
+            store(part, rounded if is_still is None else torch.where(is_still, part, rounded))
 
     def _master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         """Return the state that is a parameter's master, or the remainder of one."""
@@ -782,9 +811,9 @@ def _grad_factor(group: dict[str, Any], arguments: StepArguments) -> float:
     """Return by what gradients are multiplied."""
     factor = 1.0
     if arguments.grad_multiplier is not None:
-        factor = float(arguments.grad_multiplier)
+        factor = read(arguments.grad_multiplier, HYPERPARAMETER)
     if arguments.grad_scale is not None:
-        factor /= float(arguments.grad_scale)
+        factor /= read(arguments.grad_scale, HYPERPARAMETER)
     return -factor if group["maximize"] else factor
 
 
@@ -900,7 +929,7 @@ def restore_norms(
     factors = []
     for part, norm, new_norm in zip(parts, norms, frobenius_norms(parts, likes), strict=True):
         factor = norm / new_norm
-        factors.append(torch.where(factor.isfinite(), factor, 1.0))
+        factors.append(torch.where(factor.isfinite(), factor, torch.ones_like(factor)))
         part.mul_(factors[-1])
     return factors
 

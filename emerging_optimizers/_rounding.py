@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._values import has_value
+
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN32 = 0x9E3779B9
@@ -11,7 +13,8 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 
 def draw_seed() -> int:
     """Draw the 64 bits of one optimizer step from PyTorch's default CPU generator."""
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")) & _MASK64
+    bits = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return int(bits) & _MASK64 if has_value(bits) else 0
 
 
 def rounding_key(seed: int, position: int, step: int) -> int:

@@ -303,4 +303,5 @@ def store(target: Tensor, values: Tensor) -> None:
         is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
         towards = torch.where(back < values, math.inf, -math.inf).float()
         values = torch.where(is_exact_or_odd, nearest, nearest.nextafter(towards))
-    target.copy_(values)
+    # `copy_` of fake CUDA tensors needs a PyTorch with CUDA.
+    torch._foreach_copy_([target], [values])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._values import read
+
 if TYPE_CHECKING:
     from ._optimizer import ScalarOptimizer
 
@@ -59,7 +61,7 @@ def check_count(name: str, value: Any) -> None:
             raise ValueError(f"{name} has {value.numel()} elements; expected 1")
         if type(value) is not Tensor or not value.is_cpu:
             return
-        value = value.item()
+        value = read(value, 0.0)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of steps, not {type(value).__name__}")
     if not 0 <= float(value) < math.inf:

@@ -16,7 +16,9 @@ from . import scalar_optimizers as rules
 from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
 from ._loading import count_of
 from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, as_local
+from ._rule import store
 from ._states import MASTER, check_master_dtype, is_absent, is_begun, new_counter
+from ._values import HYPERPARAMETER, read
 
 __all__ = [
     "AdEMAMix",
@@ -59,8 +61,8 @@ def split_master(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """
     master.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)
     bits = master.view(torch.int32)
-    remainder.copy_(bits)
-    param.view(torch.int16).copy_(torch.add(bits, 0x8000).bitwise_right_shift_(16))
+    store(remainder, bits)
+    store(param.view(torch.int16), torch.add(bits, 0x8000).bitwise_right_shift_(16))
 
 
 def merge_master(param: Tensor, remainder: Tensor, master: Tensor | None = None) -> Tensor:
@@ -74,8 +76,9 @@ def merge_master(param: Tensor, remainder: Tensor, master: Tensor | None = None)
     if master is None:
         master = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
     # What the parameter has too much, where it was rounded up, is what makes a remainder negative.
-    bits = master.view(torch.int32).copy_(param.view(torch.int16)).mul_(0x10000)
-    bits.add_(remainder.to(torch.int32))
+    bits = master.view(torch.int32)
+    store(bits, param.view(torch.int16))
+    bits.mul_(0x10000).add_(remainder.to(torch.int32))
     return master
 
 
@@ -233,10 +236,11 @@ class MegatronMixin(ScalarOptimizer):
         if value.dtype == torch.int16 and unscaled_state.is_floating_point():
             # Megatron's fully reshardable checkpoints hold all states as float32.
             as_integer = unscaled_state.to(torch.int16)
-            if torch.equal(as_integer.to(unscaled_state.dtype), unscaled_state):
+            is_exact = (as_integer.to(unscaled_state.dtype) == unscaled_state).all()
+            if read(is_exact, 1):
                 unscaled_state = as_integer
         check_master_dtype(value.dtype == torch.int16, unscaled_state)
-        value.copy_(unscaled_state)
+        store(value, unscaled_state)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
         """Give a group's parameters the states that they lack."""
@@ -253,7 +257,8 @@ class MegatronMixin(ScalarOptimizer):
     def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if state and is_absent(state.get("step")):
-            state["step"] = group.get("step") or 0
+            step = group.get("step")
+            state["step"] = 0 if is_absent(step) else step
         return super()._init_state(group, param)
 
     def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
@@ -313,7 +318,7 @@ class MegatronMixin(ScalarOptimizer):
                 step = self.state.get(param, {}).get("step")
                 if step is not None and self._grad(group, param) is not None:
                     # One on a device is not read.
-                    group["step"] = int(step) if step.is_cpu else step
+                    group["step"] = int(read(step, 1)) if step.is_cpu else step
                     break
         return found_inf
 
@@ -343,7 +348,7 @@ class MegatronMixin(ScalarOptimizer):
         changed = tuple(map(torch.empty_like, halves))
         split_master(weight, *changed)
         for half, new in zip(halves, changed, strict=True):
-            half.copy_(new if is_still is None else torch.where(is_still, half, new))
+            store(half, new if is_still is None else torch.where(is_still, half, new))
 
     # ---- saving and loading ----------------------------------------------------------------------
 
@@ -358,11 +363,11 @@ class MegatronMixin(ScalarOptimizer):
             if steps:
                 saved_group["step"] = int(max(steps))
             elif "step" in group:
-                saved_group["step"] = int(group["step"])
+                saved_group["step"] = int(read(group["step"], 1))
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 if not saved["state"].get(key):
                     continue
-                count = new_counter(float(group.get("step", 0)), torch.device("cpu"))
+                count = new_counter(read(group.get("step", 0), 1), torch.device("cpu"))
                 state = {"step": count, **saved["state"][key]}
                 if MASTER in state:
                     state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
@@ -375,7 +380,7 @@ class MegatronMixin(ScalarOptimizer):
             step = max((count_of(state) for state in begun), default=None)
         if step is None:
             return
-        group["step"] = int(step)
+        group["step"] = int(read(step, 1))
         for state in begun:
             # Megatron-Core copies what is in a state, and has no step to copy.
             state.pop("step", None)
@@ -394,7 +399,7 @@ class MegatronMixin(ScalarOptimizer):
 
     def _steps(self, group: dict[str, Any]) -> list[float]:
         states = [self.state.get(param, {}) for param in group["params"]]
-        return [float(state["step"]) for state in states if "step" in state]
+        return [read(state["step"], 1) for state in states if "step" in state]
 
     def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         super()._settle_state(group, param, state)
@@ -414,7 +419,7 @@ def _count_step(group: dict[str, Any], found_inf: Tensor | None) -> None:
     taken: int | Tensor = 1
     if found_inf is not None:
         is_taken = found_inf.reshape(()) == 0
-        taken = is_taken.int() if found_inf.is_cuda else int(is_taken)
+        taken = is_taken.int() if found_inf.is_cuda else int(read(is_taken, 1))
     elif group["capturable"] and torch.cuda.is_available():
         taken = torch.ones((), dtype=torch.int32, device="cuda")
     step = group.get("step", 0)
@@ -531,7 +536,9 @@ class FusedAdam(MegatronMixin, rules.Adam):
         for group in self.param_groups:
             if group["capturable"] and group["params"]:
                 device = group["params"][0].device
-                group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
+                group["lr"] = torch.full(
+                    (), read(group["lr"], HYPERPARAMETER), dtype=torch.float32, device=device
+                )
 
 
 class AdEMAMix(MegatronMixin, rules.AdEMAMix):

@@ -13,8 +13,6 @@ from test_plain import needs_native
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from emerging_optimizers import _rule
-
 # torch.jit is deprecated, and warns of what a trace keeps as it was.
 pytestmark = pytest.mark.filterwarnings("ignore")
 CURE = "use torch.compile or torch.export, or call it outside of what is traced"
@@ -90,7 +88,7 @@ def test_jit_trace_of_the_fallback(
     rule: Rule, form: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = __import__(f"emerging_optimizers.scalar_optimizers.{rule.name}", fromlist=["_enter"])
-    monkeypatch.setattr(_rule, "native", None)
+    monkeypatch.setattr(module._RULE, "_operator", None)
     monkeypatch.setattr(module, "_enter", module._RULE.door())
     assert_refuses(form(rule), operands_of(rule), f"calculate_{rule.name}_update")
 

@@ -1,11 +1,16 @@
 // The extension module: operators for PyTorch, and the door through which eager Python enters them.
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
 
 #include "operators.h"
 #include "optimizer_step.h"
@@ -200,12 +205,13 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   //
   // Returns None where all are stepped, or for each group the indices of those that are left. Then
   // the others are stepped if `may_leave`, and if no group has fused=True and any left; or else
-  // nothing is done.
+  // nothing is done. All are left where one of PyTorch's tracers is to see each operation.
   static py::object step(const py::dict& state, const py::list& groups, const py::list& positions,
                          const py::tuple& keys, const py::tuple& state_names,
                          const py::tuple& arguments, py::handle grads, bool may_leave) {
     const at::NoGradGuard no_grad;  // here, where it takes no microseconds
     if (torch::jit::tracer::isTracing()) refuse_trace("an optimizer's step");
+    if (is_seen_by_tracer()) return py::cast(all_params(groups));
     StepNumbers numbers{{"grad_multiplier", py::object(arguments[0]), 1.0},
                         {"grad_scale", py::object(arguments[1]), 1.0},
                         {"found_inf", py::object(arguments[2]), 0.0}};
@@ -246,6 +252,28 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
  private:
   // As emerging_optimizers/_hyperparameters.py has it.
   static constexpr double kLowestRate = -1e-12;
+  // Whether each operation has to be one that PyTorch sees: with a FakeTensorMode, for one, nothing
+  // is to be computed.
+  static bool is_seen_by_tracer() {
+    using c10::impl::TorchDispatchModeKey;
+    using c10::impl::TorchDispatchModeTLS;
+    if (!TorchDispatchModeTLS::any_modes_set()) return false;
+    constexpr std::array kKeys = {TorchDispatchModeKey::FAKE, TorchDispatchModeKey::PROXY,
+                                  TorchDispatchModeKey::FUNCTIONAL};
+    return std::any_of(kKeys.begin(), kKeys.end(), [](TorchDispatchModeKey key) {
+      return TorchDispatchModeTLS::get_mode(key).has_value();
+    });
+  }
+
+  static std::vector<std::vector<size_t>> all_params(const py::list& groups) {
+    std::vector<std::vector<size_t>> indices;
+    for (const py::handle group : groups) {
+      indices.emplace_back(params_of(group).size());
+      std::iota(indices.back().begin(), indices.back().end(), size_t{0});
+    }
+    return indices;
+  }
+
   // Elements from which on it pays to let other threads run.
   static constexpr int64_t kWorthTheGil = 1 << 18;
 

@@ -21,6 +21,7 @@ from .._optimizer import (
 from .._rule import Rule
 from .._schedules import bias_correction
 from .._states import has_master
+from .._values import HYPERPARAMETER, read
 
 _logger = logging.getLogger(__name__)
 
@@ -245,8 +246,8 @@ class LaProp(ScalarOptimizer):
         if not self._steps_together(group):
             super()._plain_step(group, first_position, arguments, indices)
             return
-        found_inf = arguments.found_inf is not None and float(arguments.found_inf) != 0.0
-        is_still = found_inf or float(group["lr"]) == 0.0
+        found_inf = arguments.found_inf is not None and read(arguments.found_inf, 0.0) != 0.0
+        is_still = found_inf or read(group["lr"], HYPERPARAMETER) == 0.0
         for i, param in enumerate(group["params"]):
             if i in indices:
                 super()._plain_step(group, first_position, arguments, [i])
@@ -283,4 +284,4 @@ class LaProp(ScalarOptimizer):
 
 def _is_zero(lr: Any) -> bool:
     """Return whether the host knows that a learning rate is 0."""
-    return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
+    return not (isinstance(lr, Tensor) and lr.is_cuda) and read(lr, HYPERPARAMETER) == 0.0

@@ -1,0 +1,371 @@
+"""Tensors without values: a step, or an update, does with them all that it does but compute."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from optimizers import SETUPS, VARIANTS, assert_same, contents, make_params, run
+from oracle import Rule
+from support import MIXES, Mix, Operands, call, every_rule, make_operands
+from test_plain import needs_native
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from emerging_optimizers import AdamW, LaProp, _optimizer, _rule, megatron
+
+BF16 = torch.bfloat16
+Make = Callable[..., torch.optim.Optimizer]
+# Of each class, and of what changes how a class steps.
+MAKES: dict[str, Make] = {str(setup): setup.make for setup in [*SETUPS, *VARIANTS]}
+MAKES["LaProp frob"] = lambda p, **options: LaProp(p, frob_normalize=True, **options)
+MEGATRON: dict[str, Make] = {
+    name: getattr(megatron, name)
+    for name in ("AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix")
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fused": {"fused": True},
+    "fallback": {"fused": False},
+    "capturable": {"capturable": True},
+    "masters": {"master_weights": True, "state_dtype": torch.float32},
+    "stochastic": {"stochastic_rounding": True},
+}
+every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+devices = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(_default_device: None) -> Iterator[None]:
+    with torch.device("cpu"):
+        yield
+
+
+def fill_grads(params: Any) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def described(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What there is for each parameter, but for devices and values."""
+    return [
+        {
+            key: (value.dtype, value.shape, value.stride())
+            for key, value in optimizer.state[p].items()
+            if isinstance(value, Tensor)
+        }
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def simulate(make: Make, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Take two steps of parameters that were made in the mode."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in SHAPES]
+        optimizer = make(params)
+        for _ in range(2):
+            fill_grads(params)
+            optimizer.step()
+    assert all(isinstance(p, FakeTensor) for p in params)
+    assert all(p.device.type == device and p.dtype == dtype for p in params)
+    return optimizer
+
+
+SHAPES = [(3, 4), (5, 2)]
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@devices
+@every_make
+@pytest.mark.parametrize("name", ["default", "fused", "fallback"])
+def test_states_of_each_rule(make: Make, name: str, device: str) -> None:
+    check_states(make, name, device)
+
+
+@devices
+@pytest.mark.parametrize("make", [AdamW, MAKES["LaProp frob"]], ids=["AdamW", "LaProp frob"])
+@pytest.mark.parametrize("name", ["capturable", "masters", "stochastic"])
+def test_states_of_each_option(make: Make, name: str, device: str) -> None:
+    check_states(make, name, device)
+
+
+def check_states(make: Make, name: str, device: str) -> None:
+    """The states are those of a real step."""
+    if name == "fused" and _rule.native is None:
+        pytest.skip("there are no native kernels")
+    options = OPTIONS[name]
+    dtype = BF16 if name in ("masters", "stochastic") else torch.float32
+    seed = torch.get_rng_state()
+    fake = simulate(lambda p: make(p, **options), device, dtype)
+    assert torch.equal(torch.get_rng_state(), seed)
+    params = make_params(SHAPES, dtype)
+    real = make(params, **(options | {"fused": None}))
+    run(real, params, [1, 2])
+    assert described(fake) == described(real)
+    for state in fake.state.values():
+        on_host = {"step"} if not options.get("capturable") else set()
+        assert all(v.device.type == device for k, v in state.items() if k not in on_host)
+        assert all(isinstance(v, FakeTensor) for v in state.values())
+
+
+@devices
+@pytest.mark.parametrize("name", MEGATRON)
+@pytest.mark.parametrize("remainders", [False, True])
+def test_megatron(name: str, device: str, remainders: bool) -> None:
+    def make(params: Any) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"master_weights": True, "store_param_remainders": remainders}
+        return MEGATRON[name](params, lr=0.1, **options)
+
+    fake = simulate(make, device, BF16)
+    params = make_params(SHAPES, BF16)
+    real = make(params)
+    run(real, params, [1, 2])
+    assert described(fake) == described(real)
+    for key in ("exp_avg", "master_param"):
+        found = {state[key].dtype for state in fake.state.values()}
+        assert found == {torch.int16 if remainders and key == "master_param" else torch.float32}
+
+
+@devices
+@every_make
+@pytest.mark.parametrize("fused", [None, False])
+def test_numbers_without_values(make: Make, fused: bool | None, device: str) -> None:
+    with FakeTensorMode():
+        (param,) = params = [nn.Parameter(torch.empty(3, 4, device=device))]
+        lr = torch.full((), 0.1, device=device)
+        optimizer: Any = make(params, lr=lr, fused=fused)
+        optimizer.grad_scale = torch.full((), 8.0, device=device)
+        optimizer.found_inf = torch.full((), 1.0, device=device)
+        for _ in range(2):
+            fill_grads(params)
+            optimizer.step(grad_multiplier=torch.full((1,), 0.5, device=device))
+    # Whether it is skipped is not known: it may not be.
+    state = dict(optimizer.state[param])
+    assert state.pop("step").numel() == 1
+    assert [tuple(value.shape) for value in state.values()] == [(3, 4)] * len(state)
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_a_known_constant(found: float) -> None:
+    """``torch.tensor`` in the mode has a value: a step that is to be skipped is."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(3))]
+        optimizer: Any = AdamW(params, lr=torch.tensor(0.25))
+        fill_grads(params)
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        assert len(optimizer.state) == (0 if found else 1)
+        with pytest.raises(ValueError, match="Invalid learning rate"):
+            AdamW(params, lr=torch.tensor(-0.25))
+
+
+@every_make
+@pytest.mark.parametrize("fused", [None, False])
+def test_made_inside_and_stepped_outside(make: Make, fused: bool | None) -> None:
+    optimizer = simulate(lambda p: make(p, fused=fused))
+    fill_grads(optimizer.param_groups[0]["params"])
+    before = described(optimizer)
+    optimizer.step()
+    assert described(optimizer) == before
+
+
+@every_make
+@pytest.mark.parametrize("fused", [None, False])
+def test_fake_copies_of_a_real_optimizers_parameters(make: Make, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = make(params, fused=fused)
+    run(optimizer, params, [1])
+    before = contents(optimizer)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(p) for p in params]
+        optimizer.param_groups[0]["params"] = fakes
+        fill_grads(fakes)
+        optimizer.step()
+    assert described(optimizer) == [dict(sorted_like(optimizer.state[p])) for p in params]
+    optimizer.param_groups[0]["params"] = params
+    assert_same(contents(optimizer), before)
+
+
+def sorted_like(state: dict[str, Any]) -> Any:
+    return ((k, (v.dtype, v.shape, v.stride())) for k, v in state.items())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("fused", [None, False])
+def test_real_parameters_in_the_mode(fused: bool | None, begun: bool) -> None:
+    """An error of torch's, and nothing is changed."""
+    params = make_params()
+    optimizer = AdamW(params, fused=fused)
+    run(optimizer, params, [1] if begun else [])
+    fill_grads(params)
+    before = contents(optimizer)
+    with FakeTensorMode(), pytest.raises(AssertionError, match="convert all Tensors"):
+        optimizer.step()
+    assert_same(contents(optimizer), before)
+
+
+@every_make
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_meta_parameters(make: Make, fused: bool | None, capturable: bool) -> None:
+    with torch.device("meta"):
+        params = [nn.Parameter(torch.empty(3, 4))]
+        optimizer = make(params, lr=torch.empty(()), fused=fused, capturable=capturable)
+        for _ in range(2):
+            fill_grads(params)
+            optimizer.step(grad_multiplier=torch.empty(()))
+    (state,) = optimizer.state.values()
+    counter = state.pop("step")
+    assert counter.is_meta if capturable else counter.item() == 2
+    assert state
+    assert all(value.is_meta and value.shape == (3, 4) for value in state.values())
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_without_a_compiled_module(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_optimizer, "native", None)
+    optimizer = simulate(lambda p: AdamW(p, fused=fused))
+    assert [set(d) for d in described(optimizer)] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_megatron_with_decoupled_gradients(name: str, capturable: bool) -> None:
+    with FakeTensorMode():
+        param: Any = nn.Parameter(torch.empty(3, 4, dtype=BF16))
+        optimizer: Any = MEGATRON[name](
+            [{"params": [param]}, {"params": []}],
+            lr=torch.full((), 0.1),
+            master_weights=True,
+            use_decoupled_grad=True,
+            capturable=capturable,
+        )
+        optimizer.found_inf = torch.zeros(())
+        for _ in range(2):
+            param.decoupled_grad = torch.ones(3, 4)
+            optimizer.step()
+        optimizer.initialize_state(param)
+        master = optimizer.get_unscaled_state(param, "master_param")
+        optimizer.set_scaled_state(param, "master_param", master)
+    assert master.dtype == torch.float32
+    assert master.shape == (3, 4)
+
+
+# ---- saving and loading --------------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("make", [*MAKES.values(), *MEGATRON.values()])
+def test_state_dicts(make: Make, device: str) -> None:
+    with FakeTensorMode():
+        params, others = (
+            [nn.Parameter(torch.empty(3, 4, device=device, dtype=BF16))] for _ in range(2)
+        )
+        optimizer, other = make(params, lr=0.1), make(others, lr=0.2)
+        for _ in range(2):
+            fill_grads(params)
+            optimizer.step()
+        saved = optimizer.state_dict()
+        other.load_state_dict(saved)
+        fill_grads(others)
+        other.step()
+    assert described(other) == described(optimizer)
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    """Of parameters that are not initialised: PyTorch cannot do that to fake CUDA tensors."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(128, 64, device=device))
+        self.second = nn.Parameter(torch.empty(16, 128, device=device))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "no mode"])
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_the_memory_that_is_estimated(fused: bool | None, device: str) -> None:
+    if fused and _rule.native is None:
+        pytest.skip("there are no native kernels")
+
+    def estimate(make: Make) -> tuple[int, int]:
+        """Return the bytes of the states, and those of all at the peak."""
+        mode: Any = contextlib.nullcontext() if device == "no mode" else FakeTensorMode()
+        where = "cpu" if device == "no mode" else device
+        with mode, MemTracker() as tracker:
+            model = TwoLayers(where)
+            optimizer = make(model.parameters())
+            tracker.track_external(model, optimizer)
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            now = tracker.get_tracker_snapshot("current")[model.first.device]
+            peak = tracker.get_tracker_snapshot("peak")[model.first.device]
+        (states,) = (size for kind, size in now.items() if "OPT" in str(kind))
+        return states, max(peak.values())
+
+    states, peak = estimate(lambda p: AdamW(p, fused=fused))
+    wanted_states, wanted_peak = estimate(lambda p: torch.optim.AdamW(p, fused=fused))
+    assert abs(states - wanted_states) <= 1024  # the counters, where one has them on the device
+    num_elements = 128 * 64 + 16 * 128
+    assert states - 2 * 4 * num_elements in range(0, 4096)
+    assert peak <= 1.5 * wanted_peak
+
+
+# ---- update functions ----------------------------------------------------------------------------
+
+
+def _fake(mode: FakeTensorMode, operands: Operands) -> Operands:
+    return Operands(
+        mode.from_tensor(operands.grad), [mode.from_tensor(state) for state in operands.states]
+    )
+
+
+def _without_native(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{rule.name}")
+    monkeypatch.setattr(module._RULE, "_operator", None)
+    monkeypatch.setattr(module, "_enter", module._RULE.door())
+
+
+@every_rule
+@pytest.mark.parametrize("is_native", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("mix", [MIXES["float32"], Mix(BF16, (torch.float32,) * 3)], ids=str)
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_updates(
+    rule: Rule, mix: Mix, is_native: bool, is_inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        _without_native(rule, monkeypatch)
+    cases = [rule.usual]
+    operands = make_operands(rule, (3, 5), mix)
+    before = operands.clone()
+    mode = FakeTensorMode()
+    fake = _fake(mode, operands)
+    if "step" in rule.usual:
+        with mode:
+            cases.append({**rule.usual, "step": torch.full((), 2.0)})
+    wanted = call(rule, rule.usual, operands.clone())
+    for case in cases:
+        with mode if is_inside else torch.no_grad():
+            out = torch.empty_like(fake.grad)
+            single = call(rule, case, fake)
+            listed = call(rule, case, [fake, _fake(mode, operands)])
+            assert call(rule, case, fake, out=out) is out
+            assert call(rule, case, fake, out=fake.grad) is fake.grad
+        for update in (single, *listed):
+            assert isinstance(update, FakeTensor)
+            assert update.dtype == wanted.dtype
+            assert update.shape == wanted.shape
+            assert update.stride() == wanted.stride()
+    for a, b in zip(operands, before, strict=True):
+        assert torch.equal(a, b)
