@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._culprits import blame, param_name
 from ._dtensor import is_dtensor
 from ._hyperparameters import check_group, restore_flags
 from ._states import (
@@ -17,7 +18,6 @@ from ._states import (
     is_absent,
     is_begun,
     new_counter,
-    param_name,
     set_counter,
 )
 from ._values import read
@@ -185,9 +185,7 @@ def _check_state(
         if not is_absent(state.get("step")):
             check_count("state 'step'", state["step"])
     except (TypeError, ValueError, RuntimeError) as error:
-        kinds = (TypeError, ValueError, RuntimeError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"{what}: {error}") from None
+        raise blame(error, what) from None
 
 
 def _shares_memory(value: Tensor, param: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _checks
+from ._culprits import blame, check_tensors, find_param, param_name
 from ._dtensor import increment_versions, is_dtensor, whole
 from ._hyperparameters import check_flags, check_group, flags_of, read_group_flag, read_option
 from ._loading import before_load, settle, settle_counts, settle_state
@@ -31,7 +32,6 @@ from ._states import (
     has_master,
     is_absent,
     new_counter,
-    param_name,
     set_counter,
     split_counters,
 )
@@ -200,19 +200,24 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """Raise for a parameter that cannot be updated, or not with its gradient."""
         grad = self._grad(group, param)
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        _check_layout("the parameter", param)
+        if grad.layout in _SPARSE:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, and its gradient has"
+                f" layout {grad.layout}; make it dense (.to_dense()), or use torch.optim.SparseAdam"
+            )
+        _check_layout("its gradient", grad)
         if grad.shape != param.shape:
             # Only by way of `param.data`: autograd checks what is assigned to `.grad`.
             raise RuntimeError(
-                f"a parameter has shape {tuple(param.shape)} but its gradient has shape"
+                f"the parameter has shape {tuple(param.shape)} but its gradient has shape"
                 f" {tuple(grad.shape)}"
             )
         if not param.is_floating_point() and not param.is_complex():
-            raise TypeError(f"a parameter has dtype {param.dtype}, which cannot be optimized")
+            raise TypeError(f"the parameter has dtype {param.dtype}, which cannot be optimized")
         _check_beside("its gradient", grad, param)
-        _check_memory("a gradient", grad)
-        _check_modified("a parameter", param)
+        _check_memory("its gradient", grad)
+        _check_modified("the parameter", param)
 
     def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Raise for a state that is not one of this parameter."""
@@ -233,7 +238,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
         if value.shape != param.shape:
             raise ValueError(
-                f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape"
+                f"state {name!r} has shape {tuple(value.shape)} but the parameter has shape"
                 f" {tuple(param.shape)}"
             )
         as_stored = None
@@ -244,7 +249,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"state {name!r} has dtype {value.dtype}; expected {as_stored}")
         _check_beside(f"state {name!r}", value, param, as_stored, is_loaded)
         if not _is_placed_like(value, param):
-            raise ValueError(f"state {name!r} is not distributed as its parameter is")
+            raise ValueError(f"state {name!r} is not distributed as the parameter is")
         _check_modified(f"state {name!r}", value)
 
     # ---- groups ----------------------------------------------------------------------------------
@@ -559,7 +564,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 continue
             indices = self._prepare(group, range(len(group["params"])), arguments)
             if indices and group["fused"]:
-                self._raise_no_native_step()
+                self._raise_no_native_step(group, indices)
             if indices or self._steps_together(group):
                 left[i] = indices
         if not chosen:
@@ -607,8 +612,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
                     grads[-1][i] = _placed_like(grads[-1][i], group["params"][i])
         still = self._call_native(groups, positions, arguments, grads, may_leave=True)
         left = {i: indices for i, indices in enumerate(still or ()) if indices}
-        if any(groups[i]["fused"] for i in left):
-            self._raise_no_native_step()  # then nothing was done
+        for i, indices in left.items():
+            if groups[i]["fused"]:
+                self._raise_no_native_step(groups[i], indices)  # nothing was done
         return left
 
     def _call_native(
@@ -632,6 +638,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         try:
             for i, group in enumerate(self.param_groups):
                 check_group(self, group, f"param_groups[{i}]")
+                check_tensors(self, group)
         except (TypeError, ValueError, RuntimeError) as explained:
             raise explained from None
         raise error
@@ -647,12 +654,16 @@ class ScalarOptimizer(torch.optim.Optimizer):
         """
         refuse_trace("an optimizer's step")
         params = group["params"]
+        check_tensors(self, group)
         indices = [i for i in indices if self._grad(group, params[i]) is not None]
         if is_tracing():
             for i in indices:
                 params[i].detach()  # an error, before states are made, where no real one is taken
         for i in indices:
-            self._check_param(group, params[i])
+            try:
+                self._check_param(group, params[i])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise blame(error, param_name(self, group, i)) from None
         for i in indices:
             state = self.state.get(params[i])
             if state and self._is_begun(group):
@@ -660,8 +671,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if not is_absent(group.get("step")):
             self._count_from_group(group)
         for i in indices:
-            state = self._init_state(group, params[i])
-            self._check_state(group, params[i], state)
+            try:
+                state = self._init_state(group, params[i])
+                self._check_state(group, params[i], state)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise blame(error, param_name(self, group, i)) from None
             # From the first step that carries one, counters are where CUDA parameters are, so that
             # the host need not know whether they advance.
             step = state["step"]
@@ -691,10 +705,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _grads(self, group: dict[str, Any]) -> list[Tensor | None]:
         return [self._grad(group, param) for param in group["params"]]
 
-    def _raise_no_native_step(self) -> NoReturn:
+    def _raise_no_native_step(self, group: dict[str, Any], indices: Collection[int]) -> NoReturn:
         raise RuntimeError(
-            f"fused=True, but {type(self).__name__} has no native step for these parameters;"
-            " fused=None takes one where there is one"
+            f"fused=True, but {type(self).__name__} has no native step for"
+            f" {param_name(self, group, min(indices))}; fused=None takes one where there is one"
         )
 
     @torch.no_grad()
@@ -797,7 +811,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         master: Tensor | None = self.state.get(param, {}).get(MASTER)
         if not has_master(group, param) or master is None:
             return None
-        self._check_part(group, param, MASTER, master)
+        try:
+            self._check_part(group, param, MASTER, master)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise blame(error, find_param(self, param)) from None
         return master
 
 
@@ -832,6 +849,22 @@ def _move(weights: Tensor, update: Tensor, lost: float) -> None:
     weights.sub_(update)
 
 
+_SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor; expected a strided (dense) tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
+
+
 def _check_beside(
     name: str,
     tensor: Tensor,
@@ -842,16 +875,17 @@ def _check_beside(
     """Raise for a tensor of a parameter's shape that yet is none for it."""
     is_number = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == as_stored
     if not is_number or tensor.is_complex() != param.is_complex():
-        raise TypeError(f"a parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
+        raise TypeError(
+            f"the parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}"
+        )
+    _check_layout(name, tensor)
     # What is loaded is moved; but a meta tensor has no values to move.
     is_elsewhere = tensor.is_meta != param.is_meta if is_loaded else tensor.device != param.device
     if is_elsewhere:
-        raise ValueError(f"a parameter is on {param.device} but {name} is on {tensor.device}")
+        raise ValueError(f"the parameter is on {param.device} but {name} is on {tensor.device}")
     if is_dtensor(tensor) != is_dtensor(param):
         raise TypeError(
-            f"a parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
+            f"the parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
         )
 
 

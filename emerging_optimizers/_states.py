@@ -30,15 +30,6 @@ def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
         )
 
 
-def param_name(optimizer: "ScalarOptimizer", group: dict[str, Any], index: int) -> str:
-    """Name a parameter in an error: ``param_groups[1]['params'][0] ('weight')``."""
-    params = group["params"]
-    number = next(i for i, g in enumerate(optimizer.param_groups) if g["params"] is params)
-    names = group.get("param_names")
-    label = f"param_groups[{number}]['params'][{index}]"
-    return f"{label} ({names[index]!r})" if names else label
-
-
 # ---- counters ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import scalar_optimizers as rules
+from ._culprits import blame, find_param
 from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
 from ._loading import count_of
 from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, as_local
@@ -184,8 +185,9 @@ class MegatronMixin(ScalarOptimizer):
         is_remainder = _stores_remainder(group, param)
         if store_param_remainders not in (None, is_remainder):
             raise ValueError(
-                f"store_param_remainders={store_param_remainders}, but this optimizer"
-                f" {'stores' if is_remainder else 'does not store'} the remainder of this parameter"
+                f"{find_param(self, param)}: store_param_remainders={store_param_remainders}, but"
+                f" this optimizer {'stores' if is_remainder else 'does not store'} the remainder of"
+                " this parameter"
             )
         self.state.pop(param, None)
         self._init_state(group, param)
@@ -202,7 +204,10 @@ class MegatronMixin(ScalarOptimizer):
         """
         state = self.state.get(param, {})
         if state_name not in state:
-            raise KeyError(f"the parameter has no state {state_name!r}; it has {list(state)}")
+            raise KeyError(
+                f"{find_param(self, param)}: the parameter has no state {state_name!r}; it has"
+                f" {list(state)}"
+            )
         if state_name == MASTER and param.dtype == torch.float32:
             return param.detach()
         value: Tensor = state[state_name]
@@ -230,8 +235,8 @@ class MegatronMixin(ScalarOptimizer):
         value: Tensor = state[state_name]
         if unscaled_state.shape != value.shape:
             raise ValueError(
-                f"{state_name!r} has shape {tuple(unscaled_state.shape)}; expected"
-                f" {tuple(value.shape)}"
+                f"{find_param(self, param)}: {state_name!r} has shape"
+                f" {tuple(unscaled_state.shape)}; expected {tuple(value.shape)}"
             )
         if value.dtype == torch.int16 and unscaled_state.is_floating_point():
             # Megatron's fully reshardable checkpoints hold all states as float32.
@@ -239,7 +244,10 @@ class MegatronMixin(ScalarOptimizer):
             is_exact = (as_integer.to(unscaled_state.dtype) == unscaled_state).all()
             if read(is_exact, 1):
                 unscaled_state = as_integer
-        check_master_dtype(value.dtype == torch.int16, unscaled_state)
+        try:
+            check_master_dtype(value.dtype == torch.int16, unscaled_state)
+        except TypeError as error:
+            raise blame(error, find_param(self, param)) from None
         store(value, unscaled_state)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:

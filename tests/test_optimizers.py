@@ -1340,9 +1340,9 @@ def _free_grad(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, An
 
 
 _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
-    "expanded param": (_expand, ValueError, "a parameter overlaps itself"),
-    "freed param": (_free_param, ValueError, "a parameter has no memory"),
-    "freed grad": (_free_grad, ValueError, "a gradient has no memory"),
+    "expanded param": (_expand, ValueError, "the parameter overlaps itself"),
+    "freed param": (_free_param, ValueError, "the parameter has no memory"),
+    "freed grad": (_free_grad, ValueError, "its gradient has no memory"),
     "complex grad": (_make_grad_complex, TypeError, "its gradient has dtype torch.complex64"),
     "freed state": (_replaced_state(_free), ValueError, "state 'exp_avg' has no memory"),
     "whole state": (_replaced_state(Tensor.long), TypeError, "'exp_avg' has dtype torch.int64"),
@@ -1543,7 +1543,7 @@ def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
 def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
     param.grad = torch.ones(3, dtype=torch.complex64)
-    with pytest.raises(RuntimeError, match="a parameter is conjugated lazily"):
+    with pytest.raises(RuntimeError, match="the parameter is conjugated lazily"):
         setup.make([param], fused=fused).step()
 
 

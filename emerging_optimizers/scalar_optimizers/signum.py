@@ -184,7 +184,7 @@ class Signum(ScalarOptimizer):
         super()._check_param(group, param)
         if group["use_shape_scaling"] and param.dim() != 2:
             raise ValueError(
-                f"use_shape_scaling needs 2-D parameters; one has shape {tuple(param.shape)}"
+                f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
             )
 
     def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
