@@ -23,6 +23,7 @@ from ._rounding import (
     rounding_key,
 )
 from ._rule import Rule, refuse_trace, store
+from ._sharding import ShardPlace, shard_place
 from ._states import (
     HALF,
     MASTER,
@@ -101,7 +102,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     - "decoupled": :math:`p \leftarrow p - \gamma \lambda p`,
     - "independent": :math:`p \leftarrow p - \lambda p`,
-    - "palm": :math:`p \leftarrow p - \gamma^2 \lambda p`, all before the update, and
+    - "palm": :math:`p \leftarrow p - \gamma^2 \lambda p`, all with the old :math:`p`, and
     - "l2": :math:`g \leftarrow g + \lambda p`, without a change of ``p.grad``.
 
     The options below are keyword arguments of all the optimizers; each parameter group may set them
@@ -129,7 +130,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
         stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random, so
             that their mean is right. The bits depend on a seed that each step draws from PyTorch's
             default CPU generator, the step number, the parameter's position in the optimizer and
-            the element's index, and on nothing else: replicas need generators of one state.
+            the element's index, and on nothing else: replicas need generators of one state. The
+            index is that in the whole parameter where this is a DTensor whose shard is contiguous
+            in it, as with ``Shard(0)``; other shards of DTensors draw independently of each other.
+            Of a tensor that is a shard without being a DTensor, it is the index in that tensor:
+            there, processes need generators of different states.
         differentiable: Refused.
     """
 
@@ -777,7 +782,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
         if weights is not values:
             if group["stochastic_rounding"] and values.dtype in HALF:
-                bits = random_bits(rounding_key(seed, position, step), element_indices(values))
+                place = shard_place(param) if is_dtensor(param) else ShardPlace(0, 0)
+                key = rounding_key(seed, place.number << 32 | position, step)
+                bits = random_bits(key, element_indices(values) + place.first_index)
                 store(values, round_stochastically(weights.float(), values.dtype, bits))
             else:
                 store(values, weights)

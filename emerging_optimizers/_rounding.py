@@ -30,7 +30,8 @@ def rounding_key(seed: int, position: int, step: int) -> int:
 
     Args:
         seed: The optimizer step's 64 bits.
-        position: The parameter's number in the optimizer, from 0, over all groups.
+        position: The parameter's number in the optimizer, from 0, over all groups; for a shard of
+            a DTensor that is not contiguous in it, plus 2**32 times the shard's number.
         step: The parameter's step number, from 1.
     """
 
@@ -55,7 +56,7 @@ def random_bits(key: int, index: Tensor) -> Tensor:
 
     Args:
         key: From :func:`rounding_key`.
-        index: The elements' indices, int64.
+        index: The elements' indices, int64; of a contiguous shard of a DTensor, in the DTensor.
     """
 
     def hashed(x: Tensor) -> Tensor:

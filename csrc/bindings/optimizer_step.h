@@ -327,7 +327,12 @@ class GroupStep {
     };
     Row<kOperands> row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
-    row.position = options_.first_position + static_cast<uint32_t>(c.index);
+    row.position = options_.first_position + static_cast<uint64_t>(c.index);
+    if (c.is_distributed && options_.epilogue.is_stochastic) {
+      const auto [shard, first_index] = shard_place(c.object);
+      row.position |= shard << 32;
+      row.first_index = first_index;
+    }
     row.scale = 1.0;
     row.numel = param.numel();
     row.compute = DType::kFloat32;

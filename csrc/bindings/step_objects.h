@@ -139,6 +139,15 @@ class Distributed {
   py::object equal_spec_;         // the last one that was
 };
 
+// What the random bits of a DTensor's shard depend on (_sharding.py): its number, and the index of
+// its first element.
+inline std::pair<uint64_t, uint64_t> shard_place(PyObject* tensor) {
+  // Never freed: the interpreter may be gone before this.
+  static const auto* const function =
+      new py::object(py::module_::import("emerging_optimizers._sharding").attr("shard_place"));
+  return (*function)(py::handle(tensor)).cast<std::pair<uint64_t, uint64_t>>();
+}
+
 // A number that Python passes: a float, or a tensor of one element, read here only on the CPU.
 class Scalar {
  public:

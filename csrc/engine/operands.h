@@ -50,7 +50,10 @@ struct Row {
   DType dtype[kOperands];
   DType compute;          // kFloat32, or kFloat64 where an operand that is read is float64
   int8_t device = kHost;  // or the index of a CUDA device
-  uint32_t position = 0;  // the parameter's number in its optimizer
+  // Of the random bits: the parameter's number in its optimizer, plus 2^32 times that of a shard
+  // with bits of its own; and the index of the first element.
+  uint64_t position = 0;
+  uint64_t first_index = 0;
   double scale;           // a factor for the update (Signum's shape scaling), else 1
   float* step = nullptr;  // the parameter's counter of done steps, where that is on its device
   int64_t numel;

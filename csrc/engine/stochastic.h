@@ -26,8 +26,10 @@ EMOPT_FN uint32_t hash(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The random bits of elements whose indices share their high half.
+// The random bits of less than 2^32 elements in a row.
 struct RandomBits {
+  static constexpr uint32_t kGolden = 0x9E3779B9u;
+
   uint32_t first = 0;  // the low half of the first one's index
   uint32_t low = 0, high = 0;
 
@@ -35,10 +37,14 @@ struct RandomBits {
   EMOPT_FN RandomBits(uint64_t key, uint64_t index)
       : first(static_cast<uint32_t>(index)),
         low(static_cast<uint32_t>(key)),
-        high(static_cast<uint32_t>(key >> 32) + 0x9E3779B9u * static_cast<uint32_t>(index >> 32)) {}
+        high(static_cast<uint32_t>(key >> 32) + kGolden * static_cast<uint32_t>(index >> 32)) {}
 
   // Of the i-th element from the first one on.
-  EMOPT_FN uint32_t operator()(uint32_t i) const { return hash(hash((first + i) ^ low) ^ high); }
+  EMOPT_FN uint32_t operator()(uint32_t i) const {
+    const uint32_t index = first + i;
+    const uint32_t carry = index < first ? kGolden : 0u;  // into the index's high half
+    return hash(hash(index ^ low) ^ (high + carry));
+  }
 };
 
 template <class To>

@@ -199,7 +199,7 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
       const uint64_t key =
           emopt::rounding_key(options.seed, row.position, static_cast<uint64_t>(step));
       const Format& format = param.dtype == emopt::DType::kBFloat16 ? kBrain : kHalf;
-      const uint32_t random = random_bits(key, static_cast<uint64_t>(i));
+      const uint32_t random = random_bits(key, row.first_index + static_cast<uint64_t>(i));
       param.put(i, rounded_stochastically(static_cast<float>(weight), random, format));
     } else {
       param.put(i, weight);

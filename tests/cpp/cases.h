@@ -80,7 +80,9 @@ struct Rows {
     expected.push_back(operands.back());
     auto row = row_of<kOperands>(operands.back(), r % 2 == 0 ? 1.0 : 0.3);
     row.device = device;
-    row.position = static_cast<uint32_t>(7 * r);
+    row.position = r % 3 == 0 ? uint64_t{r} << 32 | 5 : 7 * r;
+    // So that the high half of an index changes at the first element, at some other, or not at all.
+    row.first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
     row.step = counter;
     table.append(row);
     apply_by_hand(rule, step, epilogue, row, expected.back());
@@ -134,7 +136,7 @@ struct LongRow {
   emopt::Table<kOperands> table;
   int64_t numel, first;
 
-  LongRow(int64_t numel_, int64_t num_last, int8_t device)
+  LongRow(int64_t numel_, int64_t num_last, int8_t device, uint64_t first_index = 0)
       : numel(numel_), first(numel_ - num_last) {
     epilogue.lr.value = 0.001;
     epilogue.is_stochastic = true;
@@ -143,6 +145,7 @@ struct LongRow {
     row.device = device;
     row.numel = numel;
     row.scale = 1.0;
+    row.first_index = first_index;
     for (int k = 0; k < kOperands; ++k) {
       row.dtype[k] = emopt::DType::kBFloat16;
       row.data[k] = k == kOperands - 1
@@ -175,7 +178,8 @@ struct LongRow {
     const float weight = 1.0F + 0.001F;
     const auto average = emopt::Round<emopt::BFloat16>::from(-2.0F * static_cast<float>(1 - 0.99));
     for (int64_t i = first; i < numel; ++i) {
-      const uint32_t random = random_bits(key, static_cast<uint64_t>(i));
+      const uint64_t index = table.rows[0].first_index + static_cast<uint64_t>(i);
+      const uint32_t random = random_bits(key, index);
       CHECK(emopt::widen(*at(emopt::kUpdate, i)) == rounded_stochastically(weight, random, kBrain));
       CHECK(at(emopt::kFirstState, i)->bits == average.bits);
     }

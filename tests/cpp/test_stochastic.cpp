@@ -47,8 +47,9 @@ void test_known_bits() {
 // From whichever element they are counted.
 void test_bits_of_elements_in_a_row() {
   std::mt19937_64 random(0);
-  for (const uint64_t first : {uint64_t{0}, uint64_t{128}, (uint64_t{1} << 32) - 1024,
-                               (uint64_t{7} << 32) + 8192, uint64_t{1} << 50}) {
+  for (const uint64_t first :
+       {uint64_t{0}, uint64_t{128}, (uint64_t{1} << 32) - 1024, (uint64_t{1} << 32) - 1000,
+        (uint64_t{2} << 32) - 1, (uint64_t{7} << 32) + 8192, uint64_t{1} << 50}) {
     const uint64_t key = random();
     const RandomBits bits(key, first);
     for (uint32_t i = 0; i < 1024; ++i) {

@@ -70,12 +70,11 @@ void store_tile(DType dtype, void* to, int64_t offset, const Real* from, int64_t
   }
 }
 
-// Of a tile, whose indices have their high half in common.
 template <class Real, class Stored>
 void round_stochastically_into(void* to, int64_t offset, const Real* from, int64_t n,
-                               uint64_t key) {
+                               const RandomBits& of_tile) {
   Stored* target = static_cast<Stored*>(to) + offset;
-  const RandomBits random(key, static_cast<uint64_t>(offset));
+  const RandomBits random = of_tile;  // a copy cannot alias what the loop writes
   EMOPT_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = random(static_cast<uint32_t>(i));
@@ -85,11 +84,11 @@ void round_stochastically_into(void* to, int64_t offset, const Real* from, int64
 
 template <class Real>
 void store_tile_stochastically(DType dtype, void* to, int64_t offset, const Real* from, int64_t n,
-                               uint64_t key) {
+                               const RandomBits& random) {
   if (dtype == DType::kBFloat16) {
-    round_stochastically_into<Real, BFloat16>(to, offset, from, n, key);
+    round_stochastically_into<Real, BFloat16>(to, offset, from, n, random);
   } else {
-    round_stochastically_into<Real, Float16>(to, offset, from, n, key);
+    round_stochastically_into<Real, Float16>(to, offset, from, n, random);
   }
 }
 
@@ -167,7 +166,8 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
       if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
       if (!is_stored(k, row.dtype[k], constants.epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
-        store_tile_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, key);
+        const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));
+        store_tile_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, random);
       } else {
         store_tile<Real>(row.dtype[k], row.data[k], offset, buffer[k], n);
       }

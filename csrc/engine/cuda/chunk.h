@@ -316,8 +316,12 @@ EMOPT_FN void sweep_chunk(const Launch& launch, Setup<Launch> setup, uint32_t ro
   const int64_t left = launch.numel[row] - begin;
   const uint32_t peel = launch.peel[row];
   Chunk<Launch> chunk;
-  // A chunk starts at a multiple of its length: its indices share their high half.
-  if (setup.is_stochastic) chunk.random = RandomBits(setup.key, static_cast<uint64_t>(begin));
+  if constexpr (Launch::Epilogue::kHasRowSteps) {
+    if (setup.is_stochastic) {
+      const uint64_t first = launch.steps.first_index[row] + static_cast<uint64_t>(begin);
+      chunk.random = RandomBits(setup.key, first);
+    }
+  }
   chunk.length = left < kChunk ? static_cast<uint32_t>(left) : kChunk;
   chunk.head = peel < chunk.length && peel != kNoPhase ? peel : chunk.length;
   chunk.body = (chunk.length - chunk.head) / kHeld * kHeld;

@@ -46,9 +46,10 @@ struct RowSteps {
 };
 template <uint32_t kCapacity>
 struct RowSteps<ApplyUpdate, kCapacity> {
-  static constexpr size_t kBytes = sizeof(float*) + sizeof(uint32_t);
+  static constexpr size_t kBytes = sizeof(float*) + 2 * sizeof(uint64_t);
   float* counter[kCapacity];  // null where the launch has the step
-  uint32_t position[kCapacity];
+  uint64_t position[kCapacity];
+  uint64_t first_index[kCapacity];
 };
 
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut

@@ -64,6 +64,7 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       launch.steps.counter[r] = row.step;
       launch.steps.position[r] = row.position;
+      launch.steps.first_index[r] = row.first_index;
       const bool has_key = epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
       launch.needs_setup |= row.step != nullptr || has_key;
     }
