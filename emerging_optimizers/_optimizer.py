@@ -149,6 +149,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
     # What an error calls one of the ``betas``, as torch.optim's or NVIDIA's class of the name does.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
+    # Whether a step makes the states of parameters without a gradient, too.
+    _makes_all_states: ClassVar[bool] = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Read the class's rule."""
@@ -607,10 +609,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if is_tracing() or any(map(is_fake, params)):
             return self._prepare_all(groups, arguments)
         split_counters(self.state.values())
-        for group, indices in zip(groups, found, strict=True):
+        ready = [
             self._prepare(group, indices, arguments)
+            for group, indices in zip(groups, found, strict=True)
+        ]
         grads = []
-        for group, indices in zip(groups, found, strict=True):
+        for group, indices in zip(groups, ready, strict=True):
             grads.append(self._grads(group))
             with torch.no_grad():
                 for i in indices:
@@ -660,7 +664,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         refuse_trace("an optimizer's step")
         params = group["params"]
         check_tensors(self, group)
-        indices = [i for i in indices if self._grad(group, params[i]) is not None]
+        found = list(indices)
+        indices = [i for i in found if self._grad(group, params[i]) is not None]
         if is_tracing():
             for i in indices:
                 params[i].detach()  # an error, before states are made, where no real one is taken
@@ -669,27 +674,34 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 self._check_param(group, params[i])
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
-        for i in indices:
+        begun = found if self._makes_all_states else indices
+        for i in begun:
             state = self.state.get(params[i])
             if state and self._is_begun(group):
                 check_complete(self, group, state, f"the state of {param_name(self, group, i)}")
         if not is_absent(group.get("step")):
             self._count_from_group(group)
-        for i in indices:
+        for i in begun:
             try:
                 state = self._init_state(group, params[i])
                 self._check_state(group, params[i], state)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
-            # From the first step that carries one, counters are where CUDA parameters are, so that
-            # the host need not know whether they advance.
-            step = state["step"]
-            needs_device = group["capturable"] or arguments.found_inf is not None
-            if needs_device and params[i].device.type == "cuda" and step.is_cpu:
-                state["step"] = new_counter(read(step, 0.0), params[i].device)
-            elif step.dtype != torch.float32:
-                state["step"] = step.to(torch.float32)
+            self._place_counter(group, params[i], state, arguments)
         return indices
+
+    def _place_counter(
+        self, group: dict[str, Any], param: Tensor, state: dict[str, Any], arguments: StepArguments
+    ) -> None:
+        """Replace a counter that has the wrong device or dtype."""
+        step = state["step"]
+        # From the first step that carries one, counters are where CUDA parameters are, so that the
+        # host need not know whether they advance.
+        needs_device = group["capturable"] or arguments.found_inf is not None
+        if needs_device and param.device.type == "cuda" and step.is_cpu:
+            state["step"] = new_counter(read(step, 0.0), param.device)
+        elif step.dtype != torch.float32:
+            state["step"] = step.to(torch.float32)
 
     def _needs_count(self, group: dict[str, Any]) -> bool:
         """Return whether an update depends on a count that a group's ``step`` does not say."""

@@ -1,6 +1,5 @@
 """A parameter's state: its counter, its averages, its master, and what may be missing of them."""
 
-import math
 import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_param"
+MOST_STEPS = 2**53  # what float64 counts exactly
 
 
 def has_master(group: dict[str, Any], param: Tensor) -> bool:
@@ -55,7 +55,7 @@ def check_count(name: str, value: Any) -> None:
         value = read(value, 0.0)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of steps, not {type(value).__name__}")
-    if not 0 <= float(value) < math.inf:
+    if not 0 <= float(value) < MOST_STEPS:
         raise ValueError(f"{name} is {float(value):g}; expected a number of steps")
 
 

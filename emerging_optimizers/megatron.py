@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import _group_steps
 from . import scalar_optimizers as rules
 from ._culprits import blame, find_param
 from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
 from ._loading import count_of
-from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, as_local
+from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, StepArguments, as_local
 from ._rule import store
-from ._states import MASTER, check_master_dtype, is_absent, is_begun, new_counter
+from ._states import MASTER, check_master_dtype, is_absent, is_begun
 from ._values import HYPERPARAMETER, read
 
 __all__ = [
@@ -93,10 +94,14 @@ class MegatronMixin(ScalarOptimizer):
     views at any offset, which replace those that the optimizer was made with. Nothing is kept
     between steps, so parameters, gradients and states may be replaced, and moved, at any time.
 
-    A group's ``step`` is that of its parameters, as long as they agree, and their largest in a
-    state dict. In what is loaded, it is right where it differs from all of theirs, and enough where
-    they have none. Steps that it says are left out of the states until the next step. A group that
-    has no parameters here, as other processes have them, counts all steps.
+    As in TransformerEngine, a group's ``step`` counts the steps of all its parameters, also of
+    those that have no gradient or are on other processes. It goes up by 1 at each step that no
+    ``found_inf`` skips, and may be set: to a number, or to None for the largest ``step`` of the
+    parameters' states. It is an int or, where steps are counted on a device, a tensor there. The
+    counters in states follow it; after a load, they are left out until the next step.
+
+    A step makes the states of all parameters before it looks for gradients. So a master is the
+    value that its parameter had at the optimizer's first step, whether there was a gradient or not.
 
     Args:
         params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
@@ -123,6 +128,7 @@ class MegatronMixin(ScalarOptimizer):
             range.
     """
 
+    _makes_all_states = True
     _option_defaults: ClassVar = {
         **SHARED_DEFAULTS,
         "use_decoupled_grad": False,
@@ -264,10 +270,15 @@ class MegatronMixin(ScalarOptimizer):
 
     def _init_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if state and is_absent(state.get("step")):
-            step = group.get("step")
+        step = group.get("step")
+        if is_absent(state.get("step")) and not _group_steps.is_on_device(step):
             state["step"] = 0 if is_absent(step) else step
         return super()._init_state(group, param)
+
+    def _place_counter(
+        self, group: dict[str, Any], param: Tensor, state: dict[str, Any], arguments: StepArguments
+    ) -> None:
+        _group_steps.place(group, param, state)
 
     def _init_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         if _stores_remainder(group, param):
@@ -318,16 +329,17 @@ class MegatronMixin(ScalarOptimizer):
     # ---- the step --------------------------------------------------------------------------------
 
     def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
-        found_inf = super()._step(grad_multiplier)
-        for group in self.param_groups:
-            if not group["params"]:
-                _count_step(group, found_inf)
-            for param in group["params"]:
-                step = self.state.get(param, {}).get("step")
-                if step is not None and self._grad(group, param) is not None:
-                    # One on a device is not read.
-                    group["step"] = int(read(step, 1)) if step.is_cpu else step
-                    break
+        before = [(group, group.get("step", _ABSENT)) for group in self.param_groups]
+        try:
+            _group_steps.read_steps(self, getattr(self, "found_inf", None))
+            found_inf = super()._step(grad_multiplier)
+        except Exception:
+            for group, step in before:
+                group["step"] = step
+                if step is _ABSENT:
+                    del group["step"]
+            raise
+        _group_steps.count(self, found_inf)
         return found_inf
 
     def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
@@ -366,20 +378,12 @@ class MegatronMixin(ScalarOptimizer):
 
     def _finish_state_dict(self, saved: dict[str, Any]) -> None:
         super()._finish_state_dict(saved)
+        _group_steps.finish_state_dict(self, saved)
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
-            steps = self._steps(group)
-            if steps:
-                saved_group["step"] = int(max(steps))
-            elif "step" in group:
-                saved_group["step"] = int(read(group["step"], 1))
             for param, key in zip(group["params"], saved_group["params"], strict=True):
-                if not saved["state"].get(key):
-                    continue
-                count = new_counter(read(group.get("step", 0), 1), torch.device("cpu"))
-                state = {"step": count, **saved["state"][key]}
+                state = saved["state"].get(key, {})
                 if MASTER in state:
                     state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
-                saved["state"][key] = state
 
     def _settle_counts(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
         begun = [state for state in states if is_begun(self, state)]
@@ -405,14 +409,13 @@ class MegatronMixin(ScalarOptimizer):
         step = group.get("step", 0)
         return isinstance(step, Tensor) or step != 0
 
-    def _steps(self, group: dict[str, Any]) -> list[float]:
-        states = [self.state.get(param, {}) for param in group["params"]]
-        return [read(state["step"], 1) for state in states if "step" in state]
-
     def _settle_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         super()._settle_state(group, param, state)
         if group["master_weights"] and param.dtype == torch.float32:
             state[MASTER] = param
+
+
+_ABSENT = object()
 
 
 def _check_dtype(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> None:
@@ -420,23 +423,6 @@ def _check_dtype(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]
         raise ValueError(
             f"{name}={dtype} is not supported; expected {' or '.join(map(str, supported))}"
         )
-
-
-def _count_step(group: dict[str, Any], found_inf: Tensor | None) -> None:
-    """Count a group's step as those of parameters are: on a device, where they would be there."""
-    taken: int | Tensor = 1
-    if found_inf is not None:
-        is_taken = found_inf.reshape(()) == 0
-        taken = is_taken.int() if found_inf.is_cuda else int(read(is_taken, 1))
-    elif group["capturable"] and torch.cuda.is_available():
-        taken = torch.ones((), dtype=torch.int32, device="cuda")
-    step = group.get("step", 0)
-    if not isinstance(step, Tensor):
-        group["step"] = step + taken
-    elif step.is_floating_point():
-        group["step"] = step.int()  # from a parameter that was in this group and has counted
-    else:
-        step.add_(taken)  # in its place, where a CUDA graph finds it again
 
 
 def _stores_remainder(group: dict[str, Any], param: Tensor) -> bool:

@@ -240,7 +240,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     bool may_run = true;
     bool is_any_left = false;
     for (size_t i = 0; i < num_groups; ++i) {
-      left[i] = steps[i].take(states, taken);
+      left[i] = steps[i].take(states, taken, !may_leave);
       is_any_left |= !left[i].empty();
       may_run &= left[i].empty() || (may_leave && !steps[i].must_be_native());
     }
@@ -332,6 +332,7 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     static PyObject* const fused = interned("fused");
     static PyObject* const foreach = interned("foreach");
     static PyObject* const differentiable = interned("differentiable");
+    static PyObject* const step = interned("step");
     TORCH_CHECK_VALUE(!flag(group, differentiable), "does not support differentiable=True");
     ApplyUpdate epilogue;
     epilogue.weight_decay = read_number("weight_decay", item(group, weight_decay));
@@ -351,8 +352,22 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     const bool must_be_native = flag(group, fused, Py_None);
     TORCH_CHECK_VALUE(!flag(group, foreach, Py_None) || !must_be_native,
                       "`fused` and `foreach` cannot be `True` together.");
-    return {std::move(rate),         epilogue,       has_masters,   flag(group, remainders),
-            flag(group, capturable), must_be_native, first_position};
+    // Groups of emerging_optimizers.megatron have this key, and a step that counts.
+    const bool is_counted = PyDict_Contains(group.ptr(), remainders) == 1;
+    std::optional<double> count;
+    if (is_counted) {
+      PyObject* const number = PyDict_GetItemWithError(group.ptr(), step);
+      if (number != nullptr && PyLong_Check(number)) count = PyLong_AsDouble(number);
+    }
+    return {std::move(rate),
+            epilogue,
+            has_masters,
+            flag(group, remainders),
+            flag(group, capturable),
+            must_be_native,
+            first_position,
+            is_counted,
+            count};
   }
 
   // Of our own: another thread may change the list.

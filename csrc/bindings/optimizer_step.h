@@ -13,6 +13,7 @@
 #include <cstring>
 #include <list>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -38,6 +39,9 @@ struct GroupOptions {
   bool is_capturable;
   bool must_be_native;      // all of it
   uint32_t first_position;  // of its parameters in the optimizer
+  bool makes_all_states;    // also of parameters without a gradient, which count as the others do
+  // The steps that the group has counted, where the host knows; parameters' counters follow.
+  std::optional<double> count;
 };
 
 // A step of the parameters of one group.
@@ -80,9 +84,11 @@ class GroupStep {
   bool must_be_native() const { return options_.must_be_native; }
 
   // Adds the parameters that have a gradient. Returns the indices of those that have to be stepped
-  // otherwise: where a state is missing, or a tensor is none that an engine sweeps. `taken` is to
+  // otherwise: where a state is missing, or a tensor is none that an engine sweeps. And, where it
+  // was not known that states may be missing (`is_first`), of those that lack one without having a
+  // gradient, if the group makes all states. `taken` is to
   // find parameters, and counters, with the same memory: they cannot be stepped at a time.
-  std::vector<Py_ssize_t> take(StateWalk& states, AddressSet& taken) {
+  std::vector<Py_ssize_t> take(StateWalk& states, AddressSet& taken, bool is_first) {
     std::vector<Py_ssize_t> left;
     std::array<Candidate, kBatch> batch;
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
@@ -104,7 +110,11 @@ class GroupStep {
       }
       find(batch.data(), n, grads, states);
       for (size_t i = 0; i < n; ++i) {
-        if (batch[i].grad->defined() && !take(batch[i], taken)) left.push_back(batch[i].index);
+        if (batch[i].grad->defined()) {
+          if (!take(batch[i], taken)) left.push_back(batch[i].index);
+        } else if (options_.makes_all_states && !count_idle(batch[i]) && is_first) {
+          left.push_back(batch[i].index);
+        }
       }
     }
     return left;
@@ -147,6 +157,7 @@ class GroupStep {
       emopt::sweep(rule_, {key.step}, epilogue, bucket.table);
       for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
     }
+    for (float* counter : idle_counters_) *counter = static_cast<float>(*options_.count + 1.0);
   }
 
  private:
@@ -215,8 +226,11 @@ class GroupStep {
       find_grad(c, grads);
       c.own = nullptr;
       c.is_complete = false;
-      if (!c.grad->defined()) continue;
-      prefetch_tensor(*c.grad);
+      if (c.grad->defined()) {
+        prefetch_tensor(*c.grad);
+      } else if (!options_.makes_all_states) {
+        continue;
+      }
       c.own = states.find(c.object);
       if (c.own != nullptr) prefetch(c.own);
     }
@@ -242,7 +256,7 @@ class GroupStep {
       for (PyObject* const state : c.states) prefetch(state);
     }
     for (size_t i = 0; i < n; ++i) {
-      if (batch[i].own != nullptr) unwrap(batch[i]);
+      if (batch[i].own != nullptr && batch[i].grad->defined()) unwrap(batch[i]);
     }
     for (size_t i = 0; i < n; ++i) {
       if (!batch[i].is_complete) continue;
@@ -310,6 +324,24 @@ class GroupStep {
   }
 
   // ---- one parameter ----------------------------------------------------------------------------
+
+  // Counts for a parameter without a gradient. False where a state is missing.
+  bool count_idle(const Candidate& c) {
+    const auto is_there = [](PyObject* state) { return state != nullptr && state != Py_None; };
+    if (c.own == nullptr || c.step_object == nullptr || !is_tensor(c.step_object)) return false;
+    if (!std::all_of(c.states.begin(), c.states.end() - 1, is_there)) return false;
+    if (c.has_master && !is_there(c.states.back())) return false;
+    if (!options_.count) return true;  // on a device
+    const at::Tensor& step = THPVariable_Unpack(c.step_object);
+    if (!is_plain(step) || step.scalar_type() != at::kFloat || step.numel() != 1) return false;
+    if (!step.is_cpu()) return false;
+    auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
+    // Whether this step is skipped, only a device may know.
+    if (counter == nullptr || numbers_.found_inf.is_on_device()) return counter != nullptr;
+    idle_counters_.push_back(counter);
+    modified_[num_modified_++] = step.unsafeGetTensorImpl();
+    return true;
+  }
 
   // False, with nothing added, where it has to be stepped otherwise.
   bool take(Candidate& c, AddressSet& taken) {
@@ -384,6 +416,7 @@ class GroupStep {
     const at::Tensor& step = *c.step;
     const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
     const bool counts_here = step.is_cpu();
+    if (options_.count && !counts_here) return false;
     if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
     // Numbers that only a device knows need a counter there, and are of no use elsewhere.
     const bool must_count_there = options_.is_capturable || numbers_.found_inf.is_on_device();
@@ -393,7 +426,7 @@ class GroupStep {
     if (row.numel != 0 && !is_new(row.data[kUpdate], taken)) return false;
     BucketKey key{row.device, !counts_here, 1.0};
     if (counts_here) {
-      key.step = static_cast<double>(*counter + 1.0f);
+      key.step = options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
       if (!(key.step >= 1.0)) return false;  // a NaN has no place among keys
     } else {
       row.step = counter;
@@ -469,6 +502,7 @@ class GroupStep {
   py::tuple grads_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
+  std::vector<float*> idle_counters_;
   size_t num_params_;
   std::list<at::Tensor> owned_;                    // tensors that were made here
   std::vector<py::object> alive_;                  // objects that nothing else may hold

@@ -1,0 +1,149 @@
+"""The ``step`` of a group of :mod:`emerging_optimizers.megatron`, which counts for its parameters.
+
+It is an int as long as the host counts, and an int32 tensor on a device where counters are there.
+The parameters' counters follow it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._culprits import param_name
+from ._optimizer import ScalarOptimizer
+from ._states import MOST_STEPS, check_complete, check_count, is_absent, new_counter
+from ._values import read
+
+
+def is_on_device(step: Any) -> bool:
+    return isinstance(step, Tensor) and not step.is_cpu
+
+
+def read_steps(optimizer: ScalarOptimizer, found_inf: Any) -> None:
+    """Bring all groups' steps into one of the two forms, and counters on devices up to them.
+
+    Args:
+        optimizer: Its groups' steps may be whatever was put there.
+        found_inf: What a ``GradScaler`` says, if there is one.
+    """
+    is_decided_there = isinstance(found_inf, Tensor) and found_inf.is_cuda
+    new_steps = [
+        step
+        if type(step := group.get("step")) is int and 0 <= step < MOST_STEPS
+        else _read(optimizer, i, group)
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+    for group, step in zip(optimizer.param_groups, new_steps, strict=True):
+        device = None
+        if is_decided_there or group["capturable"] or is_on_device(step):
+            device = _device_of(group, found_inf if is_decided_there else None)
+        if device is None:
+            group["step"] = int(read(step, 1))
+            continue
+        if not is_on_device(step):
+            step = torch.full((), int(read(step, 1)), dtype=torch.int32, device=device)
+        group["step"] = step
+        follow(optimizer, group, group["params"])
+
+
+def count(optimizer: ScalarOptimizer, found_inf: Tensor | None) -> None:
+    """Count a step of all groups, but for one that ``found_inf`` makes them skip."""
+    is_on_host = found_inf is None or not found_inf.is_cuda
+    for group in optimizer.param_groups:
+        step = group["step"]
+        if isinstance(step, Tensor):
+            is_taken = 1 if found_inf is None else (found_inf.reshape(()) == 0).to(step.device)
+            step.add_(is_taken)
+            missed = [p for p in group["params"] if optimizer._grad(group, p) is None]
+            follow(optimizer, group, missed)
+        elif found_inf is not None and read(found_inf, 0.0) != 0.0:
+            continue
+        else:
+            group["step"] = step + 1
+            if is_on_host and optimizer._has_native_step(group):
+                continue
+            # The native step has counted for none of them, or not for those without a gradient.
+            follow(optimizer, group, group["params"])
+
+
+def follow(optimizer: ScalarOptimizer, group: dict[str, Any], params: list[Tensor]) -> None:
+    """Set parameters' counters to their group's step, where that is."""
+    step = group["step"]
+    counters = []
+    for param in params:
+        counter = optimizer.state.get(param, {}).get("step")
+        if isinstance(counter, Tensor):
+            counters.append(counter)
+    if not counters:
+        return
+    with torch.no_grad():
+        if isinstance(step, Tensor):
+            torch._foreach_copy_(counters, [step] * len(counters))
+        else:
+            for counter in counters:
+                counter.fill_(step)
+
+
+def place(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+    """Put a parameter's counter where its group is counted, with the group's step."""
+    step, counter = group["step"], state["step"]
+    on_device = isinstance(step, Tensor)
+    device = param.device if on_device else torch.device("cpu")
+    if counter.dtype != torch.float32 or counter.device != device:
+        state["step"] = counter = torch.empty((), dtype=torch.float32, device=device)
+    if on_device:
+        torch._foreach_copy_([counter], [step])
+    else:
+        counter.fill_(step)
+
+
+def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
+    """Return what a group's step says, or else the largest of its parameters' counters."""
+    step = group.get("step")
+    if not is_absent(step):
+        check_count(f"param_groups[{index}]['step']", step)
+        return step if is_on_device(step) else int(read(step, 1))
+    largest = 0
+    for i, param in enumerate(group["params"]):
+        state = optimizer.state.get(param)
+        if not state:
+            continue
+        if "step" in group:
+            name = param_name(optimizer, group, i)
+            check_complete(optimizer, group, state, f"the state of {name}")
+        counter = state.get("step")
+        if not is_absent(counter):
+            check_count("state 'step'", counter)
+            largest = max(largest, int(read(counter, 1)))
+    return largest
+
+
+def _device_of(group: dict[str, Any], found_inf: Tensor | None) -> torch.device | None:
+    """Return where a group is counted, if not on the host."""
+    if group["params"]:
+        device: torch.device = group["params"][0].device
+        return device if device.type == "cuda" else None
+    # Its parameters are on other processes' devices, which count there.
+    if found_inf is not None:
+        return found_inf.device
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def finish_state_dict(optimizer: ScalarOptimizer, saved: dict[str, Any]) -> None:
+    """Put into a state dict what its groups' steps say: as ints, and as a counter of each state."""
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        step = group.get("step")
+        if is_absent(step):
+            states = [optimizer.state.get(param, {}) for param in group["params"]]
+            counters = [s["step"] for s in states if not is_absent(s.get("step"))]
+            step = max((int(read(c, 1)) for c in counters), default=None)
+        if step is not None:
+            saved_group["step"] = step = int(read(step, 1))
+        for param, key in zip(group["params"], saved_group["params"], strict=True):
+            state = optimizer.state.get(param)
+            if not state:
+                continue
+            counter = state.get("step")
+            device = counter.device if isinstance(counter, Tensor) else torch.device("cpu")
+            others = {name: value for name, value in state.items() if name != "step"}
+            saved["state"][key] = {"step": new_counter(float(step or 0), device), **others}
