@@ -15,8 +15,7 @@
 //   };
 #pragma once
 
-#include <limits>
-
+#include "dtypes.h"
 #include "number.h"
 
 namespace emopt {
@@ -41,6 +40,21 @@ struct StoreUpdate {
     EMOPT_FN bool stores() const { return true; }
   };
 };
+
+// Infinities become the largest finite numbers of their sign, a NaN any number. By integers, whose
+// minimum is one instruction; compilers make four of a comparison of numbers that may be NaN.
+EMOPT_FN float without_infinities(float x) {
+  const auto bits = bit_cast<int32_t>(x);
+  const int32_t below = bits < 0x7f7fffff ? bits : 0x7f7fffff;  // negative numbers are below
+  const auto magnitude = static_cast<uint32_t>(below);          // and above, as these
+  return bit_cast<float>(magnitude < 0xff7fffffu ? magnitude : 0xff7fffffu);
+}
+EMOPT_FN double without_infinities(double x) {
+  const auto bits = bit_cast<int64_t>(x);
+  const int64_t below = bits < 0x7fefffffffffffff ? bits : 0x7fefffffffffffff;
+  const auto magnitude = static_cast<uint64_t>(below);
+  return bit_cast<double>(magnitude < 0xffefffffffffffffu ? magnitude : 0xffefffffffffffffu);
+}
 
 enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
 
@@ -99,11 +113,8 @@ struct ApplyUpdate {
     }
 
     EMOPT_FN Real after(Real update, Real& weight) const {
-      constexpr Real kMax = std::numeric_limits<Real>::max();
       // An infinite weight stays what it is: it loses a finite amount.
-      const Real above = weight < -kMax ? -kMax : weight;
-      const Real finite = above > kMax ? kMax : above;
-      const Real moved = kept * weight - (lost * finite + lr * update);
+      const Real moved = kept * weight - (lost * without_infinities(weight) + lr * update);
       weight = moves ? moved : weight;
       return weight;
     }
