@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._values import is_fake
+from . import _overlap
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -125,12 +125,8 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
             raise RuntimeError(
                 f"{name} is an inference tensor, which cannot be modified outside of inference mode"
             )
-        if operand.in_place and overlaps_itself(tensor):
-            raise ValueError(
-                f"{name} overlaps itself in memory (an expanded tensor, with shape"
-                f" {tuple(tensor.shape)} and strides {tensor.stride()}), so it cannot be modified"
-                " in place; pass a copy of it (.clone())"
-            )
+        if operand.in_place:
+            _check_self_overlap(name, tensor)
 
 
 def check_shape(operand: Operand, position: int, grads: Operand, single: bool) -> None:
@@ -149,58 +145,75 @@ def has_no_memory(tensor: Tensor) -> bool:
     return is_native and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.numel() <= 1:
-        return False
-    dimensions = sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size > 1
-    )
-    strides = {stride for stride, _ in dimensions}
-    if 0 in strides or len(strides) < len(dimensions):
-        return True
-    reach = 0
-    is_nested = True
-    for stride, size in dimensions:
-        is_nested = is_nested and stride > reach
-        reach += stride * (size - 1)
-    if is_nested:
-        return False
-    offsets = [0]
-    for stride, size in dimensions:
-        offsets = [offset + i * stride for i in range(size) for offset in offsets]
-    return len(set(offsets)) < len(offsets)
+def _check_self_overlap(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor of which two indices are one element."""
+    if tensor.is_contiguous():
+        return
+    overlaps = _overlap.overlaps_itself(tensor)
+    layout = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+    if overlaps is None:
+        raise ValueError(
+            f"cannot tell whether {name} overlaps itself in memory: it has {layout}; pass a copy of"
+            " it (.clone())"
+        )
+    if overlaps:
+        raise ValueError(
+            f"{name} overlaps itself in memory (an expanded tensor, with {layout}), so it cannot be"
+            " modified in place; pass a copy of it (.clone())"
+        )
 
 
 def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
-    modified: dict[tuple[torch.device, int], tuple[str, int, Tensor]] = {}
-    for operand in sorted(
-        operands, key=lambda operand: (not operand.in_place, operand.name != "out")
-    ):
-        for position, tensor in enumerate(operand.tensors):
-            if tensor.numel() == 0 or tensor.is_meta or is_fake(tensor):
-                continue
-            key = (tensor.device, tensor.data_ptr())
-            found = modified.get(key)
-            if found is None:
-                if operand.in_place:
-                    modified[key] = (operand.name, position, tensor)
-                continue
-            name, other_position, other = found
-            if (
-                not operand.in_place
-                and (name, other_position) == ("out", position)
-                and other.dtype == tensor.dtype
-                and other.stride() == tensor.stride()
-            ):
-                continue
-            this = position_name(operand.name, position, single)
-            that = position_name(name, other_position, single)
-            raise ValueError(
-                f"{this} starts at the same element as {that}, and {that} is modified in place;"
-                " pass a different tensor for each (only `out` may be `grad`)"
-            )
+    """Raise where what is modified shares memory with another operand, but as an update may."""
+    # In the order in which messages name two of them: first what is modified, the update first.
+    modified = sorted((o for o in operands if o.in_place), key=lambda o: o.name != "out")
+    read = [operand for operand in operands if not operand.in_place]
+    places, used = [], []
+    for lists in (modified, read):
+        for position in range(len(operands[0].tensors)):
+            for operand in lists:
+                memory = _overlap.memory_of(operand.tensors[position])
+                if memory is not None:
+                    places.append((operand, position))
+                    used.append((memory, operand.in_place))
+    worst = None
+    for first, second, is_certain in _overlap.find_sharing(used):
+        if not _is_own_update(places[first], places[second]):
+            pair = (not is_certain, second, first)
+            worst = pair if worst is None else min(pair, worst)
+    if worst is None:
+        return
+    is_uncertain, *indices = worst
+    second_name, first_name = (
+        position_name(operand.name, position, single)
+        for operand, position in (places[index] for index in indices)
+    )
+    if is_uncertain:
+        raise ValueError(
+            f"cannot tell whether {second_name} shares memory with {first_name}, and {first_name}"
+            " is modified in place; pass contiguous tensors"
+        )
+    raise ValueError(
+        f"{second_name} shares memory with {first_name}, and {first_name} is modified in place;"
+        " pass a different tensor for each (only `out` may be `grad`)"
+    )
+
+
+def _is_own_update(first: tuple[Operand, int], second: tuple[Operand, int]) -> bool:
+    """Return whether the two are an update and its gradient, and one view."""
+    if (first[0].name, second[0].name) != ("out", "grad") or first[1] != second[1]:
+        return False
+    out, grad = (operand.tensors[position] for operand, position in (first, second))
+    return (
+        out.data_ptr() == grad.data_ptr()
+        and out.dtype == grad.dtype
+        and _strides_that_count(out) == _strides_that_count(grad)
+    )
+
+
+def _strides_that_count(tensor: Tensor) -> list[int]:
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in pairs if size > 1]
 
 
 def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:

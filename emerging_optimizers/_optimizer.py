@@ -9,7 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _checks
+from . import _checks, _overlap
 from ._culprits import blame, check_tensors, find_param, param_name
 from ._dtensor import increment_versions, is_dtensor, whole
 from ._hyperparameters import check_flags, check_group, flags_of, read_group_flag, read_option
@@ -923,7 +923,7 @@ def _check_modified(name: str, tensor: Tensor) -> None:
             f"{name} is an inference tensor, which cannot be modified outside of inference mode"
         )
     local = _local_part(tensor)
-    if not local.is_contiguous() and _checks.overlaps_itself(local):
+    if not local.is_contiguous() and _overlap.overlaps_itself(local) is not False:
         raise ValueError(
             f"{name} overlaps itself in memory (an expanded tensor, with shape"
             f" {tuple(tensor.shape)} and strides {tensor.stride()})"

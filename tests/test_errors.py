@@ -103,7 +103,7 @@ EXPANDED = (
     "overlaps itself in memory (an expanded tensor, with shape (3, 4) and strides {strides}), "
 )
 EXPANDED += "so it cannot be modified in place; pass a copy of it (.clone())"
-ALIAS = "{second} starts at the same element as {first}, and {first} is modified in place; pass a "
+ALIAS = "{second} shares memory with {first}, and {first} is modified in place; pass a "
 ALIAS += "different tensor for each (only `out` may be `grad`)"
 DTYPE = "expected float32, float64, bfloat16 or float16"
 LAYOUT = "expected a strided (dense) tensor"

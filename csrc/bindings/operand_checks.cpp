@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cctype>
 #include <sstream>
+#include <tuple>
 
 namespace emopt {
 
@@ -38,45 +39,6 @@ void check_device(const OperandList& list, size_t position, const OperandList& o
                position_name(other.name, other_position), " is on ", beside.device());
   TORCH_CHECK_TYPE(tensor.is_meta() == beside.is_meta(), message);
   TORCH_CHECK_VALUE(false, message);
-}
-
-// Dimensions of more than one element, from the smallest stride to the largest.
-using Dimension = std::pair<int64_t, int64_t>;  // stride, size
-c10::SmallVector<Dimension, 6> dimensions_by_stride(const at::Tensor& tensor) {
-  c10::SmallVector<Dimension, 6> dimensions;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  return dimensions;
-}
-
-// Whether two indices of the tensor are the same element in memory.
-bool overlaps_itself(const at::Tensor& tensor) {
-  if (tensor.numel() <= 1 || tensor.is_non_overlapping_and_dense()) return false;
-  const auto dimensions = dimensions_by_stride(tensor);
-  if (dimensions.front().first == 0) return true;
-  for (size_t d = 1; d < dimensions.size(); ++d) {
-    if (dimensions[d].first == dimensions[d - 1].first) return true;
-  }
-  int64_t reach = 0;  // the last element's offset over the dimensions so far
-  bool is_nested = true;
-  for (const auto& [stride, size] : dimensions) {
-    is_nested &= stride > reach;
-    reach += stride * (size - 1);
-  }
-  if (is_nested) return false;
-  // Interleaved dimensions, which only as_strided makes: look at every offset.
-  std::vector<int64_t> offsets{0};
-  offsets.reserve(static_cast<size_t>(tensor.numel()));
-  for (const auto& [stride, size] : dimensions) {
-    const size_t count = offsets.size();
-    for (int64_t i = 1; i < size; ++i) {
-      for (size_t k = 0; k < count; ++k) offsets.push_back(offsets[k] + i * stride);
-    }
-  }
-  std::sort(offsets.begin(), offsets.end());
-  return std::adjacent_find(offsets.begin(), offsets.end()) != offsets.end();
 }
 
 }  // namespace
@@ -197,7 +159,14 @@ void check_position(OperandLists lists, size_t position) {
     if (!list.in_place) continue;
     TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(),
                 " is an inference tensor, which cannot be modified outside of inference mode");
-    TORCH_CHECK_VALUE(!overlaps_itself(tensor), name(),
+    if (tensor.numel() <= 1 || tensor.is_non_overlapping_and_dense()) continue;
+    const Sharing how =
+        self_sharing(tensor.sizes().data(), tensor.strides().data(), tensor.sizes().size());
+    TORCH_CHECK_VALUE(how != Sharing::kUnknown, "cannot tell whether ", name(),
+                      " overlaps itself in memory: it has shape ", shape_text(tensor.sizes()),
+                      " and strides ", shape_text(tensor.strides()),
+                      "; pass a copy of it (.clone())");
+    TORCH_CHECK_VALUE(how == Sharing::kNone, name(),
                       " overlaps itself in memory (an expanded tensor, with shape ",
                       shape_text(tensor.sizes()), " and strides ", shape_text(tensor.strides()),
                       "), so it cannot be modified in place; pass a copy of it (.clone())");
@@ -216,11 +185,53 @@ bool is_same_view(const at::Tensor& a, const at::Tensor& b) {
   return a.is_same(b) || (a.scalar_type() == b.scalar_type() && same_strides(a, b));
 }
 
-void refuse_alias(const OperandList& first, size_t first_position, const OperandList& second,
-                  size_t second_position) {
-  const std::string first_name = position_name(first.name, first_position);
-  TORCH_CHECK_VALUE(false, position_name(second.name, second_position),
-                    " starts at the same element as ", first_name, ", and ", first_name,
+MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address) {
+  return memory_view(address, static_cast<int64_t>(tensor.element_size()), tensor.sizes().data(),
+                     tensor.strides().data(), tensor.sizes().size());
+}
+
+void refuse_sharing(OperandLists lists,
+                    const std::function<const void*(size_t k, size_t position)>& address_of) {
+  // In the order in which messages name two of them: first what is modified.
+  struct Operand {
+    const OperandList* list;
+    size_t position;
+  };
+  std::vector<Operand> operands;
+  std::vector<UsedMemory> used;
+  for (const bool in_place : {true, false}) {
+    for (size_t i = 0; i < lists[kGrad].tensors.size(); ++i) {
+      for (size_t k = 0; k < lists.size(); ++k) {
+        const void* const address = address_of(k, i);
+        if (lists[k].in_place != in_place || address == nullptr) continue;
+        operands.push_back({&lists[k], i});
+        used.push_back({memory_of_tensor(lists[k].tensors[i], address), in_place});
+      }
+    }
+  }
+  const auto is_own_update = [&](size_t first, size_t second) {
+    const size_t i = operands[second].position;
+    return operands[second].list == &lists[kGrad] && operands[first].list == &lists[kUpdate] &&
+           operands[first].position == i && address_of(kUpdate, i) == address_of(kGrad, i) &&
+           is_same_view(lists[kUpdate].tensors[i], lists[kGrad].tensors[i]);
+  };
+  // Of all pairs, the one that ends first; one that surely shares memory before others.
+  using Pair = std::tuple<Sharing, size_t, size_t>;
+  std::optional<Pair> worst;
+  find_sharing(used, [&](size_t first, size_t second, Sharing how) {
+    if (is_own_update(first, second)) return;
+    const Pair pair{how, second, first};
+    if (!worst || pair < *worst) worst = pair;
+  });
+  if (!worst) return;
+  const auto [how, second, first] = *worst;
+  const auto name = [&](size_t k) {
+    return position_name(operands[k].list->name, operands[k].position);
+  };
+  TORCH_CHECK_VALUE(how == Sharing::kSome, "cannot tell whether ", name(second),
+                    " shares memory with ", name(first), ", and ", name(first),
+                    " is modified in place; pass contiguous tensors");
+  TORCH_CHECK_VALUE(false, name(second), " shares memory with ", name(first), ", and ", name(first),
                     " is modified in place; pass a different tensor for each (only `out` may be "
                     "`grad`)");
 }

@@ -6,12 +6,15 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../engine/operands.h"
+#include "memory_overlap.h"
 
 namespace emopt {
 
@@ -120,9 +123,13 @@ bool is_same_view(const at::Tensor& a, const at::Tensor& b);
 // Raises where a step that only a device knows is not with the tensors. `step_tensor` may be empty.
 void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
-// Raises because `second` starts where `first`, which is modified in place, does.
-[[noreturn]] void refuse_alias(const OperandList& first, size_t first_position,
-                               const OperandList& second, size_t second_position);
+// A tensor's memory, of which `address` is where its first element is.
+MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address);
+
+// Raises where an operand that is modified shares memory with another one, but for an update that
+// is its gradient. `address_of(k, position)` is where an operand is; null where there is nothing.
+void refuse_sharing(OperandLists lists,
+                    const std::function<const void*(size_t k, size_t position)>& address_of);
 
 // Tensors that stand in for those whose layout an engine cannot sweep beside the others'.
 class StandIns {
@@ -143,36 +150,6 @@ class StandIns {
 // Tells autograd what was modified.
 void bump_versions(OperandLists lists);
 
-// Finds operands that start at one address. Open addressing, so that a thousand tensors cost
-// microseconds, not a tree's or a node hash's tens.
-class AddressSet {
- public:
-  struct Entry {
-    const void* address = nullptr;
-    uint32_t list = 0;
-    uint32_t position = 0;
-  };
-
-  explicit AddressSet(size_t count) {
-    while ((size_t{1} << bits_) < 2 * count) ++bits_;
-    slots_.resize(size_t{1} << bits_);
-  }
-
-  // The entry with this address; one with a null address where there is none yet.
-  Entry& find(const void* address) {
-    const uint64_t key = reinterpret_cast<uintptr_t>(address);
-    size_t slot = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> (64 - bits_));
-    while (slots_[slot].address != nullptr && slots_[slot].address != address) {
-      slot = (slot + 1) & (slots_.size() - 1);
-    }
-    return slots_[slot];
-  }
-
- private:
-  int bits_ = 3;
-  std::vector<Entry> slots_;
-};
-
 // A table of lists that passed all checks.
 template <int kOperands>
 class CheckedTable {
@@ -186,7 +163,6 @@ class CheckedTable {
                         list.tensors.size(), " tensors but ", list_name("grad"), " has ",
                         grads.size());
     }
-    std::vector<size_t> strided;
     table_.rows.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       bool needs_no_checks = is_plain(grads[i]);
@@ -196,7 +172,7 @@ class CheckedTable {
       }
       if (!needs_no_checks) {
         check_position(lists_, i);
-        if (!shares_dense_layout(lists_, i)) strided.push_back(i);
+        if (!shares_dense_layout(lists_, i)) strided_.push_back(i);
       }
       table_.append(row(i, scale_of(i)));
     }
@@ -205,7 +181,7 @@ class CheckedTable {
       for (size_t i = 0; i < grads.size(); ++i) find_data(i, in_place);
     }
     check_aliases();
-    for (const size_t i : strided) use_stand_ins(i);
+    for (const size_t i : strided_) use_stand_ins(i);
   }
 
   const Table<kOperands>& table() const { return table_; }
@@ -252,28 +228,43 @@ class CheckedTable {
     }
   }
 
-  // Operands that are modified must be different from each other and from those that are read.
+  // Operands that are modified must share no memory with each other, nor with those that are read.
   void check_aliases() const {
-    AddressSet modified(table_.rows.size() * kOperands);
-    for (uint32_t i = 0; i < table_.rows.size(); ++i) {
-      if (table_.rows[i].numel == 0) continue;
-      for (uint32_t k = 0; k < kOperands; ++k) {
-        if (!lists_[k].in_place) continue;
-        AddressSet::Entry& entry = modified.find(table_.rows[i].data[k]);
-        if (entry.address != nullptr) {
-          refuse_alias(lists_[entry.list], entry.position, lists_[k], i);
-        }
-        entry = {table_.rows[i].data[k], k, i};
+    const auto each_range = [&](auto& visitor) {
+      for (size_t k = 0; k < kOperands; ++k) {
+        if (k == kGrad) continue;
+        visitor.start_list();
+        each_row([&](size_t i) { visitor.modify(range_of(k, i)); });
       }
+      each_row([&](size_t i) {
+        if (!is_own_update(i)) visitor.read(range_of(kGrad, i));
+      });
+    };
+    if (are_surely_apart(each_range)) return;
+    refuse_sharing(lists_, [&](size_t k, size_t i) {
+      return table_.rows[i].numel == 0 ? nullptr : table_.rows[i].data[k];
+    });
+  }
+
+  template <class Visit>
+  void each_row(const Visit& visit) const {
+    for (size_t i = 0; i < table_.rows.size(); ++i) {
+      if (table_.rows[i].numel != 0) visit(i);
     }
-    for (uint32_t i = 0; i < table_.rows.size(); ++i) {
-      if (table_.rows[i].numel == 0) continue;
-      const AddressSet::Entry& entry = modified.find(table_.rows[i].data[kGrad]);
-      if (entry.address == nullptr) continue;
-      const bool is_own_update = entry.list == kUpdate && entry.position == i &&
-                                 is_same_view(lists_[kUpdate].tensors[i], lists_[kGrad].tensors[i]);
-      if (!is_own_update) refuse_alias(lists_[entry.list], entry.position, lists_[kGrad], i);
+  }
+
+  bool is_own_update(size_t position) const {
+    const Row<kOperands>& row = table_.rows[position];
+    return row.data[kUpdate] == row.data[kGrad] &&
+           is_same_view(lists_[kUpdate].tensors[position], lists_[kGrad].tensors[position]);
+  }
+
+  ByteRange range_of(size_t k, size_t position) const {
+    const Row<kOperands>& row = table_.rows[position];
+    if (!strided_.empty() && std::binary_search(strided_.begin(), strided_.end(), position)) {
+      return memory_of_tensor(lists_[k].tensors[position], row.data[k]).range;
     }
+    return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
   }
 
   void use_stand_ins(size_t position) {
@@ -288,6 +279,7 @@ class CheckedTable {
 
   const std::array<OperandList, kOperands>& lists_;
   Table<kOperands> table_;
+  std::vector<size_t> strided_;  // positions that need stand-ins, in order
   StandIns stand_ins_;
 };
 

@@ -25,6 +25,36 @@
 
 namespace emopt {
 
+// Finds operands that start at one address. Open addressing, so that a thousand tensors cost
+// microseconds, not a tree's or a node hash's tens.
+class AddressSet {
+ public:
+  struct Entry {
+    const void* address = nullptr;
+    uint32_t list = 0;
+    uint32_t position = 0;
+  };
+
+  explicit AddressSet(size_t count) {
+    while ((size_t{1} << bits_) < 2 * count) ++bits_;
+    slots_.resize(size_t{1} << bits_);
+  }
+
+  // The entry with this address; one with a null address where there is none yet.
+  Entry& find(const void* address) {
+    const uint64_t key = reinterpret_cast<uintptr_t>(address);
+    size_t slot = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> (64 - bits_));
+    while (slots_[slot].address != nullptr && slots_[slot].address != address) {
+      slot = (slot + 1) & (slots_.size() - 1);
+    }
+    return slots_[slot];
+  }
+
+ private:
+  int bits_ = 3;
+  std::vector<Entry> slots_;
+};
+
 // What all groups of a step share.
 struct StepNumbers {
   Scalar grad_multiplier, grad_scale, found_inf;

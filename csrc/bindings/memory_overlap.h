@@ -1,0 +1,221 @@
+// Whether operands share memory. Decided from addresses, sizes and strides: two storages may be one
+// memory, and views of one storage may share none of it. Knows no torch.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace emopt {
+
+// The bytes from `begin` to before `end`.
+struct ByteRange {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+};
+
+inline ByteRange byte_range(const void* address, int64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  return {begin, begin + static_cast<uintptr_t>(bytes)};
+}
+
+// ---- surely none, in linear time ----------------------------------------------------------------
+
+// Marks lines of 64 bytes, in a hash table of blocks of lines. PyTorch aligns memory to 64 bytes or
+// more, so tensors that were allocated apart have no line in common, and a table of a few kilobytes
+// serves a thousand small ones. Sorting their addresses takes ten times as long.
+class LineMarks {
+ public:
+  LineMarks() : slots_(kFirstSlots) { blocks_.reserve(kFirstSlots / 2); }
+
+  // Begins another list. Views of a flat buffer share their first and last lines with the
+  // neighbours in the list, which is no reason for doubt as long as the list has one direction.
+  void start_list() {
+    previous_ = {};
+    direction_ = 0;
+  }
+
+  // False where a marked line may be another operand's.
+  bool mark(ByteRange range) {
+    const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
+    if (first >> kWordBits == last >> kWordBits) {
+      uint64_t& marks = marks_of(first >> kWordBits);
+      const uint64_t wanted = (~uint64_t{0} >> (63 - (last - first))) << (first & 63);
+      if ((marks & wanted) == 0) {
+        marks |= wanted;
+        previous_ = range;
+        return true;
+      }
+    }
+    return mark_words(range);
+  }
+
+  bool has_marks(ByteRange range) {
+    const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
+    for (uint64_t word = first >> kWordBits; word <= last >> kWordBits; ++word) {
+      if ((marks_of(word) & mask(word, first, last)) != 0) return true;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr int kLineBits = 6;   // 64 bytes
+  static constexpr int kWordBits = 6;   // 64 lines in a word
+  static constexpr int kBlockBits = 3;  // 8 words in a block: 32 KiB
+  static constexpr size_t kFirstSlots = 64;
+
+  using Block = std::array<uint64_t, size_t{1} << kBlockBits>;
+  struct Slot {
+    uint64_t key = 0;  // the block's number, and 1
+    size_t block = 0;
+  };
+
+  static uint64_t mask(uint64_t word, uint64_t first, uint64_t last) {
+    uint64_t result = ~uint64_t{0};
+    if (word == first >> kWordBits) result <<= first & 63;
+    if (word == last >> kWordBits) result &= ~uint64_t{0} >> (63 - (last & 63));
+    return result;
+  }
+
+  // As `mark`.
+  bool mark_words(ByteRange range);
+
+  // Whether the one line in common is an edge that the list's previous range ends, or begins, in.
+  // All that touches such a line is then of this list, in order.
+  bool is_neighbours(uint64_t word, uint64_t common, ByteRange range);
+
+  uint64_t& marks_of(uint64_t word) {
+    const uint64_t key = (word >> kBlockBits) + 1;
+    if (key != last_key_) find(key);
+    return last_block_[word & ((1 << kBlockBits) - 1)];
+  }
+
+  // Makes a block the last one.
+  void find(uint64_t key);
+  Slot& slot_of(uint64_t key);
+  void grow();
+
+  int shift_ = 58;  // 64 less the bits of a slot's number
+  std::vector<Slot> slots_;
+  std::vector<Block> blocks_;
+  uint64_t last_key_ = 0;
+  uint64_t* last_block_ = nullptr;
+  ByteRange previous_;
+  int direction_ = 0;
+};
+
+// Large ranges, of which there are few for the time that their contents take: sorted.
+class LargeRanges {
+ public:
+  void add(ByteRange range, bool is_modified) {
+    (is_modified ? modified_ : read_).push_back(range);
+  }
+  bool empty() const { return modified_.empty() && read_.empty(); }
+
+  // False where modified ones intersect others. To be called once, after the last.
+  bool settle();
+  // Whether one intersects a range, and one of the two is modified.
+  bool intersect(ByteRange range, bool is_modified) const {
+    return intersects(modified_, range) || (is_modified && intersects(read_, range));
+  }
+
+ private:
+  static bool intersects(const std::vector<ByteRange>& sorted, ByteRange range);
+
+  std::vector<ByteRange> modified_, read_;  // once settled, disjoint and in order
+};
+
+// Whether no range that is modified intersects another range. False may mean only that they are
+// close together, or sorted in an unusual way. `for_each(visitor)` calls `visitor.start_list()` for
+// each list, and for its ranges that are not empty `visitor.modify(range)` or
+// `visitor.read(range)`; the latter after all that are modified.
+template <class ForEach>
+bool are_surely_apart(const ForEach& for_each) {
+  static constexpr uintptr_t kLarge = 1 << 16;
+  struct SmallOnes {
+    LineMarks marks;
+    LargeRanges large;
+    bool is_certain = true;
+
+    void start_list() { marks.start_list(); }
+    void modify(ByteRange range) {
+      if (range.end - range.begin > kLarge) return large.add(range, true);
+      is_certain &= marks.mark(range);
+    }
+    void read(ByteRange range) {
+      if (range.end - range.begin > kLarge) return large.add(range, false);
+      is_certain &= !marks.has_marks(range);
+    }
+  };
+  struct BesideLargeOnes {
+    const LargeRanges& large;
+    bool is_certain = true;
+
+    void start_list() {}
+    void modify(ByteRange range) { look_at(range, true); }
+    void read(ByteRange range) { look_at(range, false); }
+    void look_at(ByteRange range, bool is_modified) {
+      if (range.end - range.begin > kLarge) return;
+      is_certain &= !large.intersect(range, is_modified);
+    }
+  };
+  SmallOnes small;
+  for_each(small);
+  if (!small.is_certain || small.large.empty()) return small.is_certain;
+  if (!small.large.settle()) return false;
+  BesideLargeOnes beside{small.large};
+  for_each(beside);
+  return beside.is_certain;
+}
+
+// ---- exactly ------------------------------------------------------------------------------------
+
+// The memory of a tensor: runs of bytes without a gap, at multiples of strides.
+struct MemoryView {
+  struct Dimension {
+    int64_t stride;  // in bytes, greater than the run
+    int64_t size;    // greater than 1
+  };
+
+  ByteRange range;
+  int64_t run = 0;
+  std::vector<Dimension> dimensions;  // by stride; empty where there is no gap at all
+
+  bool has_gaps() const { return !dimensions.empty(); }
+};
+
+inline MemoryView without_gaps(ByteRange range) {
+  return {range, static_cast<int64_t>(range.end - range.begin), {}};
+}
+
+// Strides are in items, and not negative. The tensor is not empty.
+MemoryView memory_view(const void* address, int64_t item_size, const int64_t* sizes,
+                       const int64_t* strides, size_t num_dimensions);
+
+enum class Sharing { kNone, kSome, kUnknown };  // unknown: deciding would take too long
+
+// How many candidates a search looks at before it gives up; the latter are tens of milliseconds.
+inline constexpr int64_t kWorkOfPair = 100'000;
+inline constexpr int64_t kWorkOfCall = 4'000'000;
+
+// Whether two tensors have a byte in common. What it costs is taken from `work`.
+Sharing sharing(const MemoryView& a, const MemoryView& b, int64_t& work);
+
+// Whether two indices of a tensor are one element.
+Sharing self_sharing(const int64_t* sizes, const int64_t* strides, size_t num_dimensions);
+
+struct UsedMemory {
+  MemoryView view;
+  bool is_modified;
+};
+
+// Calls `found(i, j, how)` for all pairs that share memory, or may, where one of the two is
+// modified; i < j, and a pair may come more than once. Views that interleave, as the columns of a
+// matrix do, are sorted by what they have in common, so that not all pairs of them are looked at.
+void find_sharing(const std::vector<UsedMemory>& used,
+                  const std::function<void(size_t, size_t, Sharing)>& found);
+
+}  // namespace emopt

@@ -1,0 +1,281 @@
+"""Whether tensors share memory, for the calls that the native checks do not see.
+
+Decided from addresses, sizes and strides, as in ``csrc/bindings/memory_overlap.cpp``: two storages
+may be one memory, and views of one storage may share none of it.
+"""
+
+import math
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from itertools import starmap
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# How many candidates a search looks at before it gives up: as many as the native one for a pair,
+# fewer for a call.
+_WORK_OF_PAIR = 100_000
+_WORK_OF_CALL = 1_000_000
+
+_Dimensions = tuple[tuple[int, int], ...]
+
+
+class Memory(NamedTuple):
+    """The memory of a tensor: runs of bytes without a gap, at multiples of strides.
+
+    Args:
+        device: Of which addresses these are.
+        begin: The first byte.
+        end: The one after the last.
+        run: The length of a run.
+        dimensions: Strides in bytes, and sizes, by stride; empty where there is no gap at all.
+    """
+
+    device: torch.device
+    begin: int
+    end: int
+    run: int
+    dimensions: _Dimensions
+
+
+class _Work:
+    """What is left to be done before a search gives up."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+def memory_of(tensor: Tensor) -> Memory | None:
+    """Return where a tensor is; None where it has no address, or no elements."""
+    if tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    try:
+        begin = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # a FakeTensor, say
+        return None
+    if begin == 0:
+        return None
+    item = tensor.element_size()
+    if tensor.is_contiguous():
+        size = tensor.numel() * item
+        return Memory(tensor.device, begin, begin + size, size, ())
+    run = reach = item
+    outer: list[tuple[int, int]] = []
+    for stride, size in _dimensions(tensor):
+        if stride == 0:
+            continue
+        stride *= item
+        reach += stride * (size - 1)
+        if not outer and stride <= run:
+            run += stride * (size - 1)
+        elif outer and stride == outer[-1][0] * outer[-1][1]:
+            outer[-1] = (outer[-1][0], outer[-1][1] * size)
+        else:
+            outer.append((stride, size))
+    return Memory(tensor.device, begin, begin + reach, run, tuple(outer))
+
+
+def share_memory(a: Memory, b: Memory, work: _Work) -> bool | None:
+    """Return whether two tensors have a byte in common; None where that takes too long to tell."""
+    if a.begin >= b.end or b.begin >= a.end:
+        return False
+    if not a.dimensions and not b.dimensions:
+        return True
+    # An address of `a` is one of `b`: with b's offsets counted from its last byte, sums of the
+    # strides of both are to be the distance of b's last byte from a's first.
+    terms = [(stride, size - 1) for stride, size in a.dimensions + b.dimensions]
+    return _Equation(terms, a.run + b.run - 2).solve(b.end - 1 - a.begin, work)
+
+
+def overlaps_itself(tensor: Tensor) -> bool | None:
+    """Return whether two indices are one element; None where that takes too long to tell."""
+    if tensor.numel() <= 1:
+        return False
+    dimensions = _dimensions(tensor)
+    if dimensions[0][0] == 0:
+        return True
+    # Two indices differ last in one of the dimensions, by 1 or more, and the smaller strides make
+    # up for it: by as much as they reach either way, here counted from the lowest.
+    reach = 0
+    work = _Work(_WORK_OF_PAIR)
+    worst: bool | None = False
+    for d, (stride, size) in enumerate(dimensions):
+        if stride <= reach:
+            smaller = [(other, 2 * (count - 1)) for other, count in dimensions[:d]]
+            result = _Equation([(stride, size - 2), *smaller], 0).solve(reach - stride, work)
+            if result:
+                return True
+            worst = None if result is None else worst
+        reach += stride * (size - 1)
+    return worst
+
+
+def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return strides and sizes of more than one element, by stride."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return sorted((stride, size) for stride, size in pairs if size > 1)
+
+
+def find_sharing(used: Sequence[tuple[Memory, bool]]) -> Iterator[tuple[int, int, bool]]:
+    """Find the pairs of tensors that share memory, of which one is modified.
+
+    Views that interleave, as the columns of a matrix do, are sorted by what they have in common, so
+    that not all pairs of them are looked at.
+
+    Args:
+        used: For each tensor its memory, and whether it is modified.
+
+    Yields:
+        The smaller index, the larger one, and whether it is certain; a pair may come twice.
+    """
+    work = _Work(_WORK_OF_CALL)
+    order = sorted(range(len(used)), key=lambda i: (str(used[i][0].device), used[i][0].begin))
+    for group in _groups(used, order):
+        divisor = math.gcd(*(stride for i in group for stride, _ in used[i][0].dimensions))
+        dense = [i for i in group if not used[i][0].dimensions]
+        intervals = [(used[i][0].begin, used[i][0].end, i) for i in dense]
+        for i, j in _intersecting(used, intervals, False):
+            yield min(i, j), max(i, j), True
+        if divisor == 0:
+            continue
+        intervals = [part for i in group for part in _remainders(used[i][0], i, divisor)]
+        for i, j in _intersecting(used, intervals, True):
+            work.left -= 1
+            result = share_memory(used[i][0], used[j][0], work)
+            if result is not False or work.left < 0:
+                yield min(i, j), max(i, j), bool(result)
+            if work.left < 0:
+                return
+
+
+def _groups(used: Sequence[tuple[Memory, bool]], order: Sequence[int]) -> Iterator[list[int]]:
+    """Yield groups, of two and more, whose ranges hang together."""
+    group: list[int] = []
+    end, device = 0, None
+    for i in order:
+        memory = used[i][0]
+        if memory.begin >= end or memory.device != device:
+            if len(group) > 1:
+                yield group
+            group, end, device = [], 0, memory.device
+        group.append(i)
+        end = max(end, memory.end)
+    if len(group) > 1:
+        yield group
+
+
+def _remainders(memory: Memory, index: int, divisor: int) -> Iterator[tuple[int, int, int]]:
+    """Yield a tensor's addresses modulo a number that all strides are multiples of."""
+    begin = memory.begin % divisor
+    end = begin + memory.run
+    if memory.run >= divisor:
+        yield 0, divisor, index
+        return
+    yield begin, min(end, divisor), index
+    if end > divisor:
+        yield 0, end - divisor, index
+
+
+def _intersecting(
+    used: Sequence[tuple[Memory, bool]], intervals: list[tuple[int, int, int]], with_gaps: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield pairs of intervals that intersect: not two that are read, nor two without gaps."""
+    # Those that may go on, by whether they are modified and have gaps, from the first to end.
+    still: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+    for begin, end, i in sorted(intervals):
+        memory, is_modified = used[i]
+        has_gaps = bool(memory.dimensions)
+        for (other_is_modified, other_has_gaps), others in still.items():
+            if not (is_modified or other_is_modified):
+                continue
+            if with_gaps and not (has_gaps or other_has_gaps):
+                continue
+            while others and others[0][0] <= begin:
+                others.pop(0)
+            for _, j in others:
+                yield i, j
+        insort(still.setdefault((is_modified, has_gaps), []), (end, i))
+
+
+class _Equation:
+    """Asks for a sum of terms in a range: each term a step times a number from 0 to a bound.
+
+    Args:
+        terms: Steps and bounds.
+        slack: The range is from the target less this to the target.
+    """
+
+    def __init__(self, terms: Sequence[tuple[int, int]], slack: int) -> None:
+        kept: list[tuple[int, int]] = []
+        for step, bound in sorted(terms):
+            if bound == 0:
+                continue
+            if not kept and step <= slack + 1:
+                slack += step * bound  # no gaps
+            elif kept and kept[-1][0] == step:
+                kept[-1] = (step, kept[-1][1] + bound)
+            else:
+                kept.append((step, bound))
+        self._terms = kept[::-1]
+        self._slack = slack
+        # Of the terms from one on: the largest sum, and the steps' common divisor.
+        rests = [self._terms[d:] for d in range(len(kept) + 1)]
+        self._reach = [slack + sum(starmap(int.__mul__, rest)) for rest in rests]
+        self._divisor = [math.gcd(*(step for step, _ in rest)) for rest in rests]
+
+    def solve(self, target: int, work: _Work) -> bool | None:
+        """Return whether there is a solution; None where that takes too long to tell."""
+        if not 0 <= target <= self._reach[0]:
+            return False
+        own = _Work(min(work.left, _WORK_OF_PAIR))
+        before = own.left
+        result = self._search(0, target, own)
+        work.left -= before - own.left
+        return result
+
+    def _search(self, d: int, target: int, work: _Work) -> bool | None:
+        """Solve by the terms from the d-th on, from the largest step to the smallest."""
+        if d == len(self._terms):
+            return True
+        step, bound = self._terms[d]
+        x = max(0, -((self._reach[d + 1] - target) // step))
+        last = min(bound, target // step)
+        while x <= last:
+            more = self._next_candidate(d, target - x * step)
+            if more is None or x + more > last:
+                return False
+            x += more
+            work.left -= 1
+            if work.left < 0:
+                return None
+            result = self._search(d + 1, target - x * step, work)
+            if result is not False:
+                return result
+            x += 1
+        return False
+
+    def _next_candidate(self, d: int, target: int) -> int | None:
+        """Return how many steps on the remainder is one that the other terms allow."""
+        divisor = self._divisor[d + 1]
+        if divisor == 0:
+            return 0
+        rest = target % divisor
+        if rest <= self._slack:
+            return 0
+        return _first_multiple(self._terms[d][0] % divisor, divisor, rest - self._slack, rest)
+
+
+def _first_multiple(a: int, m: int, low: int, high: int) -> int | None:
+    """Return the least t >= 0 with low <= a t mod m <= high, as Euclid's algorithm finds it."""
+    if low == 0:
+        return 0
+    if a == 0:
+        return None
+    if 2 * a > m:
+        return _first_multiple(m - a, m, m - high, m - low)
+    t = -(-low // a)
+    if t * a <= high:
+        return t
+    turns = _first_multiple(-m % a, a, low % a, high % a)
+    return None if turns is None else -(-(low + m * turns) // a)
