@@ -36,6 +36,7 @@ from ._states import (
     set_counter,
     split_counters,
 )
+from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 
 # What every step asks; without looking up each module on the way.
@@ -511,7 +512,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             for i, group in enumerate(groups):
                 check(self, group, f"param_groups[{i}]")
             left = self._native_step(groups, positions, StepArguments(*arguments))
-        for i, indices in left.items():
+        for i, indices in sorted(left.items()):
             self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
         return found_inf
 
@@ -574,16 +575,42 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 self._raise_no_native_step(group, indices)
             if indices or self._steps_together(group):
                 left[i] = indices
+        followers = self._settle_order(groups, left, arguments)
         if not chosen:
             return left
+        all_grads = {i: self._grads(groups[i]) for i in chosen}
+        for i, k in followers:
+            all_grads[i][k] = None  # not to be stepped natively
         groups = [groups[i] for i in chosen]
         positions = [positions[i] for i in chosen]
-        grads = [self._grads(group) for group in groups]
+        grads = list(all_grads.values())
         found = self._call_native(groups, positions, arguments, grads, may_leave=False)
         if found is not None:
-            more = self._step_left(groups, positions, arguments, found)
+            more = self._step_left(groups, positions, arguments, found, grads)
             left.update((chosen[k], indices) for k, indices in more.items())
+        for i, k in followers:
+            left[i] = sorted({*left.get(i, ()), k})
         return left
+
+    def _settle_order(
+        self,
+        groups: Sequence[dict[str, Any]],
+        left: Mapping[int, Collection[int]],
+        arguments: StepArguments,
+    ) -> set[Place]:
+        """Check what shares memory where the fallback steps some of the parameters.
+
+        Returns:
+            What else has to be left to the fallback, after those. Its states are there.
+        """
+        if not any(left.values()):
+            return set()  # the native step does it
+        followers = find_followers(check_overlap(self, groups), left)
+        for i, k in followers:
+            if groups[i]["fused"]:
+                self._raise_no_native_step(groups[i], [k])
+            self._prepare(groups[i], [k], arguments)
+        return followers
 
     def _step_left(
         self,
@@ -591,6 +618,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         positions: Sequence[int],
         arguments: StepArguments,
         found: Sequence[Collection[int]],
+        grads: list[list[Tensor | None]] | None = None,
     ) -> dict[int, Collection[int]]:
         """Step by another native call, after one that has done nothing.
 
@@ -601,6 +629,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             positions: The number of each group's first parameter.
             arguments: What the call of ``step`` passes.
             found: For each group, the indices of its parameters that were left.
+            grads: For each group, what that call was given as the parameters' gradients.
 
         Returns:
             By the index of a group, the indices of its parameters that are still left.
@@ -613,12 +642,12 @@ class ScalarOptimizer(torch.optim.Optimizer):
             self._prepare(group, indices, arguments)
             for group, indices in zip(groups, found, strict=True)
         ]
-        grads = []
-        for group, indices in zip(groups, ready, strict=True):
-            grads.append(self._grads(group))
+        if grads is None:
+            grads = [self._grads(group) for group in groups]
+        for group, indices, own in zip(groups, ready, grads, strict=True):
             with torch.no_grad():
                 for i in indices:
-                    grads[-1][i] = _placed_like(grads[-1][i], group["params"][i])
+                    own[i] = _placed_like(own[i], group["params"][i])
         still = self._call_native(groups, positions, arguments, grads, may_leave=True)
         left = {i: indices for i, indices in enumerate(still or ()) if indices}
         for i, indices in left.items():
@@ -648,6 +677,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             for i, group in enumerate(self.param_groups):
                 check_group(self, group, f"param_groups[{i}]")
                 check_tensors(self, group)
+            check_overlap(self, self.param_groups)
         except (TypeError, ValueError, RuntimeError) as explained:
             raise explained from None
         raise error
@@ -718,6 +748,14 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for own in self.param_groups:  # of which `group` may be a copy
             if own["params"] is group["params"]:
                 settle_counts(self, own, states)
+
+    def _operands_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return those states that a parameter's step reads or modifies."""
+        state = self.state.get(param, {})
+        keys = ["step", *self._state_names]
+        if has_master(group, param):
+            keys.append(MASTER)
+        return {key: state[key] for key in keys if key in state}
 
     def _grads(self, group: dict[str, Any]) -> list[Tensor | None]:
         return [self._grad(group, param) for param in group["params"]]

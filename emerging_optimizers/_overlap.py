@@ -48,7 +48,8 @@ class _Work:
 
 def memory_of(tensor: Tensor) -> Memory | None:
     """Return where a tensor is; None where it has no address, or no elements."""
-    if tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+    num_elements = tensor.numel()
+    if num_elements == 0 or tensor.is_meta or tensor.layout != torch.strided:
         return None
     try:
         begin = tensor.data_ptr()
@@ -58,7 +59,7 @@ def memory_of(tensor: Tensor) -> Memory | None:
         return None
     item = tensor.element_size()
     if tensor.is_contiguous():
-        size = tensor.numel() * item
+        size = num_elements * item
         return Memory(tensor.device, begin, begin + size, size, ())
     run = reach = item
     outer: list[tuple[int, int]] = []
@@ -130,8 +131,7 @@ def find_sharing(used: Sequence[tuple[Memory, bool]]) -> Iterator[tuple[int, int
         The smaller index, the larger one, and whether it is certain; a pair may come twice.
     """
     work = _Work(_WORK_OF_CALL)
-    order = sorted(range(len(used)), key=lambda i: (str(used[i][0].device), used[i][0].begin))
-    for group in _groups(used, order):
+    for group in _groups(used):
         divisor = math.gcd(*(stride for i in group for stride, _ in used[i][0].dimensions))
         dense = [i for i in group if not used[i][0].dimensions]
         intervals = [(used[i][0].begin, used[i][0].end, i) for i in dense]
@@ -149,20 +149,27 @@ def find_sharing(used: Sequence[tuple[Memory, bool]]) -> Iterator[tuple[int, int
                 return
 
 
-def _groups(used: Sequence[tuple[Memory, bool]], order: Sequence[int]) -> Iterator[list[int]]:
+def _groups(used: Sequence[tuple[Memory, bool]]) -> Iterator[list[int]]:
     """Yield groups, of two and more, whose ranges hang together."""
+    end = 0
     group: list[int] = []
-    end, device = 0, None
-    for i in order:
+    for i in sorted(range(len(used)), key=lambda i: used[i][0].begin):
         memory = used[i][0]
-        if memory.begin >= end or memory.device != device:
+        if memory.begin >= end:
             if len(group) > 1:
-                yield group
-            group, end, device = [], 0, memory.device
+                yield from _by_device(used, group)
+            group = []
         group.append(i)
         end = max(end, memory.end)
     if len(group) > 1:
-        yield group
+        yield from _by_device(used, group)
+
+
+def _by_device(used: Sequence[tuple[Memory, bool]], group: list[int]) -> Iterator[list[int]]:
+    of_device: dict[torch.device, list[int]] = {}
+    for i in group:
+        of_device.setdefault(used[i][0].device, []).append(i)
+    yield from of_device.values()
 
 
 def _remainders(memory: Memory, index: int, divisor: int) -> Iterator[tuple[int, int, int]]:

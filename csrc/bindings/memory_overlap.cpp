@@ -198,7 +198,7 @@ void LineMarks::find(uint64_t key) {
 }
 
 LineMarks::Slot& LineMarks::slot_of(uint64_t key) {
-  auto place = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> shift_);
+  size_t place = place_of(key);
   while (slots_[place].key != 0 && slots_[place].key != key) {
     place = (place + 1) & (slots_.size() - 1);
   }

@@ -9,6 +9,8 @@
 #include <functional>
 #include <vector>
 
+#include "../rules/rule.h"
+
 namespace emopt {
 
 // The bytes from `begin` to before `end`.
@@ -39,12 +41,13 @@ class LineMarks {
   }
 
   // False where a marked line may be another operand's.
-  bool mark(ByteRange range) {
+  EMOPT_FN bool mark(ByteRange range) {
     const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
     if (first >> kWordBits == last >> kWordBits) {
       uint64_t& marks = marks_of(first >> kWordBits);
       const uint64_t wanted = (~uint64_t{0} >> (63 - (last - first))) << (first & 63);
-      if ((marks & wanted) == 0) {
+      const uint64_t common = marks & wanted;
+      if (common == 0 || is_neighbours(first >> kWordBits, common, range)) {
         marks |= wanted;
         previous_ = range;
         return true;
@@ -53,7 +56,7 @@ class LineMarks {
     return mark_words(range);
   }
 
-  bool has_marks(ByteRange range) {
+  EMOPT_FN bool has_marks(ByteRange range) {
     const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
     for (uint64_t word = first >> kWordBits; word <= last >> kWordBits; ++word) {
       if ((marks_of(word) & mask(word, first, last)) != 0) return true;
@@ -87,12 +90,23 @@ class LineMarks {
   // All that touches such a line is then of this list, in order.
   bool is_neighbours(uint64_t word, uint64_t common, ByteRange range);
 
-  uint64_t& marks_of(uint64_t word) {
+  EMOPT_FN uint64_t& marks_of(uint64_t word) {
     const uint64_t key = (word >> kBlockBits) + 1;
-    if (key != last_key_) find(key);
+    if (key != last_key_) {
+      const Slot& slot = slots_[place_of(key)];
+      if (slot.key == key) {
+        last_key_ = key;
+        last_block_ = blocks_[slot.block].data();
+      } else {
+        find(key);
+      }
+    }
     return last_block_[word & ((1 << kBlockBits) - 1)];
   }
 
+  size_t place_of(uint64_t key) const {
+    return static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> shift_);
+  }
   // Makes a block the last one.
   void find(uint64_t key);
   Slot& slot_of(uint64_t key);

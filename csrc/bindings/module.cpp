@@ -225,27 +225,20 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     const size_t num_groups = groups.size();
     std::vector<GroupStep<Rule>> steps;
     steps.reserve(num_groups);
-    size_t num_params = 0;
     for (size_t i = 0; i < num_groups; ++i) {
       const py::object group = groups[i];
       const auto first_position = positions[i].template cast<uint32_t>();
       steps.emplace_back(rule_of(group, keys), options_of(group, first_position, seed), names,
                          numbers, params_of(group), grads_of(grads, i));
-      num_params += steps.back().num_params();
     }
 
-    AddressSet taken(2 * num_params);
     StateWalk states(state.ptr());
-    std::vector<std::vector<Py_ssize_t>> left(num_groups);
-    bool may_run = true;
-    bool is_any_left = false;
-    for (size_t i = 0; i < num_groups; ++i) {
-      left[i] = steps[i].take(states, taken, !may_leave);
-      is_any_left |= !left[i].empty();
-      may_run &= left[i].empty() || (may_leave && !steps[i].must_be_native());
-    }
-    if (may_run) run(steps);
-    if (!is_any_left) return py::none();
+    Left left(num_groups);
+    for (size_t i = 0; i < num_groups; ++i) left[i] = steps[i].take(states, !may_leave);
+    uint32_t num_waves = 1;
+    if (may_run(steps, left, may_leave)) num_waves = settle(steps, left, state);
+    if (may_run(steps, left, may_leave)) run(steps, num_waves);
+    if (!is_any(left)) return py::none();
     return py::cast(left);
   }
 
@@ -277,7 +270,50 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Elements from which on it pays to let other threads run.
   static constexpr int64_t kWorthTheGil = 1 << 18;
 
-  static void run(std::vector<GroupStep<Rule>>& steps) {
+  using Left = std::vector<std::vector<Py_ssize_t>>;  // by group
+
+  static bool is_any(const Left& left) {
+    return std::any_of(left.begin(), left.end(), [](const auto& group) { return !group.empty(); });
+  }
+  static bool may_run(const std::vector<GroupStep<Rule>>& steps, const Left& left, bool may_leave) {
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (!left[i].empty() && (!may_leave || steps[i].must_be_native())) return false;
+    }
+    return true;
+  }
+
+  // Finds what shares memory, and leaves what cannot be stepped natively in its order. Returns the
+  // number of waves.
+  static uint32_t settle(std::vector<GroupStep<Rule>>& steps, Left& left, const py::dict& state) {
+    std::vector<StepOperand> operands;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      steps[i].append_left(operands, left[i], state.ptr());
+    }
+    const auto each_range = [&](auto& visitor) {
+      for (const GroupStep<Rule>& step : steps) step.each_modified(visitor);
+      visitor.start_list();
+      for (const StepOperand& other : operands) {
+        if (other.is_modified()) visitor.modify(other.view.range);
+      }
+      for (const GroupStep<Rule>& step : steps) step.each_read(visitor);
+      for (const StepOperand& other : operands) {
+        if (!other.is_modified()) visitor.read(other.view.range);
+      }
+    };
+    if (are_surely_apart(each_range)) return 1;
+    std::vector<char> is_left;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      steps[i].append_taken(operands);
+      const size_t end = steps[i].position_of(static_cast<Py_ssize_t>(steps[i].num_params()));
+      is_left.resize(std::max(is_left.size(), end));
+      for (const Py_ssize_t index : left[i]) is_left[steps[i].position_of(index)] = true;
+    }
+    const StepOrder order(std::move(operands), std::move(is_left));
+    for (size_t i = 0; i < steps.size(); ++i) steps[i].settle(order, left[i]);
+    return order.num_waves();
+  }
+
+  static void run(std::vector<GroupStep<Rule>>& steps, uint32_t num_waves) {
     int64_t numel = 0;
     bool any_on_device = false;
     for (GroupStep<Rule>& step : steps) {
@@ -291,7 +327,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
       for (const GroupStep<Rule>& step : steps) step.own(owned);
       without_gil.emplace();
     }
-    for (GroupStep<Rule>& step : steps) step.sweep();
+    for (uint32_t wave = 0; wave < num_waves; ++wave) {
+      for (GroupStep<Rule>& step : steps) step.sweep(wave);
+    }
   }
 
   static Rule rule_of(py::handle group, const py::tuple& keys) {

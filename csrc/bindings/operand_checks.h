@@ -234,10 +234,10 @@ class CheckedTable {
       for (size_t k = 0; k < kOperands; ++k) {
         if (k == kGrad) continue;
         visitor.start_list();
-        each_row([&](size_t i) { visitor.modify(range_of(k, i)); });
+        each_row([&](const Row<kOperands>& row) { visitor.modify(range_of(row, k)); });
       }
-      each_row([&](size_t i) {
-        if (!is_own_update(i)) visitor.read(range_of(kGrad, i));
+      each_row([&](const Row<kOperands>& row) {
+        if (!is_own_update(row)) visitor.read(range_of(row, kGrad));
       });
     };
     if (are_surely_apart(each_range)) return;
@@ -248,21 +248,27 @@ class CheckedTable {
 
   template <class Visit>
   void each_row(const Visit& visit) const {
-    for (size_t i = 0; i < table_.rows.size(); ++i) {
-      if (table_.rows[i].numel != 0) visit(i);
+    for (const Row<kOperands>& row : table_.rows) {
+      if (row.numel != 0) visit(row);
     }
   }
 
-  bool is_own_update(size_t position) const {
-    const Row<kOperands>& row = table_.rows[position];
-    return row.data[kUpdate] == row.data[kGrad] &&
-           is_same_view(lists_[kUpdate].tensors[position], lists_[kGrad].tensors[position]);
+  size_t position_of(const Row<kOperands>& row) const {
+    return static_cast<size_t>(&row - table_.rows.data());
   }
 
-  ByteRange range_of(size_t k, size_t position) const {
-    const Row<kOperands>& row = table_.rows[position];
-    if (!strided_.empty() && std::binary_search(strided_.begin(), strided_.end(), position)) {
-      return memory_of_tensor(lists_[k].tensors[position], row.data[k]).range;
+  bool is_own_update(const Row<kOperands>& row) const {
+    if (row.data[kUpdate] != row.data[kGrad]) return false;
+    const size_t i = position_of(row);
+    return is_same_view(lists_[kUpdate].tensors[i], lists_[kGrad].tensors[i]);
+  }
+
+  EMOPT_FN ByteRange range_of(const Row<kOperands>& row, size_t k) const {
+    if (!strided_.empty()) {
+      const size_t i = position_of(row);
+      if (std::binary_search(strided_.begin(), strided_.end(), i)) {
+        return memory_of_tensor(lists_[k].tensors[i], row.data[k]).range;
+      }
     }
     return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
   }

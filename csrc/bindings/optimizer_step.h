@@ -22,38 +22,9 @@
 #include "operand_checks.h"
 #include "operators.h"
 #include "step_objects.h"
+#include "step_overlap.h"
 
 namespace emopt {
-
-// Finds operands that start at one address. Open addressing, so that a thousand tensors cost
-// microseconds, not a tree's or a node hash's tens.
-class AddressSet {
- public:
-  struct Entry {
-    const void* address = nullptr;
-    uint32_t list = 0;
-    uint32_t position = 0;
-  };
-
-  explicit AddressSet(size_t count) {
-    while ((size_t{1} << bits_) < 2 * count) ++bits_;
-    slots_.resize(size_t{1} << bits_);
-  }
-
-  // The entry with this address; one with a null address where there is none yet.
-  Entry& find(const void* address) {
-    const uint64_t key = reinterpret_cast<uintptr_t>(address);
-    size_t slot = static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> (64 - bits_));
-    while (slots_[slot].address != nullptr && slots_[slot].address != address) {
-      slot = (slot + 1) & (slots_.size() - 1);
-    }
-    return slots_[slot];
-  }
-
- private:
-  int bits_ = 3;
-  std::vector<Entry> slots_;
-};
 
 // What all groups of a step share.
 struct StepNumbers {
@@ -116,9 +87,8 @@ class GroupStep {
   // Adds the parameters that have a gradient. Returns the indices of those that have to be stepped
   // otherwise: where a state is missing, or a tensor is none that an engine sweeps. And, where it
   // was not known that states may be missing (`is_first`), of those that lack one without having a
-  // gradient, if the group makes all states. `taken` is to
-  // find parameters, and counters, with the same memory: they cannot be stepped at a time.
-  std::vector<Py_ssize_t> take(StateWalk& states, AddressSet& taken, bool is_first) {
+  // gradient, if the group makes all states.
+  std::vector<Py_ssize_t> take(StateWalk& states, bool is_first) {
     std::vector<Py_ssize_t> left;
     std::array<Candidate, kBatch> batch;
     constexpr auto ahead = static_cast<Py_ssize_t>(kBatch);
@@ -141,13 +111,125 @@ class GroupStep {
       find(batch.data(), n, grads, states);
       for (size_t i = 0; i < n; ++i) {
         if (batch[i].grad->defined()) {
-          if (!take(batch[i], taken)) left.push_back(batch[i].index);
+          if (!take(batch[i])) left.push_back(batch[i].index);
         } else if (options_.makes_all_states && !count_idle(batch[i]) && is_first) {
           left.push_back(batch[i].index);
         }
       }
     }
     return left;
+  }
+
+  // ---- what shares memory -----------------------------------------------------------------------
+
+  // As `are_surely_apart` wants it: what is modified, then the gradients.
+  template <class Visitor>
+  void each_modified(Visitor& visitor) const {
+    for (const auto& [key, bucket] : buckets_) {
+      for (size_t k = 0; k < kOperands; ++k) {
+        if (k == kGrad) continue;
+        visitor.start_list();
+        for (const Row<kOperands>& row : bucket.table.rows) {
+          if (row.numel == 0 || (k == kOwn && row.data[kOwn] == row.data[kUpdate])) continue;
+          visitor.modify(range_of(row, k));
+        }
+      }
+      visitor.start_list();
+      for (const float* counter : bucket.counters) visitor.modify(range_of(counter));
+      for (const Row<kOperands>& row : bucket.table.rows) {
+        if (row.step != nullptr) visitor.modify(range_of(row.step));
+      }
+    }
+  }
+  template <class Visitor>
+  void each_read(Visitor& visitor) const {
+    for (const auto& [key, bucket] : buckets_) {
+      for (const Row<kOperands>& row : bucket.table.rows) {
+        if (row.numel != 0 && row.data[kGrad] != row.data[kUpdate]) {
+          visitor.read(range_of(row, kGrad));
+        }
+      }
+    }
+  }
+
+  // Those of the parameters that were taken.
+  void append_taken(std::vector<StepOperand>& operands) const {
+    using Role = StepOperand::Role;
+    for (const auto& [key, bucket] : buckets_) {
+      for (size_t i = 0; i < bucket.table.rows.size(); ++i) {
+        const Row<kOperands>& row = bucket.table.rows[i];
+        const auto add = [&](Role role, ByteRange range) {
+          operands.push_back({role, row.position, without_gaps(range)});
+        };
+        add(Role::kCounter, range_of(row.step == nullptr ? bucket.counters[i] : row.step));
+        for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
+          if (k == kOwn && row.data[kOwn] == row.data[kUpdate]) continue;
+          add(k == kUpdate ? Role::kParam
+              : k == kGrad ? Role::kGrad
+                           : Role::kState,
+              range_of(row, k));
+        }
+      }
+    }
+  }
+
+  // Those of parameters that are left. `state` is the optimizer's.
+  void append_left(std::vector<StepOperand>& operands, const std::vector<Py_ssize_t>& left,
+                   PyObject* state) const {
+    using Role = StepOperand::Role;
+    static PyObject* const step_key = interned("step");
+    static PyObject* const master_key = interned("master_param");
+    for (const Py_ssize_t index : left) {
+      PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), index);
+      const auto add = [&](Role role, PyObject* object) {
+        if (object == nullptr || !is_tensor(object)) return;
+        const std::optional<Distributed> part = Distributed::from(object);
+        const at::Tensor& tensor = THPVariable_Unpack(part ? part->local().ptr() : object);
+        const void* const address = address_of(tensor);
+        if (address == nullptr) return;
+        operands.push_back({role, position_of(index), memory_of_tensor(tensor, address)});
+      };
+      add(Role::kParam, param);
+      Candidate c;
+      c.index = index;
+      c.object = param;
+      find_grad(c, grads_.empty() ? nullptr : grads_.ptr());
+      add(Role::kGrad, py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)).ptr());
+      if (is_there_twice(index)) continue;  // with the same states
+      PyObject* const own = PyDict_GetItemWithError(state, param);
+      if (own == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (own == nullptr || !PyDict_Check(own)) continue;
+      const auto find = [&](PyObject* key) { return PyDict_GetItemWithError(own, key); };
+      add(Role::kCounter, find(step_key));
+      for (PyObject* const name : state_names_) add(Role::kState, find(name));
+      if (needs_master(THPVariable_Unpack(param))) add(Role::kState, find(master_key));
+    }
+  }
+
+  // Sorts what was taken into waves, and adds what has to be left to `left`.
+  void settle(const StepOrder& order, std::vector<Py_ssize_t>& left) {
+    std::map<BucketKey, Bucket> old;
+    old.swap(buckets_);
+    last_ = nullptr;
+    for (const auto& [old_key, old_bucket] : old) {
+      for (size_t i = 0; i < old_bucket.table.rows.size(); ++i) {
+        const Row<kOperands>& row = old_bucket.table.rows[i];
+        if (order.is_left(row.position)) {
+          left.push_back(row.position - options_.first_position);
+          continue;
+        }
+        BucketKey key = old_key;
+        key.wave = order.wave(row.position);
+        Bucket& bucket = bucket_of(key);
+        bucket.table.append(row);
+        if (row.step == nullptr) bucket.counters.push_back(old_bucket.counters[i]);
+      }
+    }
+    std::sort(left.begin(), left.end());
+  }
+
+  uint32_t position_of(Py_ssize_t index) const {
+    return options_.first_position + static_cast<uint32_t>(index);
   }
 
   int64_t numel() const {
@@ -176,9 +258,10 @@ class GroupStep {
     std::for_each_n(modified_.begin(), num_modified_, own_memory);
   }
 
-  // Does the step of all that was taken. Needs no GIL.
-  void sweep() {
+  // Does the step of all that was taken, of one wave. Needs no GIL.
+  void sweep(uint32_t wave) {
     for (auto& [key, bucket] : buckets_) {
+      if (key.wave != wave) continue;
       ApplyUpdate epilogue = options_.epilogue;
       epilogue.lr = options_.lr.on(key.device);
       epilogue.grad_multiplier = numbers_.grad_multiplier.on(key.device);
@@ -212,12 +295,40 @@ class GroupStep {
     std::vector<float*> counters;
   };
   struct BucketKey {
+    uint32_t wave;
     int8_t device;
     bool counts_on_device;
     double step;
-    auto tied() const { return std::tie(device, counts_on_device, step); }
+    auto tied() const { return std::tie(wave, device, counts_on_device, step); }
     bool operator<(const BucketKey& other) const { return tied() < other.tied(); }
   };
+
+  static ByteRange range_of(const Row<kOperands>& row, size_t k) {
+    return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
+  }
+  static ByteRange range_of(const float* counter) { return byte_range(counter, sizeof(float)); }
+
+  // Whether the parameter comes a second time in its group.
+  bool is_there_twice(Py_ssize_t index) const {
+    PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), index);
+    for (Py_ssize_t i = 0; i < index; ++i) {
+      if (PyTuple_GET_ITEM(params_.ptr(), i) == param) return true;
+    }
+    return false;
+  }
+
+  // Null where a tensor has no memory that could be looked at.
+  static const void* address_of(const at::Tensor& tensor) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    if (impl.layout() != at::kStrided || impl.key_set().has(c10::DispatchKey::Python) ||
+        tensor.numel() == 0 || !impl.has_storage()) {
+      return nullptr;
+    }
+    const void* const base = impl.unsafe_storage().unsafeGetStorageImpl()->data();
+    if (base == nullptr) return nullptr;
+    return static_cast<const char*>(base) +
+           tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
+  }
 
   // ---- the walk ---------------------------------------------------------------------------------
 
@@ -374,7 +485,7 @@ class GroupStep {
   }
 
   // False, with nothing added, where it has to be stepped otherwise.
-  bool take(Candidate& c, AddressSet& taken) {
+  bool take(Candidate& c) {
     if (!c.is_complete) return false;
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
     const at::Tensor& param = *c.operands[kUpdate];
@@ -419,7 +530,8 @@ class GroupStep {
         const bool is_master = c.has_master && k == kOwn;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
         if (k != kUpdate && !(is_remainder ? is_beside : is_alike)(*operand, param)) return false;
-        if (k != kUpdate && !lies_alike(*operand)) {
+        if (k != kUpdate &&
+            (!lies_alike(*operand) || (k == kGrad && overlaps_partly(*operand, row)))) {
           if (k != kGrad) return false;
           // A copy of the gradient that lies in memory as the parameter does.
           owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
@@ -439,10 +551,19 @@ class GroupStep {
       }
     }
     if (is_halved && row.device != kHost && row.compute == DType::kFloat64) return false;
-    return append(c, row, taken);
+    return append(c, row);
   }
 
-  bool append(const Candidate& c, Row<kOperands>& row, AddressSet& taken) {
+  // Whether a gradient that is laid out as its parameter shares memory with it, but not exactly.
+  static bool overlaps_partly(const at::Tensor& grad, const Row<kOperands>& row) {
+    const DType dtype = to_dtype(grad.scalar_type());
+    const ByteRange own = range_of(row, kUpdate);
+    const ByteRange other = byte_range(memory_of(grad, dtype, false), row.numel * size_of(dtype));
+    if (own.begin >= other.end || other.begin >= own.end) return false;
+    return own.begin != other.begin || own.end != other.end;
+  }
+
+  bool append(const Candidate& c, Row<kOperands>& row) {
     const at::Tensor& step = *c.step;
     const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
     const bool counts_here = step.is_cpu();
@@ -452,9 +573,8 @@ class GroupStep {
     const bool must_count_there = options_.is_capturable || numbers_.found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
-    if (counter == nullptr || !is_new(counter, taken)) return false;
-    if (row.numel != 0 && !is_new(row.data[kUpdate], taken)) return false;
-    BucketKey key{row.device, !counts_here, 1.0};
+    if (counter == nullptr) return false;
+    BucketKey key{0, row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
       if (!(key.step >= 1.0)) return false;  // a NaN has no place among keys
@@ -489,13 +609,6 @@ class GroupStep {
   bool needs_device() const {
     return options_.lr.is_on_device() || numbers_.grad_multiplier.is_on_device() ||
            numbers_.grad_scale.is_on_device() || numbers_.found_inf.is_on_device();
-  }
-
-  static bool is_new(const void* address, AddressSet& taken) {
-    AddressSet::Entry& entry = taken.find(address);
-    if (entry.address != nullptr) return false;
-    entry.address = address;
-    return true;
   }
 
   // Complex numbers are swept as pairs of real ones.

@@ -1,0 +1,83 @@
+// What of an optimizer's step shares memory: states must not, and parameters that do are stepped
+// one after the other, in their order.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "memory_overlap.h"
+
+namespace emopt {
+
+// A tensor of a step, with its parameter's number in the optimizer.
+struct StepOperand {
+  enum class Role : uint8_t { kParam, kGrad, kState, kCounter };
+
+  Role role;
+  uint32_t position;
+  MemoryView view;
+
+  bool is_modified() const { return role != Role::kGrad; }
+};
+
+// How a step has to go about what shares memory.
+class StepOrder {
+ public:
+  // `is_left` says, by position, which parameters the fallback steps, after the native step.
+  StepOrder(std::vector<StepOperand> operands, std::vector<char> is_left)
+      : operands_(std::move(operands)), is_left_(std::move(is_left)), waves_(is_left_.size()) {
+    std::vector<UsedMemory> used;
+    used.reserve(operands_.size());
+    for (const StepOperand& operand : operands_) {
+      used.push_back({operand.view, operand.is_modified()});
+    }
+    find_sharing(used, [&](size_t i, size_t j, Sharing) { consider(operands_[i], operands_[j]); });
+    std::sort(edges_.begin(), edges_.end());
+    for (const auto& [later, earlier] : edges_) {
+      if (is_left_[earlier]) {
+        is_left_[later] = true;
+      } else {
+        waves_[later] = std::max(waves_[later], waves_[earlier] + 1);
+      }
+    }
+  }
+
+  bool is_left(uint32_t position) const { return is_left_[position] != 0; }
+  // Parameters of one wave share no memory; the waves are stepped one after the other.
+  uint32_t wave(uint32_t position) const { return waves_[position]; }
+  uint32_t num_waves() const {
+    return waves_.empty() ? 1 : *std::max_element(waves_.begin(), waves_.end()) + 1;
+  }
+
+ private:
+  using Role = StepOperand::Role;
+
+  static bool is_stepped(Role role) { return role == Role::kParam || role == Role::kGrad; }
+
+  void consider(const StepOperand& a, const StepOperand& b) {
+    const auto [earlier, later] = std::minmax(a.position, b.position);
+    if (is_stepped(a.role) && is_stepped(b.role)) {
+      if (earlier != later) edges_.emplace_back(later, earlier);
+      return;
+    }
+    if (a.role == Role::kCounter && b.role == Role::kCounter &&
+        a.view.range.begin == b.view.range.begin) {
+      is_left_[later] = true;  // until it has one of its own
+      return;
+    }
+    // The caller finds out which.
+    TORCH_CHECK_VALUE(false, "a state shares memory with another tensor of its optimizer");
+  }
+
+  std::vector<StepOperand> operands_;
+  std::vector<char> is_left_;
+  std::vector<uint32_t> waves_;
+  std::vector<std::pair<uint32_t, uint32_t>> edges_;  // positions: the later one, the earlier one
+};
+
+}  // namespace emopt

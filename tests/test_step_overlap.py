@@ -1,0 +1,269 @@
+"""Optimizers whose tensors share memory: states must not, parameters are stepped in their order."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support import assert_equal_bits
+from torch import Tensor
+
+from emerging_optimizers import AdamW, Lion, ScalarOptimizer, SimplifiedAdEMAMix
+from emerging_optimizers._native import native
+from emerging_optimizers.megatron import FusedAdam
+
+FUSED = [None, False] if native is None else [None, True, False]
+every_fused = pytest.mark.parametrize("fused", FUSED, ids=lambda fused: f"fused={fused}")
+
+
+def parameter(view: Tensor, grad: Tensor | None = None) -> torch.nn.Parameter:
+    param = torch.nn.Parameter(view)
+    assert param.data_ptr() == view.data_ptr()
+    param.grad = torch.randn_like(view) if grad is None else grad
+    return param
+
+
+# ---- states --------------------------------------------------------------------------------------
+
+# What is given to parameter 1, of group 1, in place of a state; and how the message describes both.
+Setting = tuple[str, Callable[[list[Tensor], ScalarOptimizer], Tensor], str, str]
+
+AT_0, AT_1 = "param_groups[0]['params'][0]", "param_groups[1]['params'][0]"
+STATES: dict[str, Setting] = {
+    "another state": (
+        "exp_avg", lambda p, o: o.state[p[0]]["exp_avg"], "exp_avg", f"state 'exp_avg' of {AT_0}"),
+    "another state of the same parameter": (
+        "exp_avg_sq", lambda p, o: o.state[p[1]]["exp_avg"], "exp_avg_sq",
+        f"state 'exp_avg' of {AT_1}"),
+    "its parameter": ("exp_avg", lambda p, o: p[1].detach(), "exp_avg", AT_1),
+    "another parameter": ("exp_avg_sq", lambda p, o: p[0].detach(), "exp_avg_sq", AT_0),
+    "its gradient": (
+        "exp_avg", lambda p, o: p[1].grad, "exp_avg", f"the gradient of {AT_1}"),
+    "another gradient": (
+        "exp_avg", lambda p, o: p[0].grad, "exp_avg", f"the gradient of {AT_0}"),
+    "a counter": ("step", lambda p, o: o.state[p[0]]["exp_avg"].fill_(2).view(-1)[3], "step",
+        f"state 'exp_avg' of {AT_0}"),
+}  # fmt: skip
+
+
+@every_fused
+@pytest.mark.parametrize("case", STATES)
+def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> None:
+    params = [parameter(torch.randn(3, 5)) for _ in range(2)]
+    optimizer = AdamW([{"params": [p]} for p in params], fused=fused)
+    optimizer.step()
+    key, make, name, other = STATES[case]
+    optimizer.state[params[1]][key] = make(list(params), optimizer)
+    tensors = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
+    before = [(t.clone(), t._version) for t in tensors]
+    message = f"state {name!r} of {AT_1} shares memory with {other}, and a state is modified"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        optimizer.step()
+    for tensor, (contents, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, contents)
+        assert tensor._version == version or tensor.dim() == 0
+
+
+@every_fused
+def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
+    named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]
+    optimizer = Lion(named, fused=fused)
+    optimizer.step()
+    buffer = torch.zeros(39)
+    for (_, param), state in zip(named, (buffer[:20], buffer[19:]), strict=True):
+        optimizer.state[param]["exp_avg"] = state
+    message = (
+        "state 'exp_avg' of param_groups[0]['params'][1] ('layer1.weight') shares memory with state"
+        " 'exp_avg' of param_groups[0]['params'][0] ('layer0.weight'), and"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        optimizer.step()
+    assert not buffer.any()
+    # Beside each other they are fine.
+    buffer = torch.zeros(40)
+    for (_, param), state in zip(named, (buffer[:20], buffer[20:]), strict=True):
+        optimizer.state[param]["exp_avg"] = state
+    optimizer.step()
+    assert bool(buffer.all())
+
+
+@every_fused
+def test_masters_that_share_memory_are_refused(fused: bool | None) -> None:
+    params = [parameter(torch.randn(20).bfloat16()) for _ in range(2)]
+    optimizer = AdamW(params, master_weights=True, fused=fused)
+    optimizer.step()
+    optimizer.state[params[1]]["master_param"] = optimizer.state[params[0]]["exp_avg"].float()
+    optimizer.step()
+    optimizer.state[params[1]]["master_param"] = optimizer.state[params[0]]["master_param"]
+    with pytest.raises(ValueError, match=r"^state 'master_param' of .* shares memory with state"):
+        optimizer.step()
+
+
+def test_a_float32_parameter_is_its_own_master() -> None:
+    param = parameter(torch.randn(20))
+    optimizer = FusedAdam([param], master_weights=True)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[param]["master_param"] is param
+    assert optimizer.state[param]["step"] == 2
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+Views = Callable[[Tensor], Sequence[Tensor]]
+PARAMS: dict[str, Views] = {
+    "partly": lambda f: [f[:60], f[40:]],
+    "the same memory": lambda f: [f[:60], f[:60]],
+    "a chain": lambda f: [f[:40], f[30:70], f[60:], f[10:20]],
+    "tied by views": lambda f: [f.view(10, 10), f.view(10, 10)[3], f[50:55], f[35:37]],
+    "with gaps": lambda f: [f[::2], f[:60], f[1::2], f[50:]],
+    "with gaps, later": lambda f: [f[:60], f[50:], f[::2]],
+}
+
+
+def step_thrice(optimizers: Sequence[ScalarOptimizer]) -> None:
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@every_fused
+@pytest.mark.parametrize("num_groups", ["one group", "groups"])
+@pytest.mark.parametrize("kind", PARAMS)
+@pytest.mark.parametrize("cls", [AdamW, SimplifiedAdEMAMix], ids=lambda c: c.__name__)
+def test_parameters_are_stepped_in_their_order(
+    cls: Any, kind: str, num_groups: str, fused: bool | None
+) -> None:
+    start, noise = torch.randn(100), torch.randn(100)
+    results = []
+    for is_together in (False, True):
+        buffer = start.clone()
+        grads = [noise[: view.numel()].view(view.shape) for view in PARAMS[kind](buffer)]
+        params = [parameter(v, g) for v, g in zip(PARAMS[kind](buffer), grads, strict=True)]
+        has_gaps = not all(param.is_contiguous() for param in params)
+        if has_gaps and fused:
+            return  # the fallback has to step some of them
+        groups: Any = params if num_groups == "one group" else [{"params": [p]} for p in params]
+        optimizers = [groups] if is_together else [[param] for param in params]
+        step_thrice([cls(group, lr=0.1, fused=fused) for group in optimizers])
+        results.append(buffer)
+    if fused is None and has_gaps:  # what follows a parameter of the fallback is stepped by it
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    else:
+        assert_equal_bits(results[1], results[0], kind)
+
+
+@pytest.mark.skipif(native is None, reason="there are no native kernels")
+@pytest.mark.parametrize("first", [False, None])
+def test_order_between_fallback_and_native_groups(first: bool | None) -> None:
+    start, noise = torch.randn(100), torch.randn(60)
+    results = []
+    for is_together in (False, True):
+        buffer = start.clone()
+        params = [parameter(view, noise) for view in (buffer[:60], buffer[40:])]
+        groups = [
+            {"params": [params[0]], "fused": first},
+            {"params": [params[1]], "fused": None if first is False else False},
+        ]
+        optimizers = (
+            [AdamW(groups, lr=0.1)] if is_together else [AdamW([g], lr=0.1) for g in groups]
+        )
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append(buffer)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@every_fused
+def test_large_parameters(fused: bool | None) -> None:
+    # Of several threads' shares each.
+    n = 200_000
+    start, noise = torch.randn(2 * n), torch.randn(n)
+    results = []
+    for is_together in (False, True):
+        buffer = start.clone()
+        params = [parameter(v, noise) for v in (buffer[:n], buffer[1 : n + 1], buffer[n:])]
+        if is_together:
+            Lion(params, lr=0.1, fused=fused).step()
+        else:
+            for param in params:
+                Lion([param], lr=0.1, fused=fused).step()
+        results.append(buffer)
+    assert_equal_bits(results[1], results[0], "buffer")
+
+
+@every_fused
+def test_gradients_in_parameters(fused: bool | None) -> None:
+    start = torch.randn(100)
+    for first, second in [
+        ((slice(0, 40), slice(50, 90)), (slice(60, 100), slice(0, 40))),  # each other's
+        ((slice(0, 40), slice(0, 40)), (slice(50, 90), slice(50, 90))),  # their own
+        ((slice(0, 40), slice(4, 44)), (slice(50, 90), slice(46, 86))),  # partly
+    ]:
+        expected, buffer = start.clone(), start.clone()
+        for param, grad in (first, second):
+            own = parameter(expected[param], expected[grad].clone())
+            AdamW([own], lr=0.1, fused=fused).step()
+        params = [parameter(buffer[param], buffer[grad]) for param, grad in (first, second)]
+        AdamW(params, lr=0.1, fused=fused).step()
+        assert_equal_bits(buffer, expected, f"{first}, {second}")
+
+
+@every_fused
+def test_complex_parameters(fused: bool | None) -> None:
+    start, noise = torch.randn(50, dtype=torch.complex64), torch.randn(30, dtype=torch.complex64)
+    results = []
+    for is_together in (False, True):
+        buffer = start.clone()
+        params = [parameter(view, noise) for view in (buffer[:30], buffer[20:])]
+        for group in [params] if is_together else [[p] for p in params]:
+            AdamW(group, lr=0.1, fused=fused).step()
+        results.append(buffer)
+    assert_equal_bits(torch.view_as_real(results[1]), torch.view_as_real(results[0]), "buffer")
+
+
+@every_fused
+def test_columns_as_states_share_nothing(fused: bool | None) -> None:
+    if fused:
+        return  # states with gaps are the fallback's
+    params = [parameter(torch.randn(20)) for _ in range(3)]
+    expected = [parameter(p.detach().clone(), p.grad) for p in params]
+    optimizer, other = (AdamW(ps, lr=0.1, fused=fused) for ps in (params, expected))
+    for step in range(2):
+        optimizer.step()
+        other.step()
+        if step == 0:
+            matrix = torch.stack([optimizer.state[p]["exp_avg"] for p in params], 1)
+            for param, column in zip(params, matrix.T, strict=True):
+                optimizer.state[param]["exp_avg"] = column
+    for param, wanted in zip(params, expected, strict=True):
+        torch.testing.assert_close(param, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_parameter_that_is_there_twice(fused: bool | None) -> None:
+    noise, start = torch.randn(20), torch.randn(20)
+    param, other = parameter(start.clone(), noise), parameter(start.clone(), noise)
+    optimizer, once = AdamW([param, param], fused=fused), AdamW([other], fused=fused)
+    for _ in range(2):
+        optimizer.step()
+        once.step()
+        once.step()
+    assert optimizer.state[param]["step"] == once.state[other]["step"] == 4
+    torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+
+
+@every_fused
+def test_counters_of_a_step_that_several_share(fused: bool | None) -> None:
+    params = [parameter(torch.randn(20)) for _ in range(3)]
+    optimizer = AdamW(params, fused=fused)
+    optimizer.step()
+    counter = optimizer.state[params[0]]["step"]
+    for param in params:
+        optimizer.state[param]["step"] = counter
+    for _ in range(2):
+        optimizer.step()
+    assert [float(optimizer.state[param]["step"]) for param in params] == [3.0] * 3
