@@ -232,12 +232,11 @@ void test_beyond_two_to_the_32() {
 
 // A chunk in which the high half of the indices changes, as those of a shard start anywhere.
 void test_carry_within_a_chunk() {
+  constexpr int64_t kChunk = cuda::kChunk;
   for (const uint64_t shift : {1, 2}) {
     const uint64_t boundary = shift << 32;
-    for (const int64_t before :
-         {int64_t{1}, int64_t{2001}, cuda::kChunk - 3, cuda::kChunk + int64_t{5}}) {
-      const LongRow row(2 * cuda::kChunk, 2 * cuda::kChunk - 1, 0,
-                        boundary - static_cast<uint64_t>(before));
+    for (const int64_t before : {int64_t{1}, int64_t{2001}, kChunk - 3, kChunk + 5}) {
+      const LongRow row(2 * kChunk, 2 * kChunk - 1, 0, boundary - static_cast<uint64_t>(before));
       cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, true,
                             [&](int8_t, const auto& launch, uint32_t num_blocks) {
                               run_on_host(launch, num_blocks);
