@@ -43,7 +43,7 @@ FLOAT64_BUDGET = {
     ("StoreUpdate", 4): 128,  # the rules with two moments: 64 of values; two blocks
     ("StoreUpdate", 5): 192,  # AdEMAMix: 80 of values, with which 128 spill; one block, up to 255
     ("ApplyUpdate", 4): 176,  # one block each from here on
-    ("ApplyUpdate", 5): 192,
+    ("ApplyUpdate", 5): 200,
     ("ApplyUpdate", 6): 224,
 }
 ADVANCE_BUDGET = 32
