@@ -26,6 +26,8 @@ def read_steps(optimizer: ScalarOptimizer, found_inf: Any) -> None:
         optimizer: Its groups' steps may be whatever was put there.
         found_inf: What a ``GradScaler`` says, if there is one.
     """
+    if found_inf is None and all(map(_is_settled, optimizer.param_groups)):
+        return  # mostly so
     is_decided_there = isinstance(found_inf, Tensor) and found_inf.is_cuda
     new_steps = [
         step
@@ -51,7 +53,7 @@ def count(optimizer: ScalarOptimizer, found_inf: Tensor | None) -> None:
     is_on_host = found_inf is None or not found_inf.is_cuda
     for group in optimizer.param_groups:
         step = group["step"]
-        if isinstance(step, Tensor):
+        if type(step) is not int:
             is_taken = 1 if found_inf is None else (found_inf.reshape(()) == 0).to(step.device)
             step.add_(is_taken)
             missed = [p for p in group["params"] if optimizer._grad(group, p) is None]
@@ -95,6 +97,11 @@ def place(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         torch._foreach_copy_([counter], [step])
     else:
         counter.fill_(step)
+
+
+def _is_settled(group: dict[str, Any]) -> bool:
+    step = group.get("step")
+    return type(step) is int and 0 <= step < MOST_STEPS and not group["capturable"]
 
 
 def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
