@@ -103,7 +103,7 @@ def calculate_laprop_update(
         >>> calculate_laprop_update(
         ...     grad, exp_avg, exp_avg_sq, correct_bias=True, betas=(0.9, 0.999), step=1, eps=1e-8
         ... )
-        tensor([ 1., -1.,  0.])
+        tensor([ 1.0000, -1.0000,  0.0000])
 
     Reference:
         Ziyin, Wang and Ueda, "LaProp: Separating Momentum and Adaptivity in Adam",

@@ -113,7 +113,7 @@ def calculate_sim_ademamix_update(
         ...     grad, exp_avg, exp_avg_sq, num_beta_fast_warmup_steps=1000, min_beta_fast=0.9,
         ...     betas=(0.9999, 0.999), step=1, eps=1e-8, correct_bias=True, alpha=2.0,
         ... )
-        tensor([ 3., -3.,  0.])
+        tensor([ 3.0000, -3.0000,  0.0000])
 
     Reference:
         Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
