@@ -152,6 +152,11 @@ class GroupStep {
     }
   }
 
+  // A parameter's number in the optimizer. (A shard may have a number of its own above it.)
+  static uint32_t number_of(const Row<kOperands>& row) {
+    return static_cast<uint32_t>(row.position);
+  }
+
   // Those of the parameters that were taken.
   void append_taken(std::vector<StepOperand>& operands) const {
     using Role = StepOperand::Role;
@@ -159,7 +164,7 @@ class GroupStep {
       for (size_t i = 0; i < bucket.table.rows.size(); ++i) {
         const Row<kOperands>& row = bucket.table.rows[i];
         const auto add = [&](Role role, ByteRange range) {
-          operands.push_back({role, row.position, without_gaps(range)});
+          operands.push_back({role, number_of(row), without_gaps(range)});
         };
         add(Role::kCounter, range_of(row.step == nullptr ? bucket.counters[i] : row.step));
         for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
@@ -214,12 +219,12 @@ class GroupStep {
     for (const auto& [old_key, old_bucket] : old) {
       for (size_t i = 0; i < old_bucket.table.rows.size(); ++i) {
         const Row<kOperands>& row = old_bucket.table.rows[i];
-        if (order.is_left(row.position)) {
-          left.push_back(row.position - options_.first_position);
+        if (order.is_left(number_of(row))) {
+          left.push_back(number_of(row) - options_.first_position);
           continue;
         }
         BucketKey key = old_key;
-        key.wave = order.wave(row.position);
+        key.wave = order.wave(number_of(row));
         Bucket& bucket = bucket_of(key);
         bucket.table.append(row);
         if (row.step == nullptr) bucket.counters.push_back(old_bucket.counters[i]);
