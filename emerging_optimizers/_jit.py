@@ -68,7 +68,7 @@ def load_module() -> ModuleType:
     except Exception as error:  # whatever it is, the package works without
         raise BuildError(
             f"they could not be compiled ({type(error).__name__}: {error})",
-            "Mend that, and they are compiled at the next import",
+            "Fix that, and they are compiled at the next import",
         ) from error
 
 
@@ -199,7 +199,7 @@ def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> Mod
 
 def _failure(text: str, log: Path) -> BuildError:
     """Return the error of a build, by what it wrote."""
-    what = f"Mend what {log} says" if log.exists() else "Mend that"
+    what = f"Fix what {log} says" if log.exists() else "Fix that"
     if _build_output.was_killed(text):
         what += " (MAX_JOBS=1 takes the least memory)"
     return BuildError(

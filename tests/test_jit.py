@@ -312,7 +312,7 @@ print(json.dumps([param.tolist(), [(w.category.__name__, str(w.message)) for w i
         ({"CXX": "missing-c++"}, ["no C++ compiler (missing-c++)", "Install one"], 0),
         (
             {"CXX": "{folder}/broken"},
-            ["could not be compiled: x.h:1:2: error: out of order", "Mend what {folder}"],
+            ["could not be compiled: x.h:1:2: error: out of order", "Fix what {folder}"],
             1,
         ),
         ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, ["NotADirectoryError", "'/dev/null/"], 0),

@@ -154,13 +154,13 @@ def test_setup_with_compilers_of_several_words(source: Path) -> None:
 @pytest.mark.parametrize(
     ("failing", "error", "remedy"),
     [
-        ("exit 3", "the compiler wrote nothing", "Mend what {log} says, and"),
-        ("kill -9 $$", "Killed", "Mend what {log} says (MAX_JOBS=1 takes the least memory), and"),
-        ("exec env missing-c++", "env: .*missing-c[+][+].*: No such file or directory", "Mend"),
+        ("exit 3", "the compiler wrote nothing", "Fix what {log} says, and"),
+        ("kill -9 $$", "Killed", "Fix what {log} says (MAX_JOBS=1 takes the least memory), and"),
+        ("exec env missing-c++", "env: .*missing-c[+][+].*: No such file or directory", "Fix"),
         (
             '[ "$LC_ALL" = C ] && echo "a.cpp:1:1: error: English" || echo Fehler; exit 1',
             "a.cpp:1:1: error: English",
-            "Mend",
+            "Fix",
         ),
     ],
     ids=["silent", "killed", "missing", "localized"],
