@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._values import is_fake
+
 # How many candidates a search looks at before it gives up: as many as the native one for a pair,
 # fewer for a call.
 _WORK_OF_PAIR = 100_000
@@ -49,11 +51,11 @@ class _Work:
 def memory_of(tensor: Tensor) -> Memory | None:
     """Return where a tensor is; None where it has no address, or no elements."""
     num_elements = tensor.numel()
-    if num_elements == 0 or tensor.is_meta or tensor.layout != torch.strided:
+    if num_elements == 0 or tensor.is_meta or tensor.layout != torch.strided or is_fake(tensor):
         return None
     try:
         begin = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # a FakeTensor, say
+    except (RuntimeError, NotImplementedError):  # of another device, or a wrapper
         return None
     if begin == 0:
         return None
