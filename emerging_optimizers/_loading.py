@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ._culprits import blame, param_name
 from ._dtensor import is_dtensor
 from ._hyperparameters import check_group, restore_flags
+from ._overlap import find_sharing, memory_of
 from ._states import (
     MASTER,
     check_complete,
@@ -188,19 +188,10 @@ def _check_state(
         raise blame(error, what) from None
 
 
-def _shares_memory(value: Tensor, param: Tensor) -> bool:
-    """Return whether tensors that have values lie within a range of memory of each other."""
-    ranges = []
-    for tensor in (value, param):
-        if is_dtensor(tensor):
-            tensor = tensor.to_local()  # type: ignore[attr-defined]
-        if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or tensor.numel() == 0:
-            return False
-        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.data_ptr()
-        ranges.append((tensor.device, start, start + (reach + 1) * tensor.element_size()))
-    (device, start, end), (other_device, other_start, other_end) = ranges
-    return device == other_device and start < other_end and other_start < end
+def _shares_memory(value: Any, param: Any) -> bool:
+    local = [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in (value, param)]
+    used = [(memory, True) for memory in map(memory_of, local) if memory is not None]
+    return any(True for _ in find_sharing(used))
 
 
 def _tensors(
