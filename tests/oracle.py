@@ -222,7 +222,7 @@ def signum(
     b = momentum_beta
     c1 = bias_correction(b, step, correct_bias)
     c1_next = bias_correction(b, step + 1, correct_bias)
-    scale = 2.0 / (grad.shape[0] + grad.shape[1]) if use_shape_scaling else 1.0
+    scale = 2.0 / (grad.shape[0] + grad.shape[1]) if use_shape_scaling and grad.size else 1.0
 
     def formula(g: Array, m: Array) -> Sequence[Array]:
         m = b * m + (1 - b) * g
