@@ -141,8 +141,10 @@ def check_shape(operand: Operand, position: int, grads: Operand, single: bool) -
 
 def has_no_memory(tensor: Tensor) -> bool:
     # Of other devices, tensors need not have a storage that could be looked at.
-    is_native = tensor.device.type in ("cpu", "cuda")
-    return is_native and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
+        return False
+    # Where there is an address, no object is made of the storage: it would stay as long as that.
+    return not _overlap.address_of(tensor) and tensor.untyped_storage().nbytes() == 0
 
 
 def _check_self_overlap(name: str, tensor: Tensor) -> None:

@@ -48,20 +48,26 @@ class _Work:
         self.left = left
 
 
+def address_of(tensor: Tensor) -> int:
+    """Return the address of the first element; 0 where there is none."""
+    if tensor.is_meta or tensor.layout != torch.strided or is_fake(tensor):
+        return 0
+    try:
+        address = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # of another device, or a wrapper
+        return 0
+    is_freed = address == tensor.storage_offset() * tensor.element_size()
+    return 0 if is_freed else address
+
+
 def memory_of(tensor: Tensor) -> Memory | None:
     """Return where a tensor is; None where it has no address, or no elements."""
-    num_elements = tensor.numel()
-    if num_elements == 0 or tensor.is_meta or tensor.layout != torch.strided or is_fake(tensor):
-        return None
-    try:
-        begin = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # of another device, or a wrapper
-        return None
+    begin = address_of(tensor)
     if begin == 0:
         return None
     item = tensor.element_size()
     if tensor.is_contiguous():
-        size = num_elements * item
+        size = tensor.numel() * item
         return Memory(tensor.device, begin, begin + size, size, ())
     run = reach = item
     outer: list[tuple[int, int]] = []

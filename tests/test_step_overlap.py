@@ -65,6 +65,64 @@ def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> 
         assert tensor._version == version or tensor.dim() == 0
 
 
+# Shared by whole objects, to which nothing else refers: a step then knows of two of them only by
+# counting.
+def share(target: dict[str, Tensor], source: dict[str, Tensor], key: str = "exp_avg") -> None:
+    target["exp_avg_sq"] = source[key]
+
+
+def view_through(wrap: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    def apply(params: list[Any], state: Any) -> None:
+        state[params[1]]["exp_avg"] = wrap(params[0].detach())
+
+    return apply
+
+
+OBJECTS: dict[str, Callable[[list[Any], Any], None]] = {
+    "a tensor of two names": lambda p, state: share(state[p[1]], state[p[1]]),
+    "a tensor of two parameters": lambda p, state: share(state[p[1]], state[p[0]]),
+    "a dictionary": lambda p, state: state.__setitem__(p[1], state[p[0]]),
+    "its gradient": lambda p, state: setattr(p[1], "grad", state[p[1]]["exp_avg"]),
+    "another gradient": lambda p, state: setattr(p[0], "grad", state[p[1]]["exp_avg"]),
+    "an alias": view_through(Tensor.detach),
+    "NumPy": view_through(lambda tensor: torch.from_numpy(tensor.numpy())),
+    "DLPack": view_through(torch.from_dlpack),
+    "a storage": view_through(lambda t: torch.tensor([]).set_(t.untyped_storage(), 0, t.shape)),
+}
+
+
+@every_fused
+@pytest.mark.parametrize("case", OBJECTS)
+def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
+    params = [parameter(torch.randn(15)) for _ in range(2)]
+    optimizer = AdamW(params, fused=fused)
+    optimizer.step()
+    optimizer.step()
+    OBJECTS[case](list(params), optimizer.state)
+    with pytest.raises(ValueError, match=r"shares memory with .*, and a state is modified"):
+        optimizer.step()
+
+
+@every_fused
+def test_a_parameter_as_another_ones_gradient(fused: bool | None) -> None:
+    start, noise = torch.randn(2, 15), torch.randn(2, 15)
+    results = []
+    for is_shared in (False, True):
+        params: list[Any] = [parameter(start[i].clone(), noise[i].clone()) for i in range(2)]
+        optimizer = AdamW(params, lr=0.1, fused=fused)
+        optimizer.step()
+        if is_shared:
+            params[1].grad = params[0].requires_grad_(False)
+            optimizer.step()
+        else:
+            params[1].grad = None
+            optimizer.step()
+            params[0].grad, params[1].grad = None, params[0].detach().clone()
+            optimizer.step()
+        results.append(torch.cat([p.detach() for p in params]))
+    assert_equal_bits(results[1], results[0], "parameters")
+
+
 @every_fused
 def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
     named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]

@@ -285,6 +285,8 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
   // Finds what shares memory, and leaves what cannot be stepped natively in its order. Returns the
   // number of waves.
   static uint32_t settle(std::vector<GroupStep<Rule>>& steps, Left& left, const py::dict& state) {
+    const auto owns_alone = [](const auto& step) { return step.owns_memory_alone(); };
+    if (!is_any(left) && std::all_of(steps.begin(), steps.end(), owns_alone)) return 1;
     std::vector<StepOperand> operands;
     for (size_t i = 0; i < steps.size(); ++i) {
       steps[i].append_left(operands, left[i], state.ptr());

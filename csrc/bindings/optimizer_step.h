@@ -5,6 +5,7 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/view_as_real.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -121,6 +122,9 @@ class GroupStep {
   }
 
   // ---- what shares memory -----------------------------------------------------------------------
+
+  // Whether nothing else refers to the memory of what was taken, which then needs no closer look.
+  bool owns_memory_alone() const { return others_ == 0; }
 
   // As `are_surely_apart` wants it: what is modified, then the gradients.
   template <class Visitor>
@@ -290,6 +294,7 @@ class GroupStep {
     bool has_master;
     bool is_distributed;
     bool is_complete;  // whether there is something of everything
+    uintptr_t others;  // whether nothing else refers to what is modified, or to any memory
     const at::Tensor* step;
     std::array<const at::Tensor*, kOperands> operands;
   };
@@ -352,7 +357,7 @@ class GroupStep {
   }
   static void prefetch_memory(const at::Tensor& tensor) {
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    prefetch(impl.unsafe_storage().unsafeGetStorageImpl());
+    prefetch_lines(impl.unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
     // The counter of versions: the one pointer in there.
     void* version = nullptr;
     static_assert(sizeof(c10::VariableVersion) == sizeof(version));
@@ -433,6 +438,7 @@ class GroupStep {
       alive_.reserve(num_params_ * (kOperands + 1));
       wholes_.reserve(num_params_ * (kNumStates<Rule> + 1));
     }
+    c.others = whole || c.given_grad != nullptr || Py_REFCNT(c.own) != 1;
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
       if (object == nullptr || !is_tensor(object)) return nullptr;
       if (whole) {
@@ -453,13 +459,17 @@ class GroupStep {
       alive_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)));
       c.operands[kGrad] = tensor_of(alive_.back().ptr());
     }
+    const auto state_of = [&](PyObject* object) {
+      c.others |= object == nullptr || Py_REFCNT(object) != 1;
+      return tensor_of(object);
+    };
     for (size_t s = 0; s < kNumStates<Rule>; ++s) {
-      c.operands[kFirstState + s] = tensor_of(c.states[s]);
+      c.operands[kFirstState + s] = state_of(c.states[s]);
     }
-    if (c.has_master) c.operands[kOwn] = tensor_of(c.states.back());
+    if (c.has_master) c.operands[kOwn] = state_of(c.states.back());
     c.is_distributed = whole.has_value();
     whole.reset();  // a counter is a tensor of each process
-    c.step = tensor_of(c.step_object);
+    c.step = state_of(c.step_object);
     c.is_complete = c.step != nullptr;
     for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
   }
@@ -503,6 +513,7 @@ class GroupStep {
     const auto lies_alike = [&](const at::Tensor& tensor) {
       return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
     };
+    uintptr_t others = 0;
     Row<kOperands> row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = options_.first_position + static_cast<uint64_t>(c.index);
@@ -534,7 +545,9 @@ class GroupStep {
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
         const bool is_master = c.has_master && k == kOwn;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
-        if (k != kUpdate && !(is_remainder ? is_beside : is_alike)(*operand, param)) return false;
+        if (k != kUpdate && !is_beside(*operand, param)) return false;
+        if (k != kUpdate && !is_remainder && !is_supported_dtype(operand->scalar_type()))
+          return false;
         if (k != kUpdate &&
             (!lies_alike(*operand) || (k == kGrad && overlaps_partly(*operand, row)))) {
           if (k != kGrad) return false;
@@ -545,6 +558,8 @@ class GroupStep {
         row.dtype[k] = is_remainder                ? DType::kLowHalf
                        : is_halved && k == kUpdate ? DType::kHighHalf
                                                    : to_dtype(operand->scalar_type());
+        others |= other_owners(*operand, deleter_);
+        if (k != kGrad) others |= other_users(*operand);
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
@@ -556,7 +571,7 @@ class GroupStep {
       }
     }
     if (is_halved && row.device != kHost && row.compute == DType::kFloat64) return false;
-    return append(c, row);
+    return append(c, row, others);
   }
 
   // Whether a gradient that is laid out as its parameter shares memory with it, but not exactly.
@@ -568,7 +583,7 @@ class GroupStep {
     return own.begin != other.begin || own.end != other.end;
   }
 
-  bool append(const Candidate& c, Row<kOperands>& row) {
+  bool append(const Candidate& c, Row<kOperands>& row, uintptr_t others) {
     const at::Tensor& step = *c.step;
     const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
     const bool counts_here = step.is_cpu();
@@ -596,6 +611,7 @@ class GroupStep {
       modified_[num_modified_++] = c.operands[k]->unsafeGetTensorImpl();
     }
     if (c.is_distributed) keep_wholes(c);
+    others_ |= others | c.others | other_owners(step, deleter_) | other_users(step);
     return true;
   }
 
@@ -657,6 +673,8 @@ class GroupStep {
   std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
   size_t num_read_ = 0, num_modified_ = 0;         // these
   std::vector<c10::TensorImpl*> wholes_;           // the DTensors among what is modified
+  c10::DeleterFnPtr deleter_ = c10::GetCPUAllocator()->raw_deleter();
+  uintptr_t others_ = deleter_ == nullptr;  // not zero where something else refers to memory
 };
 
 }  // namespace emopt

@@ -204,6 +204,22 @@ C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, DType dtype, bool is
   return static_cast<char*>(base) + impl.storage_offset() * size_of(dtype);
 }
 
+// Of a plain tensor, zero where it alone refers to its storage, and where that came from the
+// allocator with this deleter, so that nothing else refers to the memory.
+C10_ALWAYS_INLINE uintptr_t other_owners(const at::Tensor& tensor, c10::DeleterFnPtr deleter) {
+  const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+  const c10::DataPtr& memory = storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+  const auto differ = [](c10::DeleterFnPtr a, c10::DeleterFnPtr b) {
+    return reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b);
+  };
+  return differ(memory.get_deleter(), deleter) | (storage.use_count() ^ 1);
+}
+
+// Zero where a tensor has one reference, as that of its Python object.
+C10_ALWAYS_INLINE uintptr_t other_users(const at::Tensor& tensor) {
+  return c10::raw::intrusive_ptr::use_count(tensor.unsafeGetTensorImpl()) ^ 1;
+}
+
 inline bool is_aligned(const void* address, DType dtype) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(size_of(dtype)) == 0;
 }
