@@ -104,26 +104,6 @@ def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
 
 
 @every_fused
-def test_a_parameter_as_another_ones_gradient(fused: bool | None) -> None:
-    start, noise = torch.randn(2, 15), torch.randn(2, 15)
-    results = []
-    for is_shared in (False, True):
-        params: list[Any] = [parameter(start[i].clone(), noise[i].clone()) for i in range(2)]
-        optimizer = AdamW(params, lr=0.1, fused=fused)
-        optimizer.step()
-        if is_shared:
-            params[1].grad = params[0].requires_grad_(False)
-            optimizer.step()
-        else:
-            params[1].grad = None
-            optimizer.step()
-            params[0].grad, params[1].grad = None, params[0].detach().clone()
-            optimizer.step()
-        results.append(torch.cat([p.detach() for p in params]))
-    assert_equal_bits(results[1], results[0], "parameters")
-
-
-@every_fused
 def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
     named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]
     optimizer = Lion(named, fused=fused)
@@ -250,6 +230,32 @@ def test_large_parameters(fused: bool | None) -> None:
                 Lion([param], lr=0.1, fused=fused).step()
         results.append(buffer)
     assert_equal_bits(results[1], results[0], "buffer")
+
+
+@every_fused
+@pytest.mark.parametrize("is_decoupled", [False, True], ids=["grad", "decoupled_grad"])
+def test_a_parameter_as_another_ones_gradient(is_decoupled: bool, fused: bool | None) -> None:
+    name = "decoupled_grad" if is_decoupled else "grad"
+    # Of several threads' shares each.
+    start, noise = torch.randn(2, 2, 200_000)
+    results = []
+    for is_together in (False, True):
+        params: list[Any] = [torch.nn.Parameter(row.clone(), requires_grad=False) for row in start]
+        optimizers: list[ScalarOptimizer] = [
+            FusedAdam(some, lr=0.1, use_decoupled_grad=True)
+            if is_decoupled
+            else AdamW(some, lr=0.1, fused=fused)
+            for some in ([params] if is_together else [params[:1], params[1:]])
+        ]
+        for param, grad in zip(params, noise, strict=True):
+            setattr(param, name, grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        setattr(params[1], name, params[0])
+        for optimizer in optimizers:
+            optimizer.step()
+        results.append(torch.cat(params))
+    assert_equal_bits(results[1], results[0], "parameters")
 
 
 @every_fused
