@@ -248,7 +248,7 @@ def test_a_parameter_as_another_ones_gradient(is_decoupled: bool, fused: bool | 
             for some in ([params] if is_together else [params[:1], params[1:]])
         ]
         for param, grad in zip(params, noise, strict=True):
-            setattr(param, name, grad)
+            setattr(param, name, grad.clone())
         for optimizer in optimizers:
             optimizer.step()
         setattr(params[1], name, params[0])
