@@ -156,16 +156,14 @@ std::vector<Interval> remainders(const std::vector<UsedMemory>& used,
 // ---- surely none --------------------------------------------------------------------------------
 
 bool LineMarks::mark_words(ByteRange range) {
-  const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
-  for (uint64_t word = first >> kWordBits; word <= last >> kWordBits; ++word) {
-    uint64_t& marks = marks_of(word);
-    const uint64_t wanted = mask(word, first, last);
+  bool is_certain = true;
+  each_word(range, [&](uint64_t word, uint64_t& marks, uint64_t wanted) {
     const uint64_t common = marks & wanted;
-    if (common != 0 && !is_neighbours(word, common, range)) return false;
+    if (common != 0) is_certain = is_certain && is_neighbours(word, common, range);
     marks |= wanted;
-  }
+  });
   previous_ = range;
-  return true;
+  return is_certain;
 }
 
 bool LineMarks::is_neighbours(uint64_t word, uint64_t common, ByteRange range) {

@@ -31,7 +31,7 @@ inline ByteRange byte_range(const void* address, int64_t bytes) {
 // serves a thousand small ones. Sorting their addresses takes ten times as long.
 class LineMarks {
  public:
-  LineMarks() : slots_(kFirstSlots) { blocks_.reserve(kFirstSlots / 2); }
+  LineMarks() : slots_(kFirstSlots) {}
 
   // Begins another list. Views of a flat buffer share their first and last lines with the
   // neighbours in the list, which is no reason for doubt as long as the list has one direction.
@@ -57,17 +57,15 @@ class LineMarks {
   }
 
   EMOPT_FN bool has_marks(ByteRange range) {
-    const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
-    for (uint64_t word = first >> kWordBits; word <= last >> kWordBits; ++word) {
-      if ((marks_of(word) & mask(word, first, last)) != 0) return true;
-    }
-    return false;
+    uint64_t marks = 0;
+    each_word(range, [&](uint64_t, uint64_t& word, uint64_t wanted) { marks |= word & wanted; });
+    return marks != 0;
   }
 
  private:
   static constexpr int kLineBits = 6;   // 64 bytes
   static constexpr int kWordBits = 6;   // 64 lines in a word
-  static constexpr int kBlockBits = 3;  // 8 words in a block: 32 KiB
+  static constexpr int kBlockBits = 6;  // 64 words in a block: 256 KiB
   static constexpr size_t kFirstSlots = 64;
 
   using Block = std::array<uint64_t, size_t{1} << kBlockBits>;
@@ -76,11 +74,18 @@ class LineMarks {
     size_t block = 0;
   };
 
-  static uint64_t mask(uint64_t word, uint64_t first, uint64_t last) {
-    uint64_t result = ~uint64_t{0};
-    if (word == first >> kWordBits) result <<= first & 63;
-    if (word == last >> kWordBits) result &= ~uint64_t{0} >> (63 - (last & 63));
-    return result;
+  // Calls `visit(word, marks, wanted)` for the words that a range has lines in.
+  template <class Visit>
+  EMOPT_FN void each_word(ByteRange range, const Visit& visit) {
+    const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
+    const uint64_t first_word = first >> kWordBits, last_word = last >> kWordBits;
+    const uint64_t head = ~uint64_t{0} << (first & 63), tail = ~uint64_t{0} >> (63 - (last & 63));
+    if (first_word == last_word) return visit(first_word, marks_of(first_word), head & tail);
+    visit(first_word, marks_of(first_word), head);
+    for (uint64_t word = first_word + 1; word < last_word; ++word) {
+      visit(word, marks_of(word), ~uint64_t{0});
+    }
+    visit(last_word, marks_of(last_word), tail);
   }
 
   // As `mark`.
@@ -142,13 +147,47 @@ class LargeRanges {
   std::vector<ByteRange> modified_, read_;  // once settled, disjoint and in order
 };
 
+// So few that each is compared with all others, without memory for tables.
+class FewRanges {
+ public:
+  static constexpr size_t kMost = 12;
+
+  void start_list() {}
+  void modify(ByteRange range) {
+    read(range);
+    num_modified_ = count_;
+  }
+  void read(ByteRange range) { ranges_[count_++] = range; }
+
+  bool are_apart() const {
+    bool is_certain = true;
+    for (size_t i = 0; i < num_modified_; ++i) {
+      for (size_t j = i + 1; j < count_; ++j) {
+        const bool is_apart =
+            ranges_[i].end <= ranges_[j].begin || ranges_[j].end <= ranges_[i].begin;
+        is_certain &= is_apart;
+      }
+    }
+    return is_certain;
+  }
+
+ private:
+  std::array<ByteRange, kMost> ranges_;
+  size_t count_ = 0, num_modified_ = 0;
+};
+
 // Whether no range that is modified intersects another range. False may mean only that they are
 // close together, or sorted in an unusual way. `for_each(visitor)` calls `visitor.start_list()` for
 // each list, and for its ranges that are not empty `visitor.modify(range)` or
-// `visitor.read(range)`; the latter after all that are modified.
+// `visitor.read(range)`; the latter after all that are modified. There are at most `count` ranges.
 template <class ForEach>
-bool are_surely_apart(const ForEach& for_each) {
-  static constexpr uintptr_t kLarge = 1 << 16;
+bool are_surely_apart(const ForEach& for_each, size_t count) {
+  if (count <= FewRanges::kMost) {
+    FewRanges few;
+    for_each(few);
+    return few.are_apart();
+  }
+  static constexpr uintptr_t kLarge = 1 << 13;
   struct SmallOnes {
     LineMarks marks;
     LargeRanges large;

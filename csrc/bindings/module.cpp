@@ -302,7 +302,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
         if (!other.is_modified()) visitor.read(other.view.range);
       }
     };
-    if (are_surely_apart(each_range)) return 1;
+    size_t count = operands.size();
+    for (const GroupStep<Rule>& step : steps) count += step.max_ranges();
+    if (are_surely_apart(each_range, count)) return 1;
     std::vector<char> is_left;
     for (size_t i = 0; i < steps.size(); ++i) {
       steps[i].append_taken(operands);

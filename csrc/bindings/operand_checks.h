@@ -178,7 +178,9 @@ class CheckedTable {
     }
     // What is modified gets memory of its own first, where it shared a copy-on-write storage.
     for (const bool in_place : {true, false}) {
-      for (size_t i = 0; i < grads.size(); ++i) find_data(i, in_place);
+      for (size_t k = 0; k < kOperands; ++k) {
+        if (lists_[k].in_place == in_place) find_data(k);
+      }
     }
     check_aliases();
     for (const size_t i : strided_) use_stand_ins(i);
@@ -207,23 +209,21 @@ class CheckedTable {
     return row;
   }
 
-  void find_data(size_t position, bool in_place) {
-    Row<kOperands>& row = table_.rows[position];
-    for (int k = 0; k < kOperands; ++k) {
-      const OperandList& list = lists_[static_cast<size_t>(k)];
-      if (list.in_place != in_place) continue;
-      const at::Tensor& tensor = list.tensors[position];
+  void find_data(size_t k) {
+    const OperandList& list = lists_[k];
+    for (size_t i = 0; i < table_.rows.size(); ++i) {
+      Row<kOperands>& row = table_.rows[i];
+      const at::Tensor& tensor = list.tensors[i];
       row.data[k] =
-          in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-      TORCH_CHECK_VALUE(row.data[k] != nullptr || row.numel == 0,
-                        position_name(list.name, position),
+          list.in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+      TORCH_CHECK_VALUE(row.data[k] != nullptr || row.numel == 0, position_name(list.name, i),
                         " has no memory: its storage was resized to 0");
       // What the CPU takes, a GPU does not.
       TORCH_CHECK_VALUE(
           row.device == kHost || reinterpret_cast<uintptr_t>(row.data[k]) %
                                          static_cast<uintptr_t>(size_of(row.dtype[k])) ==
                                      0,
-          position_name(list.name, position), " does not start at a multiple of its ",
+          position_name(list.name, i), " does not start at a multiple of its ",
           size_of(row.dtype[k]), "-byte elements");
     }
   }
@@ -240,7 +240,7 @@ class CheckedTable {
         if (!is_own_update(row)) visitor.read(range_of(row, kGrad));
       });
     };
-    if (are_surely_apart(each_range)) return;
+    if (are_surely_apart(each_range, table_.rows.size() * kOperands)) return;
     refuse_sharing(lists_, [&](size_t k, size_t i) {
       return table_.rows[i].numel == 0 ? nullptr : table_.rows[i].data[k];
     });

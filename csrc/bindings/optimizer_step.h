@@ -156,6 +156,8 @@ class GroupStep {
     }
   }
 
+  size_t max_ranges() const { return num_params_ * (kOperands + 1); }
+
   // A parameter's number in the optimizer. (A shard may have a number of its own above it.)
   static uint32_t number_of(const Row<kOperands>& row) {
     return static_cast<uint32_t>(row.position);

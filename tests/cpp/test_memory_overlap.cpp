@@ -159,8 +159,8 @@ Pairs pairs_of(const std::vector<UsedMemory>& used) {
   return pairs;
 }
 
-bool are_apart(const std::vector<UsedMemory>& used) {
-  return are_surely_apart([&](auto& visitor) {
+bool are_apart(const std::vector<UsedMemory>& used, size_t count = SIZE_MAX) {
+  const auto each_range = [&](auto& visitor) {
     for (const bool is_modified : {true, false}) {
       visitor.start_list();
       for (const UsedMemory& operand : used) {
@@ -168,7 +168,8 @@ bool are_apart(const std::vector<UsedMemory>& used) {
         is_modified ? visitor.modify(operand.view.range) : visitor.read(operand.view.range);
       }
     }
-  });
+  };
+  return are_surely_apart(each_range, count);
 }
 
 void test_many() {
@@ -191,6 +192,7 @@ void test_many() {
     }
     CHECK(pairs_of(used) == expected);
     if (are_apart(used)) CHECK(expected.empty());
+    if (are_apart(used, used.size())) CHECK(expected.empty());
     num_apart += are_apart(used);
   }
   CHECK(num_apart > 500);
@@ -209,6 +211,7 @@ void test_surely_apart() {
     }
     std::shuffle(used.begin(), used.end(), generator);
     CHECK(are_apart(used));
+    CHECK(are_apart(used, used.size()));
     CHECK(pairs_of(used).empty());
     const auto chosen = static_cast<size_t>(random(0, static_cast<int64_t>(used.size()) - 1));
     const ByteRange range = used[chosen].view.range;
@@ -219,6 +222,7 @@ void test_surely_apart() {
     used.insert(used.begin() + static_cast<std::ptrdiff_t>(place),
                 {emopt::without_gaps(intruder), true});
     CHECK(!are_apart(used));
+    CHECK(!are_apart(used, used.size()));
     CHECK(!pairs_of(used).empty());
   }
 }
