@@ -28,7 +28,7 @@ inline ByteRange byte_range(const void* address, int64_t bytes) {
 
 // Marks lines of 64 bytes, in a hash table of blocks of lines. PyTorch aligns memory to 64 bytes or
 // more, so tensors that were allocated apart have no line in common, and a table of a few kilobytes
-// serves a thousand small ones. Sorting their addresses takes ten times as long.
+// serves a thousand small ones. Sorting their addresses takes several times as long.
 class LineMarks {
  public:
   LineMarks() : slots_(kFirstSlots) {}

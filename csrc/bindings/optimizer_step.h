@@ -296,7 +296,7 @@ class GroupStep {
     bool has_master;
     bool is_distributed;
     bool is_complete;  // whether there is something of everything
-    uintptr_t others;  // whether nothing else refers to what is modified, or to any memory
+    uintptr_t others;  // not zero where something else may refer to its states
     const at::Tensor* step;
     std::array<const at::Tensor*, kOperands> operands;
   };
@@ -515,7 +515,7 @@ class GroupStep {
     const auto lies_alike = [&](const at::Tensor& tensor) {
       return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
     };
-    uintptr_t others = 0;
+    uintptr_t others = 0;  // not zero where something else may refer to memory; without branches
     Row<kOperands> row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = options_.first_position + static_cast<uint64_t>(c.index);
@@ -547,9 +547,11 @@ class GroupStep {
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
         const bool is_master = c.has_master && k == kOwn;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
-        if (k != kUpdate && !is_beside(*operand, param)) return false;
-        if (k != kUpdate && !is_remainder && !is_supported_dtype(operand->scalar_type()))
+        // Not by a pointer to the right check, which could not be inlined.
+        if (k != kUpdate &&
+            !(is_remainder ? is_beside(*operand, param) : is_alike(*operand, param))) {
           return false;
+        }
         if (k != kUpdate &&
             (!lies_alike(*operand) || (k == kGrad && overlaps_partly(*operand, row)))) {
           if (k != kGrad) return false;
