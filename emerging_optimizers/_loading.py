@@ -49,7 +49,7 @@ class Saved:
 
 def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Check what is to be loaded, and return it as torch is to see it; a hook."""
-    groups, states = state_dict["param_groups"], state_dict["state"]
+    groups, states = state_dict["param_groups"], dict(state_dict["state"])
     if list(map(_num_params, groups)) != list(map(_num_params, optimizer.param_groups)):
         return None  # torch says so
     loaded = []
@@ -73,6 +73,7 @@ def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dic
         complete["param_names"] = new.get("param_names", names)
         for index, key in enumerate(new["params"]):
             if key in states:
+                states[key] = _without_empty_counter(states[key], group["params"][index])
                 _check_state(optimizer, complete, index, states[key])
     hidden = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
@@ -81,6 +82,14 @@ def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dic
         for key, values in states.items()
     }
     return {**state_dict, "state": hidden, "param_groups": loaded}
+
+
+def _without_empty_counter(state: Any, param: Tensor) -> Any:
+    """Leave out a counter on the meta device: it has no number that could be continued."""
+    step = state.get("step") if isinstance(state, dict) else None
+    if not isinstance(step, Tensor) or not step.is_meta or param.is_meta:
+        return state
+    return {name: value for name, value in state.items() if name != "step"}
 
 
 def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:

@@ -209,8 +209,9 @@ def test_a_name_is_in_the_error() -> None:
 
 @ways
 @every_optimizer
+@pytest.mark.parametrize("absent", [None, torch.tensor(9.0, device="meta")], ids=["None", "meta"])
 @pytest.mark.parametrize("step", [2, 2.0, torch.tensor(2), torch.tensor([2.0])], ids=repr)
-def test_a_groups_step_counts(setup: Setup, step: Any, fused: bool | None) -> None:
+def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool | None) -> None:
     """As apex and TransformerEngine save it."""
     params = make_params()
     optimizer = setup.make(params, fused=fused)
@@ -218,7 +219,7 @@ def test_a_groups_step_counts(setup: Setup, step: Any, fused: bool | None) -> No
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["step"] = step
     del saved["state"][0]["step"]
-    saved["state"][1]["step"] = None
+    saved["state"][1]["step"] = absent
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = setup.make(others, fused=fused)
     other.load_state_dict(saved)
