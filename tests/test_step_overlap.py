@@ -87,13 +87,15 @@ OBJECTS: dict[str, Callable[[list[Any], Any], None]] = {
     "an alias": view_through(Tensor.detach),
     "NumPy": view_through(lambda tensor: torch.from_numpy(tensor.numpy())),
     "DLPack": view_through(torch.from_dlpack),
-    "a storage": view_through(lambda t: torch.tensor([]).set_(t.untyped_storage(), 0, t.shape)),
+    "a storage": view_through(lambda t: t.new_empty(0).set_(t.untyped_storage(), 0, t.shape)),
 }
 
 
 @every_fused
 @pytest.mark.parametrize("case", OBJECTS)
 def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
+    if case in ("NumPy", "DLPack", "a storage") and torch.get_default_device().type != "cpu":
+        pytest.skip("for tensors on the CPU; emulated devices have none of these")
     params = [parameter(torch.randn(15)) for _ in range(2)]
     optimizer = AdamW(params, fused=fused)
     optimizer.step()
