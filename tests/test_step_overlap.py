@@ -12,6 +12,7 @@ from torch import Tensor
 from emerging_optimizers import AdamW, Lion, ScalarOptimizer, SimplifiedAdEMAMix
 from emerging_optimizers._native import native
 from emerging_optimizers.megatron import FusedAdam
+from emerging_optimizers.megatron import Lion as MegatronLion
 
 FUSED = [None, False] if native is None else [None, True, False]
 every_fused = pytest.mark.parametrize("fused", FUSED, ids=lambda fused: f"fused={fused}")
@@ -63,6 +64,35 @@ def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> 
     for tensor, (contents, version) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, contents)
         assert tensor._version == version or tensor.dim() == 0
+
+
+# A master that begins where its parameter does, too: the address says whether there is one.
+@pytest.mark.parametrize("first", [0, 3], ids=lambda first: f"parameter from {first}")
+@every_fused
+def test_a_master_that_its_parameter_lies_in_is_refused(fused: bool | None, first: int) -> None:
+    memory = torch.randn(5)
+    param = parameter(memory.view(torch.bfloat16)[first : first + 5])
+    optimizer = AdamW([param], fused=fused, master_weights=True)
+    optimizer.step()
+    optimizer.state[param]["master_param"] = memory
+    before = memory.view(torch.int32).clone()
+    with pytest.raises(ValueError, match=r"^state 'master_param' of .* shares memory with param_"):
+        optimizer.step()
+    assert torch.equal(memory.view(torch.int32), before)
+    assert optimizer.state[param]["step"] == 1
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, MegatronLion])
+def test_remainders_in_their_parameter_are_refused(cls: Any) -> None:
+    param = parameter(torch.randn(5).bfloat16())
+    optimizer = cls([param], lr=0.01, master_weights=True, store_param_remainders=True)
+    optimizer.step()
+    optimizer.state[param]["master_param"] = param.detach().view(torch.int16)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"^state 'master_param' of .* shares memory with param_"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.param_groups[0]["step"] == 1
 
 
 # Shared by whole objects, to which nothing else refers: a step then knows of two of them only by

@@ -567,6 +567,9 @@ class GroupStep {
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
+        // From here on, a weight at the parameter's address is the parameter.
+        TORCH_CHECK_VALUE(k != kOwn || row.data[k] != row.data[kUpdate] || row.numel == 0,
+                          kSharedState);
         // What the CPU takes, a GPU does not.
         if (row.device != kHost && !is_aligned(row.data[k], row.dtype[k])) return false;
       }

@@ -14,6 +14,9 @@
 
 namespace emopt {
 
+// The caller finds out which.
+constexpr const char* kSharedState = "a state shares memory with another tensor of its optimizer";
+
 // A tensor of a step, with its parameter's number in the optimizer.
 struct StepOperand {
   enum class Role : uint8_t { kParam, kGrad, kState, kCounter };
@@ -70,8 +73,7 @@ class StepOrder {
       is_left_[later] = true;  // until it has one of its own
       return;
     }
-    // The caller finds out which.
-    TORCH_CHECK_VALUE(false, "a state shares memory with another tensor of its optimizer");
+    TORCH_CHECK_VALUE(false, kSharedState);
   }
 
   std::vector<StepOperand> operands_;
