@@ -97,8 +97,8 @@ def test_remainders_in_their_parameter_are_refused(cls: Any) -> None:
 
 # Shared by whole objects, to which nothing else refers: a step then knows of two of them only by
 # counting.
-def share(target: dict[str, Tensor], source: dict[str, Tensor], key: str = "exp_avg") -> None:
-    target["exp_avg_sq"] = source[key]
+def share(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    target["exp_avg_sq"] = source["exp_avg"]
 
 
 def view_through(wrap: Callable[[Tensor], Tensor]) -> Callable[..., None]:

@@ -440,6 +440,7 @@ class GroupStep {
       alive_.reserve(num_params_ * (kOperands + 1));
       wholes_.reserve(num_params_ * (kNumStates<Rule> + 1));
     }
+    // A gradient that is given may be a parameter; a dictionary, that of two parameters.
     c.others = whole || c.given_grad != nullptr || Py_REFCNT(c.own) != 1;
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
       if (object == nullptr || !is_tensor(object)) return nullptr;
