@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _overlap
+from ._values import items_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _is_sequence(value: Any) -> bool:
-    return hasattr(value, "__getitem__") and not isinstance(value, (str, dict))
 
 
 def _dtype_text(dtype: torch.dtype) -> str:
@@ -222,11 +219,12 @@ def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:
     """Return whether a single tensor was passed, and the list of tensors."""
     if isinstance(value, Tensor):
         return True, [value]
-    if not _is_sequence(value):
+    items = items_of(value)
+    if items is None:
         raise TypeError(
             f"{name} must be a Tensor or a sequence of Tensors, not {type(value).__name__}"
         )
-    tensors = list(value)
+    tensors = list(items)
     for position, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(

@@ -108,7 +108,12 @@ def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
     """Return what a group's step says, or else the largest of its parameters' counters."""
     step = group.get("step")
     if not is_absent(step):
-        check_count(f"param_groups[{index}]['step']", step)
+        name = f"param_groups[{index}]['step']"
+        if isinstance(step, Tensor) and step.is_meta:
+            devices = {param.device for param in group["params"]} - {step.device}
+            if devices:
+                raise ValueError(f"the parameter is on {devices.pop()} but {name} is on meta")
+        check_count(name, step)
         return step if is_on_device(step) else int(read(step, 1))
     largest = 0
     for i, param in enumerate(group["params"]):

@@ -4,6 +4,7 @@ A rule's hyperparameters and their domains come from its formula's signature; th
 has those of every optimizer. The compiled module reads them by itself, with the same messages.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, get_args
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ._dtensor import whole
-from ._values import HYPERPARAMETER, has_value, read
+from ._states import check_state_dtype
+from ._values import HYPERPARAMETER, has_value, items_of, read
 
 if TYPE_CHECKING:
     from ._optimizer import GroupKey, ScalarOptimizer
@@ -23,7 +25,6 @@ NonNegative = NewType("NonNegative", float)  # [0, inf]
 WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
 Step = NewType("Step", int)
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
 _STEP_DTYPES = (torch.int64, torch.float32)
 
@@ -70,10 +71,6 @@ _WARMUP = "a whole number or None"
 
 def _number_text(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
-
-
-def _is_sequence(value: Any) -> bool:
-    return hasattr(value, "__getitem__") and not isinstance(value, (str, dict))
 
 
 def _as_float(value: Any) -> float | None:
@@ -145,11 +142,13 @@ def read_optional_flag(name: str, value: Any) -> bool | None:
 def read_whole_number(name: str, value: Any, expected: str) -> int:
     """Return an int for an int or an integral float."""
     if isinstance(value, int):
-        return value
+        return _in_int64(name, value)
     if not has_value(value):
         return 1
     if hasattr(value, "__index__"):
-        return int(value.__index__())
+        # Arrays and tensors have it, too, and refuse where they are of floats.
+        with contextlib.suppress(TypeError):
+            return _in_int64(name, int(value.__index__()))
     number = _as_float(value)
     if number is None:
         raise TypeError(f"{name} must be {expected}, not {_described(value)}{_advice(value)}")
@@ -157,14 +156,21 @@ def read_whole_number(name: str, value: Any, expected: str) -> int:
         raise ValueError(f"{name} is nan; expected a whole number")
     if not number.is_integer():
         raise TypeError(f"{name} is {_number_text(number)}; expected a whole number")
-    return int(number)
+    return _in_int64(name, int(number))
+
+
+def _in_int64(name: str, value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is beyond the range of int64")
+    return value
 
 
 def read_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
     """Return a tuple of floats for a sequence of ``count`` numbers."""
-    if not _is_sequence(values):
+    items = items_of(values)
+    if items is None:
         raise TypeError(f"{name} must be a sequence of numbers, not {_described(values)}")
-    numbers = tuple(read_number(f"{name}[{i}]", value) for i, value in enumerate(values))
+    numbers = tuple(read_number(f"{name}[{i}]", value) for i, value in enumerate(items))
     if len(numbers) != count:
         raise ValueError(f"{name} has {len(numbers)} values; expected {count}")
     return numbers
@@ -359,7 +365,7 @@ def _check_lr(lr: Any, is_new: bool) -> None:
 
 
 def _check_method(method: Any) -> None:
-    if method not in WEIGHT_DECAY_METHODS:
+    if not isinstance(method, str) or method not in WEIGHT_DECAY_METHODS:
         raise ValueError(
             f"Invalid weight_decay_method: {method!r}; expected one of"
             f" {', '.join(map(repr, WEIGHT_DECAY_METHODS))}"
@@ -367,7 +373,7 @@ def _check_method(method: Any) -> None:
 
 
 def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> None:
-    name, states = type(optimizer).__name__, optimizer._state_names
+    name = type(optimizer).__name__
     if group["differentiable"]:
         raise ValueError(
             f"{name} does not support differentiable=True: its step records no autograd graph;"
@@ -380,16 +386,4 @@ def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> No
             "master_weights and stochastic_rounding cannot be combined: a parameter with a float32"
             " master loses nothing to rounding"
         )
-    option = group["state_dtype"]
-    by_key = option if isinstance(option, Mapping) else dict.fromkeys(states, option)
-    for key, dtype in by_key.items():
-        if key not in states:
-            raise ValueError(
-                f"Invalid state_dtype: {name} has no state {key!r}; it has"
-                f" {', '.join(map(repr, states))}"
-            )
-        if dtype is not None and dtype not in STATE_DTYPES:
-            raise ValueError(
-                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
-                " torch.float16"
-            )
+    check_state_dtype(optimizer, group["state_dtype"])

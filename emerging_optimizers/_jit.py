@@ -301,7 +301,7 @@ def _say(text: str) -> None:
 def _time_of(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

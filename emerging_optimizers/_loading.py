@@ -56,6 +56,8 @@ def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dic
     for saved, group in zip(groups, optimizer.param_groups, strict=True):
         readable = dict(saved)
         restore_flags(optimizer, readable)
+        if any(_is_empty_counter(readable.get("step"), param) for param in group["params"]):
+            readable["step"] = None
         translated = optimizer._translate_group(readable)
         loaded.append(
             {
@@ -85,11 +87,14 @@ def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dic
 
 
 def _without_empty_counter(state: Any, param: Tensor) -> Any:
-    """Leave out a counter on the meta device: it has no number that could be continued."""
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(step, Tensor) or not step.is_meta or param.is_meta:
+    if not isinstance(state, dict) or not _is_empty_counter(state.get("step"), param):
         return state
     return {name: value for name, value in state.items() if name != "step"}
+
+
+def _is_empty_counter(step: Any, param: Tensor) -> bool:
+    """Return whether a counter is on the meta device: it has no number to continue from."""
+    return isinstance(step, Tensor) and step.is_meta and not param.is_meta
 
 
 def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:

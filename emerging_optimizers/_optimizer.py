@@ -12,7 +12,13 @@ from torch.optim.optimizer import ParamsT
 from . import _checks, _overlap
 from ._culprits import blame, check_tensors, find_param, param_name
 from ._dtensor import increment_versions, is_dtensor, whole
-from ._hyperparameters import check_flags, check_group, flags_of, read_group_flag, read_option
+from ._hyperparameters import (
+    check_flags,
+    check_group,
+    flags_of,
+    read_group_flag,
+    read_option,
+)
 from ._loading import before_load, settle, settle_counts, settle_state
 from ._native import native
 from ._rounding import (
@@ -30,6 +36,7 @@ from ._states import (
     check_complete,
     check_count,
     check_master_dtype,
+    check_state_dtype,
     has_master,
     is_absent,
     new_counter,
@@ -232,7 +239,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for name in (*self._state_names, MASTER):
             if name != MASTER or state.get(name) is not None:
                 self._check_part(group, param, name, state.get(name))
-        check_count("state 'step'", state["step"])
+        step = state["step"]
+        if step.is_meta and not param.is_meta:
+            raise ValueError(f"the parameter is on {param.device} but state 'step' is on meta")
+        check_count("state 'step'", step)
 
     def _check_part(
         self,
@@ -290,7 +300,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         step = state.get("step")
         if not isinstance(step, Tensor):
             device = param.device if group["capturable"] else torch.device("cpu")
-            set_counter(state, new_counter(float(step or 0), device))
+            count: Any = 0 if is_absent(step) else step
+            check_count("state 'step'", count)
+            set_counter(state, new_counter(float(count), device))
         for name in self._state_names:
             if is_absent(state.get(name)):
                 state[name] = torch.zeros_like(
@@ -705,6 +717,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
         begun = found if self._makes_all_states else indices
+        if begun:
+            try:
+                check_state_dtype(self, group["state_dtype"])  # the native step does not read it
+            except ValueError as error:
+                raise blame(error, param_name(self, group, begun[0])) from None
         for i in begun:
             state = self.state.get(params[i])
             if state and self._is_begun(group):

@@ -1,7 +1,8 @@
 """A parameter's state: its counter, its averages, its master, and what may be missing of them."""
 
+import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_param"
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STEPS = 2**53  # what float64 counts exactly
 
 
@@ -28,6 +30,23 @@ def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
             f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
             " store_param_remainders has to be as where it was saved"
         )
+
+
+def check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
+    """Raise for a ``state_dtype`` that has no dtypes of states."""
+    name, states = type(optimizer).__name__, optimizer._state_names
+    by_key = option if isinstance(option, Mapping) else dict.fromkeys(states, option)
+    for key, dtype in by_key.items():
+        if key not in states:
+            raise ValueError(
+                f"Invalid state_dtype: {name} has no state {key!r}; it has"
+                f" {', '.join(map(repr, states))}"
+            )
+        if dtype is not None and dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
+                " torch.float16"
+            )
 
 
 # ---- counters ------------------------------------------------------------------------------------
@@ -50,13 +69,22 @@ def check_count(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has {value.numel()} elements; expected 1")
-        if type(value) is not Tensor or not value.is_cpu:
+        if value.is_complex() or value.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a number of steps, not a tensor of dtype {value.dtype} and layout"
+                f" {value.layout}"
+            )
+        if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_cpu:
             return
         value = read(value, 0.0)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of steps, not {type(value).__name__}")
-    if not 0 <= float(value) < MOST_STEPS:
-        raise ValueError(f"{name} is {float(value):g}; expected a number of steps")
+    try:
+        count = float(value)
+    except OverflowError:  # an int beyond a double
+        count = math.inf
+    if not 0 <= count < MOST_STEPS:
+        raise ValueError(f"{name} is {count:g}; expected a number of steps")
 
 
 def split_counters(states: Iterable[Any]) -> None:

@@ -60,7 +60,18 @@ def read(value: Any, otherwise: float) -> float:
     fake = torch._C._TorchDispatchModeKey.FAKE
     mode = torch._C._unset_dispatch_mode(fake)
     try:
-        return float(value if constant is None else constant)
+        number = value if constant is None else constant
+        return float(number.detach() if number.requires_grad else number)  # or torch warns
     finally:
         if mode is not None:
             torch._C._set_dispatch_mode(mode)
+
+
+def items_of(value: Any) -> tuple[Any, ...] | None:
+    """Return what a sequence has; None where the object is none, as a number of numpy is not."""
+    if not hasattr(value, "__getitem__") or isinstance(value, (str, dict)):
+        return None
+    try:
+        return tuple(value)
+    except TypeError:
+        return None

@@ -58,6 +58,11 @@ def warmup_rows(key: str) -> list[tuple[Any, type[Exception], str]]:
     return [
         ("3", TypeError, f"{expected}, not str ('3'){TEXT}"),
         (2.5, TypeError, f"{key} is 2.5; expected a whole number"),
+        (torch.tensor(2.5), TypeError, f"{key} is 2.5; expected a whole number"),
+        (np.array([1, 2]), TypeError, f"{expected}, not ndarray"),
+        (torch.tensor([1.0, 2.0]), TypeError, f"{expected}, not Tensor"),
+        (10**400, ValueError, f"{key} is beyond the range of int64"),
+        (-(2.0**64), ValueError, f"{key} is beyond the range of int64"),
         (-1, ValueError, f"Invalid {key}: -1"),
         ([3], TypeError, f"{expected}, not list"),
     ]
@@ -75,6 +80,7 @@ ROWS: Rows = {
         (torch.tensor(-0.5), ValueError, "Invalid learning rate: -0.5"),
         (torch.tensor(NAN), ValueError, "Invalid learning rate: nan"),
         (torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+        (torch.tensor(0.5 + 1j), TypeError, "lr must be a number, not Tensor"),
     ],
     "weight_decay": [
         ("0.1", TypeError, "weight_decay must be a number, not str ('0.1')" + TEXT),
@@ -85,6 +91,7 @@ ROWS: Rows = {
     "weight_decay_method": [
         ("l1", ValueError, "Invalid weight_decay_method: 'l1'; expected one of 'decoupled', "),
         (["l2"], ValueError, "Invalid weight_decay_method: ['l2']; expected one of "),
+        (np.array(["l2", "l1"]), ValueError, "Invalid weight_decay_method: array(['l2', 'l1']"),
     ],
     "eps": [
         ("1e-4", TypeError, "eps must be a number, not str ('1e-4')" + YAML),
@@ -140,6 +147,13 @@ def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception],
         found += [
             ("betas", 0.9, TypeError, "betas must be a sequence of numbers, not float (0.9)"),
             ("betas", (0.9,), ValueError, f"betas has 1 values; expected {last + 1}"),
+            ("betas", np.float32(0.9), TypeError, "betas must be a sequence of numbers, not float"),
+            (
+                "betas",
+                torch.tensor(0.9),
+                TypeError,
+                "betas must be a sequence of numbers, not T",
+            ),
         ]
     return found
 
@@ -243,6 +257,42 @@ def test_what_does_not_go_together_later(fused: bool | None) -> None:
         refused(error, message, " (param_groups[1])", optimizer.step)
         group.update(right)
     assert_same(contents(optimizer), before)
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (torch.float64, "Invalid state_dtype: torch.float64"),
+        ("torch.float32", "Invalid state_dtype: torch.float32"),
+        ({"exp_avg": torch.int8}, "Invalid state_dtype: torch.int8"),
+        ({"momentum": torch.float32}, "Invalid state_dtype: AdamW has no state 'momentum'"),
+    ],
+    ids=str,
+)
+def test_a_state_dtype_set_before_states_are_made(
+    option: Any, message: str, fused: bool | None
+) -> None:
+    params = make_params()
+    optimizer = AdamW(params, fused=fused)
+    set_grads(params, 1)
+    before = contents(optimizer)
+    optimizer.param_groups[0]["state_dtype"] = option
+    with pytest.raises(ValueError, match=message) as caught:
+        optimizer.step()
+    assert "param_groups[0]" in str(caught.value)
+    assert_same(contents(optimizer), before)
+    optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
+    params, others = make_params(), make_params()
+    optimizer = AdamW(params, lr=torch.tensor(0.25, requires_grad=True))
+    run(optimizer, params, [1])
+    run(AdamW(others, lr=0.25), others, [1])
+    assert_same(params, others)
 
 
 @pytest.mark.parametrize("value", ["no", 1, "True"])

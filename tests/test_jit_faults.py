@@ -307,6 +307,15 @@ def test_folder_that_cannot_be_written(
     assert "TORCH_EXTENSIONS_DIR" in caught.value.remedy
 
 
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_folder_that_is_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(_jit.BuildError) as caught:
+        _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path / name)
+    assert caught.value.reason.startswith(f"they cannot be kept in {tmp_path / name} (")
+    assert "TORCH_EXTENSIONS_DIR" in caught.value.remedy
+
+
 def test_library_that_cannot_be_kept(
     source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

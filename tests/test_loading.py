@@ -129,6 +129,19 @@ BREAKAGES: dict[str, tuple[Any, Any]] = {
     "weight decay": (_group("weight_decay", torch.nan), (ValueError, "nan")),
     "method": (_group("weight_decay_method", "no"), (ValueError, "Invalid weight_decay_method")),
     "differentiable": (_group("differentiable", True), (ValueError, "differentiable=True")),
+    "step beyond": (_state("step", 10**400), (ValueError, rf"{PARAM}: state 'step' is inf")),
+    "complex step": (
+        _state("step", torch.tensor(3j)),
+        (TypeError, rf"{PARAM}: state 'step' must be a number of steps, not a tensor of dtype"),
+    ),
+    "sparse step": (
+        _state("step", torch.ones(1).to_sparse()),
+        (TypeError, rf"{PARAM}: state 'step'.*layout torch.sparse_coo"),
+    ),
+    "parameter as step": (
+        _state("step", nn.Parameter(torch.tensor(-3.0))),
+        (ValueError, rf"{PARAM}: state 'step' is -3"),
+    ),
     "group's step": (_group("step", -2), (ValueError, r"param_groups\[0\]\['step'\] is -2")),
     "groups": (_add_group, (ValueError, "different number of parameter groups")),
     "parameters": (_drop_param, (ValueError, "doesn't match the size")),
@@ -308,13 +321,14 @@ def test_a_parameter_without_a_state_starts_anew(setup: Setup, fused: bool | Non
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 1]
 
 
+@pytest.mark.parametrize("absent", [None, torch.tensor(9, device="meta")], ids=["None", "meta"])
 @pytest.mark.parametrize("cls", MEGATRON)
-def test_none_as_a_megatron_groups_step(cls: Any) -> None:
+def test_a_megatron_groups_step_that_is_absent(cls: Any, absent: Any) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, [1, 2])
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0]["step"] = None
+    saved["param_groups"][0]["step"] = absent
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = cls(others)
     other.load_state_dict(copy.deepcopy(saved))

@@ -185,8 +185,18 @@ def test_none_is_absent(cls: Any, fused: bool | None) -> None:
 @ways
 @pytest.mark.parametrize(
     ("step", "error"),
-    [(-1, ValueError), (torch.nan, ValueError), ("3", TypeError), (torch.ones(2), ValueError)],
-    ids=str,
+    [
+        (-1, ValueError),
+        (torch.nan, ValueError),
+        ("3", TypeError),
+        (torch.ones(2), ValueError),
+        (10**400, ValueError),
+        (torch.tensor(3j), TypeError),
+        (nn.Parameter(torch.tensor(-3.0)), ValueError),
+        (nn.Parameter(torch.tensor(torch.nan)), ValueError),
+        (torch.tensor(3, device="meta"), ValueError),
+    ],
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
     params = make_params()

@@ -143,6 +143,31 @@ def test_a_counter_of_another_dtype_is_replaced(fused: bool | None) -> None:
 
 @ways
 @pytest.mark.parametrize("cls", [AdamW, Lion])
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (torch.tensor(2.0, device="meta"), ValueError, "state 'step' is on meta"),
+        ("2", TypeError, "state 'step' must be a number of steps, not str"),
+        (10**400, ValueError, "state 'step' is inf; expected a number of steps"),
+    ],
+    ids=["meta", "text", "beyond"],
+)
+def test_what_is_no_counter(
+    cls: Any, step: Any, error: Any, message: str, fused: bool | None
+) -> None:
+    params = make_params()
+    optimizer = cls(params, fused=fused)
+    run(optimizer, params, [1])
+    before = [p.detach().clone() for p in params]
+    optimizer.state[params[1]]["step"] = step
+    with pytest.raises(error, match=message) as caught:
+        run(optimizer, params, [2])
+    assert "param_groups[0]['params'][1]" in str(caught.value)
+    assert_same([p.detach() for p in params], before)
+
+
+@ways
+@pytest.mark.parametrize("cls", [AdamW, Lion])
 def test_a_counter_whose_parameter_gets_no_gradient(cls: Any, fused: bool | None) -> None:
     """It is that of another one, which counts; its own stays."""
     params = make_params()

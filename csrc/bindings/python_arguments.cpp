@@ -81,6 +81,17 @@ bool is_sequence(py::handle value) {
          !PyUnicode_Check(value.ptr()) && !PyDict_Check(value.ptr());
 }
 
+// What a sequence has; null where the object is none, as a number of numpy is not.
+py::object items_of(py::handle value) {
+  if (!is_sequence(value)) return {};
+  auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
+  if (!items) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();
+  }
+  return items;
+}
+
 int64_t read_whole_number(const char* name, py::handle value, const char* expected) {
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (index) {
@@ -110,11 +121,10 @@ TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name)
     tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
     return;
   }
-  TORCH_CHECK_TYPE(is_sequence(value), name, " must be a Tensor or a sequence of Tensors, not ",
-                   type_name(value));
   // A tuple of our own: another thread may change the list while this one computes.
-  alive_ = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
-  if (!alive_) throw py::error_already_set();
+  alive_ = items_of(value);
+  TORCH_CHECK_TYPE(alive_, name, " must be a Tensor or a sequence of Tensors, not ",
+                   type_name(value));
   const Py_ssize_t count = PyTuple_GET_SIZE(alive_.ptr());
   // First all checks, then all borrowing: an exception from here would give back what is borrowed.
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -165,10 +175,8 @@ std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
 }
 
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
-  TORCH_CHECK_TYPE(is_sequence(value), name, " must be a sequence of numbers, not ",
-                   described(value));
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
-  if (!items) throw py::error_already_set();
+  const py::object items = items_of(value);
+  TORCH_CHECK_TYPE(items, name, " must be a sequence of numbers, not ", described(value));
   c10::SmallVector<double, 3> numbers;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
     const py::handle item = PyTuple_GET_ITEM(items.ptr(), i);

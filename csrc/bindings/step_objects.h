@@ -163,7 +163,10 @@ class Scalar {
       const bool is_wide = tensor.scalar_type() != at::kFloat;
       on_device_.push_back(is_wide ? tensor.to(at::kDouble) : tensor);
     } else {
-      number_.value = tensor.item().toDouble();
+      const at::Scalar number = tensor.item();
+      const bool is_real = !number.isComplex() || number.toComplexDouble().imag() == 0.0;
+      TORCH_CHECK_TYPE(is_real, name, " must be a number, not Tensor");
+      number_.value = number.toDouble();
     }
   }
   // None is the number `none`.
