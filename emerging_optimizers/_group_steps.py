@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._culprits import param_name
+from ._hyperparameters import check_flags
 from ._optimizer import ScalarOptimizer
 from ._states import MOST_STEPS, check_complete, check_count, is_absent, new_counter
 from ._values import read
@@ -28,6 +29,8 @@ def read_steps(optimizer: ScalarOptimizer, found_inf: Any) -> None:
     """
     if found_inf is None and all(map(_is_settled, optimizer.param_groups)):
         return  # mostly so
+    for i, group in enumerate(optimizer.param_groups):
+        check_flags(optimizer, group, f"param_groups[{i}]")
     is_decided_there = isinstance(found_inf, Tensor) and found_inf.is_cuda
     new_steps = [
         step
@@ -101,7 +104,7 @@ def place(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
 
 def _is_settled(group: dict[str, Any]) -> bool:
     step = group.get("step")
-    return type(step) is int and 0 <= step < MOST_STEPS and not group["capturable"]
+    return type(step) is int and 0 <= step < MOST_STEPS and group["capturable"] is False
 
 
 def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:

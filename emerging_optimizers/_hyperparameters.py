@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ._dtensor import whole
-from ._states import check_state_dtype
 from ._values import HYPERPARAMETER, has_value, items_of, read
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ NonNegative = NewType("NonNegative", float)  # [0, inf]
 WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
 Step = NewType("Step", int)
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
 _STEP_DTYPES = (torch.int64, torch.float32)
 
@@ -283,6 +283,8 @@ def check_group(
             read_group_flag(group, name)
         name = ""
         _check_options(optimizer, group)
+        name = "state_dtype"
+        _check_state_dtype(optimizer, group[name])
     except (TypeError, ValueError, RuntimeError) as error:
         raise _located(error, where, name) from None
 
@@ -295,6 +297,14 @@ def check_flags(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: s
                 read_group_flag(group, name)
             except TypeError as error:
                 raise _located(error, where, name) from None
+
+
+def check_state_dtype(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str) -> None:
+    """Raise for a group whose ``state_dtype`` has no dtypes of states."""
+    try:
+        _check_state_dtype(optimizer, group["state_dtype"])
+    except (TypeError, ValueError) as error:
+        raise _located(error, where, "state_dtype") from None
 
 
 def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
@@ -365,7 +375,9 @@ def _check_lr(lr: Any, is_new: bool) -> None:
 
 
 def _check_method(method: Any) -> None:
-    if not isinstance(method, str) or method not in WEIGHT_DECAY_METHODS:
+    if not isinstance(method, str):
+        raise TypeError(f"weight_decay_method must be a str, not {_described(method)}")
+    if method not in WEIGHT_DECAY_METHODS:
         raise ValueError(
             f"Invalid weight_decay_method: {method!r}; expected one of"
             f" {', '.join(map(repr, WEIGHT_DECAY_METHODS))}"
@@ -386,4 +398,23 @@ def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> No
             "master_weights and stochastic_rounding cannot be combined: a parameter with a float32"
             " master loses nothing to rounding"
         )
-    check_state_dtype(optimizer, group["state_dtype"])
+
+
+def _check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
+    name, states = type(optimizer).__name__, optimizer._state_names
+    by_key = option if isinstance(option, Mapping) else dict.fromkeys(states, option)
+    for key, dtype in by_key.items():
+        if key not in states:
+            raise ValueError(
+                f"Invalid state_dtype: {name} has no state {key!r}; it has"
+                f" {', '.join(map(repr, states))}"
+            )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(
+                f"state_dtype must be a dtype, a dict of them or None, not {_described(dtype)}"
+            )
+        if dtype is not None and dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
+                " torch.float16"
+            )

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from ._culprits import blame, param_name
-from ._dtensor import is_dtensor
 from ._hyperparameters import check_group, restore_flags
-from ._overlap import find_sharing, memory_of
 from ._states import (
     MASTER,
     check_complete,
@@ -20,6 +18,7 @@ from ._states import (
     new_counter,
     set_counter,
 )
+from ._step_overlap import check_loaded_states
 from ._values import read
 
 if TYPE_CHECKING:
@@ -123,6 +122,9 @@ def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:
         # What belongs to no parameter stays as it was saved.
         if isinstance(values, dict):
             values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
+    if is_loaded:
+        # Only now is it known which of them are copies.
+        check_loaded_states(optimizer, new["param_groups"], states)
 
 
 def settle_state(
@@ -194,18 +196,10 @@ def _check_state(
     try:
         for name, value in _tensors(optimizer, group, param, state):
             optimizer._check_part(group, param, name, value, is_loaded=True)
-            if _shares_memory(value, param):
-                raise ValueError(f"state {name!r} shares memory with its parameter")
         if not is_absent(state.get("step")):
             check_count("state 'step'", state["step"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise blame(error, what) from None
-
-
-def _shares_memory(value: Any, param: Any) -> bool:
-    local = [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in (value, param)]
-    used = [(memory, True) for memory in map(memory_of, local) if memory is not None]
-    return any(True for _ in find_sharing(used))
 
 
 def _tensors(

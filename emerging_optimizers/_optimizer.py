@@ -15,6 +15,7 @@ from ._dtensor import increment_versions, is_dtensor, whole
 from ._hyperparameters import (
     check_flags,
     check_group,
+    check_state_dtype,
     flags_of,
     read_group_flag,
     read_option,
@@ -36,7 +37,6 @@ from ._states import (
     check_complete,
     check_count,
     check_master_dtype,
-    check_state_dtype,
     has_master,
     is_absent,
     new_counter,
@@ -488,20 +488,26 @@ class ScalarOptimizer(torch.optim.Optimizer):
         groups = list(self.param_groups)
         positions = []
         num_params = 0
-        draws, are_rates_floats = False, True
+        draws = has_state_dtypes = False
+        are_rates_floats = True
         has_tensors = not (grad_multiplier is None and grad_scale is None and found_inf is None)
         for group in groups:
             positions.append(num_params)
             num_params += len(group["params"])
-            draws = draws or group["stochastic_rounding"]
+            draws = draws or group["stochastic_rounding"] is not False
+            has_state_dtypes = has_state_dtypes or group["state_dtype"] is not None
             are_rates_floats = are_rates_floats and type(group["lr"]) is float
         if not are_rates_floats:
             # Those of DTensors once, by all processes, whatever is then left to each of them.
             groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
             has_tensors = True
+        if has_state_dtypes:
+            for i, group in enumerate(groups):
+                check_state_dtype(self, group, f"param_groups[{i}]")  # no native step reads it
         if draws:
             for i, group in enumerate(groups):
                 check_flags(self, group, f"param_groups[{i}]")  # before a seed is drawn
+            draws = any(group["stochastic_rounding"] for group in groups)
         seed = draw_seed() if draws else 0
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
         if has_tensors and not have_values((*(group["lr"] for group in groups), *arguments)):
@@ -520,9 +526,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
                 return found_inf
             left = self._step_left(groups, positions, StepArguments(*arguments), found)
         else:
-            check = check_flags if all(map(self._has_native_step, groups)) else check_group
             for i, group in enumerate(groups):
-                check(self, group, f"param_groups[{i}]")
+                check_flags(self, group, f"param_groups[{i}]")  # which say what else is checked
+            if not all(map(self._has_native_step, groups)):
+                for i, group in enumerate(groups):
+                    check_group(self, group, f"param_groups[{i}]")
             left = self._native_step(groups, positions, StepArguments(*arguments))
         for i, indices in sorted(left.items()):
             self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
@@ -717,11 +725,6 @@ class ScalarOptimizer(torch.optim.Optimizer):
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
         begun = found if self._makes_all_states else indices
-        if begun:
-            try:
-                check_state_dtype(self, group["state_dtype"])  # the native step does not read it
-            except ValueError as error:
-                raise blame(error, param_name(self, group, begun[0])) from None
         for i in begun:
             state = self.state.get(params[i])
             if state and self._is_begun(group):
@@ -766,9 +769,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if own["params"] is group["params"]:
                 settle_counts(self, own, states)
 
-    def _operands_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """Return those states that a parameter's step reads or modifies."""
-        state = self.state.get(param, {})
+    def _operands_of(
+        self, group: dict[str, Any], param: Tensor, state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what of a parameter's state its step reads or modifies."""
         keys = ["step", *self._state_names]
         if has_master(group, param):
             keys.append(MASTER)

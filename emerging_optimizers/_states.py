@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_param"
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STEPS = 2**53  # what float64 counts exactly
 
 
@@ -30,23 +29,6 @@ def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
             f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
             " store_param_remainders has to be as where it was saved"
         )
-
-
-def check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
-    """Raise for a ``state_dtype`` that has no dtypes of states."""
-    name, states = type(optimizer).__name__, optimizer._state_names
-    by_key = option if isinstance(option, Mapping) else dict.fromkeys(states, option)
-    for key, dtype in by_key.items():
-        if key not in states:
-            raise ValueError(
-                f"Invalid state_dtype: {name} has no state {key!r}; it has"
-                f" {', '.join(map(repr, states))}"
-            )
-        if dtype is not None and dtype not in STATE_DTYPES:
-            raise ValueError(
-                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
-                " torch.float16"
-            )
 
 
 # ---- counters ------------------------------------------------------------------------------------
@@ -95,7 +77,7 @@ def split_counters(states: Iterable[Any]) -> None:
     taken = set()
     for state in states:
         step = state.get("step") if isinstance(state, dict) else None
-        if type(step) is not Tensor or step.is_meta:
+        if type(step) is not Tensor or step.is_meta or step.layout != torch.strided:
             continue
         address = step.device, step.data_ptr()
         if address in taken:

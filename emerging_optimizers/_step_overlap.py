@@ -41,9 +41,30 @@ def check_overlap(
     Raises:
         ValueError: A state that shares memory with another tensor, of any group.
     """
+    return _check(optimizer, groups, _operands(optimizer, groups))
+
+
+def check_loaded_states(
+    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
+) -> None:
+    """Raise a ValueError for a state that shares memory with another one or with a parameter.
+
+    Args:
+        optimizer: What is loaded is not yet in it.
+        groups: Those that are loaded, with this optimizer's parameters.
+        states: What is loaded, by parameter.
+    """
+    _check(optimizer, groups, _loaded_operands(optimizer, groups, states))
+
+
+def _check(
+    optimizer: "ScalarOptimizer",
+    groups: Sequence[dict[str, Any]],
+    found: Iterable[tuple[_Operand, Tensor]],
+) -> list[tuple[Place, Place]]:
     operands: list[_Operand] = []
     used: list[tuple[Memory, bool]] = []
-    for operand, tensor in _operands(optimizer, groups):
+    for operand, tensor in found:
         memory = memory_of(tensor.to_local() if is_dtensor(tensor) else tensor)  # type: ignore[attr-defined]
         if memory is not None:
             operands.append(operand)
@@ -96,10 +117,29 @@ def _operands(
             if id(param) in seen:
                 continue  # with the same states
             seen.add(id(param))
-            for key, value in optimizer._operands_of(group, param).items():
-                # A master may be the parameter itself.
-                if isinstance(value, Tensor) and value is not param:
-                    yield _Operand("counter" if key == "step" else "state", key, place), value
+            yield from _states(optimizer, group, param, optimizer.state.get(param, {}), place)
+
+
+def _loaded_operands(
+    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
+) -> Iterator[tuple[_Operand, Tensor]]:
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            yield _Operand("parameter", "", (i, j)), param
+            yield from _states(optimizer, group, param, states.get(param, {}), (i, j))
+
+
+def _states(
+    optimizer: "ScalarOptimizer",
+    group: dict[str, Any],
+    param: Tensor,
+    state: Mapping[str, Any],
+    place: Place,
+) -> Iterator[tuple[_Operand, Tensor]]:
+    for key, value in optimizer._operands_of(group, param, state).items():
+        # A master may be the parameter itself.
+        if isinstance(value, Tensor) and value is not param:
+            yield _Operand("counter" if key == "step" else "state", key, place), value
 
 
 def _refuse(

@@ -15,11 +15,11 @@ from torch.optim.optimizer import ParamsT
 from . import _group_steps
 from . import scalar_optimizers as rules
 from ._culprits import blame, find_param
-from ._hyperparameters import read_flag, read_optional_flag
+from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
 from ._loading import count_of
 from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, StepArguments, as_local
 from ._rule import store
-from ._states import MASTER, STATE_DTYPES, check_master_dtype, is_absent, is_begun
+from ._states import MASTER, check_master_dtype, is_absent, is_begun
 from ._values import HYPERPARAMETER, read
 
 __all__ = [

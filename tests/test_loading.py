@@ -109,6 +109,16 @@ def _drop_param(saved: dict[str, Any], optimizer: Any) -> None:
     saved["param_groups"][0]["params"].pop()
 
 
+def _share_states(saved: dict[str, Any], optimizer: Any) -> None:
+    names = optimizer._state_names
+    saved["state"][1][names[-1]] = saved["state"][0][names[0]].view(-1)[:10].view(5, 2)
+
+
+def _share_param(saved: dict[str, Any], optimizer: Any) -> None:
+    param = optimizer.param_groups[0]["params"][0].detach()
+    saved["state"][1][optimizer._state_names[0]] = param.view(-1)[:10].view(5, 2)
+
+
 BREAKAGES: dict[str, tuple[Any, Any]] = {
     "missing": (_remove_last, (ValueError, rf"the loaded state of {PARAM} has no 'exp_avg")),
     "None": (_state("last", None), (ValueError, rf"{PARAM} has no 'exp_avg")),
@@ -143,6 +153,14 @@ BREAKAGES: dict[str, tuple[Any, Any]] = {
         (ValueError, rf"{PARAM}: state 'step' is -3"),
     ),
     "group's step": (_group("step", -2), (ValueError, r"param_groups\[0\]\['step'\] is -2")),
+    "shared states": (
+        _share_states,
+        (ValueError, rf"state 'exp_avg.*' of {PARAM} shares memory with state 'exp_.*' of {FIRST}"),
+    ),
+    "a parameter as state": (
+        _share_param,
+        (ValueError, rf"state 'exp_avg.*' of {PARAM} shares memory with {FIRST}, and a state is"),
+    ),
     "groups": (_add_group, (ValueError, "different number of parameter groups")),
     "parameters": (_drop_param, (ValueError, "doesn't match the size")),
 }
@@ -164,6 +182,21 @@ def test_a_rejected_load_changes_nothing(cls: Any, breakage: str) -> None:
         optimizer.load_state_dict(saved)
 
     assert_rejected(lambda params: cls(params, lr=0.01, weight_decay=0.1), F32, load, error)
+
+
+@ways
+def test_a_load_that_copies_ends_sharing(fused: bool | None) -> None:
+    params = make_params()
+    source = AdamW(params)
+    run(source, params, [1])
+    saved = source.state_dict()
+    for state in saved["state"].values():
+        state["exp_avg"] = state["exp_avg_sq"]
+    optimizer = AdamW(params, fused=fused, state_dtype=BF16)
+    optimizer.load_state_dict(saved)
+    run(optimizer, params, [2])
+    for state in optimizer.state.values():
+        assert not torch.equal(state["exp_avg"], state["exp_avg_sq"])
 
 
 @ways
@@ -413,7 +446,7 @@ def test_what_is_no_master_is_rejected(how: str, wrong: str, fused: bool | None)
     optimizer = AdamW(params, fused=fused, **MASTERS)
     run(optimizer, params, [1])
     if wrong == "sharing":
-        master, pattern = _sharing(params[1]), "shares memory with its parameter"
+        master, pattern = _sharing(params[1]), rf"'master_param' of {PARAM} shares memory with"
     elif wrong == "meta":
         master, pattern = torch.zeros(5, 2, device="meta"), "on meta"
     elif wrong == "no memory":

@@ -1384,8 +1384,8 @@ _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
     ),
     "no method": (
         _replaced_value("weight_decay_method", None),
-        ValueError,
-        "method: None; expected",
+        TypeError,
+        "weight_decay_method must be a str, not NoneType",
     ),
     "betas": (
         _replaced_value("betas", (1.5, 0.9)),

@@ -149,8 +149,10 @@ def test_a_counter_of_another_dtype_is_replaced(fused: bool | None) -> None:
         (torch.tensor(2.0, device="meta"), ValueError, "state 'step' is on meta"),
         ("2", TypeError, "state 'step' must be a number of steps, not str"),
         (10**400, ValueError, "state 'step' is inf; expected a number of steps"),
+        (torch.tensor(torch.inf), ValueError, "state 'step' is inf; expected a number of steps"),
+        (torch.ones(1).to_sparse(), TypeError, "state 'step' must be a number of steps, not a"),
     ],
-    ids=["meta", "text", "beyond"],
+    ids=["meta", "text", "beyond", "infinite", "sparse"],
 )
 def test_what_is_no_counter(
     cls: Any, step: Any, error: Any, message: str, fused: bool | None

@@ -605,7 +605,8 @@ class GroupStep {
     BucketKey key{0, row.device, !counts_here, 1.0};
     if (counts_here) {
       key.step = options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
-      if (!(key.step >= 1.0)) return false;  // a NaN has no place among keys
+      // A NaN has no place among keys, and infinity is no count.
+      if (!(key.step >= 1.0 && std::isfinite(key.step))) return false;
     } else {
       row.step = counter;
     }
