@@ -6,7 +6,7 @@ has those of every optimizer. The compiled module reads them by itself, with the
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, get_args
 
 import torch
@@ -299,12 +299,13 @@ def check_flags(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: s
                 raise _located(error, where, name) from None
 
 
-def check_state_dtype(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str) -> None:
-    """Raise for a group whose ``state_dtype`` has no dtypes of states."""
-    try:
-        _check_state_dtype(optimizer, group["state_dtype"])
-    except (TypeError, ValueError) as error:
-        raise _located(error, where, "state_dtype") from None
+def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise for a group of an optimizer whose ``state_dtype`` has no dtypes of states."""
+    for i, group in enumerate(groups):
+        try:
+            _check_state_dtype(optimizer, group["state_dtype"])
+        except (TypeError, ValueError) as error:
+            raise _located(error, f"param_groups[{i}]", "state_dtype") from None
 
 
 def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
@@ -401,19 +402,21 @@ def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> No
 
 
 def _check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
-    name, states = type(optimizer).__name__, optimizer._state_names
-    by_key = option if isinstance(option, Mapping) else dict.fromkeys(states, option)
+    states = optimizer._state_names
+    by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)
     for key, dtype in by_key.items():
         if key not in states:
             raise ValueError(
-                f"Invalid state_dtype: {name} has no state {key!r}; it has"
+                f"Invalid state_dtype: {type(optimizer).__name__} has no state {key!r}; it has"
                 f" {', '.join(map(repr, states))}"
             )
-        if dtype is not None and not isinstance(dtype, torch.dtype):
+        if dtype is None:
+            continue
+        if not isinstance(dtype, torch.dtype):
             raise TypeError(
                 f"state_dtype must be a dtype, a dict of them or None, not {_described(dtype)}"
             )
-        if dtype is not None and dtype not in STATE_DTYPES:
+        if dtype not in STATE_DTYPES:
             raise ValueError(
                 f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
                 " torch.float16"

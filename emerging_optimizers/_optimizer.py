@@ -15,7 +15,7 @@ from ._dtensor import increment_versions, is_dtensor, whole
 from ._hyperparameters import (
     check_flags,
     check_group,
-    check_state_dtype,
+    check_state_dtypes,
     flags_of,
     read_group_flag,
     read_option,
@@ -502,8 +502,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
             has_tensors = True
         if has_state_dtypes:
-            for i, group in enumerate(groups):
-                check_state_dtype(self, group, f"param_groups[{i}]")  # no native step reads it
+            check_state_dtypes(self, groups)  # no native step reads them
         if draws:
             for i, group in enumerate(groups):
                 check_flags(self, group, f"param_groups[{i}]")  # before a seed is drawn
