@@ -437,7 +437,13 @@ def test_an_absent_master_is_made_anew(how: str, absent: Any, fused: bool | None
 
 
 @ways
-@pytest.mark.parametrize("wrong", [*WRONG, "sharing", "meta", "no memory"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(wrong, marks=pytest.mark.real) if wrong in ("sparse", "no memory") else wrong
+        for wrong in (*WRONG, "sharing", "meta", "no memory")
+    ],
+)
 @pytest.mark.parametrize("how", ["loaded", "by hand"])
 def test_what_is_no_master_is_rejected(how: str, wrong: str, fused: bool | None) -> None:
     if wrong == "sharing" and how == "by hand":

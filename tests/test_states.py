@@ -77,6 +77,8 @@ def _count(optimizer: Any) -> None:
 @ways
 def test_a_process_sees_anothers_steps(make: Any, fused: bool | None) -> None:
     """Hogwild workers share parameters, states and counters."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("for tensors on the CPU")
     params = make()
     optimizer, other = AdamW(params, fused=fused), AdamW(make(), fused=fused)
     run(optimizer, params, [1])
