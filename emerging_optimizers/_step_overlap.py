@@ -123,8 +123,12 @@ def _operands(
 def _loaded_operands(
     optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
 ) -> Iterator[tuple[_Operand, Tensor]]:
+    seen = set()
     for i, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
+            if id(param) in seen:
+                continue  # with the same states
+            seen.add(id(param))
             yield _Operand("parameter", "", (i, j)), param
             yield from _states(optimizer, group, param, states.get(param, {}), (i, j))
 

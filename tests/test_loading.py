@@ -200,6 +200,24 @@ def test_a_load_that_copies_ends_sharing(fused: bool | None) -> None:
 
 
 @ways
+@pytest.mark.parametrize("cls", [AdamW, megatron.Lion])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_there_twice(cls: Any, fused: bool | None) -> None:
+    found = []
+    for loads in (False, True):
+        params = make_params()
+        optimizer = cls([*params, params[0]], fused=fused)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+        optimizer.param_groups[1]["params"].append(params[1])
+        run(optimizer, params, [1])
+        if loads:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        run(optimizer, params, [2])
+        found.append(contents(optimizer))
+    assert_same(found[1], found[0])
+
+
+@ways
 @pytest.mark.parametrize("stores", [False, True], ids=["masters", "remainders"])
 def test_masters_of_the_other_kind_are_rejected(stores: bool, fused: bool | None) -> None:
     def make(params: Any, stores: bool = stores) -> Any:

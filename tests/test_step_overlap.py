@@ -358,6 +358,25 @@ def test_a_parameter_that_is_there_twice(fused: bool | None) -> None:
     torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_parameter_that_is_in_two_groups(fused: bool | None) -> None:
+    """Torch refuses it where groups are made, but not what is put into them later."""
+    noise, start = torch.randn(20), torch.randn(20)
+    param, other = parameter(start.clone(), noise), parameter(start.clone(), noise)
+    others = [parameter(torch.randn(5)) for _ in range(2)]
+    optimizer = AdamW([{"params": [param]}, {"params": others, "lr": 0.1}], fused=fused)
+    optimizer.param_groups[1]["params"].insert(1, param)
+    once = AdamW([other], fused=fused)
+    for _ in range(2):
+        optimizer.step()
+        for lr in (1e-3, 0.1):
+            once.param_groups[0]["lr"] = lr
+            once.step()
+    assert optimizer.state[param]["step"] == once.state[other]["step"] == 4
+    torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+    assert [optimizer.state[p]["step"] for p in others] == [2, 2]
+
+
 @every_fused
 def test_counters_of_a_step_that_several_share(fused: bool | None) -> None:
     params = [parameter(torch.randn(20)) for _ in range(3)]

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <unordered_set>
 
 #include "operators.h"
 #include "optimizer_step.h"
@@ -288,8 +289,9 @@ struct StepOf<Rule, std::index_sequence<kOption...>> {
     const auto owns_alone = [](const auto& step) { return step.owns_memory_alone(); };
     if (!is_any(left) && std::all_of(steps.begin(), steps.end(), owns_alone)) return 1;
     std::vector<StepOperand> operands;
-    for (size_t i = 0; i < steps.size(); ++i) {
-      steps[i].append_left(operands, left[i], state.ptr());
+    std::unordered_set<PyObject*> seen;
+    for (size_t i = 0; i < steps.size() && is_any(left); ++i) {
+      steps[i].append_left(operands, left[i], state.ptr(), seen);
     }
     const auto each_range = [&](auto& visitor) {
       for (const GroupStep<Rule>& step : steps) step.each_modified(visitor);

@@ -17,6 +17,7 @@
 #include <map>
 #include <optional>
 #include <tuple>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -185,14 +186,19 @@ class GroupStep {
     }
   }
 
-  // Those of parameters that are left. `state` is the optimizer's.
+  // Those of parameters that are left. `state` is the optimizer's; `seen` has the parameters of the
+  // groups before, and gets this one's.
   void append_left(std::vector<StepOperand>& operands, const std::vector<Py_ssize_t>& left,
-                   PyObject* state) const {
+                   PyObject* state, std::unordered_set<PyObject*>& seen) const {
     using Role = StepOperand::Role;
     static PyObject* const step_key = interned("step");
     static PyObject* const master_key = interned("master_param");
-    for (const Py_ssize_t index : left) {
+    auto next = left.begin();
+    for (Py_ssize_t index = 0; index < static_cast<Py_ssize_t>(num_params_); ++index) {
       PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), index);
+      const bool is_first = seen.insert(param).second;
+      if (next == left.end() || *next != index) continue;
+      ++next;
       const auto add = [&](Role role, PyObject* object) {
         if (object == nullptr || !is_tensor(object)) return;
         const std::optional<Distributed> part = Distributed::from(object);
@@ -207,7 +213,7 @@ class GroupStep {
       c.object = param;
       find_grad(c, grads_.empty() ? nullptr : grads_.ptr());
       add(Role::kGrad, py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)).ptr());
-      if (is_there_twice(index)) continue;  // with the same states
+      if (!is_first) continue;  // with the same states
       PyObject* const own = PyDict_GetItemWithError(state, param);
       if (own == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
       if (own == nullptr || !PyDict_Check(own)) continue;
@@ -320,15 +326,6 @@ class GroupStep {
     return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
   }
   static ByteRange range_of(const float* counter) { return byte_range(counter, sizeof(float)); }
-
-  // Whether the parameter comes a second time in its group.
-  bool is_there_twice(Py_ssize_t index) const {
-    PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), index);
-    for (Py_ssize_t i = 0; i < index; ++i) {
-      if (PyTuple_GET_ITEM(params_.ptr(), i) == param) return true;
-    }
-    return false;
-  }
 
   // Null where a tensor has no memory that could be looked at.
   static const void* address_of(const at::Tensor& tensor) {
