@@ -53,6 +53,15 @@ def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling:
         _check_aliases(operands, single)
 
 
+def check_step_device(step: Tensor, grads: Operand, single: bool) -> None:
+    """Raise for a step on the meta device, which has no value, beside gradients with values."""
+    if grads.tensors and step.is_meta and not grads.tensors[0].is_meta:
+        raise TypeError(
+            f"step is on meta but {position_name(grads.name, 0, single)} is on"
+            f" {grads.tensors[0].device}"
+        )
+
+
 def check_lengths(operands: Sequence[Operand], single: bool) -> None:
     """Raise for lists that are not as long as the gradients'."""
     grads = operands[0]

@@ -7,6 +7,7 @@ has those of every optimizer. The compiled module reads them by itself, with the
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, get_args
 
 import torch
@@ -77,13 +78,19 @@ def _as_float(value: Any) -> float | None:
     """Return a number's value; None where the object is none, or none that a float holds."""
     if isinstance(value, float):
         return value
-    is_text = isinstance(value, str)  # numpy's text is a str that converts to a float
-    if is_text or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    is_text = isinstance(value, (str, bytes))  # numpy's text converts to a float
+    if is_text or _is_meta(value):
+        return None
+    if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         return None
     try:
         return read(value, HYPERPARAMETER)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _described(value: Any) -> str:
@@ -127,9 +134,12 @@ def read_number(name: str, value: Any) -> float:
     return number
 
 
+_BOOLS = ("bool", "bool_")  # of Python, and of numpy
+
+
 def read_flag(name: str, value: Any, expected: str = "a bool") -> bool:
     """Return a bool for a bool, numpy's included."""
-    if type(value).__name__ not in ("bool", "bool_"):
+    if type(value).__name__ not in _BOOLS:
         raise TypeError(f"{name} must be {expected}, not {_described(value)}{_advice(value)}")
     return bool(value)
 
@@ -143,9 +153,9 @@ def read_whole_number(name: str, value: Any, expected: str) -> int:
     """Return an int for an int or an integral float."""
     if isinstance(value, int):
         return _in_int64(name, value)
-    if not has_value(value):
+    if not has_value(value) and not _is_meta(value):
         return 1
-    if hasattr(value, "__index__"):
+    if hasattr(value, "__index__") and not _is_meta(value):
         # Arrays and tensors have it, too, and refuse where they are of floats.
         with contextlib.suppress(TypeError):
             return _in_int64(name, int(value.__index__()))
@@ -332,6 +342,24 @@ def restore_flags(optimizer: "ScalarOptimizer", group: dict[str, Any]) -> None:
     for name in (*flags_of(optimizer, group), *_FOREIGN_FLAGS):
         if type(group.get(name)) is int and group[name] in (0, 1):
             group[name] = bool(group[name])
+
+
+def as_saved(value: Any) -> Any:
+    """Return a hyperparameter with Python's numbers for numpy's, which torch's tools refuse."""
+    if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    items = items_of(value)
+    if items is not None:
+        kind = list if isinstance(value, list) else tuple
+        return kind(map(as_saved, items))
+    if type(value).__name__ in _BOOLS:
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    number = _as_float(value)
+    return value if number is None else float(number)
 
 
 def _located(error: Exception, where: str, name: str) -> Exception:

@@ -13,6 +13,7 @@ from . import _checks, _overlap
 from ._culprits import blame, check_tensors, find_param, param_name
 from ._dtensor import increment_versions, is_dtensor, whole
 from ._hyperparameters import (
+    as_saved,
     check_flags,
     check_group,
     check_state_dtypes,
@@ -44,7 +45,15 @@ from ._states import (
     split_counters,
 )
 from ._step_overlap import Place, check_overlap, find_followers
-from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
+from ._values import (
+    HYPERPARAMETER,
+    first_without_value,
+    has_value,
+    have_values,
+    is_fake,
+    is_tracing,
+    read,
+)
 
 # What every step asks; without looking up each module on the way.
 _is_compiling = torch.compiler.is_compiling
@@ -324,7 +333,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the states and the groups, of types that every state-dict tool accepts.
 
-        So `state_dtype` is there as text. It is not loaded.
+        So `state_dtype` is there as text, and numpy's numbers as Python's. `state_dtype` is not
+        loaded.
         """
         # Before the user's hooks see it.
         finish: Any = type(self)._finish_state_dict
@@ -337,6 +347,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _finish_state_dict(self, saved: dict[str, Any]) -> None:
         """Change what ``torch`` has saved to what is to be saved."""
         for group in saved["param_groups"]:
+            group.update({key: as_saved(group[key]) for key in self.defaults if key in group})
             # The keys stay, those of a mapping too: tools look for what older checkpoints have.
             group["state_dtype"] = _dtype_text(group["state_dtype"])
 
@@ -718,9 +729,15 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if is_tracing():
             for i in indices:
                 params[i].detach()  # an error, before states are made, where no real one is taken
+        unknown = first_without_value({"lr": group["lr"], **arguments._asdict()})
         for i in indices:
             try:
                 self._check_param(group, params[i])
+                if unknown and has_value(params[i]):
+                    raise ValueError(
+                        f"{unknown} is a tensor without a value (of the meta device, or of a"
+                        " FakeTensorMode), but the parameter has values"
+                    )
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
         begun = found if self._makes_all_states else indices

@@ -245,6 +245,7 @@ class Rule:
         single: bool,
     ) -> None:
         if step_tensor is not None:
+            _checks.check_step_device(step_tensor, operands[0], single)
             value = read_step_tensor(step_tensor)
             options = options | {"step": read_whole_number("step", value, "an int")}
         self.check_options(options)

@@ -4,7 +4,7 @@ A step of such tensors makes the states that a real one makes, so that memory ca
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ def has_value(value: Any) -> bool:
 def have_values(values: Iterable[Any]) -> bool:
     """Return whether the values of all of these numbers are known."""
     return all(map(has_value, values))
+
+
+def first_without_value(numbers: Mapping[str, Any]) -> str | None:
+    """Return the name of the first of these numbers whose value is not known."""
+    return next((name for name, value in numbers.items() if not has_value(value)), None)
 
 
 def read(value: Any, otherwise: float) -> float:

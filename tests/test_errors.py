@@ -407,6 +407,13 @@ SCALAR_ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("adam", {"eps": "small"}, TypeError, "eps must be a number, not str ('small')"),
     ("adam", {"eps": "1" * 41}, TypeError, "eps must be a number, not str"),
     ("adam", {"eps": b"1"}, TypeError, "eps must be a number, not bytes"),
+    ("adam", {"eps": np.bytes_(b"1")}, TypeError, "eps must be a number, not bytes_"),
+    ("adam", {"eps": torch.tensor(1.0, device="meta")}, TypeError,
+     "eps must be a number, not Tensor"),
+    ("adam", {"betas": torch.empty(2, device="meta")}, TypeError,
+     "betas[0] must be a number, not Tensor"),
+    ("adam", {"betas": "ab", "eps": "1"}, TypeError,
+     "betas must be a sequence of numbers, not str ('ab')"),
     ("adam", {"eps": [1e-8]}, TypeError, "eps must be a number, not list"),
     ("adam", {"correct_bias": 1}, TypeError, "correct_bias must be a bool, not int (1)"),
     ("adam", {"correct_bias": -0.0}, TypeError, "correct_bias must be a bool, not float (-0.0)"),
@@ -422,6 +429,8 @@ SCALAR_ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "momentum_beta is nan; expected 0 <= momentum_beta < 1"),
     ("lion", {"momentum_beta": None, "momentum_beta2": 0.9}, TypeError,
      "momentum_beta must be a number, not NoneType"),
+    ("lion", {"momentum_beta": "0.9"}, TypeError,
+     "momentum_beta must be a number, not str ('0.9'); convert it with float()"),
     ("signum", {"step": 0}, ValueError, "step is 0" + STEP_1),
     ("signum", {"momentum_beta": 1.0}, ValueError,
      "momentum_beta is 1; expected 0 <= momentum_beta < 1"),
@@ -440,6 +449,8 @@ SCALAR_ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ademamix", {"num_alpha_warmup_steps": "10"}, TypeError,
      "num_alpha_warmup_steps must be a whole number or None, not str ('10'); convert it with"
      " float()"),
+    ("ademamix", {"num_alpha_warmup_steps": torch.tensor(10, device="meta")}, TypeError,
+     "num_alpha_warmup_steps must be a whole number or None, not Tensor"),
     ("ademamix", {"num_alpha_warmup_steps": NAN}, ValueError,
      "num_alpha_warmup_steps is nan; expected a whole number"),
     ("ademamix", {"betas": (0.9, 0.999, 1 - 1e-9), "num_beta_slow_warmup_steps": 10}, ValueError,
@@ -485,6 +496,12 @@ def test_scalars(
     lists = make_lists(RULES[name])
     refused = lambda: call(RULES[name], lists, single=single, **changes)  # noqa: E731
     assert_refused(error, message, lists, refused)
+
+
+def test_a_step_without_a_value(path: str) -> None:
+    lists = make_lists(ADAM)
+    refused = lambda: call(ADAM, lists, step=torch.tensor(3, device="meta"))  # noqa: E731
+    assert_refused(TypeError, "step is on meta but grads[0] is on cpu", lists, refused)
 
 
 def test_scalars_are_checked_without_tensors(path: str) -> None:

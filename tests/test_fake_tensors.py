@@ -228,6 +228,40 @@ def test_meta_parameters(make: Make, fused: bool | None, capturable: bool) -> No
     assert all(value.is_meta and value.shape == (3, 4) for value in state.values())
 
 
+@pytest.mark.parametrize("make", [AdamW, MAKES["LaProp frob"]], ids=["AdamW", "LaProp frob"])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", ["lr", "grad_multiplier", "grad_scale", "found_inf"])
+def test_real_parameters_beside_a_number_without_a_value(
+    name: str, begun: bool, fused: bool | None, make: Make
+) -> None:
+    """A real parameter is not stepped by what takes the place of such a number."""
+    params = make_params()
+    optimizer = make(params, lr=0.1, fused=fused)
+    run(optimizer, params, [1] if begun else [])
+    fill_grads(params)
+    for number in (torch.tensor(0.5, device="meta"), fake_number()):
+        old = optimizer.param_groups[0]["lr"]
+        arguments = {}
+        if name == "lr":
+            optimizer.param_groups[0]["lr"] = number
+        elif name == "grad_multiplier":
+            arguments = {name: number}
+        else:
+            setattr(optimizer, name, number)
+        before = contents(optimizer)
+        with pytest.raises(ValueError, match=f"{name} is a tensor without a value") as caught:
+            optimizer.step(**arguments)
+        assert "param_groups[0]['params'][0]" in str(caught.value)
+        assert_same(contents(optimizer), before)
+        optimizer.param_groups[0]["lr"] = old
+
+
+def fake_number() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(3).mean()
+
+
 @pytest.mark.parametrize("fused", [None, False])
 def test_without_a_compiled_module(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_optimizer, "native", None)

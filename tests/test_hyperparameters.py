@@ -65,6 +65,7 @@ def warmup_rows(key: str) -> list[tuple[Any, type[Exception], str]]:
         (torch.tensor(2.5), TypeError, f"{key} is 2.5; expected a whole number"),
         (np.array([1, 2]), TypeError, f"{expected}, not ndarray"),
         (torch.tensor([1.0, 2.0]), TypeError, f"{expected}, not Tensor"),
+        (torch.tensor(3, device="meta"), TypeError, f"{expected}, not Tensor"),
         (10**400, ValueError, f"{key} is beyond the range of int64"),
         (-(2.0**64), ValueError, f"{key} is beyond the range of int64"),
         (-1, ValueError, f"Invalid {key}: -1"),
@@ -85,8 +86,10 @@ ROWS: Rows = {
         (torch.tensor(NAN), ValueError, "Invalid learning rate: nan"),
         (torch.ones(2), ValueError, "Tensor lr must be 1-element"),
         (torch.tensor(0.5 + 1j), TypeError, "lr must be a number, not Tensor"),
+        (np.bytes_(b"1"), TypeError, "lr must be a number, not bytes_"),
     ],
     "weight_decay": [
+        (torch.tensor(0.1, device="meta"), TypeError, "weight_decay must be a number, not Tensor"),
         ("0.1", TypeError, "weight_decay must be a number, not str ('0.1')" + TEXT),
         (None, TypeError, "weight_decay must be a number, not NoneType"),
         (-0.5, ValueError, "Invalid weight_decay value: -0.5"),
@@ -104,6 +107,7 @@ ROWS: Rows = {
         (np.array([1, 2]), TypeError, "state_dtype must be a dtype, a dict of them or None, not"),
     ],
     "eps": [
+        (torch.tensor(0.1, device="meta"), TypeError, "eps must be a number, not Tensor"),
         ("1e-4", TypeError, "eps must be a number, not str ('1e-4')" + YAML),
         (-1e-8, ValueError, "Invalid epsilon value: -1e-08"),
         (NAN, ValueError, "Invalid epsilon value: nan"),

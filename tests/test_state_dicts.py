@@ -3,8 +3,10 @@
 import copy
 import io
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optimizers import SETUPS, Setup, assert_same, contents, make_params, run
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from emerging_optimizers import AdamW, megatron
+from emerging_optimizers import AdamW, AdEMAMix, megatron
 
 BF16, F32 = torch.bfloat16, torch.float32
 MEGATRON = [
@@ -102,6 +104,37 @@ def test_through_torchs_tools(make: Any, options: Any) -> None:
     run(optimizer, list(model.parameters()), [3])
     run(other, list(other_model.parameters()), [3])
     assert_same(contents(other), contents(optimizer))
+
+
+@pytest.mark.parametrize("cls", [AdamW, AdEMAMix, megatron.FusedAdam])
+def test_numbers_of_other_types(cls: Any) -> None:
+    model = Model()
+    optimizer = cls(
+        model.parameters(),
+        lr=np.float64(0.5),
+        betas=np.array([0.5, 0.25, 0.75][: 3 if cls is AdEMAMix else 2], dtype=np.float32),
+        weight_decay=Fraction(1, 4),
+    )
+    group = optimizer.param_groups[0]
+    method = np.str_("palm")
+    group.update(eps=np.float32(0.125), maximize=np.True_, weight_decay_method=method)
+    if cls is AdEMAMix:
+        group["num_alpha_warmup_steps"] = np.int64(7)
+    run(optimizer, list(model.parameters()), [1])
+    settings = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=settings)
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["param_groups"][0]
+    wanted: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.25, "eps": 0.125, "maximize": True}
+    wanted["weight_decay_method"] = "palm"
+    if cls is AdEMAMix:
+        wanted["num_alpha_warmup_steps"] = 7
+    assert {key: loaded[key] for key in wanted} == wanted
+    assert {key: type(loaded[key]) for key in wanted} == {k: type(v) for k, v in wanted.items()}
+    assert loaded["betas"] == tuple(group["betas"].tolist())
+    assert group["weight_decay_method"] is method  # the group itself stays as it is
 
 
 @pytest.mark.parametrize("state_dtype", [F32, {"exp_avg": BF16}], ids=["dtype", "dtypes"])

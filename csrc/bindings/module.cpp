@@ -142,7 +142,8 @@ struct DoorOf<Rule, std::index_sequence<kState...>, std::index_sequence<kOption.
     for (const TensorArgument& list : state) check_same_kind(grads, list);
 
     const auto described = Rule::options();
-    const auto values = std::make_tuple(read(std::get<kOption>(described), options)...);
+    // In braces, which are evaluated in order.
+    const std::tuple values{read(std::get<kOption>(described), options)...};
     std::optional<at::Tensor> step_tensor;
     (take_step_tensor(step_tensor, std::get<kOption>(values)), ...);
 
