@@ -141,8 +141,7 @@ def _states(
     place: Place,
 ) -> Iterator[tuple[_Operand, Tensor]]:
     for key, value in optimizer._operands_of(group, param, state).items():
-        # A master may be the parameter itself.
-        if isinstance(value, Tensor) and value is not param:
+        if isinstance(value, Tensor):
             yield _Operand("counter" if key == "step" else "state", key, place), value
 
 

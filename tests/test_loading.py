@@ -119,6 +119,10 @@ def _share_param(saved: dict[str, Any], optimizer: Any) -> None:
     saved["state"][1][optimizer._state_names[0]] = param.view(-1)[:10].view(5, 2)
 
 
+def _take_param(saved: dict[str, Any], optimizer: Any) -> None:
+    saved["state"][1][optimizer._state_names[0]] = optimizer.param_groups[0]["params"][1]
+
+
 BREAKAGES: dict[str, tuple[Any, Any]] = {
     "missing": (_remove_last, (ValueError, rf"the loaded state of {PARAM} has no 'exp_avg")),
     "None": (_state("last", None), (ValueError, rf"{PARAM} has no 'exp_avg")),
@@ -160,6 +164,10 @@ BREAKAGES: dict[str, tuple[Any, Any]] = {
     "a parameter as state": (
         _share_param,
         (ValueError, rf"state 'exp_avg.*' of {PARAM} shares memory with {FIRST}, and a state is"),
+    ),
+    "its parameter as state": (
+        _take_param,
+        (ValueError, rf"state 'exp_avg.*' of {PARAM} shares memory with {PARAM}, and a state is"),
     ),
     "groups": (_add_group, (ValueError, "different number of parameter groups")),
     "parameters": (_drop_param, (ValueError, "doesn't match the size")),
@@ -410,6 +418,7 @@ def _sharing(param: Tensor) -> Tensor:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "bfloat16": (lambda p: p.detach().clone(), r"dtype torch\.bfloat16"),
+    "the parameter": (lambda p: p, r"dtype torch\.bfloat16"),
     "float64": (lambda p: p.detach().double(), r"dtype torch\.float64"),
     "int32": (lambda p: p.detach().int(), r"dtype torch\.int32"),
     "shape": (lambda p: torch.zeros(p.numel()), "has shape"),

@@ -112,6 +112,8 @@ OBJECTS: dict[str, Callable[[list[Any], Any], None]] = {
     "a tensor of two names": lambda p, state: share(state[p[1]], state[p[1]]),
     "a tensor of two parameters": lambda p, state: share(state[p[1]], state[p[0]]),
     "a dictionary": lambda p, state: state.__setitem__(p[1], state[p[0]]),
+    "its parameter": lambda p, state: state[p[1]].update(exp_avg=p[1]),
+    "another parameter": lambda p, state: state[p[1]].update(exp_avg=p[0]),
     "its gradient": lambda p, state: setattr(p[1], "grad", state[p[1]]["exp_avg"]),
     "another gradient": lambda p, state: setattr(p[0], "grad", state[p[1]]["exp_avg"]),
     "an alias": view_through(Tensor.detach),

@@ -538,7 +538,7 @@ class GroupStep {
     }
     for (size_t k = 0; k < kOperands; ++k) {
       const at::Tensor* operand = c.operands[k];
-      if (k == kOwn && operand == &param) {
+      if (k == kOwn && !c.has_master) {
         row.dtype[k] = row.dtype[kUpdate];
         row.data[k] = row.data[kUpdate];
       } else {
