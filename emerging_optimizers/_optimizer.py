@@ -552,7 +552,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         If so, `_native_step` and `_grad` are passed by.
         """
         for group in groups:
-            if group["fused"] is False:
+            if group["fused"] is not None and group["fused"] is not True:
                 return False
         return native is not None and self._rule.native_step is not None
 
@@ -578,7 +578,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         """Return whether there may be a native step for what a group asks."""
         is_native = native is not None and self._rule.native_step is not None
-        return is_native and group["fused"] is not False
+        return is_native and (group["fused"] is None or bool(group["fused"]))
 
     def _native_step(
         self,

@@ -345,6 +345,19 @@ def test_flags_of_numpy_become_bools() -> None:
     run(optimizer, params, [3])
 
 
+@pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam])
+def test_numpys_false_that_is_set_later_is_the_fallback(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Any] = []
+    monkeypatch.setattr(cls, "_plain_update", lambda *_: steps.append(None))
+    params = make_params()
+    optimizer = cls(params)
+    optimizer.param_groups[0]["fused"] = np.False_
+    run(optimizer, params, [1])
+    assert len(steps) == len(params)
+
+
 @pytest.mark.parametrize("how", ["load_state_dict", "__setstate__"])
 def test_flags_that_were_saved_as_numbers(how: str) -> None:
     """torch.optim and earlier versions take 1 for True, and save it so."""
