@@ -131,8 +131,8 @@ def settle_state(
     optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
 ) -> None:
     """Give a state the device and the dtypes that it has in an optimizer."""
-    if "step" in state:
-        step = state["step"]
+    step = state.get("step")
+    if not is_absent(step):
         if isinstance(step, Saved):
             step = step.tensor
         elif not isinstance(step, Tensor):

@@ -1,10 +1,19 @@
 """State tensors are updated in place: the same tensors, and the same memory, from step to step."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, every_optimizer, make_grads, make_params, run
+from optimizers import (
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_grads,
+    make_params,
+    run,
+)
 from torch import Tensor, multiprocessing, nn
 
 from emerging_optimizers import AdamW, Lion, megatron
@@ -168,6 +177,20 @@ def test_what_is_no_counter(
         run(optimizer, params, [2])
     assert "param_groups[0]['params'][1]" in str(caught.value)
     assert_same([p.detach() for p in params], before)
+
+
+@ways
+@pytest.mark.parametrize("absent", [None, {}], ids=repr)
+@pytest.mark.parametrize("cls", [Lion, megatron.FusedAdam])
+def test_a_copy_where_a_counter_is_absent(cls: Any, absent: Any, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = cls([{"params": params, "fused": fused}])
+    run(optimizer, params, [1])
+    optimizer.state[params[1]]["step"] = absent
+    other, others = copy.deepcopy((optimizer, params))
+    run(optimizer, params, [2])
+    run(other, others, [2])
+    assert_same(contents(other), contents(optimizer))
 
 
 @ways
