@@ -131,7 +131,7 @@ def settle_state(
     optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
 ) -> None:
     """Give a state the device and the dtypes that it has in an optimizer."""
-    step = state.get("step")
+    step: Any = state.get("step")
     if not is_absent(step):
         if isinstance(step, Saved):
             step = step.tensor

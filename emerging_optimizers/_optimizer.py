@@ -19,6 +19,7 @@ from ._hyperparameters import (
     check_state_dtypes,
     flags_of,
     read_group_flag,
+    read_number,
     read_option,
 )
 from ._loading import before_load, settle, settle_counts, settle_state
@@ -473,10 +474,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
             What a ``GradScaler`` says: where it is there and not 0, nothing was changed.
         """
         # None is looked for first: whether something is a Tensor takes a call to find out.
-        if grad_multiplier is not None and isinstance(grad_multiplier, Tensor):
-            if grad_multiplier.numel() != 1:
+        if grad_multiplier is not None:
+            if not isinstance(grad_multiplier, Tensor):
+                grad_multiplier = read_number("grad_multiplier", grad_multiplier)
+            elif grad_multiplier.numel() == 1:
+                grad_multiplier = whole(grad_multiplier)
+            else:
                 raise ValueError("Tensor grad_multiplier must be 1-element")
-            grad_multiplier = whole(grad_multiplier)
         if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             for i, group in enumerate(self.param_groups):
                 if not group["capturable"]:

@@ -275,6 +275,21 @@ def test_what_does_not_go_together_later(fused: bool | None) -> None:
     assert_same(contents(optimizer), before)
 
 
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = AdamW(params, fused=fused)
+    run(optimizer, params, [1] if begun else [])
+    set_grads(params, 2)
+    before = contents(optimizer)
+    wrong: list[Any] = ["0.5", b"1", np.bytes_(b"1"), [0.5], {}, 1j]
+    for value in wrong:
+        with pytest.raises(TypeError, match=r"^grad_multiplier must be a number, not "):
+            optimizer.step(grad_multiplier=value)
+        assert_same(contents(optimizer), before)
+
+
 def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
     params, others = make_params(), make_params()
     optimizer = AdamW(params, lr=torch.tensor(0.25, requires_grad=True))
