@@ -18,7 +18,9 @@ ARCHIVES = sorted(Path(__file__).parent.glob("checkpoints/*.tar.gz"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     with tarfile.open(request.param) as archive:
-        archive.extractall(folder, filter="data")
+        # Before Python 3.11.4 there is none.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
     return folder
 
 
