@@ -13,7 +13,7 @@ from ._culprits import param_name
 from ._hyperparameters import check_flags
 from ._optimizer import ScalarOptimizer
 from ._states import MOST_STEPS, check_complete, check_count, is_absent, new_counter
-from ._values import read
+from ._values import check_has_value, read
 
 
 def is_on_device(step: Any) -> bool:
@@ -112,10 +112,8 @@ def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
     step = group.get("step")
     if not is_absent(step):
         name = f"param_groups[{index}]['step']"
-        if isinstance(step, Tensor) and step.is_meta:
-            devices = {param.device for param in group["params"]} - {step.device}
-            if devices:
-                raise ValueError(f"the parameter is on {devices.pop()} but {name} is on meta")
+        for param in group["params"]:
+            check_has_value(name, step, param)
         check_count(name, step)
         return step if is_on_device(step) else int(read(step, 1))
     largest = 0
@@ -123,12 +121,13 @@ def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
         state = optimizer.state.get(param)
         if not state:
             continue
+        name = param_name(optimizer, group, i)
         if "step" in group:
-            name = param_name(optimizer, group, i)
             check_complete(optimizer, group, state, f"the state of {name}")
         counter = state.get("step")
         if not is_absent(counter):
-            check_count("state 'step'", counter)
+            check_has_value(f"{name}: state 'step'", counter, param)
+            check_count(f"{name}: state 'step'", counter)
             largest = max(largest, int(read(counter, 1)))
     return largest
 

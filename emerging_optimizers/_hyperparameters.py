@@ -261,6 +261,19 @@ def read_option(group: Mapping[str, Any], key: "GroupKey", option: Option) -> An
     return read_numbers(name, group[name], length)[index]
 
 
+def numbers_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's hyperparameters one by one, such as ``betas[0]``."""
+    keys = [key if isinstance(key, str) else key[0] for key in optimizer._group_keys]
+    numbers = {}
+    for key in ("lr", "weight_decay", *keys):
+        items = None if isinstance(group[key], Tensor) else items_of(group[key])
+        if items is None:
+            numbers[key] = group[key]
+        else:
+            numbers.update({f"{key}[{i}]": item for i, item in enumerate(items)})
+    return numbers
+
+
 def check_group(
     optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str = "", is_new: bool = False
 ) -> None:

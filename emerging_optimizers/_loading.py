@@ -19,7 +19,7 @@ from ._states import (
     set_counter,
 )
 from ._step_overlap import check_loaded_states
-from ._values import read
+from ._values import has_value, read
 
 if TYPE_CHECKING:
     from ._optimizer import ScalarOptimizer
@@ -92,8 +92,8 @@ def _without_empty_counter(state: Any, param: Tensor) -> Any:
 
 
 def _is_empty_counter(step: Any, param: Tensor) -> bool:
-    """Return whether a counter is on the meta device: it has no number to continue from."""
-    return isinstance(step, Tensor) and step.is_meta and not param.is_meta
+    """Return whether a counter has no number to continue from."""
+    return not has_value(step) and has_value(param)
 
 
 def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ._hyperparameters import (
     check_group,
     check_state_dtypes,
     flags_of,
+    numbers_of,
     read_group_flag,
     read_number,
     read_option,
@@ -48,7 +49,7 @@ from ._states import (
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import (
     HYPERPARAMETER,
-    first_without_value,
+    check_has_value,
     has_value,
     have_values,
     is_fake,
@@ -250,8 +251,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
             if name != MASTER or state.get(name) is not None:
                 self._check_part(group, param, name, state.get(name))
         step = state["step"]
-        if step.is_meta and not param.is_meta:
-            raise ValueError(f"the parameter is on {param.device} but state 'step' is on meta")
+        if not is_tracing():
+            check_has_value("state 'step'", step, param)
         check_count("state 'step'", step)
 
     def _check_part(
@@ -733,15 +734,13 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if is_tracing():
             for i in indices:
                 params[i].detach()  # an error, before states are made, where no real one is taken
-        unknown = first_without_value({"lr": group["lr"], **arguments._asdict()})
+        numbers = {**numbers_of(self, group), **arguments._asdict()}
+        unknown = [(name, value) for name, value in numbers.items() if not has_value(value)]
         for i in indices:
             try:
                 self._check_param(group, params[i])
-                if unknown and has_value(params[i]):
-                    raise ValueError(
-                        f"{unknown} is a tensor without a value (of the meta device, or of a"
-                        " FakeTensorMode), but the parameter has values"
-                    )
+                for name, value in unknown:
+                    check_has_value(name, value, params[i])
             except (TypeError, ValueError, RuntimeError) as error:
                 raise blame(error, param_name(self, group, i)) from None
         begun = found if self._makes_all_states else indices
@@ -783,6 +782,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _count_from_group(self, group: dict[str, Any]) -> None:
         """Let begun states that have no counter count from their group's ``step``."""
+        for param in group["params"]:
+            check_has_value("the group's 'step'", group["step"], param)
         check_count("the group's 'step'", group["step"])
         states = [state for param in group["params"] if (state := self.state.get(param))]
         for own in self.param_groups:  # of which `group` may be a copy
@@ -981,6 +982,8 @@ def _check_beside(
     is_elsewhere = tensor.is_meta != param.is_meta if is_loaded else tensor.device != param.device
     if is_elsewhere:
         raise ValueError(f"the parameter is on {param.device} but {name} is on {tensor.device}")
+    if not is_tracing():
+        check_has_value(name, tensor, param)
     if is_dtensor(tensor) != is_dtensor(param):
         raise TypeError(
             f"the parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"

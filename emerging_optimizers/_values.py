@@ -4,7 +4,7 @@ A step of such tensors makes the states that a real one makes, so that memory ca
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,14 +44,18 @@ def has_value(value: Any) -> bool:
     return not is_fake(value) or getattr(value, "constant", None) is not None
 
 
+def check_has_value(name: str, value: Any, param: Tensor) -> None:
+    """Raise for a tensor without a value that is to be used with a parameter that has values."""
+    if not has_value(value) and has_value(param):
+        raise ValueError(
+            f"{name} is a tensor without a value (of the meta device, or of a FakeTensorMode), but"
+            " the parameter has values"
+        )
+
+
 def have_values(values: Iterable[Any]) -> bool:
     """Return whether the values of all of these numbers are known."""
     return all(map(has_value, values))
-
-
-def first_without_value(numbers: Mapping[str, Any]) -> str | None:
-    """Return the name of the first of these numbers whose value is not known."""
-    return next((name for name, value in numbers.items() if not has_value(value)), None)
 
 
 def read(value: Any, otherwise: float) -> float:

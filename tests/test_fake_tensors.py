@@ -1,6 +1,7 @@
 """Tensors without values: a step, or an update, does with them all that it does but compute."""
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -255,6 +256,80 @@ def test_real_parameters_beside_a_number_without_a_value(
         assert "param_groups[0]['params'][0]" in str(caught.value)
         assert_same(contents(optimizer), before)
         optimizer.param_groups[0]["lr"] = old
+
+
+@pytest.mark.parametrize("cls", [AdamW, megatron.FusedAdam])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("key", ["weight_decay", "eps", "betas"])
+def test_real_parameters_beside_a_hyperparameter_without_a_value(
+    key: str, fused: bool | None, cls: Any
+) -> None:
+    params = make_params()
+    optimizer = cls([{"params": params, "fused": fused}])
+    run(optimizer, params, [1])
+    number = fake_number()
+    optimizer.param_groups[0][key] = (0.9, number) if key == "betas" else number
+    fill_grads(params)
+    before = contents(optimizer)
+    name = "betas.1." if key == "betas" else key
+    message = f"{name} (is a tensor without a value|must be a number, not FakeTensor)"
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert_same(contents(optimizer), before)
+
+
+@pytest.mark.parametrize("cls", [AdamW, megatron.FusedAdam])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("what", ["its gradient", "'exp_avg'", "'step'", "the group's step"])
+def test_real_parameters_beside_tensors_without_values(
+    what: str, fused: bool | None, cls: Any
+) -> None:
+    """Also a count is not what takes the place of a number."""
+    params = make_params()
+    optimizer = cls([{"params": params, "fused": fused}])
+    run(optimizer, params, [1, 2])
+    fill_grads(params)
+    state = optimizer.state[params[1]]
+    with FakeTensorMode():
+        fake = torch.zeros(params[1].shape) + 1
+    if what == "its gradient":
+        params[1].grad = fake
+    elif what == "'exp_avg'":
+        state["exp_avg"] = fake
+    elif what == "'step'":
+        state["step"] = fake_number()
+    else:
+        optimizer.param_groups[0]["step"] = fake_number()
+        del optimizer.state[params[0]]["step"]
+    before = real_contents(optimizer)
+    with pytest.raises(ValueError, match="is a tensor without a value"):
+        optimizer.step()
+    assert_same(real_contents(optimizer), before)
+
+
+def real_contents(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    values = (v for state in optimizer.state.values() for v in state.values())
+    tensors = [*optimizer.param_groups[0]["params"], *values]
+    return [t.detach().clone() for t in tensors if not isinstance(t, FakeTensor)]
+
+
+@pytest.mark.parametrize("cls", [AdamW, megatron.FusedAdam])
+def test_loaded_states_without_values(cls: Any) -> None:
+    params = make_params()
+    optimizer = cls(params)
+    run(optimizer, params, [1, 2])
+    before = contents(optimizer)
+    for key in ("exp_avg", "step"):
+        saved = copy.deepcopy(optimizer.state_dict())
+        with FakeTensorMode():
+            saved["state"][1][key] = torch.zeros(saved["state"][1][key].shape) + 1
+        saved["param_groups"][0].pop("step", None)
+        if key == "step" and cls is megatron.FusedAdam:
+            saved["param_groups"][0]["step"] = None
+            saved["state"][0]["step"] = fake_number()
+        with pytest.raises(ValueError, match=f"the loaded state of .* (no )?'{key}'"):
+            optimizer.load_state_dict(saved)
+        assert_same(contents(optimizer), before)
 
 
 def fake_number() -> torch.Tensor:

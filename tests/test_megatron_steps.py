@@ -217,6 +217,22 @@ def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
     assert_same(contents(optimizer), before)
 
 
+@ways
+@pytest.mark.parametrize("counter", ["3", torch.tensor(-1.0), torch.tensor(3.0, device="meta")])
+def test_what_is_no_counter_where_the_largest_counts(counter: Any, fused: bool | None) -> None:
+    params = make_params()
+    optimizer = make(megatron.FusedAdam, params, fused)
+    run(optimizer, [1])
+    optimizer.param_groups[0]["step"] = None
+    optimizer.state[params[1]]["step"] = counter
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^param_groups\[0\]\['params'\]\[1\]: state 's"
+    ):
+        run(optimizer, [2])
+    assert_same([p.detach() for p in params], before)
+
+
 @every_class
 def test_a_state_dict_has_a_step_in_each_state_and_group(cls: Any) -> None:
     params = make_params()

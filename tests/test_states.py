@@ -157,7 +157,7 @@ def test_a_counter_of_another_dtype_is_replaced(fused: bool | None) -> None:
 @pytest.mark.parametrize(
     ("step", "error", "message"),
     [
-        (torch.tensor(2.0, device="meta"), ValueError, "state 'step' is on meta"),
+        (torch.tensor(2.0, device="meta"), ValueError, "state 'step' is a tensor without a value"),
         ("2", TypeError, "state 'step' must be a number of steps, not str"),
         (10**400, ValueError, "state 'step' is inf; expected a number of steps"),
         (torch.tensor(torch.inf), ValueError, "state 'step' is inf; expected a number of steps"),
