@@ -460,3 +460,48 @@ def test_a_rules_domains_are_its_own() -> None:
     Renamed([param], alpha=0.0)
     refused(ValueError, "Invalid alpha: 5.0", "", lambda: Renamed([param], alpha=5.0))
     refused(ValueError, "Invalid epsilon value: 1.0", "", lambda: Renamed([param], eps=1.0))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("is_added", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("ours", [Adam, AdamW])
+def test_a_group_that_says_how_weights_decay(
+    ours: Any, decoupled: bool, is_added: bool, fused: bool | None
+) -> None:
+    """As in torch.optim, where a group may have the key."""
+    found: list[Any] = []
+    for cls in (ours, getattr(torch.optim, ours.__name__)):
+        params = make_params()
+        group = {"params": params[1:], "decoupled_weight_decay": decoupled}
+        options = {"lr": 0.1, "weight_decay": 0.5, "fused": fused}
+        if is_added:
+            optimizer = cls(params[:1], **options)
+            optimizer.add_param_group(group)
+        else:
+            optimizer = cls([{"params": params[:1]}, group], **options)
+        run(optimizer, params, [1, 2, 3])
+        found.append([p.detach() for p in params])
+    torch.testing.assert_close(*found)
+
+
+def test_groups_with_what_is_not_supported() -> None:
+    optimizer = Adam(make_params())
+    for options, error, message in (
+        ({"amsgrad": True}, ValueError, "amsgrad=True is not supported"),
+        ({"amsgrad": "no"}, TypeError, "amsgrad must be a bool"),
+        ({"decoupled_weight_decay": "no"}, TypeError, "decoupled_weight_decay must be a bool"),
+        (
+            {"decoupled_weight_decay": True, "weight_decay_method": "palm"},
+            ValueError,
+            "decoupled_weight_decay=True cannot be combined with weight_decay_method='palm'",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group({"params": make_params(), **options})
+        with pytest.raises(error, match=message):
+            Adam([{"params": make_params(), **options}])
+    assert len(optimizer.param_groups) == 1
+    method = {"decoupled_weight_decay": False, "weight_decay_method": "palm"}
+    optimizer.add_param_group({"params": make_params(), "amsgrad": False, **method})
+    assert optimizer.param_groups[1]["weight_decay_method"] == "palm"

@@ -179,12 +179,7 @@ class Adam(ScalarOptimizer):
     ) -> None:
         _refuse_amsgrad(amsgrad)
         if read_flag("decoupled_weight_decay", decoupled_weight_decay):
-            if weight_decay_method not in ("l2", "decoupled"):
-                raise ValueError(
-                    "decoupled_weight_decay=True cannot be combined with"
-                    f" weight_decay_method={weight_decay_method!r}"
-                )
-            weight_decay_method = "decoupled"
+            weight_decay_method = _decoupled(weight_decay_method)
         hyperparameters = {
             "lr": lr,
             "betas": betas,
@@ -196,6 +191,15 @@ class Adam(ScalarOptimizer):
             "foreach": foreach,
         }
         super().__init__(params, hyperparameters, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, whose missing keys take the defaults.
+
+        It may have the key ``decoupled_weight_decay``, as in ``torch.optim.Adam``.
+        """
+        if isinstance(param_group, dict):
+            param_group = _with_method(param_group)
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with what ``torch.optim.Adam`` needs to continue from it.
@@ -223,6 +227,29 @@ def _refuse_amsgrad(amsgrad: bool) -> None:
         raise ValueError(
             "amsgrad=True is not supported; torch.optim.Adam and torch.optim.AdamW have it"
         )
+
+
+def _decoupled(method: str) -> str:
+    if method not in ("l2", "decoupled"):
+        raise ValueError(
+            f"decoupled_weight_decay=True cannot be combined with weight_decay_method={method!r}"
+        )
+    return "decoupled"
+
+
+def _with_method(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a new group in this package's terms: without ``torch.optim.Adam``'s keys."""
+    _refuse_amsgrad(group.get("amsgrad", False))
+    key = "decoupled_weight_decay"
+    if key not in group:
+        return group
+    translated = {name: value for name, value in group.items() if name != key}
+    if read_flag(key, group[key]):
+        method = _decoupled(group.get("weight_decay_method", "decoupled"))
+        translated["weight_decay_method"] = method
+    else:
+        translated.setdefault("weight_decay_method", "l2")
+    return translated
 
 
 class AdamW(Adam):
