@@ -144,6 +144,54 @@ def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
 
 
 @every_fused
+@pytest.mark.parametrize("cls", [AdamW, FusedAdam])
+def test_a_gradient_with_gaps_that_a_state_lies_in(cls: Any, fused: bool | None) -> None:
+    """A native step reads a copy of such a gradient."""
+    memory = torch.randn(30)
+    param = parameter(torch.randn(15), memory[::2])
+    optimizer = cls([{"params": [param], "fused": fused}])
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = memory[15:]
+    before = memory.clone(), param.detach().clone()
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of .* shares memory with the gradient"):
+        optimizer.step()
+    assert torch.equal(memory, before[0])
+    assert torch.equal(param, before[1])
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_conjugated_gradients_that_a_state_lies_in(fused: bool | None) -> None:
+    memory = torch.randn(15, dtype=torch.complex64)
+    param = parameter(torch.randn(15, dtype=torch.complex64), memory.conj())
+    optimizer = AdamW([param], fused=fused)
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = memory
+    before = memory.clone()
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of .* shares memory with the gradient"):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_with_gaps_that_an_earlier_parameter_lies_in(fused: bool | None) -> None:
+    """It is read when its parameter's turn has come."""
+    found = []
+    for is_together in (True, False):
+        memory = torch.linspace(-1, 1, 30)
+        first, second = parameter(memory, torch.linspace(-1, 1, 30)), parameter(torch.ones(15))
+        second.grad = memory[::2]
+        if is_together:
+            optimizers = [AdamW([first, second], lr=0.1, fused=fused)]
+        else:
+            optimizers = [AdamW([p], lr=0.1, fused=fused) for p in (first, second)]
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+        found.append([first.detach(), second.detach()])
+    torch.testing.assert_close(*found)
+
+
+@every_fused
 def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
     named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]
     optimizer = Lion(named, fused=fused)

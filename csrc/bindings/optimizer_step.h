@@ -156,9 +156,10 @@ class GroupStep {
         }
       }
     }
+    for (const StepOperand& grad : copied_) visitor.read(grad.view.range);
   }
 
-  size_t max_ranges() const { return num_params_ * (kOperands + 1); }
+  size_t max_ranges() const { return num_params_ * (kOperands + 1) + copied_.size(); }
 
   // A parameter's number in the optimizer. (A shard may have a number of its own above it.)
   static uint32_t number_of(const Row<kOperands>& row) {
@@ -168,6 +169,7 @@ class GroupStep {
   // Those of the parameters that were taken.
   void append_taken(std::vector<StepOperand>& operands) const {
     using Role = StepOperand::Role;
+    operands.insert(operands.end(), copied_.begin(), copied_.end());
     for (const auto& [key, bucket] : buckets_) {
       for (size_t i = 0; i < bucket.table.rows.size(); ++i) {
         const Row<kOperands>& row = bucket.table.rows[i];
@@ -555,6 +557,7 @@ class GroupStep {
             (!lies_alike(*operand) || (k == kGrad && overlaps_partly(*operand, row)))) {
           if (k != kGrad) return false;
           // A copy of the gradient that lies in memory as the parameter does.
+          keep_copied(c);
           owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
           operand = c.operands[k] = &owned_.back();
         }
@@ -634,6 +637,16 @@ class GroupStep {
     }
   }
 
+  // A gradient of which a copy is swept shares memory all the same.
+  void keep_copied(const Candidate& c) {
+    const at::Tensor& grad = *c.operands[kGrad];
+    const void* const address = address_of(grad);
+    if (address == nullptr) return;
+    copied_.push_back(
+        {StepOperand::Role::kGrad, position_of(c.index), memory_of_tensor(grad, address), true});
+    others_ |= other_owners(grad, deleter_);
+  }
+
   bool needs_device() const {
     return options_.lr.is_on_device() || numbers_.grad_multiplier.is_on_device() ||
            numbers_.grad_scale.is_on_device() || numbers_.found_inf.is_on_device();
@@ -651,6 +664,7 @@ class GroupStep {
       // What is conjugated lazily does not lie in memory as its values are.
       const bool is_dense = tensor.is_complex() && tensor.layout() == at::kStrided;
       if (!is_dense || (tensor.is_conj() && k != kGrad)) return false;
+      if (tensor.is_conj()) keep_copied(c);
       owned_.push_back(at::view_as_real(tensor.resolve_conj()));
       c.operands[k] = &owned_.back();
     }
@@ -676,6 +690,7 @@ class GroupStep {
   std::vector<float*> idle_counters_;
   size_t num_params_;
   std::list<at::Tensor> owned_;                    // tensors that were made here
+  std::vector<StepOperand> copied_;                // the gradients of which it has copies
   std::vector<py::object> alive_;                  // objects that nothing else may hold
   std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
   size_t num_read_ = 0, num_modified_ = 0;         // these

@@ -24,6 +24,7 @@ struct StepOperand {
   Role role;
   uint32_t position;
   MemoryView view;
+  bool is_copied = false;  // a gradient that was read before the step
 
   bool is_modified() const { return role != Role::kGrad; }
 };
@@ -65,7 +66,10 @@ class StepOrder {
   void consider(const StepOperand& a, const StepOperand& b) {
     const auto [earlier, later] = std::minmax(a.position, b.position);
     if (is_stepped(a.role) && is_stepped(b.role)) {
-      if (earlier != later) edges_.emplace_back(later, earlier);
+      if (earlier == later) return;
+      edges_.emplace_back(later, earlier);
+      // Of what the earlier one writes, a copy has nothing.
+      if ((a.position == later ? a : b).is_copied) is_left_[later] = true;
       return;
     }
     if (a.role == Role::kCounter && b.role == Role::kCounter &&
