@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._culprits import param_name
-from ._hyperparameters import check_flags
+from ._groups import check_flags
 from ._optimizer import ScalarOptimizer
 from ._states import MOST_STEPS, check_complete, check_count, is_absent, new_counter
 from ._values import check_has_value, read

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._culprits import blame, param_name
-from ._hyperparameters import check_group, restore_flags
+from ._groups import check_group, restore_flags
 from ._states import (
     MASTER,
     check_complete,

@@ -12,17 +12,16 @@ from torch.optim.optimizer import ParamsT
 from . import _checks, _overlap
 from ._culprits import blame, check_tensors, find_param, param_name
 from ._dtensor import increment_versions, is_dtensor, whole
-from ._hyperparameters import (
-    as_saved,
+from ._groups import (
     check_flags,
     check_group,
     check_state_dtypes,
     flags_of,
     numbers_of,
     read_group_flag,
-    read_number,
     read_option,
 )
+from ._hyperparameters import as_saved, read_number
 from ._loading import before_load, settle, settle_counts, settle_state
 from ._native import native
 from ._rounding import (

@@ -15,7 +15,8 @@ from torch.optim.optimizer import ParamsT
 from . import _group_steps
 from . import scalar_optimizers as rules
 from ._culprits import blame, find_param
-from ._hyperparameters import STATE_DTYPES, read_flag, read_optional_flag
+from ._groups import STATE_DTYPES
+from ._hyperparameters import read_flag, read_optional_flag
 from ._loading import count_of
 from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, StepArguments, as_local
 from ._rule import store

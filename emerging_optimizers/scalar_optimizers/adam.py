@@ -238,15 +238,15 @@ def _decoupled(method: str) -> str:
 
 
 def _with_method(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a new group in this package's terms: without ``torch.optim.Adam``'s keys."""
+    """Return a new group with a method of weight decay for ``decoupled_weight_decay``."""
     _refuse_amsgrad(group.get("amsgrad", False))
     key = "decoupled_weight_decay"
     if key not in group:
         return group
     translated = {name: value for name, value in group.items() if name != key}
     if read_flag(key, group[key]):
-        method = _decoupled(group.get("weight_decay_method", "decoupled"))
-        translated["weight_decay_method"] = method
+        method = group.get("weight_decay_method", "decoupled")
+        translated["weight_decay_method"] = _decoupled(method)
     else:
         translated.setdefault("weight_decay_method", "l2")
     return translated

@@ -1,0 +1,239 @@
+"""The check of a parameter group, of what is common to all optimizers and of what is its rule's."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._dtensor import whole
+from ._hyperparameters import (
+    Option,
+    described,
+    is_in_domain,
+    read_flag,
+    read_number,
+    read_numbers,
+    read_optional_flag,
+)
+from ._values import items_of
+
+if TYPE_CHECKING:
+    from ._optimizer import GroupKey, ScalarOptimizer
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
+
+# Schedulers reach 0 by sums that rounding takes below it: LinearLR to about -1e-20.
+LOWEST_RATE = -1e-12
+
+# What torch.optim's errors call them.
+_TITLES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+
+_OPTIONAL_FLAGS = ("fused", "foreach")
+_FLAGS = (
+    *_OPTIONAL_FLAGS,
+    "maximize",
+    "capturable",
+    "master_weights",
+    "stochastic_rounding",
+    "differentiable",
+    "frob_normalize",
+    "use_decoupled_grad",
+    "store_param_remainders",
+)
+# Of torch.optim's groups, which take part in what is loaded.
+_FOREIGN_FLAGS = ("amsgrad", "decoupled_weight_decay")
+
+
+def read_option(group: Mapping[str, Any], key: "GroupKey", option: Option) -> Any:
+    """Return one of a rule's hyperparameters, from where a group has it."""
+    if isinstance(key, str):
+        return option.read(key, group[key])
+    name, index, length = key
+    return read_numbers(name, group[name], length)[index]
+
+
+def numbers_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's hyperparameters one by one, such as ``betas[0]``."""
+    keys = [key if isinstance(key, str) else key[0] for key in optimizer._group_keys]
+    numbers = {}
+    for key in ("lr", "weight_decay", *keys):
+        items = None if isinstance(group[key], Tensor) else items_of(group[key])
+        if items is None:
+            numbers[key] = group[key]
+        else:
+            numbers.update({f"{key}[{i}]": item for i, item in enumerate(items)})
+    return numbers
+
+
+def check_group(
+    optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str = "", is_new: bool = False
+) -> None:
+    """Raise for a group that has a wrong hyperparameter; change nothing.
+
+    Args:
+        optimizer: Its rule says which hyperparameters there are, and their domains.
+        group: All keys of a group; ``params`` is not looked at.
+        where: The group's name in messages, such as ``param_groups[1]``. Empty: none.
+        is_new: No scheduler has set its learning rate, and a device may be waited for.
+    """
+    rule = optimizer._rule
+    options: dict[str, Any] = {"step": 1}
+    name = ""
+    try:
+        name = "lr"
+        _check_lr(group[name], is_new)
+        name = "weight_decay"
+        if not read_number(name, group[name]) >= 0.0:
+            raise ValueError(f"Invalid {_TITLES[name]}: {group[name]}")
+        name = "weight_decay_method"
+        _check_method(group[name])
+        for option, key in zip(rule.hyperparameters, optimizer._group_keys, strict=True):
+            name = key if isinstance(key, str) else key[0]
+            options[option.name] = read_option(group, key, option)
+            _check_option(optimizer, group, key, option, options[option.name])
+        name = ""
+        rule.check_together(options)
+        for name in flags_of(optimizer, group):
+            read_group_flag(group, name)
+        name = ""
+        _check_options(optimizer, group)
+        name = "state_dtype"
+        _check_state_dtype(optimizer, group[name])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _located(error, where, name) from None
+
+
+def check_flags(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str) -> None:
+    """Raise for a flag of a group that is none."""
+    for name in flags_of(optimizer, group):
+        if group[name] is not False and group[name] is not True:
+            try:
+                read_group_flag(group, name)
+            except TypeError as error:
+                raise _located(error, where, name) from None
+
+
+def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise for a group of an optimizer whose ``state_dtype`` has no dtypes of states."""
+    for i, group in enumerate(groups):
+        try:
+            _check_state_dtype(optimizer, group["state_dtype"])
+        except (TypeError, ValueError) as error:
+            raise _located(error, f"param_groups[{i}]", "state_dtype") from None
+
+
+def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the flags that a group has: of its rule, and of every optimizer."""
+    keys = optimizer._group_keys
+    options = zip(optimizer._rule.hyperparameters, keys, strict=True)
+    names = [
+        key
+        for option, key in options
+        if option.kind == "flag" and isinstance(key, str) and key in group
+    ]
+    return names + [name for name in _FLAGS if name in group and name not in keys]
+
+
+def read_group_flag(group: Mapping[str, Any], name: str) -> bool | None:
+    """Return a flag, or None where that is one of its values."""
+    if name not in _OPTIONAL_FLAGS:
+        return read_flag(name, group[name])
+    return read_optional_flag(name, group[name])
+
+
+def restore_flags(optimizer: "ScalarOptimizer", group: dict[str, Any]) -> None:
+    """Make bools of a saved group's flags that are 0 or 1, which were accepted for bools."""
+    for name in (*flags_of(optimizer, group), *_FOREIGN_FLAGS):
+        if type(group.get(name)) is int and group[name] in (0, 1):
+            group[name] = bool(group[name])
+
+
+def _located(error: Exception, where: str, name: str) -> Exception:
+    """Return an error that says of which group it is."""
+    if not where:
+        return error
+    kinds = (TypeError, ValueError, RuntimeError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    return kind(f"{error} ({where}[{name!r}])" if name else f"{error} ({where})")
+
+
+def _check_option(
+    optimizer: "ScalarOptimizer",
+    group: Mapping[str, Any],
+    key: "GroupKey",
+    option: Option,
+    value: Any,
+) -> None:
+    if option.kind == "flag" or value is None:
+        return
+    if isinstance(key, str) and option.kind != "numbers":
+        if not is_in_domain(value, option.domain):
+            raise ValueError(f"Invalid {_TITLES.get(key, key)}: {group[key]}")
+        return
+    name, first = (key, 0) if isinstance(key, str) else key[:2]
+    for i, number in enumerate(value if isinstance(value, tuple) else (value,), first):
+        if not is_in_domain(number, option.domain):
+            title = optimizer._beta_title if name == "betas" else name
+            raise ValueError(f"Invalid {title} at index {i}: {group[name][i]}")
+
+
+def _check_lr(lr: Any, is_new: bool) -> None:
+    value = lr
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr.is_meta or not (is_new or lr.is_cpu):
+            return  # no step waits for a device's number
+        value = whole(lr)
+    if not read_number("lr", value) >= (0.0 if is_new else LOWEST_RATE):
+        raise ValueError(f"Invalid {_TITLES['lr']}: {lr}")
+
+
+def _check_method(method: Any) -> None:
+    if not isinstance(method, str):
+        raise TypeError(f"weight_decay_method must be a str, not {described(method)}")
+    if method not in WEIGHT_DECAY_METHODS:
+        raise ValueError(
+            f"Invalid weight_decay_method: {method!r}; expected one of"
+            f" {', '.join(map(repr, WEIGHT_DECAY_METHODS))}"
+        )
+
+
+def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> None:
+    name = type(optimizer).__name__
+    if group["differentiable"]:
+        raise ValueError(
+            f"{name} does not support differentiable=True: its step records no autograd graph;"
+            " torch.optim has optimizers that do"
+        )
+    if group["fused"] and group.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError(
+            "master_weights and stochastic_rounding cannot be combined: a parameter with a float32"
+            " master loses nothing to rounding"
+        )
+
+
+def _check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
+    states = optimizer._state_names
+    by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)
+    for key, dtype in by_key.items():
+        if key not in states:
+            raise ValueError(
+                f"Invalid state_dtype: {type(optimizer).__name__} has no state {key!r}; it has"
+                f" {', '.join(map(repr, states))}"
+            )
+        if dtype is None:
+            continue
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(
+                f"state_dtype must be a dtype, a dict of them or None, not {described(dtype)}"
+            )
+        if dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
+                " torch.float16"
+            )
