@@ -37,8 +37,11 @@ NVCC_ARGS = ["-O3", "--fmad=false", "--threads=0"]
 # The kernels' arguments take more than 4096 bytes, and are constant: what is older has not that.
 OLDEST_NVCC = (12, 1)
 OLDEST_GPU = (7, 0)
-# What is compiled for where no GPU is seen and none is named.
-USUAL_GPUS = "8.0;9.0+PTX"
+# What is compiled for where no GPU is seen and none is named: A100, H100 and H200, B200. Each from
+# the nvcc on that knows it.
+USUAL_GPUS = {"8.0": OLDEST_NVCC, "9.0": OLDEST_NVCC, "10.0": (12, 8)}
+# What the kernels include, which is not always where nvcc is.
+CUDA_HEADERS = ("cuda_runtime.h", "nv/target")
 # at::parallel_for is compiled into its caller: without OpenMP here it would be serial.
 OPENMP_ARGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),
@@ -177,8 +180,9 @@ def why_no_cuda() -> str | None:
         return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
     if _numbers(version) < OLDEST_NVCC:
         return f"nvcc is of CUDA {version}, older than 12.1"
-    if not _finds_cuda_headers():
-        return "there is no cuda_runtime.h where nvcc is (set CUDA_HOME)"
+    for header in CUDA_HEADERS:
+        if not _finds_cuda_header(header):
+            return f"there is no {header} where nvcc is (set CUDA_HOME)"
     if not architectures():
         return "all GPUs here are older than compute capability 7.0"
     return None
@@ -198,14 +202,20 @@ def nvcc_version() -> str | None:
     return found.group(1) if found else None
 
 
-def _finds_cuda_headers() -> bool:
-    """Whether the C++ compiler will find them: an nvcc on the PATH may be a script, without."""
+def _finds_cuda_header(header: str) -> bool:
+    """Whether compilers will find it: an nvcc on the PATH may be a script, without."""
     from torch.utils import cpp_extension
 
     folders = [*cpp_extension.include_paths("cuda"), "/usr/include", "/usr/local/include"]
     for name in ("CPATH", "CPLUS_INCLUDE_PATH", "INCLUDE"):
         folders += os.environ.get(name, "").split(os.pathsep)
-    return any(Path(folder, "cuda_runtime.h").is_file() for folder in folders if folder)
+    # From CUDA 13 on, nvcc looks into the folder for what the toolkit has of CCCL by itself.
+    return any(
+        Path(folder, inner, header).is_file()
+        for folder in folders
+        if folder
+        for inner in ("", "cccl")
+    )
 
 
 def architectures() -> str:
@@ -214,7 +224,8 @@ def architectures() -> str:
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     found = _gpus()
     if not found:
-        return USUAL_GPUS
+        nvcc = _numbers(nvcc_version() or "0")
+        return ";".join(gpu for gpu, oldest in USUAL_GPUS.items() if nvcc >= oldest) + "+PTX"
     return ";".join(
         f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= OLDEST_GPU
     )

@@ -127,8 +127,9 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     def install(version: str) -> None:
         write_program(tmp_path / "bin" / "nvcc", f"Cuda compilation tools, release {version}, V1")
-        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cccl" / "nv").mkdir(parents=True)
         (tmp_path / "include" / "cuda_runtime.h").touch()
+        (tmp_path / "include" / "cccl" / "nv" / "target").touch()
 
     return install
 
@@ -149,10 +150,16 @@ def test_cuda_is_built_where_it_can_be(
     toolkit("13.1")
     recipe = _build.recipe(CSRC)
     assert recipe.why_no_cuda == ""
-    assert recipe.architectures == _build.USUAL_GPUS
+    assert recipe.architectures == "8.0;9.0;10.0+PTX"
     assert "-DEMOPT_CUDA=1" in recipe.cxx_args
     assert {"-DEMOPT_CUDA=1", "--fmad=false"} <= set(recipe.nvcc_args)
-    assert "kernels.cu" in {path.name for path in recipe.sources}
+    assert "unit_adam.cu" in {path.name for path in recipe.sources}
+
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    write_program(tmp_path / "bin" / "nvcc", "Cuda compilation tools, release 12.6, V1")
+    assert (
+        _build.recipe(CSRC).architectures == "8.0;9.0+PTX"
+    )  # without B200, which it does not know
 
     write_program(tmp_path / "bin" / "nvidia-smi", "9.0\n6.1\n9.0")
     assert _build.recipe(CSRC).architectures == "9.0"
@@ -164,7 +171,7 @@ def test_cuda_is_built_where_it_can_be(
     recipe = _build.recipe(CSRC)
     assert recipe.why_no_cuda == "EMERGING_OPTIMIZERS_CUDA=0"
     assert (recipe.architectures, recipe.nvcc_args) == ("", [])
-    assert "kernels.cu" not in {path.name for path in recipe.sources}
+    assert "unit_adam.cu" not in {path.name for path in recipe.sources}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +179,7 @@ def test_cuda_is_built_where_it_can_be(
     [
         (None, "there is no nvcc; torch was built with CUDA 13.0 (set CUDA_HOME)"),
         ("13.0", "there is no cuda_runtime.h where nvcc is (set CUDA_HOME)"),
+        ("13.0", "there is no nv/target where nvcc is (set CUDA_HOME)"),
         ("12.8", "nvcc is of CUDA 12.8, but torch was built with CUDA 13.0"),
     ],
 )
@@ -184,8 +192,11 @@ def test_cuda_toolkit_that_does_not_fit(
 ) -> None:
     if nvcc is not None:
         toolkit(nvcc)
-        shutil.rmtree(tmp_path / "include")
-        if "cuda_runtime.h" in reason and _build._finds_cuda_headers():
+        missing = "cccl" if "nv/target" in reason else ""
+        shutil.rmtree(tmp_path / "include" / missing)
+        if any(
+            map(_build._finds_cuda_header, _build.CUDA_HEADERS if not missing else ["nv/target"])
+        ):
             pytest.skip("there is a toolkit where all compilers look")
     assert _build.why_no_cuda() == reason
     monkeypatch.setenv("EMERGING_OPTIMIZERS_CUDA", "1")

@@ -2,11 +2,17 @@
 //
 // Every conversion rounds once, to nearest even. Those of the 16-bit types are written with integer
 // operations and floating-point ones that are exact, so that compilers vectorise them for any
-// instruction set and the bits are the same on all of them. A NaN stays a NaN.
+// instruction set and the bits are the same on all of them. A NaN stays a NaN. CUDA devices have
+// instructions for them, whose results are the same, but for the bits of a NaN.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 #include "../rules/rule.h"
 
@@ -58,6 +64,9 @@ EMOPT_FN float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(
 EMOPT_FN float widen(HighHalf x) { return widen(BFloat16{x.bits}); }  // the parameter by itself
 
 EMOPT_FN float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Normal: move the exponent's bias from 15 to 127; infinity and NaN: to all ones.
@@ -66,6 +75,7 @@ EMOPT_FN float widen(Float16 x) {
   // Subnormal: put the mantissa below a 0.5 (whose last place is 2^-24, as here) and take it away.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
   return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
+#endif
 }
 
 // The master.
@@ -107,10 +117,14 @@ struct Round<float> {
 template <>
 struct Round<BFloat16> {
   EMOPT_FN static BFloat16 from(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+#endif
   }
   EMOPT_FN static BFloat16 from(double x) { return from(Round<float>::odd_from(x)); }
 };
@@ -118,6 +132,9 @@ struct Round<BFloat16> {
 template <>
 struct Round<Float16> {
   EMOPT_FN static Float16 from(float x) {
+#if defined(__CUDA_ARCH__)
+    return {__half_as_ushort(__float2half_rn(x))};
+#else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -131,6 +148,7 @@ struct Round<Float16> {
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     // From 65520 on, halfway from the largest number to the next power of two.
     return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
+#endif
   }
   EMOPT_FN static Float16 from(double x) { return from(Round<float>::odd_from(x)); }
 };
@@ -154,5 +172,24 @@ struct Round<LowHalf> {
   EMOPT_FN static LowHalf from(float x) { return {static_cast<uint16_t>(master_bits(x))}; }
   EMOPT_FN static LowHalf from(double x) { return from(static_cast<float>(x)); }
 };
+
+// Two numbers of a 16-bit type side by side, the first in the lower half.
+template <class To, class Real>
+EMOPT_FN uint32_t round_pair(Real low, Real high) {
+  return Round<To>::from(low).bits | static_cast<uint32_t>(Round<To>::from(high).bits) << 16;
+}
+
+#if defined(__CUDA_ARCH__)  // by one instruction
+template <>
+__device__ __forceinline__ uint32_t round_pair<Float16>(float low, float high) {
+  return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ uint32_t round_pair<BFloat16>(float low, float high) {
+  return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+#endif
+#endif
 
 }  // namespace emopt

@@ -4,6 +4,10 @@
 //
 //   static constexpr int kOperands                operands that it adds to a row, after the states
 //   static constexpr bool kHasRowSteps            whether each row may have a step of its own
+//   bool is_stochastic                            whether 16-bit results are rounded at random
+//   static constexpr uint32_t kNumbers            how many numbers it has
+//   const Number& number(uint32_t i) const        each of them
+//   Epilogue with_numbers(const double*) const    itself, with their values known
 //   bool is_on_device() const                     whether any number of it is
 //   bool is_skipped() const                       whether nothing is to be done; reads the numbers
 //   template <class Real> struct At {
@@ -24,7 +28,11 @@ namespace emopt {
 struct StoreUpdate {
   static constexpr int kOperands = 0;
   static constexpr bool kHasRowSteps = false;
+  static constexpr uint32_t kNumbers = 0;
+  static constexpr bool is_stochastic = false;
 
+  EMOPT_FN Number number(uint32_t) const { return {}; }
+  EMOPT_FN StoreUpdate with_numbers(const double*) const { return {}; }
   EMOPT_FN bool is_on_device() const { return false; }
   EMOPT_FN bool is_skipped() const { return false; }
 
@@ -63,6 +71,7 @@ enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
 struct ApplyUpdate {
   static constexpr int kOperands = 1;
   static constexpr bool kHasRowSteps = true;
+  static constexpr uint32_t kNumbers = 4;
 
   Number lr;  // 0 leaves the weights as they are, whatever the update is
   Number grad_multiplier{1.0};
@@ -73,6 +82,18 @@ struct ApplyUpdate {
   bool maximize = false;
   bool is_stochastic = false;  // 16-bit parameters are rounded up or down at random
   uint64_t seed = 0;           // for that
+
+  EMOPT_FN const Number& number(uint32_t i) const {
+    return i == 0 ? lr : i == 1 ? grad_multiplier : i == 2 ? grad_scale : found_inf;
+  }
+  EMOPT_FN ApplyUpdate with_numbers(const double* values) const {
+    ApplyUpdate result = *this;
+    result.lr = {values[0]};
+    result.grad_multiplier = {values[1]};
+    result.grad_scale = {values[2]};
+    result.found_inf = {values[3]};
+    return result;
+  }
 
   EMOPT_FN bool is_on_device() const {
     return lr.is_on_device() || grad_multiplier.is_on_device() || grad_scale.is_on_device() ||

@@ -27,12 +27,11 @@ inline constexpr int kNumOperands = kFirstState + kNumStates<Rule> + Epilogue::k
 
 constexpr bool is_read(int k) { return k != kUpdate; }
 
-// Whether operand k of a row is written where it lies. A weight that is the parameter itself is
-// not: that is written as the parameter.
-template <class Epilogue, class Pointer, size_t kOperands>
-EMOPT_FN bool is_written(int k, const Pointer (&data)[kOperands]) {
-  constexpr int kFirstOwn = static_cast<int>(kOperands) - Epilogue::kOperands;
-  return k != kGrad && (k < kFirstOwn || data[k] != data[kUpdate]);
+// Whether operand k of a row is written where it lies, at `data`. A weight that is the parameter
+// itself, at `update`, is not: that is written as the parameter.
+template <class Epilogue, int kOperands>
+EMOPT_FN bool is_written(int k, const void* data, const void* update) {
+  return k != kGrad && (k < kOperands - Epilogue::kOperands || data != update);
 }
 
 // Whether what became of operand k is to be stored: nothing in place of a parameter that keeps

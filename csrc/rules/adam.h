@@ -30,7 +30,8 @@ struct Adam {
     EMOPT_FN Step(const Adam& rule, double step)
         : first(rule.betas[0]), second(rule.betas[1]), use_nesterov(rule.use_nesterov) {
       const double c1 = bias_correction(rule.betas[0], step, rule.correct_bias);
-      const double c1_next = bias_correction(rule.betas[0], step + 1.0, rule.correct_bias);
+      const double c1_next =
+          bias_correction(rule.betas[0], step + 1.0, rule.correct_bias && use_nesterov);
       const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
       unbias_first = static_cast<Real>(root / c1);
       look_ahead = static_cast<Real>(root * rule.betas[0] / c1_next);

@@ -1,5 +1,5 @@
 // The CUDA engine on the host: the launches that the real one would make, each block's threads run
-// one pair after the other. Takes the place of engine/cuda/device_sweep.cpp and kernels.cu.
+// one after the other. Takes the place of engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
 #include "engine/cuda/plan.h"
 #include "run_on_host.h"
@@ -10,7 +10,7 @@ template <class Rule, class Epilogue>
 void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
            const Table<kNumOperands<Rule, Epilogue>>& table) {
   for_each_launch(
-      rule, step, epilogue, table, true,
+      rule, step, epilogue, table, [](int8_t) { return Chip{2, true}; },
       [](int8_t, const auto& launch, uint32_t num_blocks) { run_on_host(launch, num_blocks); });
   if constexpr (Epilogue::kHasRowSteps) {
     for_each_advance(table, epilogue.found_inf,

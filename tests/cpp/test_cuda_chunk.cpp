@@ -42,14 +42,15 @@ struct Device {
 
   template <class Rule, class Epilogue>
   void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
-             const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large = true) {
-    cuda::for_each_launch(rule, step, epilogue, table, allow_large,
-                          [&](int8_t, const auto& launch, uint32_t num_blocks) {
-                            for (uint32_t row = 0; row < launch.num_rows; ++row) {
-                              num_vector_rows += launch.peel[row] != cuda::kNoPhase;
-                            }
-                            run_on_host(launch, num_blocks);
-                          });
+             const Table<kNumOperands<Rule, Epilogue>>& table, cuda::Chip chip = {1, true}) {
+    cuda::for_each_launch(
+        rule, step, epilogue, table, [&](int8_t) { return chip; },
+        [&](int8_t, const auto& launch, uint32_t num_blocks) {
+          for (uint32_t row = 0; row < launch.num_rows; ++row) {
+            num_vector_rows += launch.peel[row] != cuda::kNoPhase;
+          }
+          run_on_host(launch, num_blocks);
+        });
     if constexpr (Epilogue::kHasRowSteps) {
       cuda::for_each_advance(table, epilogue.found_inf, [](int8_t, const cuda::Advance& counters) {
         for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
@@ -76,10 +77,10 @@ struct Device {
 enum class Offsets { kNone, kEqual, kAny };
 
 int64_t random_size(std::mt19937_64& random) {
-  constexpr int64_t kChunk = cuda::kChunk;
+  constexpr int64_t kChunk = cuda::kMaxChunk;
   constexpr int64_t kTile = cuda::kTile;
   const int64_t around[] = {
-      0,         1, 8, 16, kTile - 8, kTile / 2, kTile, kTile + kTile / 2, kChunk, kChunk + kTile,
+      0,         1, 8, 16, kTile / 2, kTile, kTile + kTile / 2, 2 * kTile, kChunk, kChunk + kTile,
       2 * kChunk};
   const int64_t size =
       around[random() % std::size(around)] + static_cast<int64_t>(random() % 33) - 16;
@@ -139,8 +140,8 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
                           device.memory.hold(3, Number::Type::kFloat32),
                           device.memory.hold(3, Number::Type::kFloat64),
                           device.memory.hold(3, Number::Type::kInt64)};
-  device.sweep(rule, one_of(steps, random), device.moved(epilogue, random), rows.table,
-               random() % 2 == 0);
+  const cuda::Chip chip{one_of({1U, 2U, 132U}, random), random() % 2 == 0};
+  device.sweep(rule, one_of(steps, random), device.moved(epilogue, random), rows.table, chip);
   rows.check();
   bool is_skipped = false;
   if constexpr (Epilogue::kHasRowSteps) is_skipped = epilogue.found_inf.value != 0.0;
@@ -203,7 +204,7 @@ void test_update_in_place_of_gradient() {
   const Lion rule{0.9, 0.99};
   for (const DType dtype : kTypes) {
     for (const size_t before : {0, 1}) {
-      const int64_t numel = cuda::kChunk + cuda::kTile + 13;
+      const int64_t numel = cuda::kMaxChunk + cuda::kTile + 13;
       std::vector<Buffer> operands(3, Buffer(dtype, numel, before, random));
       std::vector<Buffer> expected = operands;
       Row<3> row = row_of<3>(operands, 1.0);
@@ -219,12 +220,16 @@ void test_update_in_place_of_gradient() {
   }
 }
 
+// On which a block's share is large.
+cuda::Chip small_chip(int8_t) { return {1, true}; }
+
 // Chunks that start beyond 2^32 elements, of whose indices the random bits depend on both halves.
 void test_beyond_two_to_the_32() {
-  const LongRow row((int64_t{1} << 32) + 2 * cuda::kChunk + 5, 4 * cuda::kChunk + 5, 0);
-  cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, true,
+  constexpr int64_t kChunk = cuda::kMaxChunk;
+  const LongRow row((int64_t{1} << 32) + 2 * kChunk + 5, 4 * kChunk + 5, 0);
+  cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, small_chip,
                         [&](int8_t, const auto& launch, uint32_t num_blocks) {
-                          CHECK(num_blocks == cuda::num_chunks(row.numel));
+                          CHECK(num_blocks == cuda::ceil_div(row.numel, kChunk));
                           run_on_host(launch, num_blocks, num_blocks - 5);
                         });
   row.check();
@@ -232,12 +237,12 @@ void test_beyond_two_to_the_32() {
 
 // A chunk in which the high half of the indices changes, as those of a shard start anywhere.
 void test_carry_within_a_chunk() {
-  constexpr int64_t kChunk = cuda::kChunk;
+  constexpr int64_t kChunk = cuda::kMaxChunk;
   for (const uint64_t shift : {1, 2}) {
     const uint64_t boundary = shift << 32;
     for (const int64_t before : {int64_t{1}, int64_t{2001}, kChunk - 3, kChunk + 5}) {
       const LongRow row(2 * kChunk, 2 * kChunk - 1, 0, boundary - static_cast<uint64_t>(before));
-      cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, true,
+      cuda::for_each_launch(row.rule, {1.0}, row.epilogue, row.table, small_chip,
                             [&](int8_t, const auto& launch, uint32_t num_blocks) {
                               run_on_host(launch, num_blocks);
                             });

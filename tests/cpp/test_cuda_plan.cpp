@@ -22,6 +22,8 @@ void* address(size_t r, int k) {
   return reinterpret_cast<void*>((r + 1) * 4096 + 16 * static_cast<size_t>(k));
 }
 
+cuda::Chip any_chip(int8_t) { return {132, true}; }
+
 float* counter_of(size_t r) { return reinterpret_cast<float*>((r + 1) * 4096 + 2048); }
 
 // Every third row has a counter.
@@ -53,24 +55,28 @@ constexpr bool is_sound() {
 }
 
 template <class Rule, class Epilogue>
-int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large,
+int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, const cuda::Chip& chip,
                    const Epilogue& epilogue = {}) {
   int launches = 0;
   // Which chunks of which row were given out.
   std::map<const void*, std::set<int64_t>> chunks;
+  std::map<const void*, size_t> wanted;
   std::map<const void*, const Row<kNumOperands<Rule, Epilogue>>*> rows;
   for (const auto& row : table.rows) rows[row.data[0]] = &row;
   cuda::for_each_launch(
-      Rule{}, {1.0}, epilogue, table, allow_large,
+      Rule{}, {1.0}, epilogue, table, [&](int8_t) { return chip; },
       [&](int8_t device, const auto& launch, uint32_t num_blocks) {
         using Launch = std::decay_t<decltype(launch)>;
         static_assert(is_sound<Launch>());
-        CHECK(allow_large || sizeof(Launch) <= cuda::kSmallLaunch);
+        CHECK(chip.takes_large_launches || sizeof(Launch) <= cuda::kSmallLaunch);
         CHECK(num_blocks > 0 && launch.num_rows > 0 && launch.num_rows <= Launch::kCapacity);
         ++launches;
         bool any_needs_setup = epilogue.is_on_device();
+        int64_t total = 0;
         for (uint32_t r = 0; r < launch.num_rows; ++r) {
           const auto& row = *rows.at(launch.data[0][r]);
+          total += row.numel;
+          wanted[row.data[0]] = static_cast<size_t>(cuda::ceil_div(row.numel, launch.chunk));
           if constexpr (Epilogue::kHasRowSteps) {
             CHECK(launch.steps.counter[r] == row.step);
             CHECK(launch.steps.position[r] == row.position);
@@ -81,6 +87,8 @@ int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_
           }
         }
         CHECK(launch.needs_setup == any_needs_setup);
+        const int64_t at_a_time = chip.multiprocessors * Launch::kBlocks[any_needs_setup ? 1 : 0];
+        CHECK(launch.chunk == cuda::chunk_for(total, at_a_time));
         for (uint32_t block = 0; block < num_blocks; ++block) {
           const uint32_t r = launch.row_of(block);
           CHECK(r < launch.num_rows);
@@ -93,14 +101,13 @@ int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_
             CHECK(launch.data[k][r] == row.data[k] && launch.dtype[k] == row.dtype[k]);
           }
           const int64_t chunk = block - launch.first_block[r];
-          CHECK(chunk * cuda::kChunk < row.numel);
+          CHECK(chunk * launch.chunk < row.numel);
           CHECK(chunks[row.data[0]].insert(chunk).second);
         }
       });
   for (const auto& row : table.rows) {
-    const size_t wanted =
-        row.device == kHost ? 0 : static_cast<size_t>(cuda::num_chunks(row.numel));
-    CHECK(chunks[row.data[0]].size() == wanted);
+    CHECK((wanted.count(row.data[0]) != 0) == (row.device != kHost && row.numel != 0));
+    CHECK(chunks[row.data[0]].size() == wanted[row.data[0]]);
   }
   return launches;
 }
@@ -124,7 +131,7 @@ void test_few_launches() {
   const auto count = [](size_t num_rows, int64_t numel, DType dtype, bool allow_large) {
     Table<kOperands> table;
     for (size_t r = 0; r < num_rows; ++r) table.append(row_with<kOperands>(r, numel, dtype, 0));
-    const int launches = count_launches<Rule, Epilogue>(table, allow_large);
+    const int launches = count_launches<Rule, Epilogue>(table, {132, allow_large});
     const size_t fewest = fewest_launches<Rule, Epilogue>(num_rows, dtype, allow_large);
     CHECK(numel == 0 || static_cast<size_t>(launches) == fewest);
     return launches;
@@ -134,7 +141,7 @@ void test_few_launches() {
   CHECK(count(1, 5, DType::kFloat32, true) == 1);
   CHECK(count(Epilogue::kHasRowSteps ? 350 : 500, 100, DType::kFloat32, true) == 1);
   CHECK(count(1000, 100, DType::kFloat32, true) <= (Epilogue::kHasRowSteps ? 3 : 2));
-  CHECK(count(100, 3 * cuda::kChunk + 1, DType::kFloat32, false) > 1);
+  CHECK(count(100, 3 * cuda::kMaxChunk + 1, DType::kFloat32, false) > 1);
   count(1000, 100, DType::kFloat64, true);
 }
 
@@ -149,7 +156,7 @@ void test_kinds_do_not_meet(const Epilogue& epilogue = {}) {
     for (size_t r = random() % 300; r > 0; --r) {
       const auto device = static_cast<int8_t>(static_cast<int>(random() % 3) - 1);
       const DType dtype = kKinds[random() % 3];
-      const auto numel = static_cast<int64_t>(random() % 4 * (cuda::kChunk / 2 + random() % 3));
+      const auto numel = static_cast<int64_t>(random() % 4 * (cuda::kMaxChunk / 2 + random() % 3));
       table.append(row_with<kOperands>(r, numel, dtype, device));
       if (device != kHost && numel != 0) ++kinds[{device, dtype}];
     }
@@ -158,7 +165,7 @@ void test_kinds_do_not_meet(const Epilogue& epilogue = {}) {
       for (const auto& [kind, count] : kinds) {
         fewest += fewest_launches<Rule, Epilogue>(count, kind.second, allow_large);
       }
-      const int launches = count_launches<Rule, Epilogue>(table, allow_large, epilogue);
+      const int launches = count_launches<Rule, Epilogue>(table, {1, allow_large}, epilogue);
       CHECK(static_cast<size_t>(launches) == fewest);
     }
   }
@@ -174,7 +181,7 @@ void test_setup() {
     CHECK(table.rows[0].step == nullptr);
     bool result = false;
     cuda::for_each_launch(
-        Adam{}, step, epilogue, table, true,
+        Adam{}, step, epilogue, table, any_chip,
         [&](int8_t, const auto& launch, uint32_t) { result = launch.needs_setup; });
     return result;
   };
@@ -199,7 +206,7 @@ void test_known_skip() {
   table.append(row_with<kOperands>(1, 5, DType::kFloat32, 0));
   ApplyUpdate epilogue;
   epilogue.found_inf.value = 1.0;
-  cuda::for_each_launch(Adam{}, {1.0}, epilogue, table, true,
+  cuda::for_each_launch(Adam{}, {1.0}, epilogue, table, any_chip,
                         [](int8_t, const auto&, uint32_t) { CHECK(false); });
 }
 
@@ -255,21 +262,39 @@ void test_counters() {
 
 // More blocks than a launch may have are shared out; offsets are of 64 bits.
 void test_huge_rows() {
-  const int64_t half = cuda::kMaxBlocks / 2 * cuda::kChunk + 1;
+  const int64_t half = cuda::kMaxBlocks / 2 * cuda::kMaxChunk + 1;
   Table<3> table;
   for (size_t r = 0; r < 3; ++r) table.append(row_with<3>(r, half, DType::kBFloat16, 0));
   std::vector<uint32_t> blocks;
-  cuda::for_each_launch(Lion{0.9, 0.99}, {1.0}, StoreUpdate{}, table, true,
+  cuda::for_each_launch(Lion{0.9, 0.99}, {1.0}, StoreUpdate{}, table, any_chip,
                         [&](int8_t, const auto& launch, uint32_t num_blocks) {
                           blocks.push_back(num_blocks);
                           CHECK(launch.row_of(num_blocks - 1) == launch.num_rows - 1);
-                          CHECK(launch.numel[0] == half);
+                          CHECK(launch.numel[0] == half && launch.chunk == cuda::kMaxChunk);
                         });
   CHECK(blocks.size() == 3);
   for (const uint32_t count : blocks) CHECK(count == cuda::kMaxBlocks / 2 + 1);
 }
 
-// After the peel each operand is at a multiple of 16 bytes; and if there is one, it is found.
+// Blocks fill what runs at a time, once or again and again, as far as a tile for each allows.
+void test_chunks() {
+  std::mt19937_64 random(0);
+  for (int round = 0; round < 10000; ++round) {
+    const auto total = static_cast<int64_t>((random() >> random() % 44 >> 20) + 1);
+    const auto at_a_time = static_cast<int64_t>(random() % 700 + 1);
+    const int64_t chunk = cuda::chunk_for(total, at_a_time);
+    CHECK(chunk > 0 && chunk <= cuda::kMaxChunk && chunk % cuda::kTile == 0);
+    const int64_t times = cuda::ceil_div(cuda::ceil_div(total, chunk), at_a_time);
+    CHECK(times == cuda::ceil_div(total, at_a_time * cuda::kMaxChunk));
+    const int64_t smaller = chunk - cuda::kTile;
+    CHECK(smaller == 0 || cuda::ceil_div(total, smaller) > times * at_a_time);
+  }
+  CHECK(cuda::chunk_for(1, 528) == cuda::kTile);
+  CHECK(cuda::chunk_for(1 << 20, 528) == 2 * cuda::kTile);  // 512 blocks
+  CHECK(cuda::chunk_for(1 << 28, 528) == cuda::kMaxChunk);
+}
+
+// After the peel each operand is where a vector may be; and if there is such a place, it is found.
 void test_peel() {
   std::mt19937_64 random(0);
   constexpr DType kAll[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
@@ -279,14 +304,15 @@ void test_peel() {
     DType dtype[4];
     for (int k = 0; k < 4; ++k) {
       dtype[k] = kAll[random() % 4];
-      const uint64_t element = round % 2 == 0 ? random() % 16 : 3 + 8 * (random() % 2);
+      const uint64_t element = round % 2 == 0 ? random() % 16 : 3 + 4 * (random() % 4);
       data[k] = reinterpret_cast<void*>(4096 + element * static_cast<uint64_t>(size_of(dtype[k])));
     }
     const uint8_t peel = cuda::peel_of(data, dtype, 4);
     const auto is_aligned_after = [&](uint64_t elements) {
       for (int k = 0; k < 4; ++k) {
         const uint64_t bytes = elements * static_cast<uint64_t>(size_of(dtype[k]));
-        if ((reinterpret_cast<uint64_t>(data[k]) + bytes) % 16 != 0) return false;
+        const uint64_t vector = size_of(dtype[k]) == 2 ? 8 : 16;
+        if ((reinterpret_cast<uint64_t>(data[k]) + bytes) % vector != 0) return false;
       }
       return true;
     };
@@ -294,9 +320,9 @@ void test_peel() {
       for (uint64_t elements = 0; elements < 64; ++elements) CHECK(!is_aligned_after(elements));
     } else {
       ++found;
-      CHECK(peel < 8 && is_aligned_after(peel));
+      CHECK(peel < 4 && is_aligned_after(peel));
     }
-    if (round % 2 != 0) CHECK(peel != cuda::kNoPhase);  // all of them at element 3 of 8
+    if (round % 2 != 0) CHECK(peel != cuda::kNoPhase);  // all of them at element 3 of 4
   }
   CHECK(found > 50000);
 }
@@ -316,5 +342,6 @@ int main() {
   test_known_skip();
   test_counters();
   test_huge_rows();
+  test_chunks();
   test_peel();
 }

@@ -111,19 +111,15 @@ void test_random() {
 
 // A weight that is the parameter itself is written as the parameter.
 void test_what_is_written() {
-  float memory[5];
-  const void* data[5];
-  for (int k = 0; k < 5; ++k) data[k] = &memory[k];
+  using namespace emopt;
+  float here = 0, update = 0;
   for (int k = 0; k < 5; ++k) {
-    CHECK(emopt::is_written<emopt::StoreUpdate>(k, data) == (k != emopt::kGrad));
-    CHECK(emopt::is_written<emopt::ApplyUpdate>(k, data) == (k != emopt::kGrad));
+    CHECK((is_written<StoreUpdate, 5>(k, &here, &update) == (k != kGrad)));
+    CHECK((is_written<ApplyUpdate, 5>(k, &here, &update) == (k != kGrad)));
+    CHECK((is_written<StoreUpdate, 5>(k, &update, &update) == (k != kGrad)));
+    // Only of the weight is it asked.
+    CHECK((is_written<ApplyUpdate, 5>(k, &update, &update) == (k != kGrad && k != 4)));
   }
-  data[4] = data[emopt::kUpdate];
-  CHECK(!emopt::is_written<emopt::ApplyUpdate>(4, data));
-  CHECK(emopt::is_written<emopt::ApplyUpdate>(emopt::kUpdate, data));
-  data[2] = data[3] = data[emopt::kUpdate];  // of states it is not asked
-  CHECK(emopt::is_written<emopt::ApplyUpdate>(2, data));
-  CHECK(emopt::is_written<emopt::ApplyUpdate>(3, data));
 }
 
 }  // namespace

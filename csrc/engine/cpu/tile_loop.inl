@@ -157,13 +157,15 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
     }
     const auto states = std::make_index_sequence<kNumStates<typename Setup::Rule>>();
     const auto owns = std::make_index_sequence<Epilogue::kOperands>();
-    if (Epilogue::kOperands > 0 && is_written<Epilogue>(kOperands - 1, row.data)) {
+    if (Epilogue::kOperands > 0 && is_written<Epilogue, kOperands>(
+                                       kOperands - 1, row.data[kOperands - 1], row.data[kUpdate])) {
       apply_rule<true>(constants, operands, n, states, owns);
     } else {
       apply_rule<false>(constants, operands, n, states, owns);
     }
     for (int k = 0; k < kOperands; ++k) {
-      if (!is_staged[k] || !is_written<Epilogue>(k, row.data)) continue;
+      if (!is_staged[k] || !is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]))
+        continue;
       if (!is_stored(k, row.dtype[k], constants.epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
         const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));

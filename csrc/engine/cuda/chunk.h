@@ -1,8 +1,8 @@
-// What a block of threads does: it sweeps a rule over one chunk of one row.
+// What a thread does: it sweeps a rule over its elements of one chunk of one row.
 //
-// All of it also compiles for the host, where two neighbouring threads run as two lanes of one
-// call: so the tests run it under AddressSanitizer and UndefinedBehaviorSanitizer, which see each
-// access that is out of bounds or not aligned.
+// All of it also compiles for the host, where threads run one after the other: so the tests run it
+// under AddressSanitizer and UndefinedBehaviorSanitizer, which see each access that is out of
+// bounds or not aligned.
 #pragma once
 
 #include <cstdint>
@@ -16,44 +16,111 @@
 
 namespace emopt::cuda {
 
+// A row's part that a block works on.
+template <class Launch>
+struct Chunk {
+  uint32_t row;
+  int64_t begin;  // its first element
+  uint32_t length;
+  uint32_t head;  // elements before the body
+  uint32_t body;  // elements that are accessed by vectors
+
+  EMOPT_FN Chunk(const Launch& launch, uint32_t block) : row(launch.row_of(block)) {
+    begin = static_cast<int64_t>(block - launch.first_block[row]) * launch.chunk;
+    const int64_t left = launch.numel[row] - begin;
+    const uint32_t peel = launch.peel[row];
+    length = left < launch.chunk ? static_cast<uint32_t>(left) : launch.chunk;
+    head = peel < length && peel != kNoPhase ? peel : length;
+    body = (length - head) / kHeld * kHeld;
+  }
+
+  // Where it begins in operand k, of whose type an element has so many bytes. Read from the launch
+  // each time: held, all addresses would take ten registers.
+  EMOPT_FN char* at(const Launch& launch, int k, size_t size) const {
+    return static_cast<char*>(launch.data[k][row]) + begin * static_cast<int64_t>(size);
+  }
+};
+
+// The places of a thread in a chunk, one after the other: those in the body, then those in what is
+// before and after it. That is less than a block has threads, unless there is no body.
+template <class Launch>
+struct Places {
+  const Chunk<Launch>& chunk;
+  uint32_t thread;
+  uint32_t at;  // in the body, or, from its length on, in the rest
+
+  EMOPT_FN Places(const Chunk<Launch>& chunk_, uint32_t thread_)
+      : chunk(chunk_), thread(thread_), at(thread_ * kHeld) {
+    if (at >= chunk.body) at = chunk.body + thread;
+  }
+
+  EMOPT_FN bool any_left() const { return at < chunk.length; }
+
+  EMOPT_FN Place get() const {
+    if (at < chunk.body) return {true, chunk.head + at, 0};
+    return {false, at - chunk.body < chunk.head ? at - chunk.body : at, chunk.length - at};
+  }
+
+  EMOPT_FN void next() {
+    const bool was_body = at < chunk.body;
+    at += kTile;
+    if (was_body && at >= chunk.body) at = chunk.body + thread;
+  }
+};
+
+// ---- what holds for a block ---------------------------------------------------------------------
+
+template <class Launch>
+struct Setup {
+  Constants<typename Launch::Rule, typename Launch::Epilogue, typename Launch::Real> constants;
+  bool is_skipped = false;
+  bool is_stochastic = false;
+  uint64_t key = 0;
+
+  // Where the host knows all that is needed.
+  EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
+
+  // Where a number or the step is in the device's memory, or the row has a key. In float64.
+  EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&numbers)[Launch::kNumbers])
+      : Setup(launch, row, numbers[0], launch.epilogue.with_numbers(numbers + 1)) {}
+
+ private:
+  EMOPT_FN Setup(const Launch& launch, uint32_t row, double step,
+                 const typename Launch::Epilogue& epilogue)
+      : constants(launch.rule, step, epilogue), is_skipped(epilogue.is_skipped()) {
+    if constexpr (Launch::Epilogue::kHasRowSteps) {
+      is_stochastic = epilogue.is_stochastic && can_round_stochastically(launch.dtype[kUpdate]);
+      if (is_stochastic) {
+        const auto count = static_cast<uint64_t>(static_cast<int64_t>(step));
+        key = rounding_key(epilogue.seed, launch.steps.position[row], count);
+      }
+    }
+  }
+};
+
+// Of what a setup reads, the i-th number: the step, then those of the epilogue. Each by a thread of
+// its own, so that they are under way at the same time.
+template <class Launch>
+EMOPT_FN double read_number(const Launch& launch, uint32_t row, uint32_t i) {
+  if (i != 0) return launch.epilogue.number(i - 1).read();
+  if constexpr (Launch::Epilogue::kHasRowSteps) {
+    const float* const counter = launch.steps.counter[row];
+    if (counter != nullptr) return static_cast<double>(*counter + 1.0f);
+  }
+  return launch.step.read();
+}
+
 // ---- between memory's types and the arithmetic type ---------------------------------------------
 
-// A number as it is stored; of a low half, the master.
-template <class Stored>
-EMOPT_FN auto widen_beside(HighHalf high, Stored stored) {
-  if constexpr (std::is_same_v<Stored, LowHalf>) {
-    return join(high, stored);
+// Calls `visit` with a number of the size of operand k's type.
+template <class Real, class Visit>
+EMOPT_FN void with_size_of(DType dtype, Visit visit) {
+  if (size_of(dtype) == 2) {
+    visit(uint16_t());
+  } else if (sizeof(Real) == sizeof(float) || dtype == DType::kFloat32) {
+    visit(uint32_t());
   } else {
-    static_cast<void>(high);
-    return widen(stored);
-  }
-}
-
-template <class Real, class Stored>
-EMOPT_FN void widen_all(Real (&values)[kHeld], const Packet& param, const Packet& packet) {
-  EMOPT_UNROLL
-  for (uint32_t i = 0; i < kHeld; ++i) {
-    const HighHalf high = param.get<HighHalf>(i);
-    values[i] = static_cast<Real>(widen_beside(high, packet.get<Stored>(i)));
-  }
-}
-
-template <class Real, class Stored>
-EMOPT_FN void round_all(Packet& packet, const Real (&values)[kHeld]) {
-  EMOPT_UNROLL
-  for (uint32_t i = 0; i < kHeld; ++i) packet.put(i, Round<Stored>::from(values[i]));
-}
-
-// The elements are the chunk's from `first` on, from the second half on those from `second` on.
-template <class Real, class Stored>
-EMOPT_FN void round_all_stochastically(Packet& packet, const Real (&values)[kHeld],
-                                       const RandomBits& random, uint32_t first, uint32_t second) {
-  if constexpr (kRoundsStochastically<Stored>) {
-    EMOPT_UNROLL
-    for (uint32_t i = 0; i < kHeld; ++i) {
-      const uint32_t bits = random(i < kHeld / 2 ? first + i : second + i - kHeld / 2);
-      packet.put(i, RoundStochastically<Stored>::from(static_cast<float>(values[i]), bits));
-    }
+    visit(uint64_t());
   }
 }
 
@@ -79,261 +146,137 @@ EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   }
 }
 
-// Whether operand k is read: the update only where it is half of a master.
+// What a thread holds of all operands.
 template <class Launch>
-EMOPT_FN bool is_loaded(int k, DType dtype) {
-  return k != kUpdate || (Launch::kMayBeHalved && dtype == DType::kHighHalf);
-}
-
-template <size_t kBytes>
-using BitsOf =
-    std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
-
-// ---- the rule -----------------------------------------------------------------------------------
-
-template <class Constants, int kOperands, uint32_t kCount, size_t... kState, size_t... kOwn>
-EMOPT_FN void apply(const Constants& constants,
-                    typename Constants::Real (&values)[kOperands][kCount],
-                    std::index_sequence<kState...>, std::index_sequence<kOwn...>) {
-  constexpr size_t kFirstOwn = kFirstState + sizeof...(kState);
-  EMOPT_UNROLL
-  for (uint32_t i = 0; i < kCount; ++i) {
-    const auto grad = constants.epilogue.before(values[kGrad][i], values[kFirstOwn + kOwn][i]...);
-    const auto update = constants.step(grad, values[kFirstState + kState][i]...);
-    values[kUpdate][i] = constants.epilogue.after(update, values[kFirstOwn + kOwn][i]...);
-  }
-}
-
-// A row's part that a block works on.
-template <class Launch>
-struct Chunk {
-  static constexpr int kOperands = Launch::kOperands;
+struct Hand {
+  using Real = typename Launch::Real;
   using Epilogue = typename Launch::Epilogue;
-  using States = std::make_index_sequence<kOperands - Epilogue::kOperands - kFirstState>;
-  using Owns = std::make_index_sequence<Epilogue::kOperands>;
+  static constexpr int kOperands = Launch::kOperands;
+  static constexpr int kFirstOwn = kOperands - Epilogue::kOperands;
 
-  char* data[kOperands];
-  RandomBits random;  // of its elements, for stochastic rounding
-  uint32_t length;
-  uint32_t head;  // elements before the body
-  uint32_t body;  // elements that are accessed by vectors
-};
+  Packet<sizeof(Real)> packets[kOperands];
 
-// ---- what holds for a block ---------------------------------------------------------------------
+  // All loads, before anything is computed. The update is read only where it is half of a master.
+  EMOPT_FN void load(const Launch& launch, const Chunk<Launch>& chunk, const Place& place) {
+    EMOPT_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      const DType dtype = launch.dtype[k];
+      if (k == kUpdate && !(Launch::kMayBeHalved && dtype == DType::kHighHalf)) continue;
+      with_size_of<Real>(dtype, [&](auto bits) {
+        packets[k].template load<decltype(bits)>(chunk.at(launch, k, sizeof(bits)), place);
+      });
+    }
+  }
 
-template <class Launch>
-struct Setup {
-  Constants<typename Launch::Rule, typename Launch::Epilogue, typename Launch::Real> constants;
-  bool is_skipped = false;
-  bool is_stochastic = false;
-  uint64_t key = 0;
-
-  // Where the host knows all that is needed.
-  EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
-
-  // Where a number or the step is in the device's memory, or the row has a key. In float64.
-  EMOPT_FN Setup(const Launch& launch, uint32_t row)
-      : constants(launch.rule, step_of(launch, row), launch.epilogue),
-        is_skipped(launch.epilogue.is_skipped()) {
-    if constexpr (Launch::Epilogue::kHasRowSteps) {
-      is_stochastic =
-          launch.epilogue.is_stochastic && can_round_stochastically(launch.dtype[kUpdate]);
-      if (is_stochastic) {
-        const auto step = static_cast<int64_t>(step_of(launch, row));
-        key = rounding_key(launch.epilogue.seed, launch.steps.position[row],
-                           static_cast<uint64_t>(step));
-      }
+  EMOPT_FN void step_and_store(const Launch& launch, const Setup<Launch>& setup,
+                               const Chunk<Launch>& chunk, const Place& place) {
+    Real values[kOperands][kHeld];
+    EMOPT_UNROLL
+    for (int k = kGrad; k < kOperands; ++k) {
+      with_type_of<Launch>(k, launch.dtype[k], [&](auto type) {
+        EMOPT_UNROLL
+        for (uint32_t i = 0; i < kHeld; ++i) values[k][i] = widened<decltype(type)>(k, i);
+      });
+    }
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld; ++i) {
+      apply(setup.constants, values, i, std::make_index_sequence<kFirstOwn - kFirstState>(),
+            std::make_index_sequence<Epilogue::kOperands>());
+    }
+    EMOPT_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      const void* const update = launch.data[kUpdate][chunk.row];
+      if (!is_written<Epilogue, kOperands>(k, launch.data[k][chunk.row], update)) continue;
+      if (!is_stored(k, launch.dtype[k], setup.constants.epilogue)) continue;
+      with_type_of<Launch>(k, launch.dtype[k], [&](auto type) {
+        using Stored = decltype(type);
+        Packet<sizeof(Stored)> rounded;
+        if (k == kUpdate && setup.is_stochastic) {
+          round_stochastically<Stored>(rounded, values[k], launch, setup, chunk, place);
+        } else {
+          round<Stored>(rounded, values[k]);
+        }
+        rounded.template store<BitsOf<Stored>>(chunk.at(launch, k, sizeof(Stored)), place);
+      });
     }
   }
 
  private:
-  EMOPT_FN static double step_of(const Launch& launch, uint32_t row) {
-    if constexpr (Launch::Epilogue::kHasRowSteps) {
-      const float* const counter = launch.steps.counter[row];
-      if (counter != nullptr) return static_cast<double>(*counter + 1.0f);
+  template <class Stored>
+  using BitsOf = std::conditional_t<
+      sizeof(Stored) == 2, uint16_t,
+      std::conditional_t<sizeof(Stored) == sizeof(uint32_t), uint32_t, uint64_t>>;
+
+  // A number as it is stored; of a low half, the master.
+  template <class Stored>
+  EMOPT_FN Real widened(int k, uint32_t i) const {
+    const auto stored = packets[k].template get<Stored>(i);
+    if constexpr (std::is_same_v<Stored, LowHalf>) {
+      return join(packets[kUpdate].template get<HighHalf>(i), stored);
+    } else {
+      return static_cast<Real>(widen(stored));
     }
-    return launch.step.read();
+  }
+
+  template <class Constants, size_t... kState, size_t... kOwn>
+  EMOPT_FN static void apply(const Constants& constants, Real (&values)[kOperands][kHeld],
+                             uint32_t i, std::index_sequence<kState...>,
+                             std::index_sequence<kOwn...>) {
+    const Real grad = constants.epilogue.before(values[kGrad][i], values[kFirstOwn + kOwn][i]...);
+    const Real update = constants.step(grad, values[kFirstState + kState][i]...);
+    values[kUpdate][i] = constants.epilogue.after(update, values[kFirstOwn + kOwn][i]...);
+  }
+
+  template <class Stored>
+  EMOPT_FN static void round(Packet<sizeof(Stored)>& packet, const Real (&values)[kHeld]) {
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld; i += 2) {
+      if constexpr (sizeof(Stored) == 2) {
+        packet.words[i / 2] = round_pair<Stored>(values[i], values[i + 1]);
+      } else {
+        packet.put(i, Round<Stored>::from(values[i]));
+        packet.put(i + 1, Round<Stored>::from(values[i + 1]));
+      }
+    }
+  }
+
+  template <class Stored>
+  EMOPT_FN static void round_stochastically(Packet<sizeof(Stored)>& packet,
+                                            const Real (&values)[kHeld], const Launch& launch,
+                                            const Setup<Launch>& setup, const Chunk<Launch>& chunk,
+                                            const Place& place) {
+    if constexpr (Epilogue::kHasRowSteps && kRoundsStochastically<Stored>) {
+      const uint64_t first = launch.steps.first_index[chunk.row];
+      const RandomBits random(setup.key, first + static_cast<uint64_t>(chunk.begin));
+      EMOPT_UNROLL
+      for (uint32_t i = 0; i < kHeld; ++i) {
+        const uint32_t bits = random(place.first + i * place.stride());
+        packet.put(i, RoundStochastically<Stored>::from(static_cast<float>(values[i]), bits));
+      }
+    }
   }
 };
 
-// ---- one element at a time ----------------------------------------------------------------------
+// ---- a thread -----------------------------------------------------------------------------------
 
-// The elements of a chunk before and after its body: fewer than a block has threads, unless there
-// is no body. Neighbouring threads access neighbouring elements, and no load waits for another.
-template <class Launch>
-EMOPT_FN void sweep_ends(const Setup<Launch>& setup, const DType* dtype, const Chunk<Launch>& chunk,
-                         uint32_t thread) {
-  using Real = typename Launch::Real;
-  constexpr int kOperands = Launch::kOperands;
-  const uint32_t count = chunk.length - chunk.body;
-  for (uint32_t i = thread; i < count; i += kHeld * kThreads) {
-    const uint32_t first = i < chunk.head ? i : i + chunk.body;
-    BitsOf<sizeof(Real)> bits[kOperands][kHeld] = {};
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_loaded<Launch>(k, dtype[k])) continue;
-      with_type_of<Launch>(k, dtype[k], [&](auto type) {
-        const auto* const from = reinterpret_cast<const decltype(type)*>(chunk.data[k]) + first;
-        EMOPT_UNROLL
-        for (uint32_t j = 0; j < kHeld; ++j) {
-          if (i + j * kThreads >= count) continue;
-          bits[k][j] =
-              static_cast<BitsOf<sizeof(Real)>>(bit_cast<BitsOf<sizeof(type)>>(from[j * kThreads]));
-        }
-      });
-    }
-    Real values[kOperands][kHeld];
-    EMOPT_UNROLL
-    for (int k = kGrad; k < kOperands; ++k) {
-      with_type_of<Launch>(k, dtype[k], [&](auto type) {
-        using Stored = decltype(type);
-        EMOPT_UNROLL
-        for (uint32_t j = 0; j < kHeld; ++j) {
-          const auto stored = bit_cast<Stored>(static_cast<BitsOf<sizeof(type)>>(bits[k][j]));
-          const HighHalf high{static_cast<uint16_t>(bits[kUpdate][j])};
-          values[k][j] = static_cast<Real>(widen_beside(high, stored));
-        }
-      });
-    }
-    apply(setup.constants, values, typename Chunk<Launch>::States(),
-          typename Chunk<Launch>::Owns());
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
-      if (!is_stored(k, dtype[k], setup.constants.epilogue)) continue;
-      with_type_of<Launch>(k, dtype[k], [&](auto type) {
-        using Stored = decltype(type);
-        auto* const to = reinterpret_cast<Stored*>(chunk.data[k]) + first;
-        EMOPT_UNROLL
-        for (uint32_t j = 0; j < kHeld; ++j) {
-          if (i + j * kThreads >= count) continue;
-          if constexpr (Launch::Epilogue::kHasRowSteps && kRoundsStochastically<Stored>) {
-            if (k == kUpdate && setup.is_stochastic) {
-              const uint32_t bits = chunk.random(first + j * kThreads);
-              to[j * kThreads] =
-                  RoundStochastically<Stored>::from(static_cast<float>(values[k][j]), bits);
-              continue;
-            }
-          }
-          to[j * kThreads] = Round<Stored>::from(values[k][j]);
-        }
-      });
-    }
-  }
-}
-
-// ---- by vectors ---------------------------------------------------------------------------------
-
-// Between the elements that a pair of threads accesses and those that each computes: of two vectors
-// of a 2-byte type, the even thread's second half and the odd thread's first half change places.
-template <int kLanes>
-EMOPT_FN void exchange(Packet (&packets)[kLanes], bool is_odd) {
-#if defined(__CUDA_ARCH__)
-  EMOPT_UNROLL
-  for (int w = 0; w < 2; ++w) {
-    const uint32_t sent = is_odd ? packets[0].word(w) : packets[0].word(w + 2);
-    const uint32_t received = __shfl_xor_sync(0xffffffffu, sent, 1);
-    (is_odd ? packets[0].word(w) : packets[0].word(w + 2)) = received;
-  }
-#else
-  static_cast<void>(is_odd);
-  for (uint32_t w = 0; w < 2; ++w) std::swap(packets[0].word(w + 2), packets[1].word(w));
-#endif
-}
-
-template <int kLanes, class Launch>
-EMOPT_FN void sweep_body(const Setup<Launch>& setup, const DType* dtype, const Chunk<Launch>& chunk,
-                         uint32_t thread) {
-  using Real = typename Launch::Real;
-  constexpr int kOperands = Launch::kOperands;
-  const uint32_t begin = chunk.head;
-  const uint32_t end = chunk.head + chunk.body;
-  const bool is_odd = (thread & 1) != 0;
-  for (uint32_t tile = begin; tile < end; tile += kTile) {
-    Packet packets[kOperands][kLanes] = {};
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_loaded<Launch>(k, dtype[k])) continue;
-      EMOPT_UNROLL
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
-        load_vectors<Real>(packets[k][lane], dtype[k], chunk.data[k], held);
-      }
-    }
-    Real values[kLanes][kOperands][kHeld];
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_loaded<Launch>(k, dtype[k])) continue;
-      if (size_of(dtype[k]) == 2) exchange(packets[k], is_odd);
-      if (k == kUpdate) continue;  // half of what the last operand is
-      with_type_of<Launch>(k, dtype[k], [&](auto type) {
-        EMOPT_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          widen_all<Real, decltype(type)>(values[lane][k], packets[kUpdate][lane],
-                                          packets[k][lane]);
-        }
-      });
-    }
-    EMOPT_UNROLL
-    for (int lane = 0; lane < kLanes; ++lane) {
-      apply(setup.constants, values[lane], typename Chunk<Launch>::States(),
-            typename Chunk<Launch>::Owns());
-    }
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      if (!is_written<typename Launch::Epilogue>(k, chunk.data)) continue;
-      if (!is_stored(k, dtype[k], setup.constants.epilogue)) continue;
-      with_type_of<Launch>(k, dtype[k], [&](auto type) {
-        Packet rounded[kLanes];
-        EMOPT_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          if (Launch::Epilogue::kHasRowSteps && k == kUpdate && setup.is_stochastic) {
-            const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
-            round_all_stochastically<Real, decltype(type)>(rounded[lane], values[lane][k],
-                                                           chunk.random, held.first, held.second);
-          } else {
-            round_all<Real, decltype(type)>(rounded[lane], values[lane][k]);
-          }
-        }
-        if (sizeof(type) == 2) exchange(rounded, is_odd);
-        EMOPT_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const Held held(begin, end, tile, thread + static_cast<uint32_t>(lane));
-          store_vectors<sizeof(type)>(rounded[lane], chunk.data[k], held);
-        }
-      });
-    }
-  }
-}
-
-// ---- a block ------------------------------------------------------------------------------------
-
-// `thread` and the `kLanes - 1` threads after it.
-template <int kLanes, class Launch>
-EMOPT_FN void sweep_chunk(const Launch& launch, Setup<Launch> setup, uint32_t row, uint32_t block,
-                          uint32_t thread) {
-  const int64_t begin = static_cast<int64_t>(block - launch.first_block[row]) * kChunk;
-  const int64_t left = launch.numel[row] - begin;
-  const uint32_t peel = launch.peel[row];
-  Chunk<Launch> chunk;
-  if constexpr (Launch::Epilogue::kHasRowSteps) {
-    if (setup.is_stochastic) {
-      const uint64_t first = launch.steps.first_index[row] + static_cast<uint64_t>(begin);
-      chunk.random = RandomBits(setup.key, first);
-    }
-  }
-  chunk.length = left < kChunk ? static_cast<uint32_t>(left) : kChunk;
-  chunk.head = peel < chunk.length && peel != kNoPhase ? peel : chunk.length;
-  chunk.body = (chunk.length - chunk.head) / kHeld * kHeld;
-  EMOPT_UNROLL
-  for (int k = 0; k < Launch::kOperands; ++k) {
-    chunk.data[k] = static_cast<char*>(launch.data[k][row]) + begin * size_of(launch.dtype[k]);
-  }
-  setup.constants.epilogue.scale_by(launch.scale[row]);
-  sweep_body<kLanes>(setup, launch.dtype, chunk, thread);
-  EMOPT_UNROLL
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sweep_ends(setup, launch.dtype, chunk, thread + static_cast<uint32_t>(lane));
+// `prepare(row)` returns the setup, for which its block's threads may wait for each other: the
+// first loads are under way by then.
+template <class Launch, class Prepare>
+EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread, Prepare prepare) {
+  const Chunk<Launch> chunk(launch, block);
+  Places<Launch> places(chunk, thread);
+  Hand<Launch> hand;
+  if (places.any_left()) hand.load(launch, chunk, places.get());
+  Setup<Launch> setup = prepare(chunk.row);
+  if (setup.is_skipped) return;
+  setup.constants.epilogue.scale_by(launch.scale[chunk.row]);
+  while (places.any_left()) {
+    const Place place = places.get();
+    places.next();
+    Hand<Launch> held = hand;
+    if (kPrefetches && places.any_left()) hand.load(launch, chunk, places.get());
+    held.step_and_store(launch, setup, chunk, place);
+    if (!kPrefetches && places.any_left()) hand.load(launch, chunk, places.get());
   }
 }
 

@@ -1,11 +1,13 @@
 #include "device_sweep.h"
 
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "plan.h"
@@ -14,14 +16,19 @@ namespace emopt::cuda {
 
 namespace {
 
-// Whether the driver, too, takes more than 4096 bytes of arguments.
-bool takes_large_launches() {
-  static const bool takes = [] {
+Chip chip_of(int8_t device) {
+  static const std::vector<Chip> chips = [] {
     int version = 0;
     C10_CUDA_CHECK(cudaDriverGetVersion(&version));
-    return version >= 12010;
+    std::vector<Chip> result;
+    for (int i = 0; i < c10::cuda::device_count(); ++i) {
+      int count = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, i));
+      result.push_back({static_cast<uint32_t>(count), version >= 12010});
+    }
+    return result;
   }();
-  return takes;
+  return chips.at(static_cast<size_t>(device));
 }
 
 std::string capability(int major, int minor) {
@@ -50,7 +57,7 @@ void check_launch(cudaError_t error, int device) {
 template <class Rule, class Epilogue>
 void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
            const Table<kNumOperands<Rule, Epilogue>>& table) {
-  for_each_launch(rule, step, epilogue, table, takes_large_launches(),
+  for_each_launch(rule, step, epilogue, table, chip_of,
                   [](int8_t device, const auto& launch, uint32_t num_blocks) {
                     const c10::cuda::CUDAGuard guard(device);
                     check_launch(enqueue(launch, num_blocks, c10::cuda::getCurrentCUDAStream()),

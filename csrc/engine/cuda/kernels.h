@@ -1,11 +1,10 @@
-// The CUDA unit's interface.
+// The CUDA units' interface.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <vector>
 
-#include "../../rules/all.h"
 #include "launch.h"
 
 namespace emopt::cuda {

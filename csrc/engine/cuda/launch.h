@@ -19,6 +19,9 @@ struct LaunchHead {
   // Whether rows may have masters in halves. Nobody pairs them with float64, whose kernels have no
   // registers left.
   static constexpr bool kMayBeHalved = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
+  static constexpr uint32_t kNumbers = 1 + Epilogue::kNumbers;  // the step first
+  static constexpr uint32_t kBlocks[] = {blocks_at_a_time(sizeof(Real), kOperands, false),
+                                         blocks_at_a_time(sizeof(Real), kOperands, true)};
 
   Rule rule;
   Epilogue epilogue;
@@ -26,7 +29,8 @@ struct LaunchHead {
   Constants<Rule, Epilogue, Real> constants;  // of no use where a number or the step is on a device
   bool needs_setup = false;                   // of each block, from the device's memory
   uint32_t num_rows = 0;
-  DType dtype[kOperands];  // of all rows
+  uint32_t chunk = kMaxChunk;  // elements that a block sweeps, a multiple of kTile
+  DType dtype[kOperands];      // of all rows
 
   LaunchHead(const Rule& rule_, const Number& step_, const Epilogue& epilogue_,
              const DType (&dtype_)[kOperands])
@@ -57,7 +61,6 @@ struct RowSteps<ApplyUpdate, kCapacity> {
 template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
 struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   using Head = LaunchHead<Rule_, Epilogue_, Real_>;
-  using Head::kMayBeHalved;
   using Head::kOperands;
   using typename Head::Epilogue;
   using typename Head::Real;
@@ -102,26 +105,26 @@ struct Advance {
   float* counters[kCapacity];
 };
 
-// The number of elements, less than kHeld, after which each operand is at a multiple of
-// kVectorBytes, so that all can be accessed by vectors from there on; kNoPhase where there is none.
+// Of a type of so many bytes, what a thread accesses at once.
+constexpr uint32_t vector_bytes(uint32_t size) {
+  return kHeld * size < kVectorBytes ? kHeld * size : kVectorBytes;
+}
+
+// The number of elements, less than kHeld, after which each operand is where a vector may be, so
+// that all can be accessed by vectors from there on; kNoPhase where there is none.
 inline constexpr uint8_t kNoPhase = 255;
 
 inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) {
   for (uint8_t peel = 0; peel < kHeld; ++peel) {
     bool is_aligned = true;
     for (int k = 0; k < num_operands; ++k) {
-      const auto address = reinterpret_cast<uintptr_t>(data[k]);
-      is_aligned &=
-          (address + static_cast<uintptr_t>(peel * size_of(dtype[k]))) % kVectorBytes == 0;
+      const auto size = static_cast<uint32_t>(size_of(dtype[k]));
+      const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + peel * size;
+      is_aligned &= address % vector_bytes(size) == 0;
     }
     if (is_aligned) return peel;
   }
   return kNoPhase;
 }
-
-// Blocks of a row. A chunk for each, so 2^31 - 1 of them, the most that a launch has, are more
-// elements than any memory holds.
-inline int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 }  // namespace emopt::cuda

@@ -40,33 +40,64 @@ std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
   return rows;
 }
 
+// What a plan depends on of a device.
+struct Chip {
+  uint32_t multiprocessors;
+  bool takes_large_launches;  // the driver, too, takes more than 4096 bytes of arguments
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Elements of a row that each block sweeps, for `total` in a launch: such that the blocks fill all
+// that run at a time, or that again and again, for if only some ran at the end, most of the chip
+// would wait for them.
+inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
+  const int64_t times = ceil_div(total, blocks_at_a_time * kMaxChunk);
+  return static_cast<uint32_t>(ceil_div(total, times * blocks_at_a_time * kTile)) * kTile;
+}
+
+// A launch has 2^31 - 1 blocks at the most. With a chunk for each, those are more elements than any
+// memory holds.
+inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
 // Fills one launch with rows from `begin` on, and hands it to `enqueue(device, launch, blocks)`.
 // Returns the first row that it has no more room for.
 template <class Launch, class Iterator, class Enqueue>
 Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
                           const typename Launch::Epilogue& epilogue, Iterator begin, Iterator end,
-                          Enqueue& enqueue) {
+                          const Chip& chip, Enqueue& enqueue) {
+  using Real = typename Launch::Real;
   constexpr int kOperands = Launch::kOperands;
   Launch launch(rule, step, epilogue, (*begin)->dtype);
-  launch.needs_setup = step.is_on_device() || epilogue.is_on_device();
+  if (end - begin > static_cast<std::ptrdiff_t>(Launch::kCapacity)) {
+    end = begin + Launch::kCapacity;
+  }
+  const bool has_keys =
+      epilogue.is_stochastic && can_round_stochastically((*begin)->dtype[kUpdate]);
+  launch.needs_setup = step.is_on_device() || epilogue.is_on_device() || has_keys;
+  int64_t total = 0;
+  for (Iterator at = begin; at != end; ++at) {
+    total += (*at)->numel;
+    launch.needs_setup |= Launch::Epilogue::kHasRowSteps && (*at)->step != nullptr;
+  }
+  launch.chunk =
+      chunk_for(total, int64_t{chip.multiprocessors} * Launch::kBlocks[launch.needs_setup ? 1 : 0]);
   int64_t blocks = 0;
   Iterator at = begin;
-  for (; at != end && launch.num_rows < Launch::kCapacity; ++at) {
+  for (; at != end; ++at) {
     const Row<kOperands>& row = **at;
-    const int64_t chunks = num_chunks(row.numel);
+    const int64_t chunks = ceil_div(row.numel, launch.chunk);
     if (blocks + chunks > kMaxBlocks && at != begin) break;
     const uint32_t r = launch.num_rows++;
     for (int k = 0; k < kOperands; ++k) launch.data[k][r] = row.data[k];
     launch.numel[r] = row.numel;
-    launch.scale[r] = static_cast<typename Launch::Real>(row.scale);
+    launch.scale[r] = static_cast<Real>(row.scale);
     launch.first_block[r] = static_cast<uint32_t>(blocks);
     launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       launch.steps.counter[r] = row.step;
       launch.steps.position[r] = row.position;
       launch.steps.first_index[r] = row.first_index;
-      const bool has_key = epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
-      launch.needs_setup |= row.step != nullptr || has_key;
     }
     blocks += chunks;
   }
@@ -92,10 +123,11 @@ void for_each_advance(const Table<kOperands>& table, const Number& found_inf, En
   flush();
 }
 
-// Hands all rows on CUDA devices to `enqueue`, in as few launches as they fit in.
-template <class Rule, class Epilogue, class Enqueue>
+// Hands all rows on CUDA devices to `enqueue`, in as few launches as they fit in; `chip_of(device)`
+// describes a device.
+template <class Rule, class Epilogue, class ChipOf, class Enqueue>
 void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilogue,
-                     const Table<kNumOperands<Rule, Epilogue>>& table, bool allow_large,
+                     const Table<kNumOperands<Rule, Epilogue>>& table, ChipOf chip_of,
                      Enqueue enqueue) {
   // Launches that need no setup do not ask whether they are to be skipped.
   if (!epilogue.is_on_device() && epilogue.is_skipped()) return;
@@ -104,17 +136,19 @@ void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilo
     const uint64_t key = launch_key(**at);
     const auto end =
         std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
+    const Chip chip = chip_of((*at)->device);
     if ((*at)->compute == DType::kFloat64) {
       // Never large: its kernels take long to compile, and float64 tensors are rarely many.
       using Small = Launch<Rule, Epilogue, double, kSmallLaunch>;
-      while (at != end) at = fill_and_enqueue<Small>(rule, step, epilogue, at, end, enqueue);
+      while (at != end) at = fill_and_enqueue<Small>(rule, step, epilogue, at, end, chip, enqueue);
     } else {
       using Small = Launch<Rule, Epilogue, float, kSmallLaunch>;
       using Large = Launch<Rule, Epilogue, float, kLargeLaunch>;
       while (at != end) {
-        at = allow_large && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity)
-                 ? fill_and_enqueue<Large>(rule, step, epilogue, at, end, enqueue)
-                 : fill_and_enqueue<Small>(rule, step, epilogue, at, end, enqueue);
+        const bool is_large =
+            chip.takes_large_launches && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity);
+        at = is_large ? fill_and_enqueue<Large>(rule, step, epilogue, at, end, chip, enqueue)
+                      : fill_and_enqueue<Small>(rule, step, epilogue, at, end, chip, enqueue);
       }
     }
   }

@@ -1,0 +1,56 @@
+// The kernel. Sees no torch. Each rule's instances are a unit of their own, unit_<stem>.cu: they
+// take long to compile, and so they do at the same time, and one by one when a rule changes.
+#pragma once
+
+#include <new>
+#include <type_traits>
+
+#include "chunk.h"
+#include "kernels.h"
+
+namespace emopt::cuda {
+
+// Reads the numbers of a launch from the device's memory, and reduces them to what the loop needs.
+template <class Launch>
+__device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row) {
+  __shared__ double numbers[Launch::kNumbers];
+  __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
+  if (threadIdx.x < Launch::kNumbers) numbers[threadIdx.x] = read_number(launch, row, threadIdx.x);
+  __syncthreads();
+  if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, numbers);
+  __syncthreads();
+  return *reinterpret_cast<const Setup<Launch>*>(setup);
+}
+
+// Two kernels: where the host knows all numbers, the constants are operands of instructions, and
+// take no registers.
+template <class Launch, bool kNeedsSetup>
+__global__ void __launch_bounds__(kThreads, Launch::kBlocks[kNeedsSetup ? 1 : 0])
+    sweep(const __grid_constant__ Launch launch) {
+  sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
+    if constexpr (kNeedsSetup) {
+      return setup_of_block(launch, row);
+    } else {
+      return Setup<Launch>(launch);
+    }
+  });
+}
+
+template <class Launch>
+cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream) {
+  static_assert(std::is_trivially_copyable_v<Launch> && sizeof(Launch) <= Launch::kBytes);
+  // Not by <<<>>>, which would copy the arguments, and leave the error among those of others.
+  void* arguments[] = {const_cast<Launch*>(&launch)};
+  const auto kernel = launch.needs_setup ? &sweep<Launch, true> : &sweep<Launch, false>;
+  return cudaLaunchKernel(kernel, num_blocks, kThreads, arguments, 0, stream);
+}
+
+#define EMOPT_INSTANTIATE_AS(Rule, Epilogue, Real, kBytes) \
+  template cudaError_t enqueue(const Launch<Rule, Epilogue, Real, kBytes>&, uint32_t, cudaStream_t);
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)              \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kSmallLaunch) \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kLargeLaunch) \
+  EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kSmallLaunch)
+#define EMOPT_INSTANTIATE_KERNELS(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
+
+}  // namespace emopt::cuda
