@@ -34,10 +34,11 @@ struct Chunk {
     body = (length - head) / kHeld * kHeld;
   }
 
-  // Where it begins in operand k, of whose type an element has so many bytes. Read from the launch
-  // each time: held, all addresses would take ten registers.
-  EMOPT_FN char* at(const Launch& launch, int k, size_t size) const {
-    return static_cast<char*>(launch.data[k][row]) + begin * static_cast<int64_t>(size);
+  // Where a place begins in operand k. The address of a row is read from the launch each time:
+  // those of all operands would take ten registers.
+  template <class Bits>
+  EMOPT_FN Bits* at(const Launch& launch, int k, const Place& place) const {
+    return static_cast<Bits*>(launch.data[k][row]) + (begin + place.first);
   }
 };
 
@@ -158,18 +159,24 @@ struct Hand {
 
   // All loads, before anything is computed. The update is read only where it is half of a master.
   EMOPT_FN void load(const Launch& launch, const Chunk<Launch>& chunk, const Place& place) {
-    EMOPT_UNROLL
-    for (int k = 0; k < kOperands; ++k) {
-      const DType dtype = launch.dtype[k];
-      if (k == kUpdate && !(Launch::kMayBeHalved && dtype == DType::kHighHalf)) continue;
-      with_size_of<Real>(dtype, [&](auto bits) {
-        packets[k].template load<decltype(bits)>(chunk.at(launch, k, sizeof(bits)), place);
+    if (place.is_vector) {
+      for_each_read(launch, [&](int k, auto bits) {
+        packets[k].load_vectors(chunk.template at<decltype(bits)>(launch, k, place));
+      });
+    } else {
+      for_each_read(launch, [&](int k, auto bits) {
+        packets[k].load_singles(chunk.template at<decltype(bits)>(launch, k, place), place.left);
       });
     }
   }
 
   EMOPT_FN void step_and_store(const Launch& launch, const Setup<Launch>& setup,
                                const Chunk<Launch>& chunk, const Place& place) {
+    if (!place.is_vector) {
+      for_each_read(launch, [&](int k, auto bits) {
+        if (sizeof(bits) == 2) packets[k].join_halves();
+      });
+    }
     Real values[kOperands][kHeld];
     EMOPT_UNROLL
     for (int k = kGrad; k < kOperands; ++k) {
@@ -196,12 +203,28 @@ struct Hand {
         } else {
           round<Stored>(rounded, values[k]);
         }
-        rounded.template store<BitsOf<Stored>>(chunk.at(launch, k, sizeof(Stored)), place);
+        auto* const to = chunk.template at<BitsOf<Stored>>(launch, k, place);
+        if (place.is_vector) {
+          rounded.store_vectors(to);
+        } else {
+          rounded.store_singles(to, place.left);
+        }
       });
     }
   }
 
  private:
+  // Calls `visit` with each operand that is read, and a number of its type's size.
+  template <class Visit>
+  EMOPT_FN static void for_each_read(const Launch& launch, Visit visit) {
+    EMOPT_UNROLL
+    for (int k = 0; k < kOperands; ++k) {
+      const DType dtype = launch.dtype[k];
+      if (k == kUpdate && !(Launch::kMayBeHalved && dtype == DType::kHighHalf)) continue;
+      with_size_of<Real>(dtype, [&](auto bits) { visit(k, bits); });
+    }
+  }
+
   template <class Stored>
   using BitsOf = std::conditional_t<
       sizeof(Stored) == 2, uint16_t,

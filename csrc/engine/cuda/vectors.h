@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "launch.h"
@@ -85,44 +86,52 @@ struct Packet {
     }
   }
 
-  // Elements of type `Bits`, an unsigned integer.
+  // `Bits` is an unsigned integer of the type's size.
   template <class Bits>
-  EMOPT_FN void load(const char* data, const Place& place) {
-    const char* const from = data + place.first * sizeof(Bits);
-    if (place.is_vector) {
-      constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+  EMOPT_FN void load_vectors(const Bits* from) {
+    constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+    EMOPT_UNROLL
+    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kBytes / 4) {
+      const auto vector =
+          load_from(reinterpret_cast<const Vector<kBytes>*>(from) + w / (kBytes / 4));
       EMOPT_UNROLL
-      for (uint32_t b = 0; b < kHeld * sizeof(Bits); b += kBytes) {
-        const auto vector = load_from(reinterpret_cast<const Vector<kBytes>*>(from + b));
-        EMOPT_UNROLL
-        for (uint32_t w = 0; w < kBytes / 4; ++w) words[b / 4 + w] = vector.words[w];
-      }
-    } else {
-      EMOPT_UNROLL
-      for (uint32_t i = 0; i < kHeld; ++i) {
-        const bool is_there = i * kThreads < place.left;
-        put<Bits>(i, is_there ? reinterpret_cast<const Bits*>(from)[i * kThreads] : Bits{0});
-      }
+      for (uint32_t i = 0; i < kBytes / 4; ++i) words[w + i] = vector.words[i];
     }
   }
 
   template <class Bits>
-  EMOPT_FN void store(char* data, const Place& place) const {
-    char* const to = data + place.first * sizeof(Bits);
-    if (place.is_vector) {
-      constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+  EMOPT_FN void store_vectors(Bits* to) const {
+    constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+    EMOPT_UNROLL
+    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kBytes / 4) {
+      Vector<kBytes> vector;
       EMOPT_UNROLL
-      for (uint32_t b = 0; b < kHeld * sizeof(Bits); b += kBytes) {
-        Vector<kBytes> vector;
-        EMOPT_UNROLL
-        for (uint32_t w = 0; w < kBytes / 4; ++w) vector.words[w] = words[b / 4 + w];
-        store_to(reinterpret_cast<Vector<kBytes>*>(to + b), vector);
-      }
-    } else {
-      EMOPT_UNROLL
-      for (uint32_t i = 0; i < kHeld; ++i) {
-        if (i * kThreads < place.left) reinterpret_cast<Bits*>(to)[i * kThreads] = get<Bits>(i);
-      }
+      for (uint32_t i = 0; i < kBytes / 4; ++i) vector.words[i] = words[w + i];
+      store_to(reinterpret_cast<Vector<kBytes>*>(to) + w / (kBytes / 4), vector);
+    }
+  }
+
+  // Of the first `left` elements, each kThreads-th. A word or two for each: to put two into a word,
+  // a load would have to wait for another. join_halves() does that later.
+  template <class Bits>
+  EMOPT_FN void load_singles(const Bits* from, uint32_t left) {
+    using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld; ++i) {
+      put(i, static_cast<Word>(i * kThreads < left ? from[i * kThreads] : Bits{0}));
+    }
+  }
+
+  EMOPT_FN void join_halves() {
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld / 2; ++i) words[i] = words[2 * i] | words[2 * i + 1] << 16;
+  }
+
+  template <class Bits>
+  EMOPT_FN void store_singles(Bits* to, uint32_t left) const {
+    EMOPT_UNROLL
+    for (uint32_t i = 0; i < kHeld; ++i) {
+      if (i * kThreads < left) to[i * kThreads] = get<Bits>(i);
     }
   }
 };
