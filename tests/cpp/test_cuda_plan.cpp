@@ -78,16 +78,16 @@ int count_launches(const Table<kNumOperands<Rule, Epilogue>>& table, const cuda:
           total += row.numel;
           wanted[row.data[0]] = static_cast<size_t>(cuda::ceil_div(row.numel, launch.chunk));
           if constexpr (Epilogue::kHasRowSteps) {
-            CHECK(launch.steps.counter[r] == row.step);
-            CHECK(launch.steps.position[r] == row.position);
-            CHECK(launch.steps.first_index[r] == row.first_index);
+            CHECK(launch.steps[r].counter == row.step);
+            CHECK(launch.steps[r].position == row.position);
+            CHECK(launch.steps[r].first_index == row.first_index);
             any_needs_setup |= row.step != nullptr;
             any_needs_setup |=
                 epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
           }
         }
         CHECK(launch.needs_setup == any_needs_setup);
-        const int64_t at_a_time = chip.multiprocessors * Launch::kBlocks[any_needs_setup ? 1 : 0];
+        const int64_t at_a_time = chip.multiprocessors * Launch::num_blocks(any_needs_setup);
         CHECK(launch.chunk == cuda::chunk_for(total, at_a_time));
         for (uint32_t block = 0; block < num_blocks; ++block) {
           const uint32_t r = launch.row_of(block);

@@ -1,6 +1,7 @@
 // The kernel that advances counters, and what all units were compiled for.
 #include "chunk.h"
-#include "kernels.h"
+#include "device_sweep.h"
+#include "kernel.h"
 
 namespace emopt::cuda {
 

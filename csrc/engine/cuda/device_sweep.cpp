@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "kernel.h"
 #include "plan.h"
 
 namespace emopt::cuda {
@@ -57,18 +57,12 @@ void check_launch(cudaError_t error, int device) {
 template <class Rule, class Epilogue>
 void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
            const Table<kNumOperands<Rule, Epilogue>>& table) {
-  for_each_launch(rule, step, epilogue, table, chip_of,
-                  [](int8_t device, const auto& launch, uint32_t num_blocks) {
-                    const c10::cuda::CUDAGuard guard(device);
-                    check_launch(enqueue(launch, num_blocks, c10::cuda::getCurrentCUDAStream()),
-                                 device);
-                  });
-  if constexpr (Epilogue::kHasRowSteps) {
-    for_each_advance(table, epilogue.found_inf, [](int8_t device, const Advance& counters) {
-      const c10::cuda::CUDAGuard guard(device);
-      check_launch(enqueue(counters, c10::cuda::getCurrentCUDAStream()), device);
-    });
-  }
+  const auto launch_on = [](int8_t device, const auto& launch, auto... num_blocks) {
+    const c10::cuda::CUDAGuard guard(device);
+    check_launch(enqueue(launch, num_blocks..., c10::cuda::getCurrentCUDAStream()), device);
+  };
+  for_each_launch(rule, step, epilogue, table, chip_of, launch_on);
+  if constexpr (Epilogue::kHasRowSteps) for_each_advance(table, epilogue.found_inf, launch_on);
 }
 
 #define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                     \

@@ -1,12 +1,23 @@
-// The kernel. Sees no torch. Each rule's instances are a unit of their own, unit_<stem>.cu: they
-// take long to compile, and so they do at the same time, and one by one when a rule changes.
+// The kernel; to a C++ compiler, only how it is enqueued. Sees no torch. Each rule's instances are
+// a unit of their own, unit_<stem>.cu.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include "launch.h"
+
+namespace emopt::cuda {
+
+template <class Launch>
+cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream);
+cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
+
+}  // namespace emopt::cuda
+
+#if defined(__CUDACC__)
 #include <new>
-#include <type_traits>
 
 #include "chunk.h"
-#include "kernels.h"
 
 namespace emopt::cuda {
 
@@ -25,14 +36,11 @@ __device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row) {
 // Two kernels: where the host knows all numbers, the constants are operands of instructions, and
 // take no registers.
 template <class Launch, bool kNeedsSetup>
-__global__ void __launch_bounds__(kThreads, Launch::kBlocks[kNeedsSetup ? 1 : 0])
+__global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
     sweep(const __grid_constant__ Launch launch) {
   sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
-    if constexpr (kNeedsSetup) {
-      return setup_of_block(launch, row);
-    } else {
-      return Setup<Launch>(launch);
-    }
+    if constexpr (kNeedsSetup) return setup_of_block(launch, row);
+    return Setup<Launch>(launch);
   });
 }
 
@@ -45,12 +53,14 @@ cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stre
   return cudaLaunchKernel(kernel, num_blocks, kThreads, arguments, 0, stream);
 }
 
+}  // namespace emopt::cuda
+
 #define EMOPT_INSTANTIATE_AS(Rule, Epilogue, Real, kBytes) \
-  template cudaError_t enqueue(const Launch<Rule, Epilogue, Real, kBytes>&, uint32_t, cudaStream_t);
+  template cudaError_t emopt::cuda::enqueue(               \
+      const Launch<emopt::Rule, emopt::Epilogue, Real, kBytes>&, uint32_t, cudaStream_t);
 #define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)              \
   EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kSmallLaunch) \
   EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kLargeLaunch) \
   EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kSmallLaunch)
 #define EMOPT_INSTANTIATE_KERNELS(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
-
-}  // namespace emopt::cuda
+#endif

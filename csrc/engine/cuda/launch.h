@@ -2,6 +2,7 @@
 // copied to the device beforehand and nothing is kept, so a captured launch can be replayed.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,12 +17,15 @@ struct LaunchHead {
   using Epilogue = Epilogue_;
   using Real = Real_;
   static constexpr int kOperands = kNumOperands<Rule, Epilogue>;
-  // Whether rows may have masters in halves. Nobody pairs them with float64, whose kernels have no
-  // registers left.
+  // Whether rows may have masters in halves. Nobody pairs them with float64.
   static constexpr bool kMayBeHalved = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
   static constexpr uint32_t kNumbers = 1 + Epilogue::kNumbers;  // the step first
-  static constexpr uint32_t kBlocks[] = {blocks_at_a_time(sizeof(Real), kOperands, false),
-                                         blocks_at_a_time(sizeof(Real), kOperands, true)};
+
+  // Blocks that a multiprocessor holds at a time.
+  static constexpr uint32_t num_blocks(bool needs_setup) {
+    const int blocks = kBlocks - (needs_setup ? 1 : 0) - (kOperands > 5 ? 1 : 0);
+    return static_cast<uint32_t>(std::max(1, sizeof(Real) == sizeof(float) ? blocks : blocks / 2));
+  }
 
   Rule rule;
   Epilogue epilogue;
@@ -44,16 +48,9 @@ struct LaunchHead {
 };
 
 // What a row has beside its operands where it may have a step of its own.
-template <class Epilogue, uint32_t kCapacity>
-struct RowSteps {
-  static constexpr size_t kBytes = 0;
-};
-template <uint32_t kCapacity>
-struct RowSteps<ApplyUpdate, kCapacity> {
-  static constexpr size_t kBytes = sizeof(float*) + 2 * sizeof(uint64_t);
-  float* counter[kCapacity];  // null where the launch has the step
-  uint64_t position[kCapacity];
-  uint64_t first_index[kCapacity];
+struct RowStep {
+  float* counter;  // null where the launch has the step
+  uint64_t position, first_index;
 };
 
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
@@ -67,13 +64,14 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   static constexpr size_t kBytes = kBytes_;
 
   static constexpr size_t kRowBytes = kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) +
-                                      sizeof(uint32_t) + 1 + RowSteps<Epilogue, 1>::kBytes;
-  static constexpr uint32_t kCapacity =
-      static_cast<uint32_t>((kBytes - sizeof(Head) - 4 * alignof(void*)) / kRowBytes);
+                                      sizeof(uint32_t) + 1 +
+                                      (Epilogue::kHasRowSteps ? sizeof(RowStep) : 0);
+  static constexpr uint32_t kCapacity = static_cast<uint32_t>(
+      (kBytes - sizeof(Head) - sizeof(RowStep) - 4 * alignof(void*)) / kRowBytes);
 
   void* data[kOperands][kCapacity];
   int64_t numel[kCapacity];
-  RowSteps<Epilogue, kCapacity> steps;
+  RowStep steps[Epilogue::kHasRowSteps ? kCapacity : 1];
   Real scale[kCapacity];
   uint32_t first_block[kCapacity];
   uint8_t peel[kCapacity];  // see peel_of()
@@ -85,11 +83,7 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
     uint32_t low = 0, high = this->num_rows;
     while (high - low > 1) {
       const uint32_t middle = (low + high) / 2;
-      if (first_block[middle] <= block) {
-        low = middle;
-      } else {
-        high = middle;
-      }
+      (first_block[middle] <= block ? low : high) = middle;
     }
     return low;
   }
@@ -105,10 +99,8 @@ struct Advance {
   float* counters[kCapacity];
 };
 
-// Of a type of so many bytes, what a thread accesses at once.
-constexpr uint32_t vector_bytes(uint32_t size) {
-  return kHeld * size < kVectorBytes ? kHeld * size : kVectorBytes;
-}
+// What a thread accesses at once, of a type of so many bytes.
+constexpr uint32_t vector_bytes(uint32_t size) { return kHeld * size < 16 ? kHeld * size : 16; }
 
 // The number of elements, less than kHeld, after which each operand is where a vector may be, so
 // that all can be accessed by vectors from there on; kNoPhase where there is none.

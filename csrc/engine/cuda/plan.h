@@ -24,18 +24,14 @@ template <int kOperands>
 std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
   std::vector<const Row<kOperands>*> rows;
   rows.reserve(table.rows.size());
-  bool is_uniform = true;
-  uint64_t first_key = 0;
   for (const Row<kOperands>& row : table.rows) {
-    if (row.device == kHost || row.numel == 0) continue;
-    const uint64_t key = launch_key(row);
-    if (rows.empty()) first_key = key;
-    is_uniform &= key == first_key;
-    rows.push_back(&row);
+    if (row.device != kHost && row.numel != 0) rows.push_back(&row);
   }
-  if (!is_uniform) {
-    std::stable_sort(rows.begin(), rows.end(),
-                     [](const auto* a, const auto* b) { return launch_key(*a) < launch_key(*b); });
+  const auto is_before = [](const auto* a, const auto* b) {
+    return launch_key(*a) < launch_key(*b);
+  };
+  if (!std::is_sorted(rows.begin(), rows.end(), is_before)) {
+    std::stable_sort(rows.begin(), rows.end(), is_before);
   }
   return rows;
 }
@@ -69,19 +65,17 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
   using Real = typename Launch::Real;
   constexpr int kOperands = Launch::kOperands;
   Launch launch(rule, step, epilogue, (*begin)->dtype);
-  if (end - begin > static_cast<std::ptrdiff_t>(Launch::kCapacity)) {
-    end = begin + Launch::kCapacity;
-  }
-  const bool has_keys =
-      epilogue.is_stochastic && can_round_stochastically((*begin)->dtype[kUpdate]);
-  launch.needs_setup = step.is_on_device() || epilogue.is_on_device() || has_keys;
+  launch.needs_setup =
+      step.is_on_device() || epilogue.is_on_device() ||
+      (epilogue.is_stochastic && can_round_stochastically((*begin)->dtype[kUpdate]));
+  end = begin + std::min<std::ptrdiff_t>(end - begin, Launch::kCapacity);
   int64_t total = 0;
   for (Iterator at = begin; at != end; ++at) {
     total += (*at)->numel;
     launch.needs_setup |= Launch::Epilogue::kHasRowSteps && (*at)->step != nullptr;
   }
   launch.chunk =
-      chunk_for(total, int64_t{chip.multiprocessors} * Launch::kBlocks[launch.needs_setup ? 1 : 0]);
+      chunk_for(total, int64_t{chip.multiprocessors} * Launch::num_blocks(launch.needs_setup));
   int64_t blocks = 0;
   Iterator at = begin;
   for (; at != end; ++at) {
@@ -94,10 +88,8 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
     launch.scale[r] = static_cast<Real>(row.scale);
     launch.first_block[r] = static_cast<uint32_t>(blocks);
     launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
-    if constexpr (Launch::Epilogue::kHasRowSteps) {
-      launch.steps.counter[r] = row.step;
-      launch.steps.position[r] = row.position;
-      launch.steps.first_index[r] = row.first_index;
+    if (Launch::Epilogue::kHasRowSteps) {
+      launch.steps[r] = {row.step, row.position, row.first_index};
     }
     blocks += chunks;
   }
@@ -131,26 +123,22 @@ void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilo
                      Enqueue enqueue) {
   // Launches that need no setup do not ask whether they are to be skipped.
   if (!epilogue.is_on_device() && epilogue.is_skipped()) return;
+  using Small = Launch<Rule, Epilogue, float, kSmallLaunch>;
+  using Large = Launch<Rule, Epilogue, float, kLargeLaunch>;
+  using Double = Launch<Rule, Epilogue, double, kSmallLaunch>;  // tensors of it are rarely many
   const auto rows = rows_by_key(table);
   for (auto at = rows.begin(); at != rows.end();) {
     const uint64_t key = launch_key(**at);
     const auto end =
         std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
     const Chip chip = chip_of((*at)->device);
-    if ((*at)->compute == DType::kFloat64) {
-      // Never large: its kernels take long to compile, and float64 tensors are rarely many.
-      using Small = Launch<Rule, Epilogue, double, kSmallLaunch>;
-      while (at != end) at = fill_and_enqueue<Small>(rule, step, epilogue, at, end, chip, enqueue);
-    } else {
-      using Small = Launch<Rule, Epilogue, float, kSmallLaunch>;
-      using Large = Launch<Rule, Epilogue, float, kLargeLaunch>;
-      while (at != end) {
-        const bool is_large =
-            chip.takes_large_launches && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity);
-        at = is_large ? fill_and_enqueue<Large>(rule, step, epilogue, at, end, chip, enqueue)
-                      : fill_and_enqueue<Small>(rule, step, epilogue, at, end, chip, enqueue);
-      }
-    }
+    const bool is_large =
+        chip.takes_large_launches && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity);
+    using Rows = decltype(at);
+    const auto fill = (*at)->compute == DType::kFloat64 ? &fill_and_enqueue<Double, Rows, Enqueue>
+                      : is_large                        ? &fill_and_enqueue<Large, Rows, Enqueue>
+                                                        : &fill_and_enqueue<Small, Rows, Enqueue>;
+    at = fill(rule, step, epilogue, at, end, chip, enqueue);
   }
 }
 

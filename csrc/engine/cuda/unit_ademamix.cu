@@ -1,6 +1,3 @@
 #include "../../rules/ademamix.h"
 #include "kernel.h"
-
-namespace emopt::cuda {
 EMOPT_INSTANTIATE_KERNELS(AdEMAMix)
-}

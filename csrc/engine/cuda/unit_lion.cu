@@ -1,6 +1,3 @@
 #include "../../rules/lion.h"
 #include "kernel.h"
-
-namespace emopt::cuda {
 EMOPT_INSTANTIATE_KERNELS(Lion)
-}

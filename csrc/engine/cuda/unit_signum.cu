@@ -1,6 +1,3 @@
 #include "../../rules/signum.h"
 #include "kernel.h"
-
-namespace emopt::cuda {
 EMOPT_INSTANTIATE_KERNELS(Signum)
-}

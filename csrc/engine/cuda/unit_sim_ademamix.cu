@@ -1,6 +1,3 @@
 #include "../../rules/sim_ademamix.h"
 #include "kernel.h"
-
-namespace emopt::cuda {
 EMOPT_INSTANTIATE_KERNELS(SimAdEMAMix)
-}

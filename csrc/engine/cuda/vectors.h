@@ -1,113 +1,86 @@
-// Elements on the way between memory and the arithmetic. All of the kernel's accesses to operands
-// are in this file; `make cuda-check` reads the disassembly for that.
+// What a thread holds of an operand, on the way between memory and the arithmetic. All accesses to
+// operands are in this file; `make cuda-check` reads the machine code for that.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "../dtypes.h"
 #include "launch.h"
 
 namespace emopt::cuda {
 
-// A vector is laid over elements of any type.
-#if defined(__GNUC__)
-#define EMOPT_MAY_ALIAS __attribute__((may_alias))
-#else
-#define EMOPT_MAY_ALIAS
-#endif
-
+// Laid over elements of any type.
 template <uint32_t kBytes>
-struct EMOPT_MAY_ALIAS Vector {
+struct [[gnu::may_alias]] Vector {
   alignas(kBytes) uint32_t words[kBytes / 4];
 };
 
-template <class Value>
-EMOPT_FN Value load_from(const Value* from) {
 #if defined(__CUDA_ARCH__) && EMOPT_STREAMING
-  if constexpr (sizeof(Value) == 16)
-    return bit_cast<Value>(__ldcs(reinterpret_cast<const uint4*>(from)));
-  if constexpr (sizeof(Value) == 8)
-    return bit_cast<Value>(__ldcs(reinterpret_cast<const uint2*>(from)));
-#endif
+template <uint32_t kBytes>
+using Native = std::conditional_t<kBytes == 16, uint4, uint2>;
+template <uint32_t kBytes>
+EMOPT_FN Vector<kBytes> load_from(const Vector<kBytes>* from) {
+  return bit_cast<Vector<kBytes>>(__ldcs(reinterpret_cast<const Native<kBytes>*>(from)));
+}
+template <uint32_t kBytes>
+EMOPT_FN void store_to(Vector<kBytes>* to, const Vector<kBytes>& vector) {
+  __stcs(reinterpret_cast<Native<kBytes>*>(to), bit_cast<Native<kBytes>>(vector));
+}
+#else
+template <class Vector>
+EMOPT_FN Vector load_from(const Vector* from) {
   return *from;
 }
-
-template <class Value>
-EMOPT_FN void store_to(Value* to, const Value& value) {
-#if defined(__CUDA_ARCH__) && EMOPT_STREAMING
-  if constexpr (sizeof(Value) == 16)
-    return __stcs(reinterpret_cast<uint4*>(to), bit_cast<uint4>(value));
-  if constexpr (sizeof(Value) == 8)
-    return __stcs(reinterpret_cast<uint2*>(to), bit_cast<uint2>(value));
-#endif
-  *to = value;
+template <class Vector>
+EMOPT_FN void store_to(Vector* to, const Vector& vector) {
+  *to = vector;
 }
+#endif
 
-// Which elements of a chunk a thread holds at a time: kHeld side by side, or, where those could not
-// be accessed by vectors, kHeld of which each is beside the next thread's.
-struct Place {
-  bool is_vector;
-  uint32_t first;
-  uint32_t left;  // elements from the first on that may be touched, where it is no vector
+template <class Stored>
+using BitsOf = std::conditional_t<sizeof(Stored) == 2, uint16_t,
+                                  std::conditional_t<sizeof(Stored) == 4, uint32_t, uint64_t>>;
 
-  EMOPT_FN uint32_t stride() const { return is_vector ? 1 : kThreads; }
-};
-
-// The elements that a thread holds of one operand, as they lie in memory. By words: an array of
-// shorter elements would have to lie in memory, not in registers.
+// The elements of a type of so many bytes, as they lie in memory. By words: an array of shorter
+// elements would have to lie in memory itself, not in registers.
 template <uint32_t kSize>
 struct Packet {
   uint32_t words[kHeld * kSize / 4];
 
   template <class Stored>
   EMOPT_FN Stored get(uint32_t i) const {
-    if constexpr (sizeof(Stored) == 2) {
-      return bit_cast<Stored>(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)));
-    } else if constexpr (sizeof(Stored) == 4) {
-      return bit_cast<Stored>(words[i]);
-    } else {
-      return bit_cast<Stored>(static_cast<uint64_t>(words[2 * i + 1]) << 32 | words[2 * i]);
-    }
+    Stored stored;
+    memcpy(&stored, reinterpret_cast<const char*>(words) + i * sizeof(stored), sizeof(stored));
+    return stored;
   }
 
-  // To be called for rising i, since each first half of a word clears the second.
   template <class Stored>
-  EMOPT_FN void put(uint32_t i, Stored value) {
-    if constexpr (sizeof(Stored) == 2) {
-      const uint32_t bits = bit_cast<uint16_t>(value);
-      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | bits << 16;
-    } else if constexpr (sizeof(Stored) == 4) {
-      words[i] = bit_cast<uint32_t>(value);
-    } else {
-      const auto bits = bit_cast<uint64_t>(value);
-      words[2 * i] = static_cast<uint32_t>(bits);
-      words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
-    }
+  EMOPT_FN void put(uint32_t i, Stored stored) {
+    memcpy(reinterpret_cast<char*>(words) + i * sizeof(stored), &stored, sizeof(stored));
   }
 
-  // `Bits` is an unsigned integer of the type's size.
   template <class Bits>
   EMOPT_FN void load_vectors(const Bits* from) {
-    constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+    constexpr uint32_t kWords = vector_bytes(sizeof(Bits)) / 4;
+    const auto* vector = reinterpret_cast<const Vector<4 * kWords>*>(from);
     EMOPT_UNROLL
-    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kBytes / 4) {
-      const auto vector =
-          load_from(reinterpret_cast<const Vector<kBytes>*>(from) + w / (kBytes / 4));
+    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kWords) {
+      const auto loaded = load_from(vector++);
       EMOPT_UNROLL
-      for (uint32_t i = 0; i < kBytes / 4; ++i) words[w + i] = vector.words[i];
+      for (uint32_t i = 0; i < kWords; ++i) words[w + i] = loaded.words[i];
     }
   }
 
   template <class Bits>
   EMOPT_FN void store_vectors(Bits* to) const {
-    constexpr uint32_t kBytes = vector_bytes(sizeof(Bits));
+    constexpr uint32_t kWords = vector_bytes(sizeof(Bits)) / 4;
+    auto* vector = reinterpret_cast<Vector<4 * kWords>*>(to);
     EMOPT_UNROLL
-    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kBytes / 4) {
-      Vector<kBytes> vector;
+    for (uint32_t w = 0; w < kHeld * sizeof(Bits) / 4; w += kWords) {
+      Vector<4 * kWords> stored;
       EMOPT_UNROLL
-      for (uint32_t i = 0; i < kBytes / 4; ++i) vector.words[i] = words[w + i];
-      store_to(reinterpret_cast<Vector<kBytes>*>(to) + w / (kBytes / 4), vector);
+      for (uint32_t i = 0; i < kWords; ++i) stored.words[i] = words[w + i];
+      store_to(vector++, stored);
     }
   }
 
