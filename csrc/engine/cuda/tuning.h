@@ -45,10 +45,10 @@ inline constexpr int kBlocks = EMOPT_BLOCKS;
 #endif
 inline constexpr uint32_t kMaxChunk = EMOPT_MAX_CHUNK * kTile;
 
-// Neither is set. EMOPT_STREAMING tells caches that nobody wants the data again soon: expected are 1
-// to 2 percent where operands are larger than the L2 cache, a loss where they are found there. With
-// EMOPT_PREFETCH, a thread loads its next elements before it computes the present ones: expected is
-// nothing, as other warps fill that time. Not yet measured.
+// Neither is set. EMOPT_STREAMING tells caches that nobody wants the data again soon: expected are
+// 1 to 2 percent where operands are larger than the L2 cache, a loss where they are found there.
+// With EMOPT_PREFETCH, a thread loads its next elements before it computes the present ones:
+// expected is nothing, as other warps fill that time. Not yet measured.
 #ifndef EMOPT_PREFETCH
 #define EMOPT_PREFETCH 0
 #endif
