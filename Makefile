@@ -55,8 +55,8 @@ python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated devices
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
 	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
-	    tests/test_functions.py tests/test_identities.py tests/test_properties.py \
-	    tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py \
+	    tests/test_cuda_conversions.py tests/test_functions.py tests/test_identities.py \
+	    tests/test_properties.py tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py \
 	    tests/test_megatron_steps.py tests/test_loading.py tests/test_states.py \
 	    tests/test_step_overlap.py
 

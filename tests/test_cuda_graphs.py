@@ -1,0 +1,253 @@
+"""CUDA graphs of a thousand tensors, whose launches are the large ones, and steps on other streams.
+
+A graph keeps a launch's arguments, up to 32 KB of them; those of a replay must be the ones that
+were captured, long after the call that made them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from optimizers import Setup, assert_same, contents, every_optimizer, make_grads
+from oracle import RULES, Rule
+from support import MIXES, Operands, call, every_rule, make_operands
+from test_cuda import to
+from test_cuda_optimizers import assert_same_as_on_cpu, counters, make_run, step_with
+from torch import Tensor
+from torch.nn import Parameter
+
+from emerging_optimizers import ScalarOptimizer
+
+pytestmark = [pytest.mark.cuda, pytest.mark.real]
+
+COUNT = 1000
+# Less than a vector, some vectors, and more than a tile.
+SIZES = [3000 if i % 100 == 0 else 1 + 37 * i % 300 for i in range(COUNT)]
+every_way = pytest.mark.parametrize(
+    "storage", ["float32", "bfloat16, masters", "bfloat16, stochastic"]
+)
+
+
+def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return the graph of what a function does, which is not done yet."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def on_a_side_stream(function: Callable[[], object]) -> None:
+    """Call on another stream, after what is enqueued, and before what will be."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+# ---- a thousand tensors in a graph ---------------------------------------------------------------
+
+
+def make_positions(rule: Rule, mix: str) -> list[Operands]:
+    return [to(make_operands(rule, (size,), MIXES[mix], i), "cuda") for i, size in enumerate(SIZES)]
+
+
+def copies(positions: Sequence[Operands]) -> list[Operands]:
+    return [position.clone() for position in positions]
+
+
+def of_all(rule: Rule, updates: Sequence[Tensor], positions: Sequence[Operands]) -> list[Tensor]:
+    """Return the updates in one tensor, and the states, to be compared."""
+    states = ([p.states[i] for p in positions] for i in range(len(rule.states)))
+    return [torch.cat(list(tensors)) for tensors in (updates, *states)]
+
+
+@every_rule
+@pytest.mark.parametrize("mix", ["float32", "bfloat16 grad, float32 states"])
+def test_a_call(rule: Rule, mix: str) -> None:
+    """Each replay is the next step, of the gradients that are there by then."""
+    positions = make_positions(rule, mix)
+    eager = copies(positions)
+    outs = [torch.empty_like(position.grad) for position in positions]
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    case = rule.usual | ({"step": step} if "step" in rule.usual else {})
+
+    def next_step(positions: list[Operands]) -> None:
+        step.add_(1)
+        call(rule, case, positions, out=outs)
+
+    on_a_side_stream(lambda: next_step(copies(positions)))
+    step.zero_()
+    graph = capture(lambda: next_step(positions))
+    assert_same(of_all(rule, outs, positions), of_all(rule, outs, eager), "at the capture")
+    updates = [torch.empty_like(out) for out in outs]
+    for number in range(1, 5):
+        for some in (positions, eager):
+            torch._foreach_mul_([position.grad for position in some], -0.75)
+        graph.replay()
+        assert step.item() == number
+        call(rule, case, eager, out=updates)
+        got, wanted = of_all(rule, outs, positions), of_all(rule, updates, eager)
+        assert_same(got, wanted, f"replay {number}")
+
+
+@pytest.mark.parametrize("rule", [RULES["adam"], RULES["lion"]], ids=str)
+def test_a_graph_keeps_its_arguments(rule: Rule) -> None:
+    """Whatever other calls launch, and free, before a replay."""
+    positions = make_positions(rule, "float32")
+    others, eager = copies(positions), copies(positions)
+    outs = [torch.empty_like(position.grad) for position in positions]
+    on_a_side_stream(lambda: call(rule, rule.usual, copies(positions)))
+    graph = capture(lambda: call(rule, rule.usual, positions, out=outs))
+    for _ in range(20):
+        call(rule, rule.usual, others)
+    del others
+    graph.replay()
+    updates = call(rule, rule.usual, eager)
+    assert_same(of_all(rule, outs, positions), of_all(rule, updates, eager))
+
+
+def _optimizer(setup: Setup, storage: str, **options: Any) -> ScalarOptimizer:
+    """Return an optimizer of a thousand parameters, all with gradients."""
+    steps = make_run(setup, storage, weight_decay=0.1, **options)
+    generator = torch.Generator().manual_seed(7)
+    params = [
+        Parameter(torch.randn(size, generator=generator).to("cuda", steps.dtype)) for size in SIZES
+    ]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    return setup.make(params, **steps.options)
+
+
+def _all_of(optimizer: ScalarOptimizer) -> list[Tensor]:
+    """Return all parameters and states in one tensor of each dtype, to be compared."""
+    tensors = [tensor.reshape(-1) for tensor in contents(optimizer)]
+    dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
+    return [torch.cat([t for t in tensors if t.dtype == dtype]) for dtype in dtypes]
+
+
+def _set_grads(optimizer: ScalarOptimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    values = torch.randn(sum(SIZES), generator=generator).to("cuda").split(SIZES)
+    grads = [param.grad for param in optimizer.param_groups[0]["params"]]
+    torch._foreach_copy_(grads, values)
+
+
+def _step(optimizer: ScalarOptimizer) -> None:
+    torch.default_generator.manual_seed(1)  # a graph keeps the seed that its capture draws
+    optimizer.step()
+
+
+@every_optimizer
+@every_way
+def test_a_step(setup: Setup, storage: str) -> None:
+    """Each replay is the next step, of the gradients and the learning rate that are there."""
+    optimizers = [
+        _optimizer(setup, storage, lr=torch.tensor(0.02, device="cuda"), capturable=True)
+        for _ in range(2)
+    ]
+    eager, graphed = optimizers
+    for optimizer in optimizers:
+        _set_grads(optimizer, 1)
+    on_a_side_stream(lambda: _step(graphed))  # makes the states
+    _step(eager)
+    before = _all_of(graphed)
+    assert_same(before, _all_of(eager), "the first step")
+    graph = capture(lambda: _step(graphed))
+    assert_same(_all_of(graphed), before, "at the capture")
+    for step in range(2, 6):
+        for optimizer in optimizers:
+            _set_grads(optimizer, step)
+            optimizer.param_groups[0]["lr"].mul_(0.9)
+        _step(eager)
+        graph.replay()
+        assert_same(_all_of(graphed), _all_of(eager), f"step {step}")
+        assert {counter.item() for counter in counters(graphed)} == {float(step)}
+
+
+@every_optimizer
+def test_a_skipped_step(setup: Setup) -> None:
+    """A ``GradScaler``'s numbers are read at each replay, by all of the launches."""
+    optimizers = [_optimizer(setup, "bfloat16, masters", capturable=True) for _ in range(2)]
+    eager, graphed = optimizers
+    found_inf = torch.zeros((), device="cuda")
+    scaler = {"grad_scale": torch.tensor(4.0, device="cuda"), "found_inf": found_inf}
+    for optimizer in optimizers:
+        _set_grads(optimizer, 1)
+    on_a_side_stream(lambda: step_with(graphed, **scaler))
+    step_with(eager, **scaler)
+    graph = capture(lambda: step_with(graphed, **scaler))
+    for step, overflow in enumerate((True, False, True, False), start=2):
+        found_inf.fill_(float(overflow))
+        before = _all_of(graphed)
+        for optimizer in optimizers:
+            _set_grads(optimizer, step)
+        graph.replay()
+        if overflow:
+            assert_same(_all_of(graphed), before, f"step {step}")
+        else:
+            step_with(eager, **scaler)
+            assert_same(_all_of(graphed), _all_of(eager), f"step {step}")
+    assert {counter.item() for counter in counters(graphed)} == {3.0}
+
+
+# ---- steps on other streams ----------------------------------------------------------------------
+
+
+@every_optimizer
+@every_way
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_on_a_side_stream(setup: Setup, storage: str, capturable: bool) -> None:
+    """What the stream has been told to do before it is what the step finds."""
+    steps = make_run(setup, storage, capturable=capturable)
+    torch.manual_seed(0)
+    params = [
+        Parameter(torch.randn(shape).to(steps.dtype)) for shape in ((3, 700), (1, 1), (131, 70))
+    ]
+    there = [Parameter(param.detach().to("cuda")) for param in params]
+    optimizer, other = setup.make(there, **steps.options), setup.make(params, **steps.options)
+    for step in range(1, 4):
+        grads = make_grads(params, step)
+        on_device = [grad.to("cuda") for grad in grads]
+        for param, same, grad in zip(there, params, grads, strict=True):
+            same.grad = grad
+            param.grad = torch.zeros_like(param)
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # so that another stream would read zeros
+            for param, grad in zip(there, on_device, strict=True):
+                assert param.grad is not None
+                param.grad.copy_(grad)
+            _step(optimizer)
+        side.synchronize()
+        _step(other)
+        assert_same_as_on_cpu(optimizer, other, f"step {step}")
+
+
+@every_optimizer
+def test_numbers_that_a_side_stream_writes(setup: Setup) -> None:
+    """The learning rate, the multiplier and a ``GradScaler``'s numbers, on the device."""
+    written: Mapping[str, float] = {"grad_multiplier": 0.3, "grad_scale": 8.0, "found_inf": 0.0}
+    steps = make_run(setup, "float32")
+    params = [Parameter(torch.randn(3, 700))]
+    there = [Parameter(param.detach().to("cuda")) for param in params]
+    lr = torch.ones((), device="cuda")
+    optimizer = setup.make(there, **{**steps.options, "lr": lr})
+    other = setup.make(params, **{**steps.options, "lr": torch.tensor(0.02)})
+    (grad,) = make_grads(params, 1)
+    params[0].grad, there[0].grad = grad, grad.to("cuda")
+    numbers: dict[str, Tensor] = {name: torch.ones((), device="cuda") for name in written}
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        lr.fill_(0.02)
+        for name, number in numbers.items():
+            number.fill_(written[name])
+        step_with(optimizer, **numbers)
+    side.synchronize()
+    step_with(other, **{name: torch.tensor(value) for name, value in written.items()})
+    assert_same_as_on_cpu(optimizer, other)
