@@ -8,12 +8,14 @@ where torch has no CUDA, or there is no nvcc of its major version; with =1 that 
 TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this machine.
 """
 
+import atexit
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,12 +141,15 @@ def compiler_variables(folder: Path) -> dict[str, str]:
         # Named like the compiler, by whose name torch knows it; but not the same, for it is first
         # on the PATH.
         programs = [word for word in words if shutil.which(word)] or [usual]
+        if os.pathsep in str(folder):  # which PATH cannot have
+            folder = Path(tempfile.mkdtemp(prefix="emerging_optimizers-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         script = folder / (re.sub(r"[^\w+.-]", "_", Path(programs[-1]).name) + f"-of-{name}")
         folder.mkdir(parents=True, exist_ok=True)
         script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         script.chmod(0o755)
-        # By its name, since torch quotes a path for the shell but not for ninja.
-        variables[name] = str(script.absolute()) if os.pathsep in str(folder) else script.name
+        # By its name, since torch quotes no path for ninja, and torch 2.11 none for the shell.
+        variables[name] = script.name
         path = os.environ.get("PATH", os.defpath)
         variables["PATH"] = os.pathsep.join([str(folder.absolute()), path])
         # torch would put ccache before the script, where the command may have it already.
