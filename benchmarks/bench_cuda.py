@@ -4,45 +4,49 @@
     python benchmarks/bench_cuda.py --quick --rules adam lion      # only what the targets need
 
 Each contender is checked first: this package against the formula in PyTorch's operations on the
-same device and, bit for bit, against its own CPU kernel; the others against this package. Then all
-are timed in turn on the same tensors; see ``harness.py`` for how. Bytes are those that the
-algorithm reads and writes; the roof is ``copy_`` of a large tensor, in turn with the rest, by the
-bytes that it reads and writes.
+same device and, bit for bit, against its own CPU kernel; the others against this package; steps of
+optimizers against float64. Then all are timed in turn on the same tensors; see ``harness.py`` for
+how. Bytes are those that the algorithm reads and writes, also of a contender that moves others,
+whose title says so; the roof is ``copy_`` of a large tensor, in turn with the rest, by the bytes
+that it reads and writes.
 """
 
 import argparse
-import copy
-import dataclasses
 import sys
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from contenders import (
-    CONTENDERS,
-    Compiled,
-    Contender,
-    Eager,
-    Foreach,
-    OptimizerStep,
-    Package,
-    Step,
-    check,
-    check_steps,
+from contenders import CONTENDERS, Compiled, Contender, Eager, Foreach, Package, Step, check
+from cuda_contenders import Copy, DeviceStep, Formula, FusedAdam, FusedAdamW, check_bits
+from cuda_device import (
+    ColdClock,
+    Device,
+    DeviceClock,
+    Gpu,
+    HostClock,
+    QueueClock,
+    StandIn,
+    count_launches,
 )
-from gpu import describe_gpu, why_no_gpu
+from cuda_steps import (
+    OTHERS,
+    OURS,
+    SAME_WORK,
+    STEPPED,
+    STORAGES,
+    StepCheck,
+    Storage,
+    StoredProblem,
+    check_bits_of_step,
+)
+from gpu import why_no_gpu
 from harness import (
-    Clock,
     Comparison,
     Ratio,
     Verdict,
-    WrongResultError,
     compare,
     describe_run,
     format_ratio,
@@ -51,19 +55,17 @@ from harness import (
     significant,
     write_json,
 )
-from problems import RULES, SHAPES, OptimizerProblem, Problem, Rule, Shape
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from problems import RULES, SHAPES, Problem, Rule, Shape
 
 from emerging_optimizers._native import native
 
 # ---- what is to be reached -----------------------------------------------------------------------
 
-# Parts of the copy's bandwidth.
+# Parts of the copy's bandwidth, with float32 states.
 PART_OF_COPY = {
     "large": 0.90,
     "large-bfloat16": 0.90,
+    "large-float16": 0.90,
     "gpt2": 0.85,
     "step-large": 0.90,
     "step-gpt2": 0.85,
@@ -78,382 +80,15 @@ PART_OF_FOREACH = 1 / 3
 PART_OF_FUSED = 1.0
 
 
-# ---- the device, and a stand-in for it -----------------------------------------------------------
-
-
-class Device(ABC):
-    """What the clocks need of a device.
-
-    Attributes:
-        type: As PyTorch calls it.
-        memory: Bytes that are free.
-        cache: Bytes of its last cache.
-    """
-
-    type: ClassVar[str]
-    memory: int
-    cache: int
-
-    @abstractmethod
-    def mark(self) -> Any:
-        """Note the time at which the device gets here."""
-
-    @abstractmethod
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the time between two marks that the device has reached."""
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Wait until the device has done everything."""
-
-    @abstractmethod
-    def occupy(self, seconds: float) -> None:
-        """Keep the device busy for at least so long, without memory."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return what a figure must be read with."""
-
-
-class Gpu(Device):
-    """The current CUDA device."""
-
-    type = "cuda"
-    # More than any GPU's clock does in a second.
-    _CYCLES_PER_SECOND = 3e9
-
-    def __init__(self) -> None:
-        self.memory = torch.cuda.mem_get_info()[0]
-        self.cache = describe_gpu()["l2_bytes"]
-
-    def mark(self) -> Any:
-        """Record an event."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the time between two events."""
-        return float(start.elapsed_time(end)) * 1e-3
-
-    def wait(self) -> None:
-        """Synchronise."""
-        torch.cuda.synchronize()
-
-    def occupy(self, seconds: float) -> None:
-        """Enqueue a kernel that spins."""
-        torch.cuda._sleep(int(seconds * self._CYCLES_PER_SECOND))
-
-    def describe(self) -> dict[str, Any]:
-        """Return the GPU's properties, and what the package was compiled for."""
-        compiled = [] if native is None else list(native.cuda_architectures)
-        return {**describe_gpu(), "compiled_architectures": compiled}
-
-
-class StandIn(Device):
-    """The CPU in a GPU's place, so that all the rest can be run where there is none."""
-
-    type = "cpu"
-    memory = 1 << 20
-    cache = 1 << 12
-
-    def mark(self) -> Any:
-        """Read the clock."""
-        return time.perf_counter()
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the difference."""
-        return float(end - start)
-
-    def wait(self) -> None:
-        """Return: nothing is under way."""
-
-    def occupy(self, seconds: float) -> None:
-        """Return: nothing needs time to be enqueued."""
-
-    def describe(self) -> dict[str, Any]:
-        """Say that there is no GPU."""
-        return {"name": "none: a smoke test, whose figures mean nothing"}
-
-
-class QueueClock(Clock):
-    """Calls back to back, by the device's clock, host and device working at the same time."""
-
-    name = "calls back to back, host included"
-    shortest = 5e-3
-    lead = 0.0
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def seconds(self, step: Callable[[], object], calls: int) -> float:
-        """Return how long so many calls take."""
-        if self.lead:
-            self._device.occupy(self.lead)
-        start = self._device.mark()
-        for _ in repeat(None, calls):
-            step()
-        end = self._device.mark()
-        self._device.wait()
-        return self._device.seconds(start, end)
-
-
-class DeviceClock(QueueClock):
-    """The device alone, for calls that take it longer than the host.
-
-    It is kept busy until the host is ahead of it, and so never waits. For operands several times
-    as large as its cache: each call finds nothing there.
-    """
-
-    name = "device alone, calls back to back"
-    lead = 5e-4
-
-
-class ColdClock(Clock):
-    """The device alone, its cache full of something else.
-
-    Each call is enqueued whole while the device is kept busy, so that it never waits for the host.
-    Reading fills the cache: what was written there would have to be written back meanwhile.
-    """
-
-    name = "device alone, cache cold"
-    shortest = 0.0  # each call is timed by itself
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._other = torch.ones(device.cache, device=device.type)  # four times the cache's bytes
-        self._sum = torch.empty((), device=device.type)
-
-    def seconds(self, step: Callable[[], object], calls: int) -> float:
-        """Return how long so many calls take."""
-        device = self._device
-        total = 0.0
-        for _ in repeat(None, calls):
-            begin = time.perf_counter()
-            step()
-            of_host = time.perf_counter() - begin
-            device.wait()
-            device.occupy(3 * of_host + 1e-3)
-            torch.sum(self._other, dim=0, out=self._sum)
-            start = device.mark()
-            step()
-            end = device.mark()
-            device.wait()
-            total += device.seconds(start, end)
-        return total
-
-
-class HostClock(Clock):
-    """The host alone: until the call returns, with nothing in the device's queue."""
-
-    name = "host alone, nothing queued"
-    shortest = 0.0
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def seconds(self, step: Callable[[], object], calls: int) -> float:
-        """Return how long so many calls take."""
-        total = 0
-        for _ in repeat(None, calls):
-            self._device.wait()
-            start = time.perf_counter_ns()
-            step()
-            total += time.perf_counter_ns() - start
-        self._device.wait()
-        return total * 1e-9
-
-
-def count_launches(step: Callable[[], object], device: Device) -> int | None:
-    """Return how many kernels a call runs on the device; None where the profiler sees none."""
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    names: list[str] = []
-    for _ in range(2):  # the first time, the profiler itself is starting
-        with profile(activities=[activity]) as profiler:
-            step()
-            device.wait()
-        names = [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    return len([name for name in names if not name.startswith(("Memcpy", "Memset"))]) or None
-
-
-# ---- contenders on this device alone -------------------------------------------------------------
-
-
-class Formula(Contender):
-    """The formula on widened operands; the package is checked against it, nobody times it."""
-
-    name = "formula"
-    title = "formula"
-
-    def prepare(self, problem: Problem) -> Step:
-        """Return a loop over the tensors."""
-        rule = problem.rule
-        return lambda: [
-            rule.formula(grad.float(), *states, *rule.values).to(grad.dtype)
-            for grad, *states in problem.positions()
-        ]
-
-
-class DeviceStep(Package):
-    """This package, with a step that only the device knows."""
-
-    name = "device-step"
-    title = "this package, step on the device"
-
-    def prepare(self, problem: Problem) -> Step:
-        """Return one call on all tensors."""
-        step = torch.tensor(problem.rule.options["step"], device=problem.grads[0].device)
-        problem = copy.copy(problem)
-        options = problem.rule.options | {"step": step}
-        problem.rule = dataclasses.replace(problem.rule, options=options)
-        return super().prepare(problem)
-
-
-class FusedAdam(Contender):
-    """PyTorch's own fused Adam, which applies the update to the parameters as well."""
-
-    name = "torch-adam"
-    title = "torch.optim.Adam, fused (applies the update, too)"
-    optimizer: ClassVar[Callable[..., torch.optim.Optimizer]] = torch.optim.Adam
-
-    def prepare(self, problem: Problem) -> Step:
-        """Return the optimizer's step from parameters that are 0: it makes them the update's -1."""
-        parameters = [torch.zeros_like(grad) for grad in problem.grads]
-        options = {key: problem.rule.options[key] for key in ("betas", "eps")}
-        optimizer = type(self).optimizer(
-            parameters, lr=1.0, weight_decay=0.0, fused=True, **options
-        )
-        before = torch.tensor(float(problem.rule.options["step"] - 1))
-        for parameter, grad, *averages in zip(
-            parameters, problem.grads, *problem.states, strict=True
-        ):
-            parameter.grad = grad
-            optimizer.state[parameter] = {
-                "step": before.to(grad.device, copy=True),
-                "exp_avg": averages[0],
-                "exp_avg_sq": averages[1],
-            }
-
-        def step() -> list[Tensor]:
-            optimizer.step()
-            return parameters
-
-        return step
-
-    def expect(self, problem: Problem) -> None:
-        """Put what the first step makes of the parameters in the update's place."""
-        super().expect(problem)
-        torch._foreach_neg_(problem.updates)
-
-
-class FusedAdamW(FusedAdam):
-    """The same with decoupled weight decay, of 0."""
-
-    name = "torch-adamw"
-    title = "torch.optim.AdamW, fused (applies the update, too)"
-    optimizer = torch.optim.AdamW
-
-
-# The optimizers' steps that are measured, by the rule's name.
-STEPPED = {name: RULES[name].optimizer for name in ("adam", "lion")}
-STEPPERS = (
-    OptimizerStep("package", "this package", STEPPED),
-    OptimizerStep(
-        "capturable",
-        "this package, capturable",
-        {name: partial(optimizer, capturable=True) for name, optimizer in STEPPED.items()},
-    ),
-    OptimizerStep(
-        "adamw-foreach",
-        "torch.optim.AdamW, foreach",
-        {"adam": partial(torch.optim.AdamW, foreach=True)},
-    ),
-    OptimizerStep(
-        "adamw-fused", "torch.optim.AdamW, fused", {"adam": partial(torch.optim.AdamW, fused=True)}
-    ),
-)
-
-
-class Copy:
-    """The roof: one large tensor copied to another.
-
-    Attributes:
-        nbytes: Read and written.
-    """
-
-    def __init__(self, device: Device, size: int) -> None:
-        source = torch.rand(size // 4, device=device.type)
-        target = torch.zeros_like(source)
-        self.nbytes = source.nbytes + target.nbytes
-        self.step = lambda: target.copy_(source)
-        self.step()
-        if not torch.equal(source, target):
-            raise WrongResultError("the copy is not equal to its source")
-
-
 TITLES = {
     **{name: contender.title for name, contender in CONTENDERS.items()},
     **{c.name: c.title for c in (DeviceStep, FusedAdam, FusedAdamW)},
-    **{stepper.name: stepper.title for stepper in STEPPERS},
+    **{stepper.name: stepper.title for stepper in (*OURS, *OTHERS)},
     "copy": "copy_ of a large tensor",
     "aligned": "this package, aligned",
     "offset-1": "this package, all operands at element 1",
     "odd-offsets": "this package, at different odd elements",
 }
-
-# Compared with the CPU's bits, at each end of each tensor.
-_END = 1 << 18
-
-
-def check_bits(problem: Problem) -> None:
-    """Raise unless this package gives the bits of its CPU kernel."""
-    rule = problem.rule
-    grads, *states, updates = map(_ends, (problem.grads, *problem.states, problem.updates))
-    rule.function(grads, *states, *rule.values, out=updates)
-    Package().prepare(problem)()
-    _compare_bits(problem, "update", (problem.updates, *problem.states), (updates, *states))
-
-
-def check_bits_of_step(problem: OptimizerProblem) -> None:
-    """Raise unless this package's optimizer gives the bits of its step on the CPU."""
-    initial = problem.mapped(lambda tensors: [tensor.detach().clone() for tensor in tensors])
-    on_cpu = problem.mapped(_ends)
-    for stepper in STEPPERS[:2]:
-        for one in (problem, on_cpu):
-            stepper.prepare(one)()
-        _compare_bits(problem, f"param ({stepper.name})", problem.modified, on_cpu.modified)
-    for tensors, values in zip(problem.modified, initial.modified, strict=True):
-        torch._foreach_copy_(tensors, values)
-
-
-def _compare_bits(
-    problem: Problem | OptimizerProblem,
-    first: str,
-    lists: Sequence[Sequence[Tensor]],
-    wanted: Sequence[Sequence[Tensor]],
-) -> None:
-    """Compare what a call wrote, the states last, with the ends of what it must write."""
-    names = (first, *problem.rule.states)
-    for name, tensors, ends in zip(names, lists, wanted, strict=True):
-        pairs = zip(map(_bits, _ends(tensors)), map(_bits, ends), strict=True)
-        differing = sum(int((a != b).sum()) for a, b in pairs)
-        if differing:
-            raise WrongResultError(
-                f"{problem.rule.name} at {problem.shape.name}: {differing} elements of {name}"
-                " differ in their bits from the CPU's"
-            )
-
-
-def _ends(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies on the CPU of the first and the last elements of each tensor."""
-    parts = []
-    for flat in (tensor.reshape(-1) for tensor in tensors):
-        parts += [flat] if flat.numel() <= 2 * _END else [flat[:_END], flat[-_END:]]
-    return [part.to("cpu", copy=True) for part in parts]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -571,7 +206,7 @@ class Suite:
 
     def shape_of(self, case: str) -> Shape:
         """Return what a case measures."""
-        return self.shapes.get(case) or self.shapes[case.partition("-")[0]]
+        return self.shapes[_place(case)]
 
     def prepare(self, problem: Problem, contenders: Sequence[Contender]) -> dict[str, Step]:
         """Return the steps of those contenders that work, all checked."""
@@ -594,7 +229,7 @@ class Suite:
     def time(
         self,
         case: str,
-        problem: Problem | OptimizerProblem,
+        problem: Problem | StoredProblem,
         steps: dict[str, Any],
         clock: QueueClock | ColdClock | HostClock,
         ours: str = "package",
@@ -619,19 +254,22 @@ class Suite:
     def measure_bandwidth(self, case: str, rule: Rule) -> None:
         """Compare with the copy's bandwidth, and a step on the device with one on the host."""
         shape = self.shape_of(case)
-        is_short = case.endswith("-bfloat16")
-        dtype = torch.bfloat16 if is_short else torch.float32
-        problem = Problem(rule, shape, dtype, state_dtype=torch.float32, device=self.device.type)
+        dtype, state_dtype = DTYPES.get(case, (torch.float32, torch.float32))
+        problem = Problem(rule, shape, dtype, state_dtype=state_dtype, device=self.device.type)
         contenders: list[Contender] = [Package()]
-        if "step" in rule.options and not is_short:
+        is_float32 = dtype == torch.float32
+        if "step" in rule.options and is_float32:
             contenders.append(DeviceStep())
-        if not self.quick and not is_short:
+        if not self.quick and is_float32:
             contenders.append(Foreach())
+        if not self.quick and rule.name == "adam" and dtype == state_dtype:
+            contenders.append(FusedAdam())
         steps = self.prepare(problem, contenders)
         result = self.time(case, problem, steps | {"copy": self.copy.step}, self.alone)
-        title = CASES[case].format(shape.title)
-        part = result.part_of_copy("package")
-        self.judge(f"{title}: bandwidth / copy", rule, part, ">=", PART_OF_COPY[case])
+        if case in PART_OF_COPY:
+            title = CASES[case].format(shape.title)
+            part = result.part_of_copy("package")
+            self.judge(f"{title}: bandwidth / copy", rule, part, ">=", PART_OF_COPY[case])
 
     def measure_offsets(self, case: str, rule: Rule) -> None:
         """Compare operands that begin at odd elements of their buffers with aligned ones."""
@@ -686,34 +324,47 @@ class Suite:
         launches = self.launches["package"][rule.name]
         self.judge(f"{shape.title}: kernels of a call", rule, launches, "<=", LAUNCHES)
         if rule.name in STEPPED:
-            of_step = OptimizerProblem(rule, shape, self.device.type)
+            of_step = StoredProblem(rule, shape, STORAGES["float32"], self.device.type)
             for name, step in self.prepare_steps(of_step).items():
                 of_name = self.launches.setdefault(f"{name}, step", {})
                 of_name[rule.name] = count_launches(step, self.device)
 
-    def prepare_steps(self, problem: OptimizerProblem) -> dict[str, Callable[[], object]]:
-        """Return the optimizers' steps, all checked."""
-        steppers = [stepper for stepper in STEPPERS if stepper.has(problem.rule)]
+    def prepare_steps(self, problem: StoredProblem) -> dict[str, Callable[[], object]]:
+        """Return the optimizers' steps, all checked; those of PyTorch's that work."""
         check_bits_of_step(problem)
-        steps = {stepper.name: stepper.prepare(problem) for stepper in steppers}
-        check_steps(problem, steppers, steps)
+        check_step = StepCheck(problem)
+        steps: dict[str, Callable[[], object]] = {}
+        for stepper in (*OURS, *OTHERS):
+            if not stepper.has(problem):
+                continue
+            try:
+                step = stepper.prepare(problem)
+                check_step(stepper, step)
+            except Exception as error:
+                if stepper in OURS:
+                    raise
+                where = f"{stepper.name}, {problem.rule.name}, {problem.storage.title}"
+                self.unavailable[where] = _first_line(error)
+            else:
+                steps[stepper.name] = step
         return steps
 
     def measure_step(self, case: str, rule: Rule) -> None:
         """Compare an optimizer's step with the copy's bandwidth and with those of PyTorch."""
         shape = self.shape_of(case)
-        problem = OptimizerProblem(rule, shape, self.device.type)
+        problem = StoredProblem(rule, shape, _storage(case), self.device.type)
         steps = self.prepare_steps(problem)
         steps["copy"] = self.copy.step
         result = self.time(case, problem, steps, self.alone)
         title = CASES[case].format(shape.title)
         part = result.part_of_copy("package")
-        self.judge(f"{title}: bandwidth / copy", rule, part, ">=", PART_OF_COPY[case])
+        limit = PART_OF_COPY[_place(case)]
+        self.judge(f"{title}: bandwidth / copy", rule, part, ">=", limit)
         self.judge_beside_fused(title, rule, result)
 
     def measure_step_of_many(self, case: str, rule: Rule) -> None:
         """Time an optimizer's step on many small parameters, as a call on many small tensors."""
-        problem = OptimizerProblem(rule, self.shape_of(case), self.device.type)
+        problem = StoredProblem(rule, self.shape_of(case), _storage(case), self.device.type)
         steps = self.prepare_steps(problem)
         title = CASES[case].format(problem.shape.title)
         for clock in (self.host, self.queue, self.cold):
@@ -722,9 +373,10 @@ class Suite:
 
     def judge_beside_fused(self, title: str, rule: Rule, result: Result) -> None:
         """Note whether a step takes no longer than PyTorch's fused one, where there is one."""
-        if "adamw-fused" in result.comparison.samples:
-            part = result.comparison.ratio("package", "adamw-fused")
-            self.judge(f"{title}: time / fused", rule, part, "<=", PART_OF_FUSED)
+        for name in SAME_WORK:
+            if name in result.comparison.samples:
+                part = result.comparison.ratio("package", name)
+                self.judge(f"{title}: time / fused", rule, part, "<=", PART_OF_FUSED)
 
     def run(self, case: str, rule: Rule) -> None:
         """Measure a case; what goes wrong is noted, so that the rest is measured, too."""
@@ -738,7 +390,7 @@ class Suite:
             "step-many": self.measure_step_of_many,
         }
         try:
-            measure.get(case, self.measure_bandwidth)(case, rule)
+            measure.get(_place(case), self.measure_bandwidth)(case, rule)
         except Exception as error:
             self.errors[f"{case}, {rule.name}"] = _first_line(error)
             print(f"FAILED: {_first_line(error)}", file=sys.stderr, flush=True)
@@ -763,19 +415,45 @@ class Suite:
         }
 
 
+# The functions' cases in other dtypes than float32: of gradients and updates, and of states.
+DTYPES = {
+    "large-bfloat16": (torch.bfloat16, torch.float32),
+    "large-float16": (torch.float16, torch.float32),
+    "large-all-bfloat16": (torch.bfloat16, torch.bfloat16),
+    "large-all-float16": (torch.float16, torch.float16),
+}
+# The steps' places, and how parameters are stored in the cases that their names end with.
+_STEPS = ("step-large", "step-gpt2", "step-many")
+_STORED = [name for name in STORAGES if name != "float32"]
+
 # What is measured, and how a reader calls it; {} is what the shape is called. Launches come last,
 # since a profiler that has run once may leave launches slower.
 CASES = {
     "large": "{}, float32",
     "large-bfloat16": "{}, bfloat16 gradient and update, float32 states",
+    "large-float16": "{}, float16 gradient and update, float32 states",
     "gpt2": "{}, float32",
     "offsets": "{}, float32, at odd elements of buffers",
     "many": "{}, float32",
-    "step-large": "{}, an optimizer's step",
-    "step-gpt2": "{}, an optimizer's step",
-    "step-many": "{}, an optimizer's step",
+    **dict.fromkeys(_STEPS, "{}, an optimizer's step"),
+    "large-all-bfloat16": "{}, all bfloat16",
+    "large-all-float16": "{}, all float16",
+    **{
+        f"{step}-{name}": f"{{}}, an optimizer's step, {STORAGES[name].title}"
+        for step in _STEPS
+        for name in _STORED
+    },
     "launches": "{}, float32",
 }
+
+
+def _place(case: str) -> str:
+    """Return the case of float32 in which the same is measured of the same shape."""
+    return "-".join(case.split("-")[: 2 if case.startswith("step-") else 1])
+
+
+def _storage(case: str) -> Storage:
+    return STORAGES[case.removeprefix(_place(case)).removeprefix("-") or "float32"]
 
 
 def _title(numel: int) -> str:
