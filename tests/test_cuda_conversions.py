@@ -18,7 +18,7 @@ from support import assert_equal_bits, has_equal_bits, overflow_threshold, round
 from torch import Tensor
 from torch.nn import Parameter
 
-from emerging_optimizers import Adam
+from emerging_optimizers import Adam, Lion
 from emerging_optimizers.scalar_optimizers import calculate_adam_update, calculate_lion_update
 
 pytestmark = pytest.mark.cuda
@@ -67,7 +67,16 @@ def near_boundaries(short: torch.dtype, wide: torch.dtype) -> Tensor:
     if wide == F64:
         others += [5e-324, -5e-324, 1e-60, -1e-60, 1e300, -1e300]
         others += [s * 2.0**128 * (1 + d) for s in (1, -1) for d in (-(2.0**-25), 0.0, 2.0**-30)]
-    return torch.cat([*beside, torch.tensor(others, dtype=F64).to(wide)])
+    return torch.cat([*beside, torch.tensor(others, dtype=F64).to(wide), _nans(wide)])
+
+
+def _nans(wide: torch.dtype) -> Tensor:
+    """NaNs whose first or last bits alone say so: those that rounding could make infinite."""
+    integer, mantissa = (torch.int32, 23) if wide == F32 else (torch.int64, 52)
+    bits = torch.iinfo(integer)
+    infinity = bits.max - (2**mantissa - 1)
+    positive = [infinity + 1, infinity + 2 ** (mantissa - 1), bits.max]
+    return torch.tensor([*positive, *(bits.min + p for p in positive)], dtype=integer).view(wide)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,6 +148,21 @@ def test_a_gradient_is_widened(short: torch.dtype, wide: torch.dtype, offset: in
 def test_a_state_is_widened(short: torch.dtype, offset: int) -> None:
     exp_avg = all_numbers(short)
     check(f"{short}", update_of(exp_avg, F32, offset), exp_avg.float())
+
+
+@every_short
+@every_way
+def test_a_step_widens_the_gradient(short: torch.dtype, offset: int) -> None:
+    grad = all_numbers(short)
+    for device in ("cpu", "cuda"):
+        param = Parameter(torch.zeros(grad.shape, dtype=short, device=device))
+        param.grad = cut(grad, device, offset)
+        optimizer = Lion([param], lr=0.0, betas=(0.0, 0.0), fused=True, state_dtype=F32)
+        optimizer.step()  # makes the state
+        state = optimizer.state[param]["exp_avg"].fill_(-0.0)
+        optimizer.step()
+        assert_equal_bits(state.cpu(), grad.float(), f"{short}, on {device}")
+        assert not param.detach().any()
 
 
 @every_short
