@@ -168,6 +168,7 @@ def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> Mod
         with (
             _environment(environment),
             _environment(_build.compiler_variables(build / "compilers")),
+            _without_lock(cpp_extension),
         ):
             module: ModuleType = cpp_extension.load(
                 _NAME,
@@ -195,6 +196,23 @@ def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> Mod
     except OSError as error:
         _say(f"what was compiled could not be kept in {folder} ({error})")
     return module
+
+
+@contextlib.contextmanager
+def _without_lock(cpp_extension: ModuleType) -> Iterator[None]:
+    """Keep torch from locking the build's folder, which is this process's alone.
+
+    From 2.14 on it takes a lock of the file system, which may have none.
+    """
+    lock = getattr(cpp_extension, "FileLock", None)
+    if lock is None:
+        yield
+        return
+    vars(cpp_extension)["FileLock"] = contextlib.nullcontext
+    try:
+        yield
+    finally:
+        vars(cpp_extension)["FileLock"] = lock
 
 
 def _failure(text: str, log: Path) -> BuildError:
