@@ -4,8 +4,11 @@ Compiles the kernels for several architectures, and fails where
 
 - nvcc has a warning, or the sources around the kernels do not compile;
 - a kernel spills registers, has local memory, or uses more registers than its budget;
-- vectors.h accesses global memory by less than 16 bytes, or anything else does at all, but for the
-  loop over ends, the reading of numbers and counters, and the advance of counters;
+- operands are accessed elsewhere than in vectors.h, or its vectors are not as wide as they can be,
+  so that warps would read or write less than whole sectors;
+- a load of a tile's vectors stands behind the first square root, division or store, where it would
+  wait for them;
+- the loop has more instructions than its budget;
 - an operation could be contracted, or is not rounded as the CPU's.
 
 Whether the kernels compute the right numbers is for the tests, on the host and on a GPU.
@@ -24,6 +27,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,21 +36,32 @@ from torch.utils import cpp_extension
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MAX_SECONDS = 300  # of nvcc, for all architectures together
-VECTOR_BYTES = 16
-# Registers of a thread, by the epilogue. float32: three blocks of 256 threads on a multiprocessor,
-# with its 65536 registers, leave 85 for each, handed out in eights; two, where a thread also holds
-# the weight, leave 128.
-FLOAT32_BUDGET = {"StoreUpdate": 80, "ApplyUpdate": 128}
-# float64, also by the operands of a row: of each, a thread holds 8 elements of 2 registers.
-FLOAT64_BUDGET = {
-    ("StoreUpdate", 3): 128,  # Lion, Signum: 48 of values; two blocks on a multiprocessor
-    ("StoreUpdate", 4): 128,  # the rules with two moments: 64 of values; two blocks
-    ("StoreUpdate", 5): 192,  # AdEMAMix: 80 of values, with which 128 spill; one block, up to 255
-    ("ApplyUpdate", 4): 176,  # one block each from here on
-    ("ApplyUpdate", 5): 200,
-    ("ApplyUpdate", 6): 224,
+# Registers of a thread: 65536 are shared by blocks of 256 threads, and handed out in eights. By the
+# arithmetic type, whether a block computes the constants (which then take registers), and whether a
+# row has six operands (AdEMAMix's, with a weight).
+REGISTERS = {
+    ("float32", False, False): 64,  # four blocks on a multiprocessor
+    ("float32", False, True): 80,  # three: a thread has a fourth more in flight, and 64 spill
+    ("float32", True, False): 80,  # three: 14 constants more, and 64 spill
+    ("float32", True, True): 128,  # two
+    ("float64", False, False): 128,  # two: values take twice the registers
+    ("float64", False, True): 136,  # one, which could have 255
+    ("float64", True, False): 168,  # one
+    ("float64", True, True): 192,  # one
 }
-ADVANCE_BUDGET = 32
+ADVANCE_REGISTERS = 32
+# Instructions of the loop for each operand of a row, over all dtypes: 10 % more than any has.
+# A block that computes the constants has a loop for each value of a rule's flags.
+INSTRUCTIONS = {
+    ("StoreUpdate", "float32", False): 210,
+    ("StoreUpdate", "float32", True): 245,
+    ("ApplyUpdate", "float32", False): 245,
+    ("ApplyUpdate", "float32", True): 345,
+    ("StoreUpdate", "float64", False): 430,
+    ("StoreUpdate", "float64", True): 465,
+    ("ApplyUpdate", "float64", False): 425,
+    ("ApplyUpdate", "float64", True): 550,
+}
 # Lines that call these hold their code, which contracts: warm-up schedules, once per launch.
 LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 
@@ -58,9 +73,11 @@ class Kernel(NamedTuple):
     epilogue: str = ""
     real: str = ""
     launch_bytes: int = 0
+    needs_setup: bool = False
 
     def __str__(self) -> str:
-        parts = (self.rule, self.epilogue, self.real, self.launch_bytes or "")
+        setup = "setup" if self.needs_setup else ""
+        parts = (self.rule, self.epilogue, self.real, self.launch_bytes or "", setup)
         return " ".join(str(part) for part in parts if part)
 
 
@@ -70,10 +87,11 @@ ADVANCE = Kernel("advance")
 def kernel_of(symbol: str) -> Kernel | None:
     if re.search(r"7advanceE", symbol):
         return ADVANCE
-    found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)", symbol)
+    found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
     if found is None:
         return None
-    return Kernel(found[1], found[2], {"f": "float32", "d": "float64"}[found[3]], int(found[4]))
+    real = {"f": "float32", "d": "float64"}[found[3]]
+    return Kernel(found[1], found[2], real, int(found[4]), found[5] == "1")
 
 
 def find_tool(name: str) -> Path:
@@ -108,14 +126,15 @@ def listed(findings: Counter[str]) -> list[str]:
 class Sources:
     """What the check needs to know from the sources of a checkout."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, rules: Sequence[str]) -> None:
         self.root = root
         self.places: dict[tuple[str, str], str] = {}
         self.csrc = root / "csrc"
         self.cuda = self.csrc / "engine" / "cuda"
+        self.stems = rules or sorted(p.stem[5:] for p in self.cuda.glob("unit_*.cu"))
         tuning = (self.cuda / "tuning.h").read_text()
-        self.held = int(re.findall(r"kHeld = (\d+)", tuning)[0])  # elements of each operand
-        small, large = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
+        sizes = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
+        small, large = sizes
         epilogues = dict(
             re.findall(
                 r"^struct (\w+) \{\n  static constexpr int kOperands = (\d+);",
@@ -126,30 +145,34 @@ class Sources:
         # Of each kernel, the operands of a row: the update, the gradient, the states, and what the
         # epilogue adds.
         self.operands = {}
-        for header in sorted((self.csrc / "rules").glob("*.h")):
+        instances = (("float32", small), ("float32", large), ("float64", small))
+        for stem in self.stems:
             pattern = r"^struct (\w+) \{.*?kStates\[\] = \{(.*?)\}"
-            rules = re.findall(pattern, header.read_text(), re.MULTILINE | re.DOTALL)
-            for (rule, states), (epilogue, own) in itertools.product(rules, epilogues.items()):
-                for instance in (("float32", small), ("float32", large), ("float64", small)):
+            text = (self.csrc / "rules" / f"{stem}.h").read_text()
+            for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+                for (name, own), instance, needs_setup in itertools.product(
+                    epilogues.items(), instances, (False, True)
+                ):
                     count = 2 + states.count('"') // 2 + int(own)
-                    self.operands[Kernel(rule, epilogue, *instance)] = count
-        # The only places that access global memory by single elements: for each of a block's, ...
-        self.ends = self.function("engine/cuda/chunk.h", "sweep_ends")
-        # ... for each counter, ...
-        self.advance = self.function("engine/cuda/chunk.h", "advance_counters")
-        # ... and once for a block, before it sweeps.
-        self.setup = self.function("engine/cuda/chunk.h", "step_of")
-        self.setup |= self.function("engine/number.h", "read")
-        self.sweep = self.function("engine/cuda/chunk.h", "sweep_chunk")
+                    self.operands[Kernel(rule, name, *instance, needs_setup)] = count
+        # The only places that access global memory: vectors of a tile, and single elements beside
+        # them; by the callers' lines, since nvcc mistakes the file of some of those in vectors.h.
+        chunk = "engine/cuda/chunk.h"
+        self.vectors = self.lines_with(chunk, r"\.(load|store)_vectors\(")
+        self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
+        self.singles |= self.function("engine/cuda/vectors.h", "load_singles")
+        # Each counter, and numbers, once for a block before it sweeps.
+        self.advance = self.function(chunk, "advance_counters")
+        self.numbers = self.function(chunk, "read_number")
+        self.step = self.function(chunk, "step_and_store")
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
         """Whether a single element may be accessed there."""
         if instruction not in ("LDG", "STG"):
             return False
-        if not self.sweep.isdisjoint(places):
-            return not self.ends.isdisjoint(places)
-        is_read_once = instruction == "LDG" and not self.setup.isdisjoint(places)
-        return is_read_once or not self.advance.isdisjoint(places)
+        if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
+            return True
+        return instruction == "LDG" and not self.numbers.isdisjoint(places)
 
     def build_constant(self, name: str) -> Any:
         """Return a literal that _build.py assigns, so that both compile with the same flags."""
@@ -169,6 +192,14 @@ class Sources:
         text = (self.csrc / file).read_text().splitlines()[int(line) - 1]
         return LIBRARY_CALL.search(text) is not None
 
+    def lines_with(self, file: str, pattern: str) -> set[str]:
+        """Return the lines in which something is, by their names."""
+        lines = enumerate((self.csrc / file).read_text().splitlines(), start=1)
+        result = {f"{file}:{i}" for i, line in lines if re.search(pattern, line)}
+        if not result:
+            raise LookupError(f"{file} has no {pattern}")
+        return result
+
     def function(self, file: str, name: str) -> set[str]:
         """Return the lines of a function, by their names."""
         lines = (self.csrc / file).read_text().splitlines()
@@ -178,17 +209,37 @@ class Sources:
         return {f"{file}:{i + 1}" for i in range(start, end + 1)}
 
 
-def compile_kernels(sources: Sources, nvcc: Path, out: Path) -> dict[str, str]:
-    """Compile the kernels to sm_*.cubin and kernels.ptx; return the report on each cubin."""
+class Compiled(NamedTuple):
+    """Units as an architecture has them: ptxas' reports, and where the cubins are."""
+
+    reports: list[str]
+    cubins: list[Path]
+
+
+def compile_kernels(
+    sources: Sources, nvcc: Path, out: Path, architectures: Sequence[str]
+) -> tuple[dict[str, Compiled], str]:
+    """Compile all units to cubins for each architecture; return them, and the PTX."""
     flags = [flag for flag in sources.build_constant("NVCC_ARGS") if "--threads" not in flag]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
-    base = [str(nvcc), *flags, "-Werror", "all-warnings", str(sources.cuda / "kernels.cu")]
-    # By the oldest standard that a supported torch asks for, and by the newest.
-    old, new = [*base, "-std=c++17"], [*base, "-std=c++20"]
-    commands = [[*old, "-cubin", f"-arch={a}", "-o", f"{out / a}.cubin"] for a in ARCHITECTURES]
-    newest = ARCHITECTURES[-1].replace("sm", "compute")
-    commands.append([*new, "-ptx", f"-arch={newest}", "-o", str(out / "kernels.ptx")])
-    return dict(zip(ARCHITECTURES, compile_all(commands), strict=False))
+    base = [str(nvcc), *flags, "-Werror", "all-warnings"]
+    units = [sources.cuda / f"unit_{stem}.cu" for stem in sources.stems]
+    units.append(sources.cuda / "advance.cu")
+    cubins = {a: [out / f"{unit.stem}.{a}.cubin" for unit in units] for a in architectures}
+    commands = []
+    for architecture, of_all in cubins.items():
+        # By the oldest standard that a supported torch asks for; for the newest chip, whose PTX is
+        # kept, by the newest one.
+        is_newest = architecture == architectures[-1]
+        kept = ["-std=c++20", "--keep", "--keep-dir", str(out)] if is_newest else ["-std=c++17"]
+        for unit, cubin in zip(units, of_all, strict=True):
+            more = [*kept, "-cubin", f"-arch={architecture}", "-o", str(cubin), str(unit)]
+            commands.append([*base, *more])
+    reports = iter(compile_all(commands))
+    compiled = {
+        a: Compiled(list(itertools.islice(reports, len(units))), cubins[a]) for a in architectures
+    }
+    return compiled, "".join((out / f"{unit.stem}.ptx").read_text() for unit in units)
 
 
 def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
@@ -205,10 +256,9 @@ def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
 
 def budget(sources: Sources, kernel: Kernel) -> int:
     if kernel == ADVANCE:
-        return ADVANCE_BUDGET
-    if kernel.real == "float32":
-        return FLOAT32_BUDGET.get(kernel.epilogue, 0)
-    return FLOAT64_BUDGET.get((kernel.epilogue, sources.operands.get(kernel, 0)), 0)
+        return ADVANCE_REGISTERS
+    has_six = sources.operands.get(kernel, 0) > 5
+    return REGISTERS[kernel.real, kernel.needs_setup, has_six]
 
 
 def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], list[str]]:
@@ -234,51 +284,134 @@ def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], l
     return registers, findings
 
 
-def check_accesses(
-    sources: Sources, disassembly: str, kernels: set[Kernel]
-) -> tuple[dict[Kernel, Counter[str]], list[str]]:
-    """Read a disassembly; return the 16-byte loads and stores of each kernel, and what is wrong."""
-    vectors: dict[Kernel, Counter[str]] = {kernel: Counter() for kernel in kernels}
-    wrong: Counter[str] = Counter()
-    kernel: Kernel | None = None
-    places: list[str] = []  # where the instruction comes from, innermost first
-    is_new_place = True
+class Instruction(NamedTuple):
+    """An instruction of a kernel.
+
+    Attributes:
+        name: "LDG", say.
+        modifiers: What follows the name, "E" and "128", say.
+        operands: What it works on.
+        places: Where it comes from, innermost first.
+    """
+
+    name: str
+    modifiers: list[str]
+    operands: str
+    places: list[str]
+
+    def is_in(self, places: set[str]) -> bool:
+        return not places.isdisjoint(self.places)
+
+
+class Code(NamedTuple):
+    """A kernel's instructions, and where its labels stand among them."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def read_disassembly(sources: Sources, disassembly: str) -> dict[Kernel, Code]:
+    kernels: dict[Kernel, Code] = {}
+    code: Code | None = None
+    places: list[str] = []
+    caller: tuple[str, str] | None = None  # of the last frame
     for line in disassembly.splitlines():
         if found := re.match(r"\s*//## File (.*)", line):
-            # One line for each frame; it stands for all instructions up to the next such lines.
-            places = [] if is_new_place else places
-            places.append(sources.place(*re.findall(r'"([^"]*)", line (\d+)', found[1])[0]))
-            is_new_place = False
+            # One line for each frame; they stand for all instructions up to the next such lines.
+            frame, *callers = re.findall(r'"([^"]*)", line (\d+)', found[1])
+            places = (
+                [*places, sources.place(*frame)] if frame == caller else [sources.place(*frame)]
+            )
+            caller = callers[0] if callers else None
         elif found := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
-            kernel, places = kernel_of(found[1]), []
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", line):
-            is_new_place = True
+            kernel = kernel_of(found[1])
+            code = kernels.setdefault(kernel, Code([], {})) if kernel is not None else None
+            places = []
+        elif code is not None and (found := re.match(r"(\.L_x_\d+):", line)):
+            code.labels[found[1]] = len(code.instructions)
+        elif code is not None and (
+            found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        ):
             name, *modifiers = found[1].split(".")
-            if re.fullmatch(r"LDL|STL", name):
-                wrong[f"{kernel}: {found[1]}, local memory"] += 1
-            # Without a letter for the memory (LD, ST) they may be of any.
-            if not re.fullmatch(r"(LD|ST|ATOM|RED)G?|LDGSTS", name):
-                continue
-            what = f"{kernel}: {found[1]} of {' in '.join(places[:2]) or 'no line'}"
-            if any(place.startswith("engine/cuda/vectors.h:") for place in places):
-                if str(8 * VECTOR_BYTES) not in modifiers:
-                    wrong[f"{what}, not of {VECTOR_BYTES} bytes"] += 1
-                elif kernel in vectors:
-                    vectors[kernel][name] += 1
-            elif not sources.may_access(name, places):
-                wrong[f"{what}, outside vectors.h and the few places for single elements"] += 1
-    for kernel, counts in vectors.items():
-        if kernel not in sources.operands:
+            code.instructions.append(Instruction(name, modifiers, found[2], places))
+    return kernels
+
+
+def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
+    """Find accesses to memory by anything but vectors that fill sectors, and the known others."""
+    wrong: Counter[str] = Counter()
+    for one in code.instructions:
+        what = ".".join([one.name, *one.modifiers])
+        if one.name in ("LDL", "STL"):
+            wrong[f"{what}, local memory"] += 1
+        # Without a letter for the memory (LD, ST) they may be of any.
+        if not re.fullmatch(r"(LD|ST|ATOM|RED)G?|LDGSTS", one.name):
             continue
-        # At the least: what a thread holds of each operand that is read in the arithmetic type, and
-        # of each that is written; an update may be float64 whatever the arithmetic is.
-        operand = sources.held * {"float32": 4, "float64": 8}[kernel.real] // VECTOR_BYTES
-        update = sources.held * 8 // VECTOR_BYTES
-        loads = (sources.operands[kernel] - 1) * operand
-        for name, least in (("LDG", loads), ("STG", loads - operand + update)):
-            if counts[name] < least:
-                wrong[f"{kernel}: {counts[name]} {name} in vectors.h, fewer than {least}"] += 1
-    return vectors, listed(wrong)
+        what += f" of {' in '.join(one.places[:2]) or 'no line'}"
+        if one.is_in(sources.vectors):
+            # Of a 2-byte type, 64 bits are all that a thread holds; what follows 8 bytes after
+            # another was cut in two, and takes half of each sector.
+            is_half = "64" in one.modifiers and re.search(r"\+0x[0-9a-f]*8\]", one.operands)
+            if is_half or not {"64", "128"} & set(one.modifiers):
+                wrong[f"{what}, less than a vector"] += 1
+        elif not sources.may_access(one.name, one.places):
+            wrong[f"{what}, outside of the few places for single elements"] += 1
+    return wrong
+
+
+def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
+    """Find loads of a tile's vectors that stand behind what has to wait for others."""
+    wrong: Counter[str] = Counter()
+    runs: list[int] = []  # of loads with nothing between them
+    is_run = False
+    for one in code.instructions:
+        if one.name == "LDG" and one.is_in(sources.vectors):
+            runs = [*runs[:-1], runs[-1] + 1] if is_run else [*runs, 1]
+            is_run = True
+        elif one.name == "STG" or (one.name == "MUFU" and one.is_in(sources.step)):
+            is_run = False
+    # Of each operand that is read, by the size of its type; and the high halves of masters.
+    operands = sources.operands[kernel] - 1
+    has_halves = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
+    wanted = operands * (2 if kernel.real == "float32" else 4) + has_halves
+    if not runs or any(run != wanted for run in runs):
+        wrong[f"{runs} loads of vectors in a row, not {wanted}: some wait for a result"] += 1
+    stores = sum(one.name == "STG" and one.is_in(sources.vectors) for one in code.instructions)
+    if stores < operands:
+        wrong[f"{stores} stores of vectors, fewer than {operands}"] += 1
+    return wrong
+
+
+def loop_length(sources: Sources, code: Code) -> int:
+    """Return the number of instructions of the loop over tiles, 0 if there is none.
+
+    That is the longest way back over a store.
+    """
+    longest = 0
+    for i, one in enumerate(code.instructions):
+        target = re.search(r"\.L_x_\d+", one.operands) if one.name == "BRA" else None
+        begin = code.labels.get(target[0], i) if target else i
+        body = code.instructions[begin : i + 1]
+        if len(body) > longest and any(b.name == "STG" and b.is_in(sources.step) for b in body):
+            longest = len(body)
+    return longest
+
+
+def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], list[str]]:
+    """Read a disassembly; return the length of each kernel's loop, and what is wrong."""
+    lengths: dict[Kernel, int] = {}
+    findings = []
+    for kernel, code in read_disassembly(sources, disassembly).items():
+        wrong = check_accesses(sources, kernel, code)
+        lengths[kernel] = loop_length(sources, code)
+        if kernel in sources.operands:
+            wrong += check_order(sources, kernel, code)
+            allowed = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]
+            allowed *= sources.operands[kernel]
+            if not 0 < lengths[kernel] <= allowed:
+                wrong[f"{lengths[kernel]} instructions in the loop, more than {allowed}"] += 1
+        findings += [f"{kernel}: {finding}" for finding in listed(wrong)]
+    return lengths, findings
 
 
 def check_rounding(sources: Sources, ptx: str) -> list[str]:
@@ -304,7 +437,7 @@ def check_rounding(sources: Sources, ptx: str) -> list[str]:
                 if modifiers[-1] != "f64" or not is_library:
                     wrong[f"{what}, contracted or not exactly rounded"] += 1
     for name in ("add.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"):
-        if seen[name] == 0:
+        if seen[name] == 0 and "adam" in sources.stems:
             wrong[f"PTX: no {name}"] += 1
     return listed(wrong)
 
@@ -312,39 +445,45 @@ def check_rounding(sources: Sources, ptx: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check the CUDA engine without a GPU.")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent)
-    sources = Sources(parser.parse_args().root.resolve())
+    parser.add_argument("--rules", nargs="+", default=[], help="stems; without it, all")
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
+    arguments = parser.parse_args()
+    sources = Sources(arguments.root.resolve(), arguments.rules)
     nvcc, nvdisasm = find_tool("nvcc"), find_tool("nvdisasm")
     print(f"cuda-check: {nvcc}\ncuda-check: {nvdisasm}", flush=True)
     findings: list[str] = []
-    registers: dict[str, dict[Kernel, int]] = {}
-    vectors: dict[str, dict[Kernel, Counter[str]]] = {}
+    rows: defaultdict[Kernel, str] = defaultdict(str)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
         start = time.monotonic()
-        reports = compile_kernels(sources, nvcc, out)
+        compiled, ptx = compile_kernels(sources, nvcc, Path(folder), arguments.architectures)
         seconds = time.monotonic() - start
         if seconds > MAX_SECONDS:
             findings.append(f"nvcc took {seconds:.0f} s, more than {MAX_SECONDS} s")
-        compile_around_kernels(sources, nvcc)
-        for name, report in reports.items():
-            registers[name], wrong = check_resources(sources, report)
-            text = run([str(nvdisasm), "-c", "--print-line-info-inline", f"{out / name}.cubin"])
-            vectors[name], more = check_accesses(sources, text.stdout, set(registers[name]))
-            findings += [f"{name}, {finding}" for finding in wrong + more]
-        findings += check_rounding(sources, (out / "kernels.ptx").read_text())
-    rows: defaultdict[Kernel, str] = defaultdict(str)
-    for name, used in registers.items():
-        for kernel, counts in vectors[name].items():
-            rows[kernel] += f"{used[kernel]:>3}, {counts['LDG']:>2} + {counts['STG']:<4}"
-    print("registers, 16-byte loads + stores".rjust(71))
-    print(" " * 38 + "".join(f"{name:<14}" for name in registers))
+        if not arguments.rules:
+            compile_around_kernels(sources, nvcc)
+        for name, (reports, cubins) in compiled.items():
+            registers, wrong = check_resources(sources, "".join(reports))
+            lengths: dict[Kernel, int] = {}
+            shown = [[str(nvdisasm), "-c", "--print-line-info-inline", str(c)] for c in cubins]
+            with ThreadPoolExecutor(2) as pool:
+                texts = list(pool.map(run, shown))
+            for text in texts:
+                of_unit, more = check_code(sources, text.stdout)
+                lengths |= of_unit
+                wrong += more
+            findings += [f"{name}, {finding}" for finding in wrong]
+            for kernel, used in registers.items():
+                rows[kernel] += f"{used:>3}, {lengths.get(kernel, 0):<9}"
+        findings += check_rounding(sources, ptx)
+    print("registers, instructions of the loop".rjust(79))
+    print(" " * 44 + "".join(f"{name:<14}" for name in compiled))
     for kernel, row in sorted(rows.items()):
-        print(f"{kernel!s:<38}{row}")
+        print(f"{kernel!s:<44}{row}")
     for finding in findings:
         print(f"cuda-check: {finding}")
-    fine = "no spill, no local memory, vectors of 16 bytes, no contraction"
+    fine = "no spill, no local memory, vectors fill sectors, loads first, no contraction"
     verdict = f"{len(findings)} findings" if findings else fine
-    summary = f"{len(rows)} kernels, {len(registers)} architectures, {seconds:.0f} s"
+    summary = f"{len(rows)} kernels, {len(compiled)} architectures, {seconds:.0f} s"
     print(f"cuda-check: {summary}: {verdict}")
     return 1 if findings else 0
 
