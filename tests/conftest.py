@@ -1,13 +1,17 @@
 from collections.abc import Generator, Iterator
 
-import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile(
-    "fixed", derandomize=True, deadline=None, max_examples=50, database=None
-)
-hypothesis.settings.load_profile("fixed")
+try:
+    import hypothesis
+except ModuleNotFoundError:  # on a machine with a GPU where nothing can be installed
+    pass
+else:
+    hypothesis.settings.register_profile(
+        "fixed", derandomize=True, deadline=None, max_examples=50, database=None
+    )
+    hypothesis.settings.load_profile("fixed")
 
 # Imported only where it is used, for what it imports, which may not be there.
 collect_ignore = ["megatron_core.py"]
@@ -27,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not HAS_GPU:
+        raise pytest.UsageError("--device cuda: there is no CUDA device")
     if config.getoption("--device") == "emulated":
         import emulation
 

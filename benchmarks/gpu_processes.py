@@ -1,0 +1,149 @@
+"""Processes of the GPU check: their output is kept, and they end in time with all they started."""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Seconds that a process has to end after each signal. The first lets pytest and the benchmark stop
+# on their own; the last cannot be ignored.
+SIGNALS = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+# What stopping takes at most.
+GRACE = sum(seconds for _, seconds in SIGNALS)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(BaseException):
+    """The check itself was told to stop."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise ``Interrupted`` at the first signal that asks to stop; ignore those that follow."""
+
+    def interrupt(number: int, _: object) -> None:
+        for other in handlers:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    handlers = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a command in the repository's root; its output is appended to a file."""
+    path = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    defaults = {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONUNBUFFERED": "1",
+        # The stage "build" compiles the package; whatever became of it, no import is to.
+        "EMERGING_OPTIMIZERS_JIT": "0",
+    }
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **defaults, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that it can be stopped with all that it started
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Interrupt processes and all that they started; kill what does not end."""
+    processes = list(processes)
+    for number, seconds in SIGNALS:
+        for process in processes:
+            # Also where it has ended: what it started may be left.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + seconds
+        while any(_is_alive(process) for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    if process.poll() is None:
+        return True
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+@dataclass
+class Finished:
+    """A process that has ended; its status is None where it was stopped for taking too long."""
+
+    status: int | None
+    output: str
+
+
+@dataclass
+class Session:
+    """Where a call of the check writes, and until when the stage at hand may run.
+
+    Attributes:
+        output: The folder of the report and the log.
+        deadline: On the clock of ``time.monotonic``.
+    """
+
+    output: Path
+    deadline: float = float("inf")
+
+    @property
+    def log(self) -> Path:
+        """The file with the output of all processes."""
+        return self.output / "log.txt"
+
+    def note(self, line: str) -> None:
+        """Print a line, and put it into the log."""
+        print(line, flush=True)
+        with self.log.open("a") as file:
+            file.write(f"{line}\n")
+
+    def run(self, command: Sequence[str], **environment: str) -> Finished:
+        """Run a command until it ends or the stage's time is over."""
+        self.note("$ " + shlex.join(command)[:200].partition("\n")[0])
+        begin = self.log.stat().st_size
+        process = start(command, self.log, **environment)
+        status: int | None = None
+        try:
+            status = process.wait(max(0.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            stop([process])
+        with self.log.open("rb") as file:
+            file.seek(begin)
+            return Finished(status, file.read().decode(errors="replace"))
+
+
+def tail(text: str, lines: int = 60) -> str:
+    """Return the last lines of a text, none of them of more than 500 characters."""
+    return "\n".join(line[:500] for line in text.splitlines()[-lines:])

@@ -1,0 +1,94 @@
+"""What runs under compute-sanitizer: each rule, in every kernel that it has.
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitized.py
+
+Each rule meets sizes around every edge of the kernels' shares of work, at odd elements of buffers
+that end with the operand, in all mixes of dtypes that have code of their own, and with a step on
+the device; then its optimizer, with counters on the host and on the device. Each tensor has an
+allocation of its own, so that none hides an access beyond another. Lists of many small tensors
+then take the kernel for large launches, which has 32 KB of arguments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from contenders import Package
+from gpu_bits import need_kernels
+from problems import RULES, Problem, Rule, Shape
+
+from emerging_optimizers.megatron import FusedAdam
+
+SIZES = [1, 2, 3, 7, 8, 9, 17, 255, 257, 2047, 2049, 4096, 5000]
+# More than fit into a launch with 4 KB of arguments: of two states, about 75 rows.
+MANY = [1 + i % 9 for i in range(300)]
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True}
+MASTERS: dict[str, Any] = {"master_weights": True}
+REMAINDERS: dict[str, Any] = {**MASTERS, "store_param_remainders": True}
+
+
+def call(
+    rule: Rule,
+    sizes: Sequence[int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    offsets: Sequence[int],
+    device: str,
+) -> None:
+    """Call a rule's function: with numbers of the host, then with a step on the device."""
+    shape = Shape("sizes", "sizes", [(size,) for size in sizes])
+    problem = Problem(rule, shape, dtypes[0], state_dtype=dtypes[1], offsets=offsets)
+    for tensors in (problem.grads, *problem.states, problem.updates):
+        for i, tensor in enumerate(tensors):
+            base = tensor if tensor._base is None else tensor._base
+            begin = tensor.storage_offset()
+            tensors[i] = base.to(device)[begin : begin + tensor.numel()]
+    Package().prepare(problem)()
+    if "step" in rule.options:
+        values = rule.options | {"step": torch.tensor(3).to(device)}
+        rule.function(*problem.arguments(), *values.values(), out=problem.updates)
+
+
+def step(
+    cls: Callable[..., torch.optim.Optimizer],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    device: str,
+) -> None:
+    """Make two steps of an optimizer."""
+    buffers = [torch.ones(size + 1, dtype=dtype, device=device) for size in sizes]
+    params = [torch.nn.Parameter(buffer[1:]) for buffer in buffers]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = cls(params, **options)
+    for _ in range(2):
+        optimizer.step()
+
+
+def main(device: str) -> None:
+    """Run all of it."""
+    for rule in RULES.values():
+        lists = 2 + len(rule.states)
+        for offsets in ([0] * lists, [1] * lists, [2 * i + 1 for i in range(lists)]):
+            for dtypes in ((F32, F32), (BF16, F32), (F16, BF16), (F64, F32), (F64, F64)):
+                call(rule, SIZES, dtypes, offsets, device)
+        for dtype, options in ((F32, {}), (BF16, STOCHASTIC), (F16, MASTERS), (F64, {})):
+            for capturable in (False, True):
+                options = {**options, "capturable": capturable, "fused": True}
+                step(rule.optimizer, SIZES, dtype, options, device)
+        # Two mixes are enough: what differs is the number of rows.
+        for dtypes in ((F32, F32), (BF16, F32)):
+            call(rule, MANY, dtypes, [0] * lists, device)
+        for dtype, options in ((F32, {"capturable": True}), (BF16, MASTERS)):
+            step(rule.optimizer, MANY, dtype, {**options, "fused": True}, device)
+    step(FusedAdam, MANY, BF16, REMAINDERS, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("swept")
+
+
+if __name__ == "__main__":
+    need_kernels()
+    main("cuda")
