@@ -31,8 +31,6 @@ TESTS: dict[str, Sequence[str]] = {
     ),
     "tests-optimizers": (
         *("--device", "cuda", "tests/test_optimizers.py", "tests/test_optimizer_conventions.py"),
-        # It starts processes of its own, which use no GPU.
-        *("--deselect", "tests/test_optimizers.py::test_distributed"),
     ),
     "tests-states": (
         *("--device", "cuda", "tests/test_loading.py", "tests/test_states.py"),

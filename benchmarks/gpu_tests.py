@@ -208,7 +208,8 @@ def judge(
     parts += [
         f"{counts[how]} {how}" for how in ("failed", "error", "crashed", "hung") if counts[how]
     ]
-    parts += [f"{len(skips) - len(forbidden)} skipped on purpose"] if skips else []
+    on_purpose = len(skips) - len(forbidden)
+    parts += [f"{on_purpose} skipped on purpose"] if on_purpose else []
     parts += [f"{len(forbidden)} skipped that must run"] if forbidden else []
     parts += [f"{len(cut)} cut short"] if cut else []
     parts += [f"{not_run} not run"] if not_run > 0 else []
