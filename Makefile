@@ -102,6 +102,8 @@ bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; 
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 
 # For a machine where nothing can be installed: only that interpreter's packages are used.
+# make gpu-check GPU_CHECK_ARGS="--only build,bits"
+GPU_CHECK_ARGS ?= --budget inf
 gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
 	$(PY) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
