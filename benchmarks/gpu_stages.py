@@ -22,7 +22,8 @@ BUILT = ROOT / "build" / "gpu-check-wheel"
 # What pytest is called with.
 TESTS: dict[str, Sequence[str]] = {
     "tests-cuda": (
-        *("tests/test_cuda.py", "tests/test_cuda_optimizers.py", "tests/test_megatron.py"),
+        *("tests/test_cuda.py", "tests/test_cuda_conversions.py", "tests/test_cuda_graphs.py"),
+        *("tests/test_cuda_optimizers.py", "tests/test_megatron.py"),
         "tests/test_docs.py::test_cuda_code",
     ),
     "tests-functions": (
@@ -286,7 +287,7 @@ STAGES = (
     Stage("bits", "are the bits the CPU's: each rule, specials included", 90, bits),
     Stage(
         "tests-cuda",
-        "streams, graphs, launches, Megatron's optimizer, the documentation's code",
+        "conversions, streams, graphs, launches, Megatron's optimizer, the documentation's code",
         240,
         partial(pytests, "tests-cuda"),
     ),

@@ -88,15 +88,18 @@ def run_tests(session: Session, stage: str, arguments: Sequence[str], shards: in
 
     def begin(number: int) -> _Shard:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_recorder"]
-        command += ["-p", "no:xdist", "-p", "no:cacheprovider"]
-        command += ["--continue-on-collection-errors"]
+        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
         command += ["-o", f"faulthandler_timeout={0.8 * TEST_LIMIT:g}"]
         command += ["--record", str(results.resolve()), "--record-as", stage]
         command += ["--shard", f"{number}/{shards}", *arguments]
         if number == 0:
             session.note("$ " + " ".join(command[1:]) + f"  # and {shards - 1} other shards")
-        threads = str(max(1, cores // shards))
-        return _Shard(number, start(command, session.log, OMP_NUM_THREADS=threads))
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, cores // shards)),
+            # Whatever plugins are installed: none is needed, and some change the order.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
+        return _Shard(number, start(command, session.log, **environment))
 
     running: list[_Shard] = []
     problems: list[str] = []

@@ -110,11 +110,18 @@ def test_stages_name_tests_that_are_there(stage: str) -> None:
             text = (ROOT / path).read_text()
             tests[path] = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
             assert not name or name in tests[path], argument
-            assert "-m" not in arguments or "mark.cuda" in text
+            assert "-m" not in arguments or "mark.cuda" in text, argument
             if "-k" in arguments:
                 word = arguments[arguments.index("-k") + 1]
                 assert any(word in test for test in tests[path]), argument
     assert all(tests.values())
+
+
+def test_each_test_for_cuda_is_in_a_stage() -> None:
+    named = " ".join(argument for arguments in gpu_stages.TESTS.values() for argument in arguments)
+    for file in (ROOT / "tests").glob("test_*.py"):
+        if re.search(r"^[^#\n]*pytest\.mark\.cuda\b", file.read_text(), re.MULTILINE):
+            assert f"tests/{file.name}" in named, file.name
 
 
 def test_each_reason_to_skip_is_classified() -> None:
@@ -174,7 +181,9 @@ def test_programs_of_the_other_stages(tmp_path: Path, monkeypatch: pytest.Monkey
     programs = [a for command in session.commands for a in command if a.startswith("benchmarks/")]
     assert len(programs) == 4
     for program in programs:
-        assert (ROOT / program).exists() or program == "benchmarks/cuda/drive.py", program
+        assert (ROOT / program).exists(), program
+    (driver,) = (command for command in session.commands if "--seconds" in command)
+    subprocess.run([*driver, "--list"], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_tools_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
