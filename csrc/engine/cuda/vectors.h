@@ -84,14 +84,17 @@ struct Packet {
     }
   }
 
-  // Of the first `left` elements, each kThreads-th. A word or two for each: to put two into a word,
-  // a load would have to wait for another. join_halves() does that later.
+  // Of the first `left` elements, each kThreads-th. A word or two for each, and each a word from
+  // the load on: to put two into a word, or to widen a choice between a short element and zero, the
+  // next operand's loads would have to wait for this one's. join_halves() does that later.
   template <class Bits>
   EMOPT_FN void load_singles(const Bits* from, uint32_t left) {
     using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
-      put(i, static_cast<Word>(i * kThreads < left ? from[i * kThreads] : Bits{0}));
+      Word word = 0;
+      if (i * kThreads < left) word = from[i * kThreads];
+      put(i, word);
     }
   }
 
