@@ -35,8 +35,6 @@ struct AdEMAMix {
   struct Step {
     ExponentialMovingAverage<Real> fast, slow, second;
     Real unbias_fast, alpha, eps;
-    // Without it, ptxas 13.0 spills two registers of the kernels that store updates.
-    Real padding = 0;
 
     EMOPT_FN Step(const AdEMAMix& rule, double step)
         : fast(rule.betas[0]),

@@ -19,7 +19,8 @@ void run_on_host(const Launch& launch, uint32_t num_blocks, uint32_t first_block
   for (uint32_t block = first_block; block < num_blocks; ++block) {
     const auto setup = setup_on_host(launch, launch.row_of(block));
     for (uint32_t thread = 0; thread < emopt::cuda::kThreads; ++thread) {
-      emopt::cuda::sweep_chunk(launch, block, thread, [&](uint32_t) { return setup; });
+      emopt::cuda::sweep_chunk(launch, block, thread,
+                               [&](uint32_t) { return [&] { return setup; }; });
     }
   }
 }

@@ -96,15 +96,19 @@ struct Setup {
 };
 
 // Of what a setup reads, the i-th number: the step, then those of the epilogue. Each by a thread of
-// its own, so that they are under way at the same time.
+// its own, and those of one type by one instruction: threads that branch would load in turn.
 template <class Launch>
 EMOPT_FN double read_number(const Launch& launch, uint32_t row, uint32_t i) {
-  if (i != 0) return launch.epilogue.number(i - 1).read();
+  Number number = launch.step;
+  if (i != 0) number = launch.epilogue.number(i - 1);
+  bool is_counter = false;
   if constexpr (Launch::Epilogue::kHasRowSteps) {
     const float* const counter = launch.steps[row].counter;
-    if (counter != nullptr) return static_cast<double>(*counter + 1.0f);
+    is_counter = i == 0 && counter != nullptr;
+    if (is_counter) number = {0.0, counter};
   }
-  return launch.step.read();
+  const double value = number.read();
+  return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;
 }
 
 // Calls `visit` with a value of the type that operand k is stored in. An update may be float64
@@ -267,15 +271,16 @@ struct Hand {
   }
 };
 
-// `prepare(row)` returns the setup, for which its block's threads may wait for each other: the
-// first loads are under way by then.
+// `prepare(row)` returns what makes the setup, for which a block's threads may wait for each other:
+// the first loads are under way by then.
 template <class Launch, class Prepare>
 EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread, Prepare prepare) {
   const Chunk<Launch> chunk(launch, block);
+  const auto make_setup = prepare(chunk.row);
   Place<Launch> next(chunk, thread);
   Hand<Launch> next_hand;
   if (next.has_any()) next_hand.load(launch, next);
-  Setup<Launch> setup = prepare(chunk.row);
+  Setup<Launch> setup = make_setup();
   if (setup.is_skipped || !next.has_any()) return;
   setup.constants.epilogue.scale_by(launch.scale[chunk.row]);
   do {

@@ -21,12 +21,11 @@ cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
 
 namespace emopt::cuda {
 
-// Reads the numbers of a launch from the device's memory, and reduces them to what the loop needs.
+// Reduces the numbers of a launch to what the loop needs, when all threads have read theirs.
 template <class Launch>
-__device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row) {
-  __shared__ double numbers[Launch::kNumbers];
+__device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row,
+                                        const double (&numbers)[Launch::kNumbers]) {
   __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
-  if (threadIdx.x < Launch::kNumbers) numbers[threadIdx.x] = read_number(launch, row, threadIdx.x);
   __syncthreads();
   if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, numbers);
   __syncthreads();
@@ -38,10 +37,18 @@ __device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row) {
 template <class Launch, bool kNeedsSetup>
 __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
     sweep(const __grid_constant__ Launch launch) {
-  sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
-    if constexpr (kNeedsSetup) return setup_of_block(launch, row);
-    return Setup<Launch>(launch);
-  });
+  if constexpr (kNeedsSetup) {
+    __shared__ double numbers[Launch::kNumbers];
+    sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
+      // Before the first loads of elements, for which storing the numbers would have to wait.
+      const uint32_t i = threadIdx.x;
+      if (i < Launch::kNumbers) numbers[i] = read_number(launch, row, i);
+      return [&, row] { return setup_of_block(launch, row, numbers); };
+    });
+  } else {
+    sweep_chunk(launch, blockIdx.x, threadIdx.x,
+                [&](uint32_t) { return [&] { return Setup<Launch>(launch); }; });
+  }
 }
 
 template <class Launch>
