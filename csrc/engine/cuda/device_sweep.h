@@ -1,8 +1,6 @@
 // The CUDA engine: sweeps a rule over the rows of a table that are on CUDA devices.
 #pragma once
 
-#include <vector>
-
 #include "../../rules/all.h"
 #include "launch.h"
 
@@ -13,8 +11,5 @@ namespace emopt::cuda {
 template <class Rule, class Epilogue>
 void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
            const Table<kNumOperands<Rule, Epilogue>>& table);
-
-// 900 for sm_90; empty where the package was built without CUDA.
-std::vector<int> compiled_architectures();
 
 }  // namespace emopt::cuda

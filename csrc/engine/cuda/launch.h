@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "../operands.h"
 #include "tuning.h"
@@ -100,7 +101,9 @@ struct Advance {
 };
 
 // What a thread accesses at once, of a type of so many bytes.
-constexpr uint32_t vector_bytes(uint32_t size) { return kHeld * size < 16 ? kHeld * size : 16; }
+EMOPT_FN constexpr uint32_t vector_bytes(uint32_t size) {
+  return kHeld * size < 16 ? kHeld * size : 16;
+}
 
 // The number of elements, less than kHeld, after which each operand is where a vector may be, so
 // that all can be accessed by vectors from there on; kNoPhase where there is none.
@@ -118,5 +121,8 @@ inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) 
   }
   return kNoPhase;
 }
+
+// What the kernels were compiled for: 900 for sm_90.
+std::vector<int> compiled_architectures();
 
 }  // namespace emopt::cuda
