@@ -7,7 +7,7 @@ Compiles the kernels for several architectures, and fails where
 - operands are accessed elsewhere than in vectors.h, or its vectors are not as wide as they can be,
   so that warps would read or write less than whole sectors;
 - a load of a tile's vectors stands behind the first square root, division or store, where it would
-  wait for them;
+  wait for them, or a single element is widened where it is loaded;
 - the loop has more instructions than its budget;
 - an operation could be contracted, or is not rounded as the CPU's.
 
@@ -160,7 +160,8 @@ class Sources:
         chunk = "engine/cuda/chunk.h"
         self.vectors = self.lines_with(chunk, r"\.(load|store)_vectors\(")
         self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
-        self.singles |= self.function("engine/cuda/vectors.h", "load_singles")
+        self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
+        self.singles |= self.loads_of_singles
         # Each counter, and numbers, once for a block before it sweeps.
         self.advance = self.function(chunk, "advance_counters")
         self.numbers = self.function(chunk, "read_number")
@@ -360,7 +361,7 @@ def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]
 
 
 def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
-    """Find loads of a tile's vectors that stand behind what has to wait for others."""
+    """Find loads of a tile that stand behind what has to wait for others."""
     wrong: Counter[str] = Counter()
     runs: list[int] = []  # of loads with nothing between them
     is_run = False
@@ -376,6 +377,9 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
     wanted = operands * (2 if kernel.real == "float32" else 4) + has_halves
     if not runs or any(run != wanted for run in runs):
         wrong[f"{runs} loads of vectors in a row, not {wanted}: some wait for a result"] += 1
+    for one in code.instructions:
+        if re.search(r"\b0xffff\b", one.operands) and one.is_in(sources.loads_of_singles):
+            wrong[f"{one.name} of {' in '.join(one.places[:2])}: waits for a single element"] += 1
     stores = sum(one.name == "STG" and one.is_in(sources.vectors) for one in code.instructions)
     if stores < operands:
         wrong[f"{stores} stores of vectors, fewer than {operands}"] += 1

@@ -71,6 +71,14 @@ FAULTS = {
         ),
         (f"{ENGINE}/chunk.h", LAST, LAST + LAST, r"instructions in the loop, more than 1225"),
     ),
+    "single elements that are widened as they are loaded": (
+        (
+            f"{ENGINE}/vectors.h",
+            "      Word word = 0;\n      if (i * kThreads < left) word = from[i * kThreads];\n",
+            "      const Word word = i * kThreads < left ? from[i * kThreads] : Bits{0};\n",
+            r"LOP3 of .*: waits for a single element",
+        ),
+    ),
     "a warning": (
         (
             f"{ENGINE}/kernel.h",
