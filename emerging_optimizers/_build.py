@@ -33,9 +33,16 @@ COMPILE_ARGS = {
     ],
     "msvc": ["/O2", "/fp:precise"],
 }
-# No contraction here either, so that the bits are the CPU's; division and square root are correctly
-# rounded by default.
-NVCC_ARGS = ["-O3", "--fmad=false", "--threads=0"]
+# No contraction here either, so that the bits are the CPU's. The rest of the arithmetic is said as
+# well, though it is nvcc's usual one: NVCC_APPEND_FLAGS=--use_fast_math would change it otherwise.
+NVCC_ARGS = [
+    "-O3",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--threads=0",
+]
 # The kernels' arguments take more than 4096 bytes, and are constant: what is older has not that.
 OLDEST_NVCC = (12, 1)
 OLDEST_GPU = (7, 0)

@@ -152,7 +152,7 @@ def test_cuda_is_built_where_it_can_be(
     assert recipe.why_no_cuda == ""
     assert recipe.architectures == "8.0;9.0;10.0+PTX"
     assert "-DEMOPT_CUDA=1" in recipe.cxx_args
-    assert {"-DEMOPT_CUDA=1", "--fmad=false"} <= set(recipe.nvcc_args)
+    assert {"-DEMOPT_CUDA=1", "--fmad=false", "--ftz=false"} <= set(recipe.nvcc_args)
     assert "unit_adam.cu" in {path.name for path in recipe.sources}
 
     monkeypatch.setattr(torch.version, "cuda", "12.6")
