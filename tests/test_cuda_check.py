@@ -20,11 +20,11 @@ pytestmark = pytest.mark.slow
 BLOCKS = "#define EMOPT_BLOCKS 4"
 LAST = "    hand.step_and_store(launch, setup, place);\n"
 RETURN = "  if (setup.is_skipped || !next.has_any()) return;\n"
-SHARED = "  __shared__ double numbers[Launch::kNumbers];\n"
+SHARED = "      const uint32_t i = threadIdx.x;\n"
 # What is replaced in a file, and what is found; of faults that do not hide each other, some at a
 # time.
 FAULTS = {
-    "narrow vectors, contraction, another access": (
+    "narrow vectors, contraction, another access, single elements that are widened": (
         (
             f"{ENGINE}/launch.h",
             "kHeld * size < 16 ? kHeld * size : 16",
@@ -42,6 +42,12 @@ FAULTS = {
             RETURN,
             RETURN + "  if (thread == 7) *static_cast<float*>(launch.data[0][0]) = 1;\n",
             r"STG\.E of engine/cuda/chunk\.h:\d+ in .*, outside of the few places",
+        ),
+        (
+            f"{ENGINE}/vectors.h",
+            "      Word word = 0;\n      if (i * kThreads < left) word = from[i * kThreads];\n",
+            "      const Word word = i * kThreads < left ? from[i * kThreads] : Bits{0};\n",
+            r"LOP3 of .*: waits for a single element",
         ),
     ),
     "a spill, elements instead of vectors, an approximate division": (
@@ -70,14 +76,6 @@ FAULTS = {
             r"\[7, 7\] loads of vectors in a row, not 9",
         ),
         (f"{ENGINE}/chunk.h", LAST, LAST + LAST, r"instructions in the loop, more than 1225"),
-    ),
-    "single elements that are widened as they are loaded": (
-        (
-            f"{ENGINE}/vectors.h",
-            "      Word word = 0;\n      if (i * kThreads < left) word = from[i * kThreads];\n",
-            "      const Word word = i * kThreads < left ? from[i * kThreads] : Bits{0};\n",
-            r"LOP3 of .*: waits for a single element",
-        ),
     ),
     "a warning": (
         (

@@ -99,13 +99,11 @@ struct Setup {
 // its own, and those of one type by one instruction: threads that branch would load in turn.
 template <class Launch>
 EMOPT_FN double read_number(const Launch& launch, uint32_t row, uint32_t i) {
-  Number number = launch.step;
-  if (i != 0) number = launch.epilogue.number(i - 1);
+  Number number = i == 0 ? launch.step : launch.epilogue.number(i - 1);
   bool is_counter = false;
   if constexpr (Launch::Epilogue::kHasRowSteps) {
-    const float* const counter = launch.steps[row].counter;
-    is_counter = i == 0 && counter != nullptr;
-    if (is_counter) number = {0.0, counter};
+    is_counter = i == 0 && launch.steps[row].counter != nullptr;
+    if (is_counter) number = {0.0, launch.steps[row].counter};
   }
   const double value = number.read();
   return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;

@@ -21,34 +21,28 @@ cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
 
 namespace emopt::cuda {
 
-// Reduces the numbers of a launch to what the loop needs, when all threads have read theirs.
-template <class Launch>
-__device__ Setup<Launch> setup_of_block(const Launch& launch, uint32_t row,
-                                        const double (&numbers)[Launch::kNumbers]) {
-  __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
-  __syncthreads();
-  if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, numbers);
-  __syncthreads();
-  return *reinterpret_cast<const Setup<Launch>*>(setup);
-}
-
 // Two kernels: where the host knows all numbers, the constants are operands of instructions, and
-// take no registers.
+// take no registers. Else each block reads the numbers, and reduces them to the constants.
 template <class Launch, bool kNeedsSetup>
 __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
     sweep(const __grid_constant__ Launch launch) {
-  if constexpr (kNeedsSetup) {
-    __shared__ double numbers[Launch::kNumbers];
-    sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
-      // Before the first loads of elements, for which storing the numbers would have to wait.
+  sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
+    if constexpr (kNeedsSetup) {
+      __shared__ double numbers[Launch::kNumbers];
+      __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
       const uint32_t i = threadIdx.x;
+      // Before the first loads of elements, for which storing the numbers would have to wait.
       if (i < Launch::kNumbers) numbers[i] = read_number(launch, row, i);
-      return [&, row] { return setup_of_block(launch, row, numbers); };
-    });
-  } else {
-    sweep_chunk(launch, blockIdx.x, threadIdx.x,
-                [&](uint32_t) { return [&] { return Setup<Launch>(launch); }; });
-  }
+      return [&launch, row] {
+        __syncthreads();
+        if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, numbers);
+        __syncthreads();
+        return *reinterpret_cast<const Setup<Launch>*>(setup);
+      };
+    } else {
+      return [&launch] { return Setup<Launch>(launch); };
+    }
+  });
 }
 
 template <class Launch>

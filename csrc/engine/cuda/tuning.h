@@ -1,5 +1,6 @@
-// The numbers that a chip decides, and where each comes from. Each can be set by a macro, with
-// which benchmarks/cuda compares others.
+// The numbers that a chip decides. None was measured on one yet: what is said of them is reckoned
+// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda sets them by macros, to
+// compare.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +17,7 @@ namespace emopt::cuda {
 
 // Elements of each operand that a thread holds at a time, side by side: one vector of float32, half
 // a vector of a 2-byte type (with which a warp still reads 256 bytes in a row), two of float64.
-// Eight would need twice the registers: the same bytes in flight, by half of the warps. Reckoned
-// from the machine code, not yet measured.
+// Eight would need twice the registers: the same bytes in flight, by half of the warps.
 #ifndef EMOPT_HELD
 #define EMOPT_HELD 4
 #endif
@@ -28,18 +28,17 @@ inline constexpr uint32_t kThreads = 256;
 inline constexpr uint32_t kTile = kThreads * kHeld;
 
 // Blocks that a multiprocessor holds at a time, which bounds the registers of a thread: four to 64.
-// Adam in float32 then has 64 KiB in flight on each, some twice of what 4.3 TB/s over 132 of them
-// need to cover a microsecond. One less (80 registers) where the constants take registers because a
-// block computes them, and where a sixth operand does, of which a thread has more in flight; half
-// as many for float64. Reckoned, not yet measured.
+// Adam in float32 then has 64 KiB in flight on each, twice of what 132 of them need to cover a
+// microsecond. One less (80 registers) where the constants take registers because a block computes
+// them, and where a sixth operand does, of which a thread has more in flight; half for float64.
 #ifndef EMOPT_BLOCKS
 #define EMOPT_BLOCKS 4
 #endif
 inline constexpr int kBlocks = EMOPT_BLOCKS;
 
 // The most elements that a block sweeps. Its start (finding its row, a few hundred cycles) is then
-// some percent of the time that its share of the memory's bandwidth takes; with more, the blocks
-// would end further apart. Reckoned, not yet measured.
+// some percent of the time that its share of the bandwidth takes; with more, blocks would end
+// further apart.
 #ifndef EMOPT_MAX_CHUNK
 #define EMOPT_MAX_CHUNK 8
 #endif
@@ -48,7 +47,7 @@ inline constexpr uint32_t kMaxChunk = EMOPT_MAX_CHUNK * kTile;
 // Neither is set. EMOPT_STREAMING tells caches that nobody wants the data again soon: expected are
 // 1 to 2 percent where operands are larger than the L2 cache, a loss where they are found there.
 // With EMOPT_PREFETCH, a thread loads its next elements before it computes the present ones:
-// expected is nothing, as other warps fill that time. Not yet measured.
+// expected is nothing, as other warps fill that time.
 #ifndef EMOPT_PREFETCH
 #define EMOPT_PREFETCH 0
 #endif

@@ -15,34 +15,29 @@ struct [[gnu::may_alias]] Vector {
   alignas(kBytes) uint32_t words[kBytes / 4];
 };
 
-#if defined(__CUDA_ARCH__) && EMOPT_STREAMING
-template <uint32_t kBytes>
-using Native = std::conditional_t<kBytes == 16, uint4, uint2>;
-template <uint32_t kBytes>
-EMOPT_FN Vector<kBytes> load_from(const Vector<kBytes>* from) {
-  return bit_cast<Vector<kBytes>>(__ldcs(reinterpret_cast<const Native<kBytes>*>(from)));
-}
-template <uint32_t kBytes>
-EMOPT_FN void store_to(Vector<kBytes>* to, const Vector<kBytes>& vector) {
-  __stcs(reinterpret_cast<Native<kBytes>*>(to), bit_cast<Native<kBytes>>(vector));
-}
-#else
 template <class Vector>
 EMOPT_FN Vector load_from(const Vector* from) {
+#if defined(__CUDA_ARCH__) && EMOPT_STREAMING
+  using Native = std::conditional_t<sizeof(Vector) == 16, uint4, uint2>;
+  return bit_cast<Vector>(__ldcs(reinterpret_cast<const Native*>(from)));
+#endif
   return *from;
 }
+
 template <class Vector>
 EMOPT_FN void store_to(Vector* to, const Vector& vector) {
+#if defined(__CUDA_ARCH__) && EMOPT_STREAMING
+  using Native = std::conditional_t<sizeof(Vector) == 16, uint4, uint2>;
+  return __stcs(reinterpret_cast<Native*>(to), bit_cast<Native>(vector));
+#endif
   *to = vector;
 }
-#endif
 
 template <class Stored>
 using BitsOf = std::conditional_t<sizeof(Stored) == 2, uint16_t,
                                   std::conditional_t<sizeof(Stored) == 4, uint32_t, uint64_t>>;
 
-// The elements of a type of so many bytes, as they lie in memory. By words: an array of shorter
-// elements would have to lie in memory itself, not in registers.
+// The elements of a type of so many bytes, as they lie in memory.
 template <uint32_t kSize>
 struct Packet {
   uint32_t words[kHeld * kSize / 4];
