@@ -1,6 +1,5 @@
 // The numbers that a chip decides. None was measured on one yet: what is said of them is reckoned
-// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda sets them by macros, to
-// compare.
+// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda compares others, by macros.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +36,7 @@ inline constexpr uint32_t kTile = kThreads * kHeld;
 inline constexpr int kBlocks = EMOPT_BLOCKS;
 
 // The most elements that a block sweeps. Its start (finding its row, a few hundred cycles) is then
-// some percent of the time that its share of the bandwidth takes; with more, blocks would end
-// further apart.
+// some percent of its time; with more, the last blocks of a launch would end further apart.
 #ifndef EMOPT_MAX_CHUNK
 #define EMOPT_MAX_CHUNK 8
 #endif
