@@ -1,5 +1,6 @@
 // The numbers that a chip decides. None was measured on one yet: what is said of them is reckoned
-// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda compares others, by macros.
+// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda compares others, by
+// macros.
 #pragma once
 
 #include <cstddef>
