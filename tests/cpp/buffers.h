@@ -116,7 +116,8 @@ inline void halve(std::vector<Buffer>& operands, std::mt19937_64& random) {
   }
   for (int64_t i = 0; i < numel; ++i) {
     param.put(i, param.get(i) + 0.5);  // not 0, of which a remainder could make a NaN
-    master.put_bits(i, static_cast<uint16_t>(random()));
+    const uint64_t any = random();     // often halfway between two parameters, or 0
+    master.put_bits(i, static_cast<uint16_t>(any % 8 == 0 ? any / 8 % 2 << 15 : any / 16));
   }
   param.dtype = emopt::DType::kHighHalf;
   master.dtype = emopt::DType::kLowHalf;
