@@ -154,13 +154,17 @@ def test_a_killed_run_leaves_what_it_had(
 ) -> None:
     command = [sys.executable, str(DRIVE), "--output", str(tmp_path), *simulated]
     command += ["--only", "--also", "hangs=EMOPT_THEN=echo $$ > $0.pid; exec sleep 60"]
-    process = subprocess.Popen(command, env=os.environ | fake, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not (pids := [path for path in tmp_path.glob("build/*.pid") if path.read_text()]):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=20)
+    environment = os.environ | fake
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not (pids := [p for p in tmp_path.glob("build/*.pid") if p.read_text()]):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            text, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     shipped = variants_of(tmp_path)["shipped"]
     assert shipped["status"] == "measured"

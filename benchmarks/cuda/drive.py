@@ -187,7 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
             macros = " ".join(f"{name}={value}" for name, value in variant.macros.items())
             print(f"{variant.name:<28}{variant.expected}\n{'':<28}{macros}".rstrip())
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Both: a shell lets what it starts in the background ignore SIGINT.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     (parsed.output / "runs").mkdir(parents=True, exist_ok=True)
     session = Session(parsed, variants)
     shipped = session.shipped
@@ -195,8 +197,6 @@ def main(arguments: list[str] | None = None) -> int:
         session.build()
         if not parsed.build_only and "error" not in shipped.build:
             session.measure()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     finally:
         programs.stop_all()
         session.write()
