@@ -33,8 +33,8 @@ COMPILE_ARGS = {
     ],
     "msvc": ["/O2", "/fp:precise"],
 }
-# No contraction here either, so that the bits are the CPU's. The rest of the arithmetic is said as
-# well, though it is nvcc's usual one: NVCC_APPEND_FLAGS=--use_fast_math would change it otherwise.
+# No contraction here either, so that the bits are the CPU's. The next three are nvcc's defaults;
+# named here, they also hold where NVCC_APPEND_FLAGS has --use_fast_math.
 NVCC_ARGS = [
     "-O3",
     "--fmad=false",

@@ -48,7 +48,7 @@ inline constexpr Mix kMixes[] = {
 };
 
 template <class Epilogue>
-bool fits(const Mix& mix) {  // nothing is stored in halves of a master, nor at random
+bool fits(const Mix& mix) {  // no remainders and no stochastic rounding
   return Epilogue::kOperands != 0 || (!mix.has_master && !mix.is_stochastic);
 }
 

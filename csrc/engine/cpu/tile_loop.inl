@@ -157,15 +157,16 @@ void sweep_part(const Setup& setup, Constants constants, DType real, const Row<k
     }
     const auto states = std::make_index_sequence<kNumStates<typename Setup::Rule>>();
     const auto owns = std::make_index_sequence<Epilogue::kOperands>();
-    if (Epilogue::kOperands > 0 && is_written<Epilogue, kOperands>(
-                                       kOperands - 1, row.data[kOperands - 1], row.data[kUpdate])) {
+    const auto is_written_there = [&](int k) {
+      return is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]);
+    };
+    if (Epilogue::kOperands > 0 && is_written_there(kOperands - 1)) {
       apply_rule<true>(constants, operands, n, states, owns);
     } else {
       apply_rule<false>(constants, operands, n, states, owns);
     }
     for (int k = 0; k < kOperands; ++k) {
-      if (!is_staged[k] || !is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]))
-        continue;
+      if (!is_staged[k] || !is_written_there(k)) continue;
       if (!is_stored(k, row.dtype[k], constants.epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
         const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));

@@ -18,7 +18,7 @@ struct LaunchHead {
   using Epilogue = Epilogue_;
   using Real = Real_;
   static constexpr int kOperands = kNumOperands<Rule, Epilogue>;
-  // Whether rows may have masters in halves. Nobody pairs them with float64.
+  // Whether rows may have remainders; not beside float64 gradients or states.
   static constexpr bool kMayBeHalved = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
   static constexpr uint32_t kNumbers = 1 + Epilogue::kNumbers;  // the step first
 

@@ -44,9 +44,8 @@ struct Chip {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements of a row that each block sweeps, for `total` in a launch: such that the blocks fill all
-// that run at a time, or that again and again, for if only some ran at the end, most of the chip
-// would wait for them.
+// Elements of a row that each block sweeps, for `total` in a launch. The blocks fill the chip a
+// whole number of times: if a few were left over, most of it would be idle while they run.
 inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
   const int64_t times = ceil_div(total, blocks_at_a_time * kMaxChunk);
   return static_cast<uint32_t>(ceil_div(total, times * blocks_at_a_time * kTile)) * kTile;

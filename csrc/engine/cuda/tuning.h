@@ -1,6 +1,5 @@
-// The numbers that a chip decides. None was measured on one yet: what is said of them is reckoned
-// from the machine code and a memory of 4.3 TB/s (H200). benchmarks/cuda compares others, by
-// macros.
+// The numbers that a chip decides. None has been measured on one yet: the reasons are estimates
+// from the machine code and a bandwidth of 4.3 TB/s (H200). benchmarks/cuda sets the macros.
 #pragma once
 
 #include <cstddef>
