@@ -88,14 +88,14 @@ def recipe(csrc: Path) -> Recipe:
     Raises:
         RuntimeError: CUDA was insisted on, and cannot be had.
     """
-    patterns = ["engine/cpu/*.cpp", "bindings/*.cpp"]
+    patterns = ["units/*.cpp", "engine/cpu/*.cpp", "bindings/*.cpp"]
     is_windows = sys.platform == "win32"
     openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
     cxx_args = COMPILE_ARGS["msvc" if is_windows else "unix"] + openmp_compile
     nvcc_args = []
     reason = why_no_cuda()
     if reason is None:
-        patterns += ["engine/cuda/*.cpp", "engine/cuda/*.cu"]
+        patterns += ["engine/cuda/*.cpp", "engine/cuda/*.cu", "units/*.cu"]
         cxx_args = [*cxx_args, "-DEMOPT_CUDA=1"]
         hidden = [] if is_windows else ["-Xcompiler=-fvisibility=hidden"]
         nvcc_args = [*NVCC_ARGS, *hidden, "-DEMOPT_CUDA=1"]

@@ -19,7 +19,8 @@ from ._hyperparameters import (
 from ._values import items_of
 
 if TYPE_CHECKING:
-    from ._optimizer import GroupKey, ScalarOptimizer
+    from ._optimizer import ScalarOptimizer
+    from ._rule import GroupKey
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
@@ -56,7 +57,7 @@ def read_option(group: Mapping[str, Any], key: "GroupKey", option: Option) -> An
 
 def numbers_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's hyperparameters one by one, such as ``betas[0]``."""
-    keys = [key if isinstance(key, str) else key[0] for key in optimizer._group_keys]
+    keys = [key if isinstance(key, str) else key[0] for key in optimizer._rule_of(group).keys]
     numbers = {}
     for key in ("lr", "weight_decay", *keys):
         items = None if isinstance(group[key], Tensor) else items_of(group[key])
@@ -78,7 +79,7 @@ def check_group(
         where: The group's name in messages, such as ``param_groups[1]``. Empty: none.
         is_new: No scheduler has set its learning rate, and a device may be waited for.
     """
-    rule = optimizer._rule
+    rule, keys = optimizer._rule_of(group).rule, optimizer._rule_of(group).keys
     options: dict[str, Any] = {"step": 1}
     name = ""
     try:
@@ -89,7 +90,7 @@ def check_group(
             raise ValueError(f"Invalid {_TITLES[name]}: {group[name]}")
         name = "weight_decay_method"
         _check_method(group[name])
-        for option, key in zip(rule.hyperparameters, optimizer._group_keys, strict=True):
+        for option, key in zip(rule.hyperparameters, keys, strict=True):
             name = key if isinstance(key, str) else key[0]
             options[option.name] = read_option(group, key, option)
             _check_option(optimizer, group, key, option, options[option.name])
@@ -100,7 +101,7 @@ def check_group(
         name = ""
         _check_options(optimizer, group)
         name = "state_dtype"
-        _check_state_dtype(optimizer, group[name])
+        _check_state_dtype(optimizer, group)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _located(error, where, name) from None
 
@@ -119,15 +120,15 @@ def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[st
     """Raise for a group of an optimizer whose ``state_dtype`` has no dtypes of states."""
     for i, group in enumerate(groups):
         try:
-            _check_state_dtype(optimizer, group["state_dtype"])
+            _check_state_dtype(optimizer, group)
         except (TypeError, ValueError) as error:
             raise _located(error, f"param_groups[{i}]", "state_dtype") from None
 
 
 def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
     """Return the keys of the flags that a group has: of its rule, and of every optimizer."""
-    keys = optimizer._group_keys
-    options = zip(optimizer._rule.hyperparameters, keys, strict=True)
+    rule, keys = optimizer._rule_of(group).rule, optimizer._rule_of(group).keys
+    options = zip(rule.hyperparameters, keys, strict=True)
     names = [
         key
         for option, key in options
@@ -217,8 +218,9 @@ def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> No
         )
 
 
-def _check_state_dtype(optimizer: "ScalarOptimizer", option: Any) -> None:
-    states = optimizer._state_names
+def _check_state_dtype(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> None:
+    option = group["state_dtype"]
+    states = optimizer._rule_of(group).state_names
     by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)
     for key, dtype in by_key.items():
         if key not in states:

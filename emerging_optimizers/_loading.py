@@ -143,7 +143,7 @@ def settle_state(
     for name, value in state.items():
         if isinstance(value, Saved):
             # What is no state of the rule stays as it was saved.
-            is_known = name == MASTER or name in optimizer._state_names
+            is_known = name == MASTER or name in optimizer._rule_of(group).state_names
             dtype = optimizer._dtype_of(group, name, param) if is_known else None
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if not has_master(group, param):
@@ -162,7 +162,7 @@ def settle_counts(
     """Let begun states that have no counter count from their group's ``step``, which then goes."""
     step = group.pop("step", None)
     for state in states:
-        if is_begun(optimizer, state) and is_absent(state.get("step")):
+        if is_begun(optimizer, group, state) and is_absent(state.get("step")):
             count = 0.0 if is_absent(step) else read(step, 1)
             set_counter(state, new_counter(count, torch.device("cpu")))
 
@@ -205,7 +205,7 @@ def _check_state(
 def _tensors(
     optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    names = [*optimizer._state_names, *([MASTER] if has_master(group, param) else [])]
-    for name in names:
+    masters = [MASTER] if has_master(group, param) else []
+    for name in (*optimizer._rule_of(group).state_names, *masters):
         if not is_absent(state.get(name)):
             yield name, state[name]

@@ -31,7 +31,7 @@ from ._rounding import (
     round_stochastically,
     rounding_key,
 )
-from ._rule import Rule, refuse_trace, store
+from ._rule import GroupKey, GroupRule, Rule, refuse_trace, store
 from ._sharding import ShardPlace, shard_place
 from ._states import (
     HALF,
@@ -61,7 +61,6 @@ _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _is_cuda_in_use = torch.cuda.is_initialized
 
-GroupKey: TypeAlias = str | tuple[str, int, int]
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 
@@ -159,11 +158,11 @@ class ScalarOptimizer(torch.optim.Optimizer):
     _rule: ClassVar[Rule]
     # Where a group has an option of the rule, if not under the option's name: a key; or a key, an
     # index of the numbers that are there, and how many those are.
-    _renamed: ClassVar[Mapping[str, "GroupKey"]] = {}
-    # From these: where it has each option but ``step``, and the keys of a parameter's states, both
-    # in the order of the rule's formula.
-    _group_keys: ClassVar[tuple["GroupKey", ...]]
+    _renamed: ClassVar[Mapping[str, GroupKey]] = {}
+    # The keys of a parameter's states, in the order of the rule's formula.
     _state_names: ClassVar[tuple[str, ...]]
+    # Made of these.
+    _group_rule: ClassVar[GroupRule]
     # What an error calls one of the ``betas``, as torch.optim's or NVIDIA's class of the name does.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
@@ -175,9 +174,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         super().__init_subclass__(**arguments)
         if "_rule" in vars(cls) and "_state_names" not in vars(cls):
             cls._state_names = cls._rule.states
-        if hasattr(cls, "_rule") and "_group_keys" not in vars(cls):
-            options = [name for name in cls._rule.options if name != "step"]
-            cls._group_keys = tuple(cls._renamed.get(name, name) for name in options)
+        if hasattr(cls, "_rule"):
+            cls._group_rule = cls._rule.for_groups(cls._renamed, cls._state_names)
 
     def __init__(
         self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
@@ -205,12 +203,17 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     # ---- what a rule adds ------------------------------------------------------------------------
 
+    def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
+        """Return the rule of a group, which may depend on its options."""
+        return self._group_rule
+
     def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the rule's formula, but for the tensors and ``step``.
 
         The native step reads them from the group itself.
         """
-        pairs = zip(self._rule.hyperparameters, self._group_keys, strict=True)
+        _, keys, _, rule = self._rule_of(group)
+        pairs = zip(rule.hyperparameters, keys, strict=True)
         return {option.name: read_option(group, key, option) for option, key in pairs}
 
     def _grad(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
@@ -246,7 +249,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         """Raise for a state that is not one of this parameter."""
-        for name in (*self._state_names, MASTER):
+        for name in (*self._rule_of(group).state_names, MASTER):
             if name != MASTER or state.get(name) is not None:
                 self._check_part(group, param, name, state.get(name))
         step = state["step"]
@@ -313,7 +316,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
             count: Any = 0 if is_absent(step) else step
             check_count("state 'step'", count)
             set_counter(state, new_counter(float(count), device))
-        for name in self._state_names:
+        for name in self._rule_of(group).state_names:
             if is_absent(state.get(name)):
                 state[name] = torch.zeros_like(
                     param,
@@ -529,11 +532,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         elif self._may_be_one_call(groups):
             # Here, for the layers below take as long as five small parameters do. Nothing is done
             # where any are left.
-            keys, names = self._group_keys, self._state_names
+            assert native is not None
+            rules = [self._rule_of(group) for group in groups]
             try:
-                found = self._rule.native_step(
-                    self.state, groups, positions, keys, names, arguments, None, False
-                )
+                found = native.step(self.state, groups, positions, rules, arguments, None, False)
             except (TypeError, ValueError) as error:
                 self._explain(error)
             if found is None:
@@ -558,7 +560,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         for group in groups:
             if group["fused"] is not None and group["fused"] is not True:
                 return False
-        return native is not None and self._rule.native_step is not None
+            if self._rule_of(group).native is None:
+                return False
+        return native is not None
 
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""
@@ -581,7 +585,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         """Return whether there may be a native step for what a group asks."""
-        is_native = native is not None and self._rule.native_step is not None
+        is_native = native is not None and self._rule_of(group).native is not None
         return is_native and (group["fused"] is None or bool(group["fused"]))
 
     def _native_step(
@@ -697,11 +701,10 @@ class ScalarOptimizer(torch.optim.Optimizer):
         grads: list[list[Tensor | None]],
         may_leave: bool,
     ) -> Any:
-        keys, names = self._group_keys, self._state_names
+        assert native is not None
+        rules = [self._rule_of(group) for group in groups]
         try:
-            return self._rule.native_step(
-                self.state, groups, positions, keys, names, arguments, grads, may_leave
-            )
+            return native.step(self.state, groups, positions, rules, arguments, grads, may_leave)
         except (TypeError, ValueError) as error:
             self._explain(error)
 
@@ -773,7 +776,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
 
     def _needs_count(self, group: dict[str, Any]) -> bool:
         """Return whether an update depends on a count that a group's ``step`` does not say."""
-        return is_absent(group.get("step")) and "step" in self._rule.options
+        return is_absent(group.get("step")) and "step" in self._rule_of(group).rule.options
 
     def _is_begun(self, group: dict[str, Any]) -> bool:
         """Return whether a state may hold steps that were taken, so that it has to be complete."""
@@ -793,7 +796,7 @@ class ScalarOptimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], param: Tensor, state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return what of a parameter's state its step reads or modifies."""
-        keys = ["step", *self._state_names]
+        keys = ["step", *self._rule_of(group).state_names]
         if has_master(group, param):
             keys.append(MASTER)
         return {key: state[key] for key in keys if key in state}
@@ -842,7 +845,8 @@ class ScalarOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(read(state["step"], 1))
         values = self._read_weight(group, param)
-        states = [as_local(state[name]) for name in self._state_names]
+        _, _, state_names, rule = self._rule_of(group)
+        states = [as_local(state[name]) for name in state_names]
         increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
         grad = as_local(_placed_like(self._grad(group, param), param))
 
@@ -855,9 +859,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         if method == "l2" and weight_decay != 0.0:
             grad = grad + weights * weight_decay
         options = {**self._plain_options(group), "step": step}
-        if "step" not in self._rule.options:
+        if "step" not in rule.options:
             del options["step"]
-        update = self._rule.compute_update(grad, states, options)
+        update = rule.compute_update(grad, states, options)
         if lr == 0.0:
             return  # not even 0 times a NaN reaches the parameter
 

@@ -1,15 +1,15 @@
 """A rule's plain PyTorch formula, and the ways into its native operator.
 
-An update function has three doors. Eager calls enter the compiled module directly. Calls that
-``torch.compile`` or ``torch.export`` traces go through ``torch.ops``. Where there are no native
-kernels (another device, or nothing compiled), the plain formula is applied position by position.
+An update function takes one of three ways. Eager calls enter the compiled module directly. Calls
+that ``torch.compile`` or ``torch.export`` traces go through ``torch.ops``. Where there are no
+native kernels (another device, or nothing compiled), the formula is applied position by position.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,27 @@ _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in 
 
 # The formulas, for devices on which the operators have no kernel of their own.
 _fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
+
+
+# Where a group has a hyperparameter: a key; or a key, an index of the numbers that are there, and
+# how many those are.
+GroupKey: TypeAlias = str | tuple[str, int, int]
+
+
+class GroupRule(NamedTuple):
+    """A rule as parameter groups have it, in the order in which the native step takes it.
+
+    Attributes:
+        native: What the compiled module knows the rule by, if it does.
+        keys: Where a group has each hyperparameter.
+        state_names: The keys of a parameter's states.
+        rule: The rule.
+    """
+
+    native: Any
+    keys: tuple[GroupKey, ...]
+    state_names: tuple[str, ...]
+    rule: "Rule"
 
 
 class Rule:
@@ -62,16 +83,28 @@ class Rule:
         ]
         self.options = [option.name for option in self._options]
         self.hyperparameters = [option for option in self._options if option.kind != "step"]
-        # None for a rule that is not of this package.
-        self.native_step: Any = getattr(native, f"{name}_step", None)
+        # What the compiled module knows it by; None where it does not.
+        self.native: Any = None if native is None else native.rules.get(name)
         self._operator: Any = None
-        if self.native_step is not None:
+        if self.native is not None:
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
         self.meet_dtensors = self._way_to_meet_dtensors()
         self.meet_dtensors()
 
-    def door(self) -> Callable[..., Tensor | list[Tensor]]:
+    def for_groups(
+        self, renamed: Mapping[str, "GroupKey"], state_names: tuple[str, ...]
+    ) -> "GroupRule":
+        """Return the rule as parameter groups have it.
+
+        Args:
+            renamed: Where a group has a hyperparameter, if not under its name.
+            state_names: The keys of a parameter's states, in the order of the formula.
+        """
+        keys = tuple(renamed.get(option.name, option.name) for option in self.hyperparameters)
+        return GroupRule(self.native, keys, state_names, self)
+
+    def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return the function that a wrapper calls, with all its arguments and then ``out``."""
         if self._operator is None:
             return self._call
@@ -80,11 +113,11 @@ class Rule:
         is_compiling = torch.compiler.is_compiling
         meet_dtensors = self.meet_dtensors
 
-        def enter(*arguments: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             meet_dtensors()
             return traced(*arguments) if is_compiling() else eager(*arguments)
 
-        return enter
+        return call
 
     def _way_to_meet_dtensors(self) -> Callable[[], None]:
         """Return what tells the operator about DTensors, as soon as there can be any."""

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,9 +93,10 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
 
 
-def is_begun(optimizer: "ScalarOptimizer", state: dict[str, Any]) -> bool:
+def is_begun(optimizer: "ScalarOptimizer", group: Mapping[str, Any], state: dict[str, Any]) -> bool:
     """Return whether there is any of a rule's states, so that none may be missing."""
-    return not all(is_absent(state.get(name)) for name in ("step", *optimizer._state_names))
+    names = optimizer._rule_of(group).state_names
+    return not all(is_absent(state.get(name)) for name in ("step", *names))
 
 
 def check_complete(
@@ -109,10 +110,10 @@ def check_complete(
         state: The parameter's.
         what: What the state is called.
     """
-    if not is_begun(optimizer, state):
+    if not is_begun(optimizer, group, state):
         return
     has = ", ".join(repr(name) for name, value in state.items() if not is_absent(value))
-    for name in optimizer._state_names:
+    for name in optimizer._rule_of(group).state_names:
         if is_absent(state.get(name)):
             raise ValueError(f"{what} has no {name!r}; it has {has}")
     if is_absent(state.get("step")) and optimizer._needs_count(group):

@@ -387,7 +387,7 @@ class MegatronMixin(ScalarOptimizer):
                     state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
 
     def _settle_counts(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
-        begun = [state for state in states if is_begun(self, state)]
+        begun = [state for state in states if is_begun(self, group, state)]
         step = group.pop("step", None)
         if is_absent(step):
             step = max((count_of(state) for state in begun), default=None)

@@ -108,7 +108,7 @@ def without_native() -> AbstractContextManager[Any]:
     patches = [mock.patch.object(_rule, "native", None)]
     for name in RULES:
         module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
-        patches.append(mock.patch.object(module, "_enter", module._RULE._call))
+        patches.append(mock.patch.object(module, "_call", module._RULE._call))
     stack = ExitStack()
     for patch in patches:
         stack.enter_context(patch)

@@ -27,7 +27,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(_rule, "native", None)
         for name in RULES:
             module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
-            monkeypatch.setattr(module, "_enter", module._RULE._call)
+            monkeypatch.setattr(module, "_call", module._RULE._call)
     return str(request.param)
 
 
@@ -311,7 +311,7 @@ def test_different_devices(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_rule, "native", None)
     module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{rule.name}")
-    monkeypatch.setattr(module, "_enter", module._RULE._call)
+    monkeypatch.setattr(module, "_call", module._RULE._call)
     lists = make_lists(rule)
     lists[rule.states[-1]][3] = lists[rule.states[-1]][3].as_subclass(Elsewhere)
     message = f"{rule.states[-1]}s[3] is on xpu but grads[3] is on cpu"

@@ -443,7 +443,7 @@ def _fake(mode: FakeTensorMode, operands: Operands) -> Operands:
 def _without_native(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{rule.name}")
     monkeypatch.setattr(module._RULE, "_operator", None)
-    monkeypatch.setattr(module, "_enter", module._RULE.door())
+    monkeypatch.setattr(module, "_call", module._RULE.entry_point())
 
 
 @every_rule

@@ -959,12 +959,13 @@ def test_the_native_steps_gradients_and_names_are_checked() -> None:
     optimizer = FusedAdam(make_params(F32), **AWARE)
     run(optimizer, [1])
     assert native is not None
-    keys, names = optimizer._group_keys, optimizer._state_names
-    call = (optimizer.state, optimizer.param_groups, [0], keys)
+    rule = optimizer._group_rule
+    call = (optimizer.state, optimizer.param_groups, [0])
     numbers = (None, None, None, 0)
     with pytest.raises(TypeError, match=r"the gradient given for params\[0\] must be a Tensor"):
-        native.adam_step(*call, names, numbers, [["no tensor", None, None, None]], False)
+        native.step(*call, [rule], numbers, [["no tensor", None, None, None]], False)
     with pytest.raises(ValueError, match="there are 1 gradients for 4 parameters"):
-        native.adam_step(*call, names, numbers, [[None]], False)
+        native.step(*call, [rule], numbers, [[None]], False)
+    short = rule._replace(state_names=rule.state_names[:1])
     with pytest.raises(ValueError, match="state_names has 1 names; expected 2"):
-        native.adam_step(*call, names[:1], numbers, None, False)
+        native.step(*call, [short], numbers, None, False)

@@ -87,9 +87,9 @@ def test_jit_trace(rule: Rule, form: Callable[..., Any]) -> None:
 def test_jit_trace_of_the_fallback(
     rule: Rule, form: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = __import__(f"emerging_optimizers.scalar_optimizers.{rule.name}", fromlist=["_enter"])
+    module = __import__(f"emerging_optimizers.scalar_optimizers.{rule.name}", fromlist=["_call"])
     monkeypatch.setattr(module._RULE, "_operator", None)
-    monkeypatch.setattr(module, "_enter", module._RULE.door())
+    monkeypatch.setattr(module, "_call", module._RULE.entry_point())
     assert_refuses(form(rule), operands_of(rule), f"calculate_{rule.name}_update")
 
 

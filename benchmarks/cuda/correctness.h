@@ -42,7 +42,7 @@ inline std::optional<Element> compare(std::vector<std::vector<Buffer>>& got,
       Buffer& buffer = got[r][k];
       const Buffer& right = wanted[r][k];
       const size_t size = static_cast<size_t>(size_of(right.dtype));
-      const bool is_half = right.dtype == DType::kHighHalf || right.dtype == DType::kLowHalf;
+      const bool is_half = right.dtype == DType::kSplitParam || right.dtype == DType::kRemainder;
       for (size_t at = right.offset; at < right.bytes.size(); at += size) {
         if (std::memcmp(&buffer.bytes[at], &right.bytes[at], size) == 0) continue;
         const auto i = static_cast<int64_t>((at - right.offset) / size);
@@ -79,11 +79,11 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
     std::vector<size_t> row_places;
     for (int k = 0; k < num_buffers; ++k) {
       const auto first = static_cast<size_t>(first_element(static_cast<Offsets>(r % 3), k));
-      const bool is_half = mix.is_halved() && (k == kUpdate || k == kOperands - 1);
+      const bool is_half = mix.is_split() && (k == kUpdate || k == kOperands - 1);
       row_operands.emplace_back(is_half ? kBF16 : mix.dtype(k), numels[r], first, random);
       put_specials(row_operands.back(), k, random);
     }
-    if (mix.is_halved()) halve(row_operands, random);
+    if (mix.is_split()) split(row_operands, random);
     auto row = row_of<kOperands>(row_operands, r % 2 == 0 ? 1.0 : 0.375);
     row.device = 0;
     row.position = r;

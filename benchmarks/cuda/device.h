@@ -79,7 +79,7 @@ cudaError_t for_each(const Work& work, uint64_t count, cudaStream_t) {
 
 // One step of the table, as device_sweep.cpp makes it; returns the number of launches.
 template <class Epilogue>
-int step_on_device(Device& device, const cuda::Chip& chip, const Number& step,
+int step_on_device(Device& device, const cuda::Chip& chip, const HostOrDeviceScalar& step,
                    const Epilogue& epilogue, const Table<kNumOperands<Adam, Epilogue>>& table) {
   int launches = 0;
   const auto enqueue = [&](int8_t, const auto& launch, auto... num_blocks) {

@@ -62,8 +62,8 @@ struct Fill {
     const auto put = [&](uint16_t value) { reinterpret_cast<uint16_t*>(data)[i] = value; };
     if (dtype == DType::kFloat16) put(Round<Float16>::from(number).bits);
     if (dtype == DType::kBFloat16) put(Round<BFloat16>::from(number).bits);
-    if (dtype == DType::kHighHalf) put(Round<BFloat16>::from(number + 0.5f).bits);
-    if (dtype == DType::kLowHalf) put(static_cast<uint16_t>(bits));
+    if (dtype == DType::kSplitParam) put(Round<BFloat16>::from(number + 0.5f).bits);
+    if (dtype == DType::kRemainder) put(static_cast<uint16_t>(bits));
   }
 };
 

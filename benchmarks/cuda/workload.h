@@ -30,7 +30,7 @@ struct Mix {
     if (k < kFirstState + kNumStates<Adam>) return state;
     return has_master ? master : param;
   }
-  bool is_halved() const { return param == DType::kHighHalf; }
+  bool is_split() const { return param == DType::kSplitParam; }
 };
 
 inline constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16,
@@ -42,7 +42,7 @@ inline constexpr Mix kMixes[] = {
     {"bfloat16", kBF16, kBF16, kBF16},
     {"float16", kF16, kF16, kF16},
     {"master", kBF16, kBF16, kF32, true},
-    {"remainder", DType::kHighHalf, kBF16, kF32, true, DType::kLowHalf},
+    {"remainder", DType::kSplitParam, kBF16, kF32, true, DType::kRemainder},
     {"stochastic", kBF16, kBF16, kBF16, false, kF32, true},
     {"float64", kF64, kF64, kF64},
 };
@@ -59,7 +59,7 @@ int64_t bytes_of_element(const Mix& mix) {
   int64_t bytes = size_of(mix.grad) + 2 * states * size_of(mix.state) + size_of(mix.param);
   if (Epilogue::kOperands != 0) {
     bytes += mix.has_master ? 2 * size_of(mix.master) : size_of(mix.param);
-    if (mix.is_halved()) bytes += size_of(mix.param);  // read, too
+    if (mix.is_split()) bytes += size_of(mix.param);  // read, too
   }
   return bytes;
 }
@@ -96,7 +96,7 @@ Epilogue epilogue_of(const Mix& mix, const DeviceNumbers* on_device) {
   return epilogue;
 }
 
-inline Number step_of(const DeviceNumbers* on_device) {
+inline HostOrDeviceScalar step_of(const DeviceNumbers* on_device) {
   return {kStep, on_device == nullptr ? nullptr : &on_device->step};
 }
 

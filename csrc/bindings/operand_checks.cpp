@@ -174,7 +174,7 @@ void check_position(OperandLists lists, size_t position) {
 }
 
 bool shares_dense_layout(OperandLists lists, size_t position) {
-  const at::Tensor& state = lists[kFirstState].tensors[position];
+  const at::Tensor& state = layout_list(lists).tensors[position];
   return state.is_non_overlapping_and_dense() &&
          std::all_of(lists.begin(), lists.end(), [&](const OperandList& list) {
            return same_strides(list.tensors[position], state);

@@ -6,8 +6,6 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-#include <array>
 #include <functional>
 #include <optional>
 #include <string>
@@ -67,6 +65,11 @@ std::string dtype_text(at::ScalarType type);
 
 using OperandLists = c10::ArrayRef<OperandList>;  // in the order of a row's operands
 
+// Whose layout the others follow: the first state, or the gradient where a rule has none.
+inline const OperandList& layout_list(OperandLists lists) {
+  return lists[lists.size() > kFirstState ? kFirstState : kGrad];
+}
+
 // Every check of one position by itself.
 void check_position(OperandLists lists, size_t position);
 
@@ -115,6 +118,10 @@ C10_ALWAYS_INLINE bool is_alike(const at::Tensor& tensor, const at::Tensor& grad
 // Whether all operands of a position lie in memory in the same order, without gaps.
 bool shares_dense_layout(OperandLists lists, size_t position);
 
+inline bool is_aligned(const void* address, DType dtype) {
+  return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(size_of(dtype)) == 0;
+}
+
 // Of one shape.
 bool same_strides(const at::Tensor& a, const at::Tensor& b);
 
@@ -149,144 +156,5 @@ class StandIns {
 
 // Tells autograd what was modified.
 void bump_versions(OperandLists lists);
-
-// A table of lists that passed all checks.
-template <int kOperands>
-class CheckedTable {
- public:
-  // `scale_of(position)` is the factor for that position's update.
-  template <class ScaleOf>
-  CheckedTable(const std::array<OperandList, kOperands>& lists, ScaleOf scale_of) : lists_(lists) {
-    const at::TensorList grads = lists_[kGrad].tensors;
-    for (const OperandList& list : lists_) {
-      TORCH_CHECK_VALUE(list.tensors.size() == grads.size(), list_name(list.name), " has ",
-                        list.tensors.size(), " tensors but ", list_name("grad"), " has ",
-                        grads.size());
-    }
-    table_.rows.reserve(grads.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-      bool needs_no_checks = is_plain(grads[i]);
-      for (const OperandList& list : lists_) {
-        needs_no_checks &= is_alike(list.tensors[i], grads[i]) &&
-                           list.tensors[i].unsafeGetTensorImpl()->is_contiguous();
-      }
-      if (!needs_no_checks) {
-        check_position(lists_, i);
-        if (!shares_dense_layout(lists_, i)) strided_.push_back(i);
-      }
-      table_.append(row(i, scale_of(i)));
-    }
-    // What is modified gets memory of its own first, where it shared a copy-on-write storage.
-    for (const bool in_place : {true, false}) {
-      for (size_t k = 0; k < kOperands; ++k) {
-        if (lists_[k].in_place == in_place) find_data(k);
-      }
-    }
-    check_aliases();
-    for (const size_t i : strided_) use_stand_ins(i);
-  }
-
-  const Table<kOperands>& table() const { return table_; }
-
-  // To be called after the sweep.
-  void finish() const {
-    stand_ins_.write_back();
-    bump_versions(lists_);
-  }
-
- private:
-  Row<kOperands> row(size_t position, double scale) const {
-    const at::Tensor& grad = lists_[kGrad].tensors[position];
-    Row<kOperands> row;
-    row.device = grad.is_cuda() ? grad.get_device() : kHost;
-    row.scale = scale;
-    row.numel = grad.numel();
-    row.compute = DType::kFloat32;
-    for (int k = 0; k < kOperands; ++k) {
-      row.dtype[k] = to_dtype(lists_[static_cast<size_t>(k)].tensors[position].scalar_type());
-      if (k != kUpdate && row.dtype[k] == DType::kFloat64) row.compute = DType::kFloat64;
-    }
-    return row;
-  }
-
-  void find_data(size_t k) {
-    const OperandList& list = lists_[k];
-    for (size_t i = 0; i < table_.rows.size(); ++i) {
-      Row<kOperands>& row = table_.rows[i];
-      const at::Tensor& tensor = list.tensors[i];
-      row.data[k] =
-          list.in_place ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
-      TORCH_CHECK_VALUE(row.data[k] != nullptr || row.numel == 0, position_name(list.name, i),
-                        " has no memory: its storage was resized to 0");
-      // What the CPU takes, a GPU does not.
-      TORCH_CHECK_VALUE(
-          row.device == kHost || reinterpret_cast<uintptr_t>(row.data[k]) %
-                                         static_cast<uintptr_t>(size_of(row.dtype[k])) ==
-                                     0,
-          position_name(list.name, i), " does not start at a multiple of its ",
-          size_of(row.dtype[k]), "-byte elements");
-    }
-  }
-
-  // Operands that are modified must share no memory with each other, nor with those that are read.
-  void check_aliases() const {
-    const auto each_range = [&](auto& visitor) {
-      for (size_t k = 0; k < kOperands; ++k) {
-        if (k == kGrad) continue;
-        visitor.start_list();
-        each_row([&](const Row<kOperands>& row) { visitor.modify(range_of(row, k)); });
-      }
-      each_row([&](const Row<kOperands>& row) {
-        if (!is_own_update(row)) visitor.read(range_of(row, kGrad));
-      });
-    };
-    if (are_surely_apart(each_range, table_.rows.size() * kOperands)) return;
-    refuse_sharing(lists_, [&](size_t k, size_t i) {
-      return table_.rows[i].numel == 0 ? nullptr : table_.rows[i].data[k];
-    });
-  }
-
-  template <class Visit>
-  void each_row(const Visit& visit) const {
-    for (const Row<kOperands>& row : table_.rows) {
-      if (row.numel != 0) visit(row);
-    }
-  }
-
-  size_t position_of(const Row<kOperands>& row) const {
-    return static_cast<size_t>(&row - table_.rows.data());
-  }
-
-  bool is_own_update(const Row<kOperands>& row) const {
-    if (row.data[kUpdate] != row.data[kGrad]) return false;
-    const size_t i = position_of(row);
-    return is_same_view(lists_[kUpdate].tensors[i], lists_[kGrad].tensors[i]);
-  }
-
-  EMOPT_FN ByteRange range_of(const Row<kOperands>& row, size_t k) const {
-    if (!strided_.empty()) {
-      const size_t i = position_of(row);
-      if (std::binary_search(strided_.begin(), strided_.end(), i)) {
-        return memory_of_tensor(lists_[k].tensors[i], row.data[k]).range;
-      }
-    }
-    return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
-  }
-
-  void use_stand_ins(size_t position) {
-    const at::Tensor layout =
-        empty_update(lists_[kGrad].tensors[position], lists_[kFirstState].tensors[position]);
-    for (int k = 0; k < kOperands; ++k) {
-      table_.rows[position].data[k] =
-          stand_ins_.find(lists_[static_cast<size_t>(k)], position, k != kUpdate, layout)
-              .mutable_data_ptr();
-    }
-  }
-
-  const std::array<OperandList, kOperands>& lists_;
-  Table<kOperands> table_;
-  std::vector<size_t> strided_;  // positions that need stand-ins, in order
-  StandIns stand_ins_;
-};
 
 }  // namespace emopt

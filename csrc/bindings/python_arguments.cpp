@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "operand_checks.h"
-#include "scalar_checks.h"
 
 namespace emopt {
 
@@ -188,7 +187,7 @@ c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
   return numbers;
 }
 
-StepValue read_step(py::handle value) {
+StepArgumentValue read_step(py::handle value) {
   if (THPVariable_Check(value.ptr())) return {c10::SymInt(0), THPVariable_Unpack(value.ptr())};
   if (torch::is_symint(value)) return {value.cast<c10::SymInt>(), std::nullopt};
   return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};

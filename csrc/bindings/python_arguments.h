@@ -2,11 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/SymInt.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+
+#include "hyperparameters.h"
 
 namespace emopt {
 
@@ -35,15 +36,10 @@ class TensorArgument {
 // All lists, or all single tensors.
 void check_same_kind(const TensorArgument& grad, const TensorArgument& other);
 
-struct StepValue {
-  c10::SymInt step{0};
-  std::optional<at::Tensor> tensor;
-};
-
 double read_number(const char* name, py::handle value);
 bool read_flag(const char* name, py::handle value);
 std::optional<int64_t> read_warmup_steps(const char* name, py::handle value);
 c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value);
-StepValue read_step(py::handle value);
+StepArgumentValue read_step(py::handle value);
 
 }  // namespace emopt

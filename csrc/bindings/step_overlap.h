@@ -32,9 +32,12 @@ struct StepOperand {
 // How a step has to go about what shares memory.
 class StepOrder {
  public:
-  // `is_left` says, by position, which parameters the fallback steps, after the native step.
-  StepOrder(std::vector<StepOperand> operands, std::vector<char> is_left)
-      : operands_(std::move(operands)), is_left_(std::move(is_left)), waves_(is_left_.size()) {
+  // `is_remaining` says, by position, which parameters remain for the fallback, after the native
+  // step.
+  StepOrder(std::vector<StepOperand> operands, std::vector<char> is_remaining)
+      : operands_(std::move(operands)),
+        is_remaining_(std::move(is_remaining)),
+        waves_(is_remaining_.size()) {
     std::vector<UsedMemory> used;
     used.reserve(operands_.size());
     for (const StepOperand& operand : operands_) {
@@ -43,15 +46,15 @@ class StepOrder {
     find_sharing(used, [&](size_t i, size_t j, Sharing) { consider(operands_[i], operands_[j]); });
     std::sort(edges_.begin(), edges_.end());
     for (const auto& [later, earlier] : edges_) {
-      if (is_left_[earlier]) {
-        is_left_[later] = true;
+      if (is_remaining_[earlier]) {
+        is_remaining_[later] = true;
       } else {
         waves_[later] = std::max(waves_[later], waves_[earlier] + 1);
       }
     }
   }
 
-  bool is_left(uint32_t position) const { return is_left_[position] != 0; }
+  bool is_remaining(uint32_t position) const { return is_remaining_[position] != 0; }
   // Parameters of one wave share no memory; the waves are stepped one after the other.
   uint32_t wave(uint32_t position) const { return waves_[position]; }
   uint32_t num_waves() const {
@@ -69,19 +72,19 @@ class StepOrder {
       if (earlier == later) return;
       edges_.emplace_back(later, earlier);
       // Of what the earlier one writes, a copy has nothing.
-      if ((a.position == later ? a : b).is_copied) is_left_[later] = true;
+      if ((a.position == later ? a : b).is_copied) is_remaining_[later] = true;
       return;
     }
     if (a.role == Role::kCounter && b.role == Role::kCounter &&
         a.view.range.begin == b.view.range.begin) {
-      is_left_[later] = true;  // until it has one of its own
+      is_remaining_[later] = true;  // until it has one of its own
       return;
     }
     TORCH_CHECK_VALUE(false, kSharedState);
   }
 
   std::vector<StepOperand> operands_;
-  std::vector<char> is_left_;
+  std::vector<char> is_remaining_;
   std::vector<uint32_t> waves_;
   std::vector<std::pair<uint32_t, uint32_t>> edges_;  // positions: the later one, the earlier one
 };

@@ -18,8 +18,8 @@
 
 namespace emopt {
 
-// The last two are the halves of a float32 master, see HighHalf.
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kHighHalf, kLowHalf };
+// The last two are the halves of a float32 master, see SplitParam.
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kSplitParam, kRemainder };
 
 EMOPT_FN int size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -39,10 +39,10 @@ struct Float16 {
 // A float32 master as two numbers of 16 bits, in the encoding of TransformerEngine: the high half,
 // plus 1 where the low one is 0x8000 or more, is a bfloat16 parameter; the low half is stored
 // beside it.
-struct HighHalf {
+struct SplitParam {
   uint16_t bits;
 };
-struct LowHalf {
+struct Remainder {
   uint16_t bits;
 };
 
@@ -61,7 +61,7 @@ EMOPT_FN double widen(double x) { return x; }
 
 EMOPT_FN float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-EMOPT_FN float widen(HighHalf x) { return widen(BFloat16{x.bits}); }  // the parameter by itself
+EMOPT_FN float widen(SplitParam x) { return widen(BFloat16{x.bits}); }  // the parameter by itself
 
 EMOPT_FN float widen(Float16 x) {
 #if defined(__CUDA_ARCH__)
@@ -79,7 +79,7 @@ EMOPT_FN float widen(Float16 x) {
 }
 
 // The master.
-EMOPT_FN float join(HighHalf high, LowHalf low) {
+EMOPT_FN float join(SplitParam high, Remainder low) {
   const uint32_t carry = low.bits >> 15;
   return bit_cast<float>((static_cast<uint32_t>(high.bits) - carry) << 16 | low.bits);
 }
@@ -160,17 +160,17 @@ EMOPT_FN uint32_t master_bits(float x) {
 }
 
 template <>
-struct Round<HighHalf> {
-  EMOPT_FN static HighHalf from(float x) {
+struct Round<SplitParam> {
+  EMOPT_FN static SplitParam from(float x) {
     return {static_cast<uint16_t>((master_bits(x) + 0x8000u) >> 16)};
   }
-  EMOPT_FN static HighHalf from(double x) { return from(static_cast<float>(x)); }
+  EMOPT_FN static SplitParam from(double x) { return from(static_cast<float>(x)); }
 };
 
 template <>
-struct Round<LowHalf> {
-  EMOPT_FN static LowHalf from(float x) { return {static_cast<uint16_t>(master_bits(x))}; }
-  EMOPT_FN static LowHalf from(double x) { return from(static_cast<float>(x)); }
+struct Round<Remainder> {
+  EMOPT_FN static Remainder from(float x) { return {static_cast<uint16_t>(master_bits(x))}; }
+  EMOPT_FN static Remainder from(double x) { return from(static_cast<float>(x)); }
 };
 
 // Two numbers of a 16-bit type side by side, the first in the lower half.

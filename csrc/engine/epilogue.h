@@ -2,37 +2,40 @@
 //
 // An epilogue is a plain struct. It provides
 //
-//   static constexpr int kOperands                operands that it adds to a row, after the states
+//   static constexpr int kIndex                   its place in RuleInfo's tables
+//   static constexpr int kOperands                operands that it adds to a row, after the states:
+//                                                 the weight, or none
 //   static constexpr bool kHasRowSteps            whether each row may have a step of its own
 //   bool is_stochastic                            whether 16-bit results are rounded at random
-//   static constexpr uint32_t kNumbers            how many numbers it has
-//   const Number& number(uint32_t i) const        each of them
-//   Epilogue with_numbers(const double*) const    itself, with their values known
-//   bool is_on_device() const                     whether any number of it is
-//   bool is_skipped() const                       whether nothing is to be done; reads the numbers
+//   static constexpr uint32_t kScalars            how many scalars it has
+//   const HostOrDeviceScalar& scalar(uint32_t i) const    each of them
+//   Epilogue with_scalars(const double*) const    itself, with their values known
+//   bool is_on_device() const                     whether any scalar of it is
+//   bool is_skipped() const                       whether nothing is to be done; reads the scalars
 //   template <class Real> struct At {
-//     At(const Epilogue&)                         once per step; reads the numbers
+//     At(const Epilogue&)                         once per step; reads the scalars
 //     void scale_by(Real)                         once per row: its factor for updates
-//     Real before(Real grad, Real own...) const   -> the gradient that the rule gets
-//     Real after(Real update, Real& own...) const -> what is stored in the first operand
+//     Real before(Real grad, Real weight...) const     -> the gradient that the rule gets
+//     Real after(Real update, Real& weight...) const   -> what is stored in the first operand
 //     bool stores() const                         whether that is stored at all
 //   };
 #pragma once
 
 #include "dtypes.h"
-#include "number.h"
+#include "host_or_device_scalar.h"
 
 namespace emopt {
 
 // It is stored, times the row's scale. (A scale of 1 changes no bit.)
 struct StoreUpdate {
+  static constexpr int kIndex = 0;
   static constexpr int kOperands = 0;
   static constexpr bool kHasRowSteps = false;
-  static constexpr uint32_t kNumbers = 0;
+  static constexpr uint32_t kScalars = 0;
   static constexpr bool is_stochastic = false;
 
-  EMOPT_FN Number number(uint32_t) const { return {}; }
-  EMOPT_FN StoreUpdate with_numbers(const double*) const { return {}; }
+  EMOPT_FN HostOrDeviceScalar scalar(uint32_t) const { return {}; }
+  EMOPT_FN StoreUpdate with_scalars(const double*) const { return {}; }
   EMOPT_FN bool is_on_device() const { return false; }
   EMOPT_FN bool is_skipped() const { return false; }
 
@@ -69,24 +72,25 @@ enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
 // It is applied to a weight, which the row's last operand holds: that is the parameter itself, or a
 // master of it, of which the parameter gets the rounding.
 struct ApplyUpdate {
+  static constexpr int kIndex = 1;
   static constexpr int kOperands = 1;
   static constexpr bool kHasRowSteps = true;
-  static constexpr uint32_t kNumbers = 4;
+  static constexpr uint32_t kScalars = 4;
 
-  Number lr;  // 0 leaves the weights as they are, whatever the update is
-  Number grad_multiplier{1.0};
-  Number grad_scale{1.0};  // gradients are divided by it
-  Number found_inf{0.0};   // nothing changes where it is not 0
+  HostOrDeviceScalar lr;  // 0 leaves the weights as they are, whatever the update is
+  HostOrDeviceScalar grad_multiplier{1.0};
+  HostOrDeviceScalar grad_scale{1.0};  // gradients are divided by it
+  HostOrDeviceScalar found_inf{0.0};   // nothing changes where it is not 0
   double weight_decay = 0.0;
   WeightDecay method = WeightDecay::kDecoupled;
   bool maximize = false;
   bool is_stochastic = false;  // 16-bit parameters are rounded up or down at random
   uint64_t seed = 0;           // for that
 
-  EMOPT_FN const Number& number(uint32_t i) const {
+  EMOPT_FN const HostOrDeviceScalar& scalar(uint32_t i) const {
     return i == 0 ? lr : i == 1 ? grad_multiplier : i == 2 ? grad_scale : found_inf;
   }
-  EMOPT_FN ApplyUpdate with_numbers(const double* values) const {
+  EMOPT_FN ApplyUpdate with_scalars(const double* values) const {
     ApplyUpdate result = *this;
     result.lr = {values[0]};
     result.grad_multiplier = {values[1]};
@@ -143,21 +147,6 @@ struct ApplyUpdate {
     // A parameter that does not move keeps every bit, whatever its master is.
     EMOPT_FN bool stores() const { return moves; }
   };
-};
-
-#define EMOPT_FOR_EACH_EPILOGUE(APPLY, Rule) \
-  APPLY(Rule, StoreUpdate)                   \
-  APPLY(Rule, ApplyUpdate)
-
-// A rule and an epilogue at one step, in one arithmetic type: what a loop over elements needs.
-template <class Rule, class Epilogue, class Real_>
-struct Constants {
-  using Real = Real_;
-  typename Rule::template Step<Real> step;
-  typename Epilogue::template At<Real> epilogue;
-
-  EMOPT_FN Constants(const Rule& rule, double step_, const Epilogue& epilogue_)
-      : step(rule, step_), epilogue(epilogue_) {}
 };
 
 }  // namespace emopt

@@ -1,14 +1,13 @@
-// The checked, dtype-erased table of parallel lists: what an engine sweeps.
+// A row: one tensor's position in parallel lists, without types.
 //
-// A row is one tensor's position in the lists; its operands are the update (or the parameter that
-// it is applied to), the gradient, the states and what the epilogue adds, all of one length and one
-// memory layout, so that element i of each is at index i.
+// Its operands are the update (or the parameter that it is applied to), the gradient, the states
+// and what the epilogue adds, all of one length and one memory layout, so that element i of each is
+// at index i.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <iterator>
-#include <vector>
+#include <type_traits>
 
 #include "dtypes.h"
 #include "epilogue.h"
@@ -19,11 +18,17 @@ inline constexpr int kUpdate = 0;
 inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
 
-template <class Rule>
-inline constexpr int kNumStates = static_cast<int>(std::size(Rule::kStates));
+inline constexpr int kMaxStates = 5;
+#define EMOPT_FOR_EACH_NUM_STATES(APPLY) APPLY(0) APPLY(1) APPLY(2) APPLY(3) APPLY(4) APPLY(5)
 
-template <class Rule, class Epilogue = StoreUpdate>
-inline constexpr int kNumOperands = kFirstState + kNumStates<Rule> + Epilogue::kOperands;
+template <class Rule, class = void>
+inline constexpr int kNumStates = 0;
+template <class Rule>
+inline constexpr int kNumStates<Rule, std::void_t<decltype(Rule::kStates)>> =
+    static_cast<int>(std::size(Rule::kStates));
+
+template <int kStates, class Epilogue>
+inline constexpr int kNumOperands = kFirstState + kStates + Epilogue::kOperands;
 
 constexpr bool is_read(int k) { return k != kUpdate; }
 
@@ -34,11 +39,11 @@ EMOPT_FN bool is_written(int k, const void* data, const void* update) {
   return k != kGrad && (k < kOperands - Epilogue::kOperands || data != update);
 }
 
-// Whether what became of operand k is to be stored: nothing in place of a parameter that keeps
-// every bit, nor of one of its halves. (Another weight then has its own bits.)
+// Whether the result is stored in operand k. A parameter that does not move keeps every bit, and so
+// does its remainder; a master weight of another dtype is stored as it is.
 template <class EpilogueAt>
 EMOPT_FN bool is_stored(int k, DType dtype, const EpilogueAt& epilogue) {
-  return epilogue.stores() || (k != kUpdate && dtype != DType::kLowHalf);
+  return epilogue.stores() || (k != kUpdate && dtype != DType::kRemainder);
 }
 
 inline constexpr int8_t kHost = -1;  // in place of a device's index
@@ -58,58 +63,5 @@ struct Row {
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
 };
-
-template <int kOperands>
-struct Table {
-  std::vector<Row<kOperands>> rows;
-  int64_t numel = 0;
-  bool any_on_host = false;
-  bool any_on_device = false;
-  bool any_float64 = false;  // to be computed in
-
-  void append(Row<kOperands> row) {
-    row.start = numel;
-    numel += row.numel;
-    any_on_host |= row.device == kHost;
-    any_on_device |= row.device != kHost;
-    any_float64 |= row.compute == DType::kFloat64;
-    rows.push_back(row);
-  }
-};
-
-// A place in a table: element `offset` of row `row`.
-struct Place {
-  int64_t row;
-  int64_t offset;
-};
-
-// Where a share of the work begins that is cut at the table's element `element`. Cuts fall on
-// multiples of `tile`, counted from the first element of a row, whatever the cut that was asked
-// for: so each tile is done whole, by one thread.
-template <int kOperands>
-Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
-  const auto& rows = table.rows;
-  if (element >= table.numel) return {static_cast<int64_t>(rows.size()), 0};
-  // The last row that starts at or before `element`. Empty rows share their start with the next
-  // one and come before it, so it is never one of those.
-  size_t low = 0, high = rows.size();
-  while (high - low > 1) {
-    const size_t middle = low + (high - low) / 2;
-    (rows[middle].start <= element ? low : high) = middle;
-  }
-  const int64_t offset = element - rows[low].start;
-  return {static_cast<int64_t>(low), offset - offset % tile};
-}
-
-// Calls `visit(row, begin, end)` for the parts of rows between two places, in order.
-template <int kOperands, class Visit>
-void for_each_part(const Table<kOperands>& table, Place begin, Place end, Visit visit) {
-  for (int64_t r = begin.row; r <= end.row && r < static_cast<int64_t>(table.rows.size()); ++r) {
-    const Row<kOperands>& row = table.rows[static_cast<size_t>(r)];
-    const int64_t from = r == begin.row ? begin.offset : 0;
-    const int64_t to = r == end.row ? end.offset : row.numel;
-    if (from < to) visit(row, from, to);
-  }
-}
 
 }  // namespace emopt

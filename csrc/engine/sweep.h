@@ -8,24 +8,25 @@
 
 namespace emopt {
 
-// The step, and the epilogue's numbers, may be on a device only where all rows are. The step that a
+// The step, and the epilogue's scalars, may be on a device only where all rows are. The step that a
 // row has itself, on a device, counts the steps that are done: it takes the place of `step`, which
 // is then of no account.
-template <class Rule, class Epilogue>
-void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
-           const Table<kNumOperands<Rule, Epilogue>>& table) {
+template <int kStates, class Epilogue>
+void sweep(const RuleInstance& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
+           const Table<kNumOperands<kStates, Epilogue>>& table) {
 #if EMOPT_CUDA
   if (table.any_on_device) {
-    cuda::sweep(rule, step, epilogue, table);  // returns at once, so that both kinds of device work
+    // Returns at once, so that both kinds of device work.
+    cuda::sweep_on_devices<kStates>(rule, step, epilogue, table);
     if (!table.any_on_host) return;
-    Table<kNumOperands<Rule, Epilogue>> on_host;
+    Table<kNumOperands<kStates, Epilogue>> on_host;
     for (const auto& row : table.rows) {
       if (row.device == kHost) on_host.append(row);
     }
-    return cpu::sweep(rule, step.value, epilogue, on_host);
+    return cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, on_host);
   }
 #endif
-  cpu::sweep(rule, step.value, epilogue, table);
+  cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, table);
 }
 
 }  // namespace emopt

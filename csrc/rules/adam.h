@@ -15,10 +15,11 @@ struct Adam {
   bool use_nesterov;
   double eps;
 
-  static constexpr auto options() {
-    return std::make_tuple(
-        option("betas", &Adam::betas, Domain::kBeta), option("correct_bias", &Adam::correct_bias),
-        option("use_nesterov", &Adam::use_nesterov), StepArgument{}, option("eps", &Adam::eps));
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("betas", &Adam::betas, Domain::kBeta),
+                           hyperparameter("correct_bias", &Adam::correct_bias),
+                           hyperparameter("use_nesterov", &Adam::use_nesterov), StepArgument{},
+                           hyperparameter("eps", &Adam::eps));
   }
 
   template <class Real>

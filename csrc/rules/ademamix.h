@@ -16,19 +16,19 @@ struct AdEMAMix {
   bool correct_bias;
   double alpha;
 
-  static constexpr auto options() {
+  static constexpr auto hyperparameters() {
     return std::make_tuple(
-        option("num_beta_slow_warmup_steps", &AdEMAMix::num_beta_slow_warmup_steps),
-        option("num_alpha_warmup_steps", &AdEMAMix::num_alpha_warmup_steps),
-        option("betas", &AdEMAMix::betas, Domain::kBeta), StepArgument{},
-        option("eps", &AdEMAMix::eps), option("correct_bias", &AdEMAMix::correct_bias),
-        option("alpha", &AdEMAMix::alpha, Domain::kAny));
+        hyperparameter("num_beta_slow_warmup_steps", &AdEMAMix::num_beta_slow_warmup_steps),
+        hyperparameter("num_alpha_warmup_steps", &AdEMAMix::num_alpha_warmup_steps),
+        hyperparameter("betas", &AdEMAMix::betas, Domain::kBeta), StepArgument{},
+        hyperparameter("eps", &AdEMAMix::eps),
+        hyperparameter("correct_bias", &AdEMAMix::correct_bias),
+        hyperparameter("alpha", &AdEMAMix::alpha, Domain::kAny));
   }
 
-  std::string problem() const {
-    const std::string start = half_life_problem("betas[0]", betas[0], num_beta_slow_warmup_steps);
-    return start.empty() ? half_life_problem("betas[2]", betas[2], num_beta_slow_warmup_steps)
-                         : start;
+  void check(ErrorText& error) const {
+    check_half_life(error, "betas[0]", betas[0], num_beta_slow_warmup_steps);
+    check_half_life(error, "betas[2]", betas[2], num_beta_slow_warmup_steps);
   }
 
   template <class Real>

@@ -13,10 +13,10 @@ struct LaProp {
   double betas[2];
   double eps;
 
-  static constexpr auto options() {
-    return std::make_tuple(option("correct_bias", &LaProp::correct_bias),
-                           option("betas", &LaProp::betas, Domain::kBeta), StepArgument{},
-                           option("eps", &LaProp::eps));
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("correct_bias", &LaProp::correct_bias),
+                           hyperparameter("betas", &LaProp::betas, Domain::kBeta), StepArgument{},
+                           hyperparameter("eps", &LaProp::eps));
   }
 
   template <class Real>

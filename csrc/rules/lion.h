@@ -12,9 +12,9 @@ struct Lion {
   double momentum_beta;
   double momentum_beta2;
 
-  static constexpr auto options() {
-    return std::make_tuple(option("momentum_beta", &Lion::momentum_beta, Domain::kBeta),
-                           option("momentum_beta2", &Lion::momentum_beta2, Domain::kBeta));
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("momentum_beta", &Lion::momentum_beta, Domain::kBeta),
+                           hyperparameter("momentum_beta2", &Lion::momentum_beta2, Domain::kBeta));
   }
 
   template <class Real>

@@ -6,9 +6,9 @@
 //   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
 //   static constexpr const char* kStates[]         its states, in the order that users pass them
 //   <hyperparameters>                              public members: double, double[N], bool, int64_t
-//   static constexpr auto options()                their argument names and domains, in the order
+//   static constexpr auto hyperparameters()        their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
-//   std::string problem() const                    (optional) what is wrong between hyperparameters
+//   void check(ErrorText&) const                   (optional) what is wrong between hyperparameters
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  where its member `use_shape_scaling` is true
 //
@@ -20,14 +20,17 @@
 //     Real operator()(Real grad, Real& state...) const -> update         once per element
 //   };
 //
+// A rule without states leaves kStates out. `Step` holds nothing but numbers and flags: it is
+// copied as bytes.
+//
 // A flag of `Step` that steers `operator()` costs nothing: it is the same for all elements, so the
 // compiler moves the branch out of the loop (seen with GCC 12: one vector loop for each case).
 #pragma once
 
 #include <math.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <string>
 #include <tuple>
 
 // Rule code is always inlined. It therefore takes on the instruction set of the loop around it, and
@@ -75,28 +78,36 @@ EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 
 // ---- the description of a rule's arguments ------------------------------------------------------
 
-enum class Domain {
+enum class Domain : uint8_t {
   kAny,          // any number but NaN
   kBeta,         // [0, 1)
   kNonNegative,  // [0, inf]
 };
 
 template <class Rule, class Value>
-struct Option {
+struct Hyperparameter {
   const char* name;
   Value Rule::* member;
   Domain domain;
 };
 
-// An option for a flag (bool) or for a number of warm-up steps (int64_t; None is passed as 0, which
-// means the same: the final value from the first step).
+// A flag is a bool; a number of warm-up steps is an int64_t (None is passed as 0, which means the
+// same: the final value from the first step).
 template <class Rule, class Value>
-constexpr Option<Rule, Value> option(const char* name, Value Rule::* member,
-                                     Domain domain = Domain::kNonNegative) {
+constexpr Hyperparameter<Rule, Value> hyperparameter(const char* name, Value Rule::* member,
+                                                     Domain domain = Domain::kNonNegative) {
   return {name, member, domain};
 }
 
 // Where `step` stands among the arguments. A rule without it does not depend on the step.
 struct StepArgument {};
+
+// An error message, in the caller's memory; empty where nothing is wrong.
+struct ErrorText {
+  char* text;
+  size_t capacity;
+
+  bool is_empty() const { return *text == '\0'; }
+};
 
 }  // namespace emopt

@@ -1,6 +1,8 @@
 // Bias corrections and warm-up schedules: what a rule computes once per step, in double.
 #pragma once
 
+#include <cstdio>
+
 #include "rule.h"
 
 namespace emopt {
@@ -56,11 +58,13 @@ EMOPT_FN double half_life_warmup(double step, double start, double end, int64_t 
   return beta_of_half_life((1.0 - done) * half_life(start) + done * half_life(end));
 }
 
-// What is wrong with a beta that is to be warmed up, for `Rule::problem()`; empty if nothing is.
-inline std::string half_life_problem(const std::string& name, double beta, int64_t warmup_steps) {
-  if (warmup_steps == 0 || beta + 1e-8 < 1.0) return {};
-  return name + " is too close to 1 to be warmed up: expected " + name +
-         " + 1e-8 < 1; pass None as the number of warm-up steps to use it from the first step";
+// Refuses a beta whose half-life is not finite, for a rule's `check()`.
+inline void check_half_life(ErrorText& error, const char* name, double beta, int64_t warmup_steps) {
+  if (!error.is_empty() || warmup_steps == 0 || beta + 1e-8 < 1.0) return;
+  std::snprintf(error.text, error.capacity,
+                "%s is too close to 1 to be warmed up: expected %s + 1e-8 < 1; pass None as the "
+                "number of warm-up steps to use it from the first step",
+                name, name);
 }
 
 }  // namespace emopt

@@ -15,11 +15,11 @@ struct Signum {
   bool use_nesterov;
   bool use_shape_scaling;
 
-  static constexpr auto options() {
-    return std::make_tuple(option("momentum_beta", &Signum::momentum_beta, Domain::kBeta),
-                           option("correct_bias", &Signum::correct_bias),
-                           option("use_nesterov", &Signum::use_nesterov), StepArgument{},
-                           option("use_shape_scaling", &Signum::use_shape_scaling));
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("momentum_beta", &Signum::momentum_beta, Domain::kBeta),
+                           hyperparameter("correct_bias", &Signum::correct_bias),
+                           hyperparameter("use_nesterov", &Signum::use_nesterov), StepArgument{},
+                           hyperparameter("use_shape_scaling", &Signum::use_shape_scaling));
   }
 
   static double shape_scale(int64_t rows, int64_t cols) {

@@ -6,7 +6,7 @@
 
 namespace emopt {
 
-struct SimAdEMAMix {
+struct SimplifiedAdEMAMix {
   static constexpr const char* kName = "sim_ademamix";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
 
@@ -17,20 +17,20 @@ struct SimAdEMAMix {
   bool correct_bias;
   double alpha;
 
-  static constexpr auto options() {
+  static constexpr auto hyperparameters() {
     return std::make_tuple(
-        option("num_beta_fast_warmup_steps", &SimAdEMAMix::num_beta_fast_warmup_steps),
-        option("min_beta_fast", &SimAdEMAMix::min_beta_fast, Domain::kBeta),
-        option("betas", &SimAdEMAMix::betas, Domain::kBeta), StepArgument{},
-        option("eps", &SimAdEMAMix::eps), option("correct_bias", &SimAdEMAMix::correct_bias),
-        option("alpha", &SimAdEMAMix::alpha, Domain::kAny));
+        hyperparameter("num_beta_fast_warmup_steps",
+                       &SimplifiedAdEMAMix::num_beta_fast_warmup_steps),
+        hyperparameter("min_beta_fast", &SimplifiedAdEMAMix::min_beta_fast, Domain::kBeta),
+        hyperparameter("betas", &SimplifiedAdEMAMix::betas, Domain::kBeta), StepArgument{},
+        hyperparameter("eps", &SimplifiedAdEMAMix::eps),
+        hyperparameter("correct_bias", &SimplifiedAdEMAMix::correct_bias),
+        hyperparameter("alpha", &SimplifiedAdEMAMix::alpha, Domain::kAny));
   }
 
-  std::string problem() const {
-    const std::string start =
-        half_life_problem("min_beta_fast", min_beta_fast, num_beta_fast_warmup_steps);
-    return start.empty() ? half_life_problem("betas[0]", betas[0], num_beta_fast_warmup_steps)
-                         : start;
+  void check(ErrorText& error) const {
+    check_half_life(error, "min_beta_fast", min_beta_fast, num_beta_fast_warmup_steps);
+    check_half_life(error, "betas[0]", betas[0], num_beta_fast_warmup_steps);
   }
 
   template <class Real>
@@ -39,7 +39,7 @@ struct SimAdEMAMix {
     ExponentialMovingAverage<Real> second;
     Real unbias_first, alpha, eps;
 
-    EMOPT_FN Step(const SimAdEMAMix& rule, double step) : second(rule.betas[1]) {
+    EMOPT_FN Step(const SimplifiedAdEMAMix& rule, double step) : second(rule.betas[1]) {
       const double b = half_life_warmup(step, rule.min_beta_fast, rule.betas[0],
                                         rule.num_beta_fast_warmup_steps);
       // c1 = (1 - B^t) / (1 - B): what a constant gradient of 1 has summed up to.

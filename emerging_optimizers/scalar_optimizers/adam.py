@@ -37,7 +37,7 @@ def _adam(
 
 
 _RULE = Rule("adam", _adam)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_adam_update(
@@ -110,7 +110,7 @@ def calculate_adam_update(
         https://arxiv.org/abs/1412.6980; Dozat, "Incorporating Nesterov Momentum into Adam", ICLR
         workshop 2016.
     """
-    return _enter(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps, out)
+    return _call(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps, out)
 
 
 class Adam(ScalarOptimizer):

@@ -43,7 +43,7 @@ def _check(betas: Sequence[float], num_beta_slow_warmup_steps: int | None, **_: 
 
 
 _RULE = Rule("ademamix", _ademamix, check=_check)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_ademamix_update(
@@ -122,7 +122,7 @@ def calculate_ademamix_update(
         Pagliardini, Ablin and Grangier, "The AdEMAMix Optimizer: Better, Faster, Older",
         https://arxiv.org/abs/2409.03137.
     """
-    return _enter(
+    return _call(
         grad,
         exp_avg_fast,
         exp_avg_slow,

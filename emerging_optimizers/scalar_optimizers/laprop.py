@@ -45,7 +45,7 @@ def _laprop(
 
 
 _RULE = Rule("laprop", _laprop)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_laprop_update(
@@ -109,7 +109,7 @@ def calculate_laprop_update(
         Ziyin, Wang and Ueda, "LaProp: Separating Momentum and Adaptivity in Adam",
         https://arxiv.org/abs/2002.04839.
     """
-    return _enter(grad, exp_avg, exp_avg_sq, correct_bias, betas, step, eps, out)
+    return _call(grad, exp_avg, exp_avg_sq, correct_bias, betas, step, eps, out)
 
 
 class LaProp(ScalarOptimizer):

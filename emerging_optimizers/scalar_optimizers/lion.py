@@ -24,7 +24,7 @@ def _lion(
 
 
 _RULE = Rule("lion", _lion)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_lion_update(
@@ -81,7 +81,7 @@ def calculate_lion_update(
     """
     if momentum_beta2 is None:
         momentum_beta2 = momentum_beta
-    return _enter(grad, exp_avg, momentum_beta, momentum_beta2, out)
+    return _call(grad, exp_avg, momentum_beta, momentum_beta2, out)
 
 
 class Lion(ScalarOptimizer):

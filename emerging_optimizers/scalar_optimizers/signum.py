@@ -36,7 +36,7 @@ def _signum(
 
 
 _RULE = Rule("signum", _signum)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_signum_update(
@@ -103,7 +103,7 @@ def calculate_signum_update(
         Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems",
         https://arxiv.org/abs/1802.04434; the scaling by shape: https://arxiv.org/abs/2506.07254.
     """
-    return _enter(
+    return _call(
         grad, exp_avg, momentum_beta, correct_bias, use_nesterov, step, use_shape_scaling, out
     )
 

@@ -45,7 +45,7 @@ def _check(
 
 
 _RULE = Rule("sim_ademamix", _sim_ademamix, check=_check)
-_enter = _RULE.door()
+_call = _RULE.entry_point()
 
 
 def calculate_sim_ademamix_update(
@@ -121,7 +121,7 @@ def calculate_sim_ademamix_update(
         Schedule-Free Optimizers, AdEMAMix, and Accelerated SGD Variants",
         https://arxiv.org/abs/2502.02431.
     """
-    return _enter(
+    return _call(
         grad,
         exp_avg,
         exp_avg_sq,

@@ -76,8 +76,8 @@ struct Buffer {
         return visit(emopt::BFloat16());
       case emopt::DType::kFloat16:
         return visit(emopt::Float16());
-      case emopt::DType::kHighHalf:
-      case emopt::DType::kLowHalf:
+      case emopt::DType::kSplitParam:
+      case emopt::DType::kRemainder:
         CHECK(!"a number by itself");
     }
   }
@@ -106,7 +106,7 @@ emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
 
 // Makes the parameter and its master, the first operand and the last, the halves of float32
 // numbers.
-inline void halve(std::vector<Buffer>& operands, std::mt19937_64& random) {
+inline void split(std::vector<Buffer>& operands, std::mt19937_64& random) {
   Buffer& param = operands[emopt::kUpdate];
   Buffer& master = operands.back();
   const int64_t numel = param.numel();
@@ -119,8 +119,8 @@ inline void halve(std::vector<Buffer>& operands, std::mt19937_64& random) {
     const uint64_t any = random();     // often halfway between two parameters, or 0
     master.put_bits(i, static_cast<uint16_t>(any % 8 == 0 ? any / 8 % 2 << 15 : any / 16));
   }
-  param.dtype = emopt::DType::kHighHalf;
-  master.dtype = emopt::DType::kLowHalf;
+  param.dtype = emopt::DType::kSplitParam;
+  master.dtype = emopt::DType::kRemainder;
 }
 
 inline float joined(uint16_t high, uint16_t low) {
@@ -173,9 +173,9 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
   Buffer& param = operands[emopt::kUpdate];
   const size_t num_others = emopt::kFirstState + emopt::kNumStates<Rule>;
   Buffer* const master = operands.size() > num_others ? &operands.back() : nullptr;
-  const bool is_halved = param.dtype == emopt::DType::kHighHalf;
+  const bool is_split = param.dtype == emopt::DType::kSplitParam;
   for (int64_t i = 0; i < row.numel; ++i) {
-    auto weight = static_cast<Real>(is_halved           ? joined(param.bits(i), master->bits(i))
+    auto weight = static_cast<Real>(is_split            ? joined(param.bits(i), master->bits(i))
                                     : master != nullptr ? master->get(i)
                                                         : param.get(i));
     Real grad = factor * static_cast<Real>(operands[emopt::kGrad].get(i));
@@ -187,7 +187,7 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
     const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
     const Real finite = std::min(std::max(weight, -kMax), kMax);
     weight = kept * weight - (static_cast<Real>(lost) * finite + rate * update);
-    if (is_halved) {
+    if (is_split) {
       uint32_t bits = 0;
       const auto stored = static_cast<float>(weight);
       std::memcpy(&bits, &stored, sizeof(bits));

@@ -12,20 +12,8 @@
 
 #include "buffers.h"
 #include "check.h"
-#include "rules/all.h"
-
-// Each rule, with each of its modes on and off.
-template <class Visit>
-void for_each_rule(Visit visit) {
-  for (const bool is_on : {true, false}) {
-    visit(emopt::Adam{{0.9, 0.999}, true, is_on, 1e-8});
-    visit(emopt::AdEMAMix{10, 20, {0.9, 0.999, 0.9999}, 1e-8, is_on, 5.0});
-    visit(emopt::LaProp{is_on, {0.9, 0.999}, 1e-8});
-    visit(emopt::Lion{0.9, 0.99});
-    visit(emopt::Signum{0.9, true, is_on, false});
-    visit(emopt::SimAdEMAMix{is_on ? 10 : 0, 0.9, {0.9999, 0.999}, 1e-8, true, 2.0});
-  }
-}
+#include "engine/table.h"
+#include "rules.h"
 
 template <size_t kCount, class Value>
 Value one_of(const Value (&values)[kCount], std::mt19937_64& random) {
@@ -55,20 +43,20 @@ Epilogue random_epilogue(std::mt19937_64& random) {
 // How many operands a row gets: where a weight is the parameter itself, it needs none.
 template <class Rule, class Epilogue>
 size_t random_num_operands(std::mt19937_64& random) {
-  const auto all = static_cast<size_t>(emopt::kNumOperands<Rule, Epilogue>);
+  const auto all = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
   return all - (Epilogue::kOperands != 0 && random() % 2 == 0 ? 1 : 0);
 }
 
 // How many it has where the weight is another one; 0 where there is no weight.
 template <class Rule, class Epilogue>
 constexpr size_t num_with_master() {
-  return Epilogue::kOperands != 0 ? static_cast<size_t>(emopt::kNumOperands<Rule, Epilogue>) : 0;
+  return Epilogue::kOperands != 0 ? static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>) : 0;
 }
 
 // Rows, and copies of their operands to compute by hand what is to become of them.
 template <class Rule, class Epilogue>
 struct Rows {
-  static constexpr int kOperands = emopt::kNumOperands<Rule, Epilogue>;
+  static constexpr int kOperands = kNumOperandsOf<Rule, Epilogue>;
   emopt::Table<kOperands> table;
   std::vector<std::vector<Buffer>> operands, expected;
 
@@ -101,7 +89,7 @@ struct Rows {
 // step, epilogue, table)` is the engine's.
 template <class Rule, class Sweep>
 void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
-  constexpr int kOperands = emopt::kNumOperands<Rule, emopt::ApplyUpdate>;
+  constexpr int kOperands = kNumOperandsOf<Rule, emopt::ApplyUpdate>;
   auto epilogue = random_epilogue<emopt::ApplyUpdate>(random);
   epilogue.lr.value = 0.0;
   for (const emopt::DType dtype : kTypes) {
@@ -110,7 +98,7 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
     for (int64_t i = 0; i < 300; ++i) operands[emopt::kGrad].put(i, HUGE_VAL - HUGE_VAL);
     if (has_master) operands.emplace_back(emopt::DType::kFloat32, 300, 0, random);
     if (has_master && random() % 2 == 0) {
-      halve(operands, random);
+      split(operands, random);
       operands[emopt::kUpdate].put_bits(7, 0x7fc1);  // a NaN that stays as it is
     } else if (has_master) {
       for (int64_t i = 0; i < 300; ++i) operands.back().put(i, operands[emopt::kUpdate].get(i));
@@ -130,7 +118,7 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
 // Rows too long for memory: of address space that is reserved, but mostly not backed. Parameters of
 // Lion that are rounded stochastically; the last `num_last` elements are to be swept.
 struct LongRow {
-  static constexpr int kOperands = emopt::kNumOperands<emopt::Lion, emopt::ApplyUpdate>;
+  static constexpr int kOperands = kNumOperandsOf<emopt::Lion, emopt::ApplyUpdate>;
   emopt::Lion rule{0.9, 0.99};
   emopt::ApplyUpdate epilogue;
   emopt::Table<kOperands> table;

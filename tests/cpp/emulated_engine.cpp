@@ -1,22 +1,57 @@
 // The CUDA engine on the host, in place of engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
+#include "rules.h"
 #include "run_on_host.h"
 
 namespace emopt::cuda {
 
-template <class Rule, class Epilogue>
-void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
-           const Table<kNumOperands<Rule, Epilogue>>& table) {
-  sweep_on_host(rule, step, epilogue, table, {2, true},
-                [](const auto&... launch) { run_on_host(launch...); });
+template <class Rule, class Epilogue, class Real>
+int enqueue_rows(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
+                 const void* const* rows, size_t num_rows, const Chip& chip, void* /*stream*/) {
+  const auto run = [](const auto& launch, uint32_t num_blocks) {
+    run_on_host(launch, num_blocks);
+    return true;
+  };
+  plan_rows<Rule, Epilogue, Real>(*static_cast<const Rule*>(rule), step,
+                                  *static_cast<const Epilogue*>(epilogue), rows, num_rows, chip,
+                                  run);
+  return 0;
+}
+
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue, Real)                                       \
+  template int enqueue_rows<Rule, Epilogue, Real>(const void*, const HostOrDeviceScalar&,  \
+                                                  const void*, const void* const*, size_t, \
+                                                  const Chip&, void*);
+#define EMOPT_INSTANTIATE(Rule)                     \
+  EMOPT_INSTANTIATE_WITH(Rule, StoreUpdate, float)  \
+  EMOPT_INSTANTIATE_WITH(Rule, StoreUpdate, double) \
+  EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, float)  \
+  EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, double)
+EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
+#undef EMOPT_INSTANTIATE
+#undef EMOPT_INSTANTIATE_WITH
+
+template <int kStates, class Epilogue>
+void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                      const Epilogue& epilogue,
+                      const Table<kNumOperands<kStates, Epilogue>>& table) {
+  const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
+    const EnqueueRows enqueue = rule.info->enqueue_of<Epilogue>(row.compute);
+    enqueue(rule.bytes, step, &epilogue, rows, num_rows, {2, true}, nullptr);
+  };
+  sweep_table(epilogue, table, enqueue_key,
+              [](int8_t, const Advance& advance) { run_on_host(advance); });
 }
 
 std::vector<int> compiled_architectures() { return {900}; }
 
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                     \
-  template void sweep(const Rule&, const Number&, const Epilogue&, \
-                      const Table<kNumOperands<Rule, Epilogue>>&);
-#define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
-EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
+#define EMOPT_INSTANTIATE_WITH(kStates, Epilogue)                                         \
+  template void sweep_on_devices<kStates>(const RuleInstance&, const HostOrDeviceScalar&, \
+                                          const Epilogue&,                                \
+                                          const Table<kNumOperands<kStates, Epilogue>>&);
+#define EMOPT_INSTANTIATE(kStates)             \
+  EMOPT_INSTANTIATE_WITH(kStates, StoreUpdate) \
+  EMOPT_INSTANTIATE_WITH(kStates, ApplyUpdate)
+EMOPT_FOR_EACH_NUM_STATES(EMOPT_INSTANTIATE)
 
 }  // namespace emopt::cuda

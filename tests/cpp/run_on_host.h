@@ -10,10 +10,10 @@ void run_on_host(const Launch& launch, uint32_t num_blocks, uint32_t first_block
   using namespace emopt::cuda;
   for (uint32_t block = first_block; block < num_blocks; ++block) {
     const uint32_t row = launch.row_of(block);
-    double numbers[Launch::kNumbers];
-    for (uint32_t i = 0; i < Launch::kNumbers; ++i) numbers[i] = read_number(launch, row, i);
+    double scalars[Launch::kScalars];
+    for (uint32_t i = 0; i < Launch::kScalars; ++i) scalars[i] = read_scalar(launch, row, i);
     const auto setup =
-        launch.needs_setup ? Setup<Launch>(launch, row, numbers) : Setup<Launch>(launch);
+        launch.needs_setup ? Setup<Launch>(launch, row, scalars) : Setup<Launch>(launch);
     for (uint32_t thread = 0; thread < kThreads; ++thread) {
       sweep_chunk(launch, block, thread, [&](uint32_t) { return [&] { return setup; }; });
     }
@@ -26,14 +26,23 @@ inline void run_on_host(const emopt::cuda::Advance& counters) {
   }
 }
 
-// What the engine does, where each device is a `chip`. `run(launch, num_blocks)` and
-// `run(counters)` are to run what a device would.
+// What the engine does, where each device is a `chip`. `run(device, launch, num_blocks)` and
+// `run(device, counters)` are to run what a device would.
 template <class Rule, class Epilogue, class Table, class Run>
-void sweep_on_host(const Rule& rule, const emopt::Number& step, const Epilogue& epilogue,
-                   const Table& table, const emopt::cuda::Chip& chip, Run run) {
-  const auto enqueue = [&](int8_t, const auto&... launch) { run(launch...); };
-  emopt::cuda::for_each_launch(rule, step, epilogue, table, [&](int8_t) { return chip; }, enqueue);
-  if constexpr (Epilogue::kHasRowSteps) {
-    emopt::cuda::for_each_advance(table, epilogue.found_inf, enqueue);
-  }
+void sweep_on_host(const Rule& rule, const emopt::HostOrDeviceScalar& step,
+                   const Epilogue& epilogue, const Table& table, const emopt::cuda::Chip& chip,
+                   Run run) {
+  using namespace emopt::cuda;
+  const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
+    const auto enqueue = [&](const auto& launch, uint32_t num_blocks) {
+      run(row.device, launch, num_blocks);
+      return true;
+    };
+    if (row.compute == emopt::DType::kFloat64) {
+      plan_rows<Rule, Epilogue, double>(rule, step, epilogue, rows, num_rows, chip, enqueue);
+    } else {
+      plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);
+    }
+  };
+  sweep_table(epilogue, table, enqueue_key, run);
 }

@@ -26,11 +26,12 @@ struct Memory {
   std::deque<double> float64;
   std::deque<int64_t> int64;
 
-  Number hold(double value, Number::Type type) {
-    if (type == Number::Type::kInt64) {
+  HostOrDeviceScalar hold(double value, HostOrDeviceScalar::Type type) {
+    if (type == HostOrDeviceScalar::Type::kInt64) {
       return {0.0, &int64.emplace_back(static_cast<int64_t>(value)), type};
     }
-    if (type == Number::Type::kFloat64) return {0.0, &float64.emplace_back(value), type};
+    if (type == HostOrDeviceScalar::Type::kFloat64)
+      return {0.0, &float64.emplace_back(value), type};
     return {0.0, &float32.emplace_back(static_cast<float>(value)), type};
   }
 };
@@ -39,9 +40,10 @@ struct Memory {
 StoreUpdate moved(const StoreUpdate& epilogue, Memory&, std::mt19937_64&) { return epilogue; }
 ApplyUpdate moved(ApplyUpdate epilogue, Memory& memory, std::mt19937_64& random) {
   uint64_t which = random() % 2 == 0 ? random() % 16 : 0;
-  for (Number* const number :
+  for (HostOrDeviceScalar* const number :
        {&epilogue.lr, &epilogue.grad_multiplier, &epilogue.grad_scale, &epilogue.found_inf}) {
-    const auto type = one_of({Number::Type::kFloat32, Number::Type::kFloat64}, random);
+    const auto type =
+        one_of({HostOrDeviceScalar::Type::kFloat32, HostOrDeviceScalar::Type::kFloat64}, random);
     if (which % 2 != 0) *number = memory.hold(number->value, type);
     which /= 2;
   }
@@ -70,10 +72,10 @@ int64_t check_chunks(const Launch& launch, uint32_t num_blocks) {
 // What the engine does, from the block of each row's element `first` on. Returns how many rows were
 // accessed by vectors.
 template <class Rule, class Epilogue, class Table>
-int64_t sweep(const Rule& rule, const Number& step, const Epilogue& epilogue, const Table& table,
-              cuda::Chip chip = {1, true}, int64_t first = 0) {
+int64_t sweep(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
+              const Table& table, cuda::Chip chip = {1, true}, int64_t first = 0) {
   int64_t num_vector_rows = 0;
-  const auto run = [&](const auto& launch, auto... num_blocks) {
+  const auto run = [&](int8_t, const auto& launch, auto... num_blocks) {
     if constexpr (sizeof...(num_blocks) == 0) {
       run_on_host(launch);
     } else if constexpr (sizeof(launch) <= cuda::kSmallLaunch) {
@@ -98,7 +100,7 @@ int64_t random_size(std::mt19937_64& random) {
 
 template <class Epilogue, class Rule>
 void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
-  constexpr auto kOperands = static_cast<size_t>(kNumOperands<Rule, Epilogue>);
+  constexpr auto kOperands = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
   // Half of the rounds in one type, the others in mixes, of which rows of one kind share launches.
   std::vector<std::vector<DType>> mixes(3, std::vector<DType>(kOperands));
   const bool is_uniform = random() % 2 == 0;
@@ -133,7 +135,7 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
     // With offsets that are equal in number, phases would differ.
     const bool may_halve = !is_wide && !(offsets == Offsets::kEqual && is_uniform);
     if (count == num_with_master<Rule, Epilogue>() && may_halve && random() % 3 == 0) {
-      halve(operands, random);
+      split(operands, random);
     }
     // The update may be the gradient.
     const bool is_in_place = Epilogue::kOperands == 0 && mix[kUpdate] == mix[kGrad];
@@ -151,10 +153,10 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
     if (is_in_place && random() % 2 == 0) row.data[kGrad] = row.data[kUpdate];
     num_filled += numel != 0;
   }
-  const Number steps[] = {{3.0},
-                          memory.hold(3, Number::Type::kFloat32),
-                          memory.hold(3, Number::Type::kFloat64),
-                          memory.hold(3, Number::Type::kInt64)};
+  const HostOrDeviceScalar steps[] = {{3.0},
+                                      memory.hold(3, HostOrDeviceScalar::Type::kFloat32),
+                                      memory.hold(3, HostOrDeviceScalar::Type::kFloat64),
+                                      memory.hold(3, HostOrDeviceScalar::Type::kInt64)};
   const cuda::Chip chip{one_of({1U, 2U, 132U}, random), random() % 2 == 0};
   const int64_t num_vector_rows =
       sweep(rule, one_of(steps, random), moved(epilogue, memory, random), rows.table, chip);

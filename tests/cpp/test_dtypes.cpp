@@ -11,10 +11,10 @@
 using emopt::BFloat16;
 using emopt::bit_cast;
 using emopt::Float16;
-using emopt::HighHalf;
 using emopt::join;
-using emopt::LowHalf;
+using emopt::Remainder;
 using emopt::Round;
+using emopt::SplitParam;
 using emopt::widen;
 
 namespace {
@@ -106,16 +106,16 @@ void check_halves() {
       const uint32_t bits = high << 16 | low;
       const auto master = bit_cast<float>(bits);
       const uint32_t wanted = std::isnan(master) ? 0x7fc00000U : bits;
-      const auto param = Round<HighHalf>::from(master);
-      const auto remainder = Round<LowHalf>::from(master);
+      const auto param = Round<SplitParam>::from(master);
+      const auto remainder = Round<Remainder>::from(master);
       CHECK(param.bits == static_cast<uint16_t>(wanted / 65536 + wanted % 65536 / 32768));
       CHECK(remainder.bits == wanted % 65536);
       CHECK(bit_cast<uint32_t>(join(param, remainder)) == wanted);
       if (std::isnan(master) || master == 0.0F) continue;
       // From float64: to the nearest float32 first.
       const double beside = std::nextafter(static_cast<double>(master), 0.0);
-      CHECK(Round<HighHalf>::from(beside).bits == param.bits);
-      CHECK(std::isinf(master) || Round<LowHalf>::from(beside).bits == remainder.bits);
+      CHECK(Round<SplitParam>::from(beside).bits == param.bits);
+      CHECK(std::isinf(master) || Round<Remainder>::from(beside).bits == remainder.bits);
     }
   }
 }

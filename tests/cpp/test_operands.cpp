@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "engine/operands.h"
+#include "engine/table.h"
 
 using emopt::for_each_part;
 using emopt::Place;

@@ -10,21 +10,11 @@
 #include "buffers.h"
 #include "cases.h"
 #include "check.h"
-#include "engine/cpu/unit.h"
+#include "engine/cpu/driver.h"
 
 using namespace emopt;
 
 namespace {
-
-template <class Rule, class Epilogue>
-cpu::SweepFunction<Rule, Epilogue> sweep_function(cpu::Isa isa) {
-#if EMOPT_X86_UNITS
-  if (isa == cpu::Isa::kAVX2) return cpu::avx2::sweep<Rule, Epilogue>;
-  if (isa == cpu::Isa::kAVX512) return cpu::avx512::sweep<Rule, Epilogue>;
-#endif
-  static_cast<void>(isa);
-  return cpu::baseline::sweep<Rule, Epilogue>;
-}
 
 // Wherever the table is cut.
 template <class Epilogue, class Rule>
@@ -40,7 +30,7 @@ void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
       operands.emplace_back(dtype, numel, random() % 5, random);
     }
     if (operands.size() == num_with_master<Rule, Epilogue>() && random() % 3 == 0) {
-      halve(operands, random);
+      split(operands, random);
     }
     rows.add(std::move(operands), rule, 3, epilogue);
   }
@@ -50,9 +40,9 @@ void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
   }
   std::sort(cuts.begin(), cuts.end());
   const auto at = [&](int64_t element) { return place_of(rows.table, element, cpu::kTile); };
-  const cpu::Setup<Rule, Epilogue> setup(rule, 3, epilogue, rows.table);
+  const cpu::Setup<Epilogue> setup(instance_of(rule), 3, epilogue, isa, rows.table.any_float64);
   for (size_t share = 0; share + 1 < cuts.size(); ++share) {
-    sweep_function<Rule, Epilogue>(isa)(setup, rows.table, at(cuts[share]), at(cuts[share + 1]));
+    cpu::sweep_between<kNumStates<Rule>>(setup, rows.table, at(cuts[share]), at(cuts[share + 1]));
   }
   rows.check();
 }
@@ -61,8 +51,9 @@ void test_lr_0(cpu::Isa isa) {
   std::mt19937_64 random(0);
   const auto sweep = [&](const auto& rule, double step, const ApplyUpdate& epilogue,
                          const auto& table) {
-    using Rule = std::decay_t<decltype(rule)>;
-    sweep_function<Rule, ApplyUpdate>(isa)({rule, step, epilogue, table}, table, {0, 0}, {1, 0});
+    constexpr int kStates = kNumStates<std::decay_t<decltype(rule)>>;
+    const cpu::Setup<ApplyUpdate> setup(instance_of(rule), step, epilogue, isa, table.any_float64);
+    cpu::sweep_between<kStates>(setup, table, {0, 0}, {1, 0});
   };
   for (int round = 0; round < 10; ++round) {
     for_each_rule([&](const auto& rule) { check_lr_0(rule, kHost, random, sweep); });
@@ -72,8 +63,8 @@ void test_lr_0(cpu::Isa isa) {
 // Random bits depend on all of an element's index.
 void test_beyond_two_to_the_32(cpu::Isa isa) {
   const LongRow row((int64_t{1} << 32) + 1000, 1000 + 2 * cpu::kTile, kHost);
-  const cpu::Setup<Lion, ApplyUpdate> setup(row.rule, 1, row.epilogue, row.table);
-  sweep_function<Lion, ApplyUpdate>(isa)(setup, row.table, {0, row.first}, {1, 0});
+  const cpu::Setup<ApplyUpdate> setup(instance_of(row.rule), 1, row.epilogue, isa, false);
+  cpu::sweep_between<kNumStates<Lion>>(setup, row.table, {0, row.first}, {1, 0});
   row.check();
 }
 

@@ -82,12 +82,12 @@ struct Setup {
   // Where the host knows all that is needed.
   EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
 
-  // Where numbers were read in the device's memory, or the row has a key. In float64.
-  EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&numbers)[Launch::kNumbers])
-      : constants(launch.rule, numbers[0], launch.epilogue.with_numbers(numbers + 1)),
-        is_skipped(launch.epilogue.with_numbers(numbers + 1).is_skipped()) {
+  // Where scalars were read in the device's memory, or the row has a key. In float64.
+  EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&scalars)[Launch::kScalars])
+      : constants(launch.rule, scalars[0], launch.epilogue.with_scalars(scalars + 1)),
+        is_skipped(launch.epilogue.with_scalars(scalars + 1).is_skipped()) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
-      const auto count = static_cast<uint64_t>(static_cast<int64_t>(numbers[0]));
+      const auto count = static_cast<uint64_t>(static_cast<int64_t>(scalars[0]));
       key = rounding_key(launch.epilogue.seed, launch.steps[row].position, count);
       is_stochastic =
           launch.epilogue.is_stochastic && can_round_stochastically(launch.dtype[kUpdate]);
@@ -95,23 +95,23 @@ struct Setup {
   }
 };
 
-// Of what a setup reads, the i-th number: the step, then those of the epilogue. Each by a thread of
+// Of what a setup reads, the i-th scalar: the step, then those of the epilogue. Each by a thread of
 // its own, and those of one type by one instruction: threads that branch would load in turn.
 template <class Launch>
-EMOPT_FN double read_number(const Launch& launch, uint32_t row, uint32_t i) {
-  Number number = i == 0 ? launch.step : launch.epilogue.number(i - 1);
+EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
+  HostOrDeviceScalar scalar = i == 0 ? launch.step : launch.epilogue.scalar(i - 1);
   bool is_counter = false;
   if constexpr (Launch::Epilogue::kHasRowSteps) {
     is_counter = i == 0 && launch.steps[row].counter != nullptr;
-    if (is_counter) number = {0.0, launch.steps[row].counter};
+    if (is_counter) scalar = {0.0, launch.steps[row].counter};
   }
-  const double value = number.read();
+  const double value = scalar.read();
   return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;
 }
 
 // Calls `visit` with a value of the type that operand k is stored in. An update may be float64
 // where the arithmetic is float32, but nothing that is read. A parameter, and the weight beside it,
-// may be the halves of a master.
+// may be a split master.
 template <class Launch, class Visit>
 EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   if (dtype == DType::kFloat32) {
@@ -121,10 +121,10 @@ EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   } else if ((sizeof(typename Launch::Real) == sizeof(double) || k == kUpdate) &&
              dtype == DType::kFloat64) {
     visit(double());
-  } else if (Launch::kMayBeHalved && k == kUpdate && dtype == DType::kHighHalf) {
-    visit(HighHalf());
-  } else if (Launch::kMayBeHalved && k == Launch::kOperands - 1 && dtype == DType::kLowHalf) {
-    visit(LowHalf());
+  } else if (Launch::kMayBeSplit && k == kUpdate && dtype == DType::kSplitParam) {
+    visit(SplitParam());
+  } else if (Launch::kMayBeSplit && k == Launch::kOperands - 1 && dtype == DType::kRemainder) {
+    visit(Remainder());
   } else {
     visit(Float16());
   }
@@ -132,11 +132,11 @@ EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
 
 // What a thread holds of all operands.
 template <class Launch>
-struct Hand {
+struct HeldOperands {
   using Real = typename Launch::Real;
   using Epilogue = typename Launch::Epilogue;
   static constexpr int kOperands = Launch::kOperands;
-  static constexpr int kFirstOwn = kOperands - Epilogue::kOperands;
+  static constexpr int kFirstWeight = kOperands - Epilogue::kOperands;
 
   Packet<sizeof(Real)> packets[kOperands];
 
@@ -160,7 +160,7 @@ struct Hand {
     const uint32_t row = place.chunk.row;
     if (!place.is_vector()) {
       for_each_read(launch, [&](int k, auto bits) {
-        if (sizeof(bits) == 2) packets[k].join_halves();
+        if (sizeof(bits) == 2) packets[k].pack_words();
       });
     }
     Real values[kOperands][kHeld];
@@ -173,7 +173,7 @@ struct Hand {
     }
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
-      apply(setup.constants, values, i, std::make_index_sequence<kFirstOwn - kFirstState>(),
+      apply(setup.constants, values, i, std::make_index_sequence<kFirstWeight - kFirstState>(),
             std::make_index_sequence<Epilogue::kOperands>());
     }
     EMOPT_UNROLL
@@ -208,7 +208,7 @@ struct Hand {
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       const DType dtype = launch.dtype[k];
-      if (k == kUpdate && !(Launch::kMayBeHalved && dtype == DType::kHighHalf)) continue;
+      if (k == kUpdate && !(Launch::kMayBeSplit && dtype == DType::kSplitParam)) continue;
       if (size_of(dtype) == 2) {
         visit(k, uint16_t());
       } else if (sizeof(Real) == sizeof(float) || dtype == DType::kFloat32) {
@@ -222,8 +222,9 @@ struct Hand {
   // A number as it is stored; of a low half, the master.
   template <class Stored>
   EMOPT_FN Real widened(int k, uint32_t i) const {
-    if constexpr (std::is_same_v<Stored, LowHalf>) {
-      return join(packets[kUpdate].template get<HighHalf>(i), packets[k].template get<LowHalf>(i));
+    if constexpr (std::is_same_v<Stored, Remainder>) {
+      return join(packets[kUpdate].template get<SplitParam>(i),
+                  packets[k].template get<Remainder>(i));
     } else if constexpr (sizeof(Stored) <= sizeof(Real)) {  // else an update, which is not read
       return static_cast<Real>(widen(packets[k].template get<Stored>(i)));
     } else {
@@ -231,13 +232,14 @@ struct Hand {
     }
   }
 
-  template <class Constants, size_t... kState, size_t... kOwn>
+  template <class Constants, size_t... kState, size_t... kWeight>
   EMOPT_FN static void apply(const Constants& constants, Real (&values)[kOperands][kHeld],
                              uint32_t i, std::index_sequence<kState...>,
-                             std::index_sequence<kOwn...>) {
-    const Real grad = constants.epilogue.before(values[kGrad][i], values[kFirstOwn + kOwn][i]...);
+                             std::index_sequence<kWeight...>) {
+    const Real grad =
+        constants.epilogue.before(values[kGrad][i], values[kFirstWeight + kWeight][i]...);
     const Real update = constants.step(grad, values[kFirstState + kState][i]...);
-    values[kUpdate][i] = constants.epilogue.after(update, values[kFirstOwn + kOwn][i]...);
+    values[kUpdate][i] = constants.epilogue.after(update, values[kFirstWeight + kWeight][i]...);
   }
 
   template <class Stored>
@@ -276,18 +278,18 @@ EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread,
   const Chunk<Launch> chunk(launch, block);
   const auto make_setup = prepare(chunk.row);
   Place<Launch> next(chunk, thread);
-  Hand<Launch> next_hand;
-  if (next.has_any()) next_hand.load(launch, next);
+  HeldOperands<Launch> next_held;
+  if (next.has_any()) next_held.load(launch, next);
   Setup<Launch> setup = make_setup();
   if (setup.is_skipped || !next.has_any()) return;
   setup.constants.epilogue.scale_by(launch.scale[chunk.row]);
   do {
     const Place<Launch> place = next;
-    Hand<Launch> hand = next_hand;
+    HeldOperands<Launch> held = next_held;
     next.advance();
-    if (kPrefetches && next.has_any()) next_hand.load(launch, next);
-    hand.step_and_store(launch, setup, place);
-    if (!kPrefetches && next.has_any()) next_hand.load(launch, next);
+    if (kPrefetches && next.has_any()) next_held.load(launch, next);
+    held.step_and_store(launch, setup, place);
+    if (!kPrefetches && next.has_any()) next_held.load(launch, next);
   } while (next.has_any());
 }
 

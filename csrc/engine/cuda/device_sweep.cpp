@@ -54,23 +54,32 @@ void check_launch(cudaError_t error, int device) {
 
 }  // namespace
 
-template <class Rule, class Epilogue>
-void sweep(const Rule& rule, const Number& step, const Epilogue& epilogue,
-           const Table<kNumOperands<Rule, Epilogue>>& table) {
-  const auto launch_on = [](int8_t device, const auto& launch, auto... num_blocks) {
-    const c10::cuda::CUDAGuard guard(device);
-    check_launch(enqueue(launch, num_blocks..., c10::cuda::getCurrentCUDAStream()), device);
+template <int kStates, class Epilogue>
+void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                      const Epilogue& epilogue,
+                      const Table<kNumOperands<kStates, Epilogue>>& table) {
+  const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
+    const EnqueueRows enqueue_rows = rule.info->enqueue_of<Epilogue>(row.compute);
+    TORCH_CHECK(enqueue_rows != nullptr, rule.info->name, " was compiled without CUDA kernels");
+    const c10::cuda::CUDAGuard guard(row.device);
+    const int error = enqueue_rows(rule.bytes, step, &epilogue, rows, num_rows, chip_of(row.device),
+                                   c10::cuda::getCurrentCUDAStream().stream());
+    check_launch(static_cast<cudaError_t>(error), row.device);
   };
-  for_each_launch(rule, step, epilogue, table, chip_of, launch_on);
-  if constexpr (Epilogue::kHasRowSteps) for_each_advance(table, epilogue.found_inf, launch_on);
+  const auto enqueue_advance = [](int8_t device, const Advance& advance) {
+    const c10::cuda::CUDAGuard guard(device);
+    check_launch(enqueue(advance, c10::cuda::getCurrentCUDAStream()), device);
+  };
+  sweep_table(epilogue, table, enqueue_key, enqueue_advance);
 }
 
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)                     \
-  template void sweep(const Rule&, const Number&, const Epilogue&, \
-                      const Table<kNumOperands<Rule, Epilogue>>&);
-#define EMOPT_INSTANTIATE(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
-EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
-#undef EMOPT_INSTANTIATE
-#undef EMOPT_INSTANTIATE_WITH
+#define EMOPT_INSTANTIATE_WITH(kStates, Epilogue)                                         \
+  template void sweep_on_devices<kStates>(const RuleInstance&, const HostOrDeviceScalar&, \
+                                          const Epilogue&,                                \
+                                          const Table<kNumOperands<kStates, Epilogue>>&);
+#define EMOPT_INSTANTIATE(kStates)             \
+  EMOPT_INSTANTIATE_WITH(kStates, StoreUpdate) \
+  EMOPT_INSTANTIATE_WITH(kStates, ApplyUpdate)
+EMOPT_FOR_EACH_NUM_STATES(EMOPT_INSTANTIATE)
 
 }  // namespace emopt::cuda

@@ -1,5 +1,5 @@
-// The kernel; to a C++ compiler, only how it is enqueued. Sees no torch. Each rule's instances are
-// a unit of their own, unit_<stem>.cu.
+// The kernel; to a C++ compiler, only how counters are advanced. Sees no torch. A rule's instances
+// are in its unit, units/<stem>_cuda.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,8 +8,6 @@
 
 namespace emopt::cuda {
 
-template <class Launch>
-cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream);
 cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
 
 }  // namespace emopt::cuda
@@ -18,24 +16,25 @@ cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
 #include <new>
 
 #include "chunk.h"
+#include "plan.h"
 
 namespace emopt::cuda {
 
-// Two kernels: where the host knows all numbers, the constants are operands of instructions, and
-// take no registers. Else each block reads the numbers, and reduces them to the constants.
+// Two kernels: where the host knows all scalars, the constants are operands of instructions, and
+// take no registers. Else each block reads the scalars, and reduces them to the constants.
 template <class Launch, bool kNeedsSetup>
 __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
     sweep(const __grid_constant__ Launch launch) {
   sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
     if constexpr (kNeedsSetup) {
-      __shared__ double numbers[Launch::kNumbers];
+      __shared__ double scalars[Launch::kScalars];
       __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
       const uint32_t i = threadIdx.x;
-      // Before the first loads of elements, for which storing the numbers would have to wait.
-      if (i < Launch::kNumbers) numbers[i] = read_number(launch, row, i);
+      // Before the first loads of elements, for which storing the scalars would have to wait.
+      if (i < Launch::kScalars) scalars[i] = read_scalar(launch, row, i);
       return [&launch, row] {
         __syncthreads();
-        if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, numbers);
+        if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, scalars);
         __syncthreads();
         return *reinterpret_cast<const Setup<Launch>*>(setup);
       };
@@ -54,14 +53,29 @@ cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stre
   return cudaLaunchKernel(kernel, num_blocks, kThreads, arguments, 0, stream);
 }
 
+template <class Rule, class Epilogue, class Real>
+int enqueue_rows(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
+                 const void* const* rows, size_t num_rows, const Chip& chip, void* stream) {
+  cudaError_t error = cudaSuccess;
+  const auto enqueue_launch = [&](const auto& launch, uint32_t num_blocks) {
+    error = enqueue(launch, num_blocks, static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess;
+  };
+  plan_rows<Rule, Epilogue, Real>(*static_cast<const Rule*>(rule), step,
+                                  *static_cast<const Epilogue*>(epilogue), rows, num_rows, chip,
+                                  enqueue_launch);
+  return static_cast<int>(error);
+}
+
 }  // namespace emopt::cuda
 
-#define EMOPT_INSTANTIATE_AS(Rule, Epilogue, Real, kBytes) \
-  template cudaError_t emopt::cuda::enqueue(               \
-      const Launch<emopt::Rule, emopt::Epilogue, Real, kBytes>&, uint32_t, cudaStream_t);
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue)              \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kSmallLaunch) \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, float, kLargeLaunch) \
-  EMOPT_INSTANTIATE_AS(Rule, Epilogue, double, kSmallLaunch)
-#define EMOPT_INSTANTIATE_KERNELS(Rule) EMOPT_FOR_EACH_EPILOGUE(EMOPT_INSTANTIATE_WITH, Rule)
+#define EMOPT_CUDA_RULE_WITH(Rule, Epilogue, Real)                                            \
+  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::Epilogue, Real>(                 \
+      const void*, const emopt::HostOrDeviceScalar&, const void*, const void* const*, size_t, \
+      const emopt::cuda::Chip&, void*);
+#define EMOPT_CUDA_RULE(Rule)                     \
+  EMOPT_CUDA_RULE_WITH(Rule, StoreUpdate, float)  \
+  EMOPT_CUDA_RULE_WITH(Rule, StoreUpdate, double) \
+  EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, float)  \
+  EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, double)
 #endif

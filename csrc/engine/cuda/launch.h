@@ -5,22 +5,31 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "../operands.h"
 #include "tuning.h"
 
 namespace emopt::cuda {
 
+// A rule and an epilogue at one step, in one arithmetic type.
+template <class Rule, class Epilogue, class Real>
+struct Constants {
+  typename Rule::template Step<Real> step;
+  typename Epilogue::template At<Real> epilogue;
+
+  EMOPT_FN Constants(const Rule& rule, double step_, const Epilogue& epilogue_)
+      : step(rule, step_), epilogue(epilogue_) {}
+};
+
 template <class Rule_, class Epilogue_, class Real_>
 struct LaunchHead {
   using Rule = Rule_;
   using Epilogue = Epilogue_;
   using Real = Real_;
-  static constexpr int kOperands = kNumOperands<Rule, Epilogue>;
-  // Whether rows may have remainders; not beside float64 gradients or states.
-  static constexpr bool kMayBeHalved = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
-  static constexpr uint32_t kNumbers = 1 + Epilogue::kNumbers;  // the step first
+  static constexpr int kOperands = kNumOperands<kNumStates<Rule>, Epilogue>;
+  // Whether masters may be split; not beside float64 gradients or states.
+  static constexpr bool kMayBeSplit = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
+  static constexpr uint32_t kScalars = 1 + Epilogue::kScalars;  // the step first
 
   // Blocks that a multiprocessor holds at a time.
   static constexpr uint32_t num_blocks(bool needs_setup) {
@@ -30,14 +39,14 @@ struct LaunchHead {
 
   Rule rule;
   Epilogue epilogue;
-  Number step;
+  HostOrDeviceScalar step;
   Constants<Rule, Epilogue, Real> constants;  // of no use where a number or the step is on a device
   bool needs_setup = false;                   // of each block, from the device's memory
   uint32_t num_rows = 0;
   uint32_t chunk = kMaxChunk;  // elements that a block sweeps, a multiple of kTile
   DType dtype[kOperands];      // of all rows
 
-  LaunchHead(const Rule& rule_, const Number& step_, const Epilogue& epilogue_,
+  LaunchHead(const Rule& rule_, const HostOrDeviceScalar& step_, const Epilogue& epilogue_,
              const DType (&dtype_)[kOperands])
       : rule(rule_),
         epilogue(epilogue_),
@@ -92,10 +101,10 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
 
 // Counters on a device that are to be advanced by 1, unless `found_inf` is not 0.
 struct Advance {
-  static constexpr uint32_t kCapacity =
-      static_cast<uint32_t>((kSmallLaunch - sizeof(Number) - sizeof(void*)) / sizeof(float*));
+  static constexpr uint32_t kCapacity = static_cast<uint32_t>(
+      (kSmallLaunch - sizeof(HostOrDeviceScalar) - sizeof(void*)) / sizeof(float*));
 
-  Number found_inf;
+  HostOrDeviceScalar found_inf;
   uint32_t count;
   float* counters[kCapacity];
 };
@@ -121,8 +130,5 @@ inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) 
   }
   return kNoPhase;
 }
-
-// What the kernels were compiled for: 900 for sm_90.
-std::vector<int> compiled_architectures();
 
 }  // namespace emopt::cuda

@@ -6,29 +6,34 @@
 #include <cstdint>
 #include <vector>
 
+#include "../table.h"
+#include "enqueue_rows.h"
 #include "launch.h"
 
 namespace emopt::cuda {
 
+// ---- which rows go together ---------------------------------------------------------------------
+
 // What all rows of a launch have in common: the device, and the type of each operand.
 template <int kOperands>
 uint64_t launch_key(const Row<kOperands>& row) {
-  static_assert(kOperands <= 7, "a byte each");
+  static_assert(kOperands <= 14, "four bits each, beside a byte");
   uint64_t key = static_cast<uint8_t>(row.device);
-  for (int k = 0; k < kOperands; ++k) key = key << 8 | static_cast<uint8_t>(row.dtype[k]);
+  for (int k = 0; k < kOperands; ++k) key = key << 4 | static_cast<uint8_t>(row.dtype[k]);
   return key;
 }
 
 // The rows on CUDA devices that have elements, those of one key side by side, else in order.
 template <int kOperands>
-std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
-  std::vector<const Row<kOperands>*> rows;
+std::vector<const void*> rows_by_key(const Table<kOperands>& table) {
+  using RowOf = Row<kOperands>;
+  std::vector<const void*> rows;
   rows.reserve(table.rows.size());
-  for (const Row<kOperands>& row : table.rows) {
+  for (const RowOf& row : table.rows) {
     if (row.device != kHost && row.numel != 0) rows.push_back(&row);
   }
-  const auto is_before = [](const auto* a, const auto* b) {
-    return launch_key(*a) < launch_key(*b);
+  const auto is_before = [](const void* a, const void* b) {
+    return launch_key(*static_cast<const RowOf*>(a)) < launch_key(*static_cast<const RowOf*>(b));
   };
   if (!std::is_sorted(rows.begin(), rows.end(), is_before)) {
     std::stable_sort(rows.begin(), rows.end(), is_before);
@@ -36,11 +41,21 @@ std::vector<const Row<kOperands>*> rows_by_key(const Table<kOperands>& table) {
   return rows;
 }
 
-// What a plan depends on of a device.
-struct Chip {
-  uint32_t multiprocessors;
-  bool takes_large_launches;  // the driver, too, takes more than 4096 bytes of arguments
-};
+// Calls `visit(first_row, rows, num_rows)` for the rows of each key.
+template <int kOperands, class Visit>
+void for_each_key(const Table<kOperands>& table, Visit visit) {
+  const std::vector<const void*> rows = rows_by_key(table);
+  const auto row_at = [&](size_t i) -> const Row<kOperands>& {
+    return *static_cast<const Row<kOperands>*>(rows[i]);
+  };
+  for (size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
+    const uint64_t key = launch_key(row_at(begin));
+    while (end < rows.size() && launch_key(row_at(end)) == key) ++end;
+    visit(row_at(begin), rows.data() + begin, end - begin);
+  }
+}
+
+// ---- in how many launches -----------------------------------------------------------------------
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,32 +70,34 @@ inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
 // memory holds.
 inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-// Fills one launch with rows from `begin` on, and hands it to `enqueue(device, launch, blocks)`.
-// Returns the first row that it has no more room for.
-template <class Launch, class Iterator, class Enqueue>
-Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
-                          const typename Launch::Epilogue& epilogue, Iterator begin, Iterator end,
-                          const Chip& chip, Enqueue& enqueue) {
+// Fills one launch with the first of some rows of one key, and hands it to
+// `enqueue(launch, blocks)`. Returns how many it had room for; 0 where that failed.
+template <class Launch, class Enqueue>
+size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceScalar& step,
+                        const typename Launch::Epilogue& epilogue, const void* const* rows,
+                        size_t num_rows, const Chip& chip, Enqueue& enqueue) {
   using Real = typename Launch::Real;
   constexpr int kOperands = Launch::kOperands;
-  Launch launch(rule, step, epilogue, (*begin)->dtype);
+  const auto row_at = [&](size_t i) -> const Row<kOperands>& {
+    return *static_cast<const Row<kOperands>*>(rows[i]);
+  };
+  Launch launch(rule, step, epilogue, row_at(0).dtype);
   launch.needs_setup =
       step.is_on_device() || epilogue.is_on_device() ||
-      (epilogue.is_stochastic && can_round_stochastically((*begin)->dtype[kUpdate]));
-  end = begin + std::min<std::ptrdiff_t>(end - begin, Launch::kCapacity);
+      (epilogue.is_stochastic && can_round_stochastically(row_at(0).dtype[kUpdate]));
+  const size_t most = std::min<size_t>(num_rows, Launch::kCapacity);
   int64_t total = 0;
-  for (Iterator at = begin; at != end; ++at) {
-    total += (*at)->numel;
-    launch.needs_setup |= Launch::Epilogue::kHasRowSteps && (*at)->step != nullptr;
+  for (size_t i = 0; i < most; ++i) {
+    total += row_at(i).numel;
+    launch.needs_setup |= Launch::Epilogue::kHasRowSteps && row_at(i).step != nullptr;
   }
   launch.chunk =
       chunk_for(total, int64_t{chip.multiprocessors} * Launch::num_blocks(launch.needs_setup));
   int64_t blocks = 0;
-  Iterator at = begin;
-  for (; at != end; ++at) {
-    const Row<kOperands>& row = **at;
+  for (size_t i = 0; i < most; ++i) {
+    const Row<kOperands>& row = row_at(i);
     const int64_t chunks = ceil_div(row.numel, launch.chunk);
-    if (blocks + chunks > kMaxBlocks && at != begin) break;
+    if (blocks + chunks > kMaxBlocks && i != 0) break;
     const uint32_t r = launch.num_rows++;
     for (int k = 0; k < kOperands; ++k) launch.data[k][r] = row.data[k];
     launch.numel[r] = row.numel;
@@ -92,13 +109,32 @@ Iterator fill_and_enqueue(const typename Launch::Rule& rule, const Number& step,
     }
     blocks += chunks;
   }
-  enqueue((*begin)->device, launch, static_cast<uint32_t>(blocks));
-  return at;
+  return enqueue(launch, static_cast<uint32_t>(blocks)) ? launch.num_rows : 0;
+}
+
+// Hands rows of one key to `enqueue`, in as few launches as they fit in, until it returns false.
+template <class Rule, class Epilogue, class Real, class Enqueue>
+void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
+               const void* const* rows, size_t num_rows, const Chip& chip, Enqueue enqueue) {
+  using Small = Launch<Rule, Epilogue, Real, kSmallLaunch>;
+  // Tensors of float64 are rarely many.
+  using Large =
+      Launch<Rule, Epilogue, Real, sizeof(Real) == sizeof(float) ? kLargeLaunch : kSmallLaunch>;
+  while (num_rows != 0) {
+    const bool is_large = chip.takes_large_launches && num_rows > Small::kCapacity;
+    const auto fill =
+        is_large ? &fill_and_enqueue<Large, Enqueue> : &fill_and_enqueue<Small, Enqueue>;
+    const size_t done = fill(rule, step, epilogue, rows, num_rows, chip, enqueue);
+    if (done == 0) return;
+    rows += done;
+    num_rows -= done;
+  }
 }
 
 // Hands the counters of all rows that have one to `enqueue(device, advance)`.
 template <int kOperands, class Enqueue>
-void for_each_advance(const Table<kOperands>& table, const Number& found_inf, Enqueue enqueue) {
+void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& found_inf,
+                      Enqueue enqueue) {
   Advance advance{found_inf, 0, {}};
   int8_t device = kHost;
   const auto flush = [&] {
@@ -114,30 +150,15 @@ void for_each_advance(const Table<kOperands>& table, const Number& found_inf, En
   flush();
 }
 
-// Hands all rows on CUDA devices to `enqueue`, in as few launches as they fit in; `chip_of(device)`
-// describes a device.
-template <class Rule, class Epilogue, class ChipOf, class Enqueue>
-void for_each_launch(const Rule& rule, const Number& step, const Epilogue& epilogue,
-                     const Table<kNumOperands<Rule, Epilogue>>& table, ChipOf chip_of,
-                     Enqueue enqueue) {
+// What an engine does: `enqueue_key(first_row, rows, num_rows)` is to enqueue the rows of one key,
+// `enqueue_advance(device, advance)` counters.
+template <class Epilogue, int kOperands, class EnqueueKey, class EnqueueAdvance>
+void sweep_table(const Epilogue& epilogue, const Table<kOperands>& table, EnqueueKey enqueue_key,
+                 EnqueueAdvance enqueue_advance) {
   // Launches that need no setup do not ask whether they are to be skipped.
-  if (!epilogue.is_on_device() && epilogue.is_skipped()) return;
-  using Small = Launch<Rule, Epilogue, float, kSmallLaunch>;
-  using Large = Launch<Rule, Epilogue, float, kLargeLaunch>;
-  using Double = Launch<Rule, Epilogue, double, kSmallLaunch>;  // tensors of it are rarely many
-  const auto rows = rows_by_key(table);
-  for (auto at = rows.begin(); at != rows.end();) {
-    const uint64_t key = launch_key(**at);
-    const auto end =
-        std::find_if(at, rows.end(), [&](const auto* row) { return launch_key(*row) != key; });
-    const Chip chip = chip_of((*at)->device);
-    const bool is_large =
-        chip.takes_large_launches && end - at > static_cast<std::ptrdiff_t>(Small::kCapacity);
-    using Rows = decltype(at);
-    const auto fill = (*at)->compute == DType::kFloat64 ? &fill_and_enqueue<Double, Rows, Enqueue>
-                      : is_large                        ? &fill_and_enqueue<Large, Rows, Enqueue>
-                                                        : &fill_and_enqueue<Small, Rows, Enqueue>;
-    at = fill(rule, step, epilogue, at, end, chip, enqueue);
+  if (epilogue.is_on_device() || !epilogue.is_skipped()) for_each_key(table, enqueue_key);
+  if constexpr (Epilogue::kHasRowSteps) {
+    for_each_advance(table, epilogue.found_inf, enqueue_advance);
   }
 }
 

@@ -81,7 +81,7 @@ struct Packet {
 
   // Of the first `left` elements, each kThreads-th. A word or two for each, and each a word from
   // the load on: to put two into a word, or to widen a choice between a short element and zero, the
-  // next operand's loads would have to wait for this one's. join_halves() does that later.
+  // next operand's loads would have to wait for this one's. pack_words() does that later.
   template <class Bits>
   EMOPT_FN void load_singles(const Bits* from, uint32_t left) {
     using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
@@ -93,7 +93,7 @@ struct Packet {
     }
   }
 
-  EMOPT_FN void join_halves() {
+  EMOPT_FN void pack_words() {
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld / 2; ++i) words[i] = words[2 * i] | words[2 * i + 1] << 16;
   }

@@ -6,7 +6,7 @@
 
 namespace emopt {
 
-struct Number {
+struct HostOrDeviceScalar {
   enum class Type : uint8_t { kFloat32, kFloat64, kInt64 };
 
   double value = 0.0;             // where the host knows it

@@ -1,0 +1,261 @@
+// The walk over a group's parameters: finds the gradient and the states of each, as tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <cstring>
+#include <limits>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "../engine/operands.h"
+#include "operand_checks.h"
+#include "python_objects.h"
+#include "step_options.h"
+
+namespace emopt {
+
+// Finds parameters' states in the optimizer's dictionary, which has them mostly in order.
+class StateLookup {
+ public:
+  explicit StateLookup(PyObject* state) : cursor_(state, std::numeric_limits<Py_ssize_t>::max()) {}
+
+  // Null where there is none, and where it was found before: a parameter that is there twice cannot
+  // be stepped twice at a time.
+  PyObject* find(PyObject* param) {
+    PyObject* const state = cursor_.find(param);
+    if (cursor_.is_in_order()) {
+      found_.push_back(param);
+      return state;
+    }
+    if (seen_.empty()) seen_.insert(found_.begin(), found_.end());
+    return seen_.insert(param).second ? state : nullptr;
+  }
+
+ private:
+  DictCursor cursor_;
+  std::vector<PyObject*> found_;  // in order
+  std::unordered_set<PyObject*> seen_;
+};
+
+// A parameter, and what belongs to it.
+template <int kStates>
+struct Candidate {
+  static constexpr size_t kOperands = kNumOperands<kStates, ApplyUpdate>;
+
+  Py_ssize_t index;
+  PyObject* param;
+  PyObject* given_grad;  // null where the gradient is the parameter's
+  const at::Tensor* grad;
+  PyObject* state;  // its dictionary
+  PyObject* step_object;
+  std::array<PyObject*, size_t{kStates} + 1> state_objects;  // and the master
+  bool has_master;
+  bool is_distributed;
+  bool is_complete;  // whether there is something of everything
+  uintptr_t others;  // not zero where something else may refer to its states
+  const at::Tensor* step;
+  std::array<const at::Tensor*, kOperands> operands;
+};
+
+template <int kStates>
+class CandidateWalk {
+ public:
+  using CandidateOf = Candidate<kStates>;
+  // The keys of the states, in the order of the rule's.
+  using StateNames = std::array<PyObject*, kStates>;
+
+  // `grads`, if it is not empty, has what to take as the parameters' gradients; None is for one
+  // that has no gradient.
+  CandidateWalk(const GroupOptions& options, const StateNames& state_names, py::tuple params,
+                py::tuple grads)
+      : has_masters_(options.has_masters),
+        makes_all_states_(options.makes_all_states),
+        state_names_(state_names),
+        params_(std::move(params)),
+        grads_(std::move(grads)) {
+    TORCH_CHECK_VALUE(grads_.empty() || grads_.size() == params_.size(), "there are ",
+                      grads_.size(), " gradients for ", params_.size(), " parameters");
+  }
+
+  size_t num_params() const { return params_.size(); }
+  PyObject* param(Py_ssize_t index) const { return PyTuple_GET_ITEM(params_.ptr(), index); }
+  const StateNames& state_names() const { return state_names_; }
+
+  // Calls `visit(candidate)` for each parameter, in order.
+  template <class Visit>
+  void each(StateLookup& states, const Visit& visit) {
+    std::array<CandidateOf, kBatch> batch;
+    constexpr auto kAhead = static_cast<Py_ssize_t>(kBatch);
+    const auto count = static_cast<Py_ssize_t>(num_params());
+    for (Py_ssize_t next = 0; next < count;) {
+      size_t n = 0;
+      for (; n < kBatch && next < count; ++next) {
+        if (next + kAhead < count) prefetch(param(next + kAhead));
+        TORCH_CHECK_TYPE(is_tensor(param(next)), "params[", next, "] must be a Tensor");
+        batch[n].index = next;
+        batch[n].param = param(next);
+        prefetch_tensor(THPVariable_Unpack(batch[n].param));
+        ++n;
+      }
+      find(batch.data(), n, states);
+      for (size_t i = 0; i < n; ++i) visit(batch[i]);
+    }
+  }
+
+  void find_grad(CandidateOf& c) const {
+    c.given_grad = grads_.empty() ? nullptr : PyTuple_GET_ITEM(grads_.ptr(), c.index);
+    if (c.given_grad == nullptr) {
+      c.grad = &THPVariable_Unpack(c.param).unsafeGetTensorImpl()->grad();
+    } else if (c.given_grad == Py_None) {
+      static const at::Tensor none;
+      c.grad = &none;
+    } else {
+      TORCH_CHECK_TYPE(THPVariable_Check(c.given_grad), "the gradient given for params[", c.index,
+                       "] must be a Tensor");
+      c.grad = &THPVariable_Unpack(c.given_grad);
+    }
+  }
+
+  bool needs_master(const at::Tensor& param) const {
+    return has_masters_ &&
+           (param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf);
+  }
+
+ private:
+  // Parameters that are walked together, each looking a little further than the last: what they
+  // need from memory is then waited for at once, not parameter by parameter. On a Zen 4 core, a
+  // step of 1000 parameters of 8 takes 0.96 of the time with 16 that it takes with 32 or 64.
+  static constexpr size_t kBatch = 16;
+  static constexpr size_t kWeight = CandidateOf::kOperands - 1;
+
+  static void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    static_cast<void>(address);
+#endif
+  }
+  static void prefetch_lines(const void* address, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(address) + i);
+  }
+  static void prefetch_tensor(const at::Tensor& tensor) {
+    prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+  static void prefetch_memory(const at::Tensor& tensor) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    prefetch_lines(impl.unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    // The counter of versions: the one pointer in there.
+    void* version = nullptr;
+    static_assert(sizeof(c10::VariableVersion) == sizeof(version));
+    std::memcpy(&version, &impl.version_counter(), sizeof(version));
+    prefetch(version);
+  }
+
+  // Finds what belongs to each parameter.
+  void find(CandidateOf* batch, size_t n, StateLookup& states) {
+    static PyObject* const step_key = interned("step");
+    static PyObject* const master_key = interned("master_param");
+    for (size_t i = 0; i < n; ++i) {
+      prefetch(THPVariable_Unpack(batch[i].param).unsafeGetTensorImpl()->autograd_meta());
+    }
+    for (size_t i = 0; i < n; ++i) {
+      CandidateOf& c = batch[i];
+      find_grad(c);
+      c.state = nullptr;
+      c.is_complete = false;
+      if (c.grad->defined()) {
+        prefetch_tensor(*c.grad);
+      } else if (!makes_all_states_) {
+        continue;
+      }
+      c.state = states.find(c.param);
+      if (c.state != nullptr) prefetch(c.state);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      CandidateOf& c = batch[i];
+      if (c.state == nullptr) continue;
+      if (PyDict_Check(c.state)) {
+        prefetch_lines(reinterpret_cast<PyDictObject*>(c.state)->ma_keys, 192);
+      } else {
+        c.state = nullptr;
+      }
+    }
+    for (size_t i = 0; i < n; ++i) {
+      CandidateOf& c = batch[i];
+      c.state_objects.fill(nullptr);
+      if (c.state == nullptr) continue;
+      DictCursor fields(c.state);
+      c.step_object = fields.find(step_key);
+      for (size_t s = 0; s < kStates; ++s) c.state_objects[s] = fields.find(state_names_[s]);
+      c.has_master = needs_master(THPVariable_Unpack(c.param));
+      if (c.has_master) c.state_objects.back() = fields.find(master_key);
+      prefetch(c.step_object);
+      for (PyObject* const object : c.state_objects) prefetch(object);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (batch[i].state != nullptr && batch[i].grad->defined()) unwrap(batch[i]);
+    }
+    for (size_t i = 0; i < n; ++i) {
+      if (!batch[i].is_complete) continue;
+      prefetch_memory(*batch[i].step);
+      for (const at::Tensor* operand : batch[i].operands) prefetch_memory(*operand);
+    }
+  }
+
+  // From Python's objects to tensors; of DTensors, to their parts here.
+  void unwrap(CandidateOf& c) {
+    std::optional<DTensorView> dtensor;
+    if (!is_plain(THPVariable_Unpack(c.param))) dtensor = DTensorView::from(c.param);
+    if (dtensor && alive_.empty()) {  // mostly all others are, too
+      alive_.reserve(num_params() * (CandidateOf::kOperands + 1));
+    }
+    // A gradient that is given may be a parameter; a dictionary, that of two parameters.
+    c.others = dtensor || c.given_grad != nullptr || Py_REFCNT(c.state) != 1;
+    const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
+      if (object == nullptr || !is_tensor(object)) return nullptr;
+      if (dtensor) {
+        std::optional<DTensorView> part = DTensorView::from(object);
+        if (!part || !part->is_placed_as(*dtensor)) return nullptr;
+        object = part->local().ptr();
+        alive_.push_back(part->local());
+      }
+      const at::Tensor& tensor = THPVariable_Unpack(object);
+      prefetch_tensor(tensor);
+      return &tensor;
+    };
+    c.operands[kUpdate] = c.operands[kWeight] = tensor_of(c.param);
+    c.operands[kGrad] = c.grad;
+    if (dtensor && c.given_grad != nullptr) {
+      c.operands[kGrad] = tensor_of(c.given_grad);
+    } else if (dtensor) {
+      alive_.push_back(py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)));
+      c.operands[kGrad] = tensor_of(alive_.back().ptr());
+    }
+    const auto state_of = [&](PyObject* object) {
+      c.others |= object == nullptr || Py_REFCNT(object) != 1;
+      return tensor_of(object);
+    };
+    for (size_t s = 0; s < kStates; ++s) {
+      c.operands[kFirstState + s] = state_of(c.state_objects[s]);
+    }
+    if (c.has_master) c.operands[kWeight] = state_of(c.state_objects.back());
+    c.is_distributed = dtensor.has_value();
+    dtensor.reset();  // a counter is a tensor of each process
+    c.step = state_of(c.step_object);
+    c.is_complete = c.step != nullptr;
+    for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
+  }
+
+  bool has_masters_, makes_all_states_;
+  StateNames state_names_;
+  py::tuple params_;
+  py::tuple grads_;
+  std::vector<py::object> alive_;  // objects that nothing else may hold
+};
+
+}  // namespace emopt

@@ -1,0 +1,221 @@
+#include "operators.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "../engine/sweep.h"
+#include "checked_table.h"
+
+namespace emopt {
+
+namespace {
+
+constexpr const char* kNamespace = "emerging_optimizers";
+
+std::string operator_name(const RuleInfo& info) { return std::string(info.name) + "_update_"; }
+
+// ---- what is computed ---------------------------------------------------------------------------
+
+template <int kStates>
+using CallLists = std::array<OperandList, kNumOperands<kStates, StoreUpdate>>;
+
+template <int kStates>
+CallLists<kStates> operand_lists(const OperatorCall& call) {
+  CallLists<kStates> lists{OperandList{"out", call.lists[kUpdate], true},
+                           OperandList{"grad", call.lists[kGrad], false}};
+  for (size_t s = 0; s < kStates; ++s) {
+    lists[kFirstState + s] = {call.rule.info->states[s], call.lists[kFirstState + s], true};
+  }
+  return lists;
+}
+
+// Whether the dispatcher would call the native kernel, by what a tensor is.
+bool is_native(const at::Tensor& tensor) {
+  const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
+  return keys == kPlainOnCpu || (EMOPT_CUDA && keys == kPlainOnCuda);
+}
+
+bool are_native(const OperatorCall& call) {
+  return std::all_of(call.lists.begin(), call.lists.end(), [](at::TensorList list) {
+    return std::all_of(list.begin(), list.end(), is_native);
+  });
+}
+
+// On the CPU and, where it is compiled for, on CUDA devices. Returns false, with nothing done,
+// where only native tensors are wanted and there are others.
+template <int kStates>
+bool compute(const OperatorCall& call, bool only_native) {
+  const auto lists = operand_lists<kStates>(call);
+  CheckedTable<kNumOperands<kStates, StoreUpdate>> checked(lists);
+  bool has_rows = checked.try_add_rows();
+  if (only_native) {
+    const bool is_surely_native = has_rows && (EMOPT_CUDA || !checked.table().any_on_device);
+    if (!is_surely_native && !are_native(call)) return false;
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const HostOrDeviceScalar step = check_call(call);
+  check_step_device(lists, call.step.tensor);
+  if (!has_rows) checked.add_rows();
+  checked.prepare(call.rule);
+  sweep<kStates>(call.rule, step, StoreUpdate(), checked.table());
+  checked.finish();
+  return true;
+}
+
+bool compute(const OperatorCall& call, bool only_native) {
+  return with_num_states(call.rule.info->num_states,
+                         [&](auto num_states) { return compute<num_states>(call, only_native); });
+}
+
+// ---- kernels ------------------------------------------------------------------------------------
+
+// A call's arguments on the stack of a boxed kernel.
+class BoxedCall {
+ public:
+  BoxedCall(const RuleInfo& info, torch::jit::Stack& stack) : stack_(stack) {
+    call_.rule.info = &info;
+    const size_t num_lists = kFirstState + info.num_states;
+    num_arguments_ = num_lists + info.num_hyperparameters + 1;
+    const auto arguments = torch::jit::last(stack, num_arguments_);
+    for (size_t k = 0; k < num_lists; ++k) {
+      tensors_[k] = arguments[k].toTensorVector();
+      call_.lists[k] = tensors_[k];
+    }
+    for (size_t i = 0; i < info.num_hyperparameters; ++i) {
+      read(info.hyperparameters[i], arguments[num_lists + i], call_.rule, call_.step);
+    }
+    call_.step.tensor = arguments[num_arguments_ - 1].toOptional<at::Tensor>();
+  }
+
+  const OperatorCall& call() const { return call_; }
+  void finish() { torch::jit::drop(stack_, num_arguments_); }
+
+ private:
+  torch::jit::Stack& stack_;
+  size_t num_arguments_;
+  std::array<std::vector<at::Tensor>, kFirstState + kMaxStates> tensors_;
+  OperatorCall call_;
+};
+
+struct RuleKernel : c10::OperatorKernel {
+  const RuleInfo& info;
+  explicit RuleKernel(const RuleInfo& info_) : info(info_) {}
+};
+
+struct NativeKernel final : RuleKernel {
+  using RuleKernel::RuleKernel;
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    BoxedCall boxed(info, *stack);
+    compute(boxed.call(), false);
+    boxed.finish();
+  }
+};
+
+// Nothing to compute.
+struct MetaKernel final : RuleKernel {
+  using RuleKernel::RuleKernel;
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    BoxedCall boxed(info, *stack);
+    with_num_states(info.num_states, [&](auto num_states) {
+      check_all_meta(operand_lists<num_states>(boxed.call()), boxed.call().step.tensor);
+    });
+    boxed.finish();
+  }
+};
+
+// Where torch.jit.trace records.
+struct TracerKernel final : RuleKernel {
+  using RuleKernel::RuleKernel;
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
+    refuse_trace("calculate_" + std::string(info.name) + "_update");
+  }
+};
+
+template <class Kernel>
+torch::CppFunction boxed(const RuleInfo& info) {
+  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(info));
+}
+
+std::string schema_of(const RuleInfo& info) {
+  std::string text = operator_name(info) + "(Tensor(a!)[] updates, Tensor[] grads";
+  char alias = 'b';
+  for (uint32_t s = 0; s < info.num_states; ++s) {
+    text += std::string(", Tensor(") + alias++ + "!)[] " + info.states[s] + "s";
+  }
+  for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
+    text += ", " + schema_of(info.hyperparameters[i]);
+  }
+  return text + ", *, Tensor? step_tensor=None) -> ()";
+}
+
+// Libraries take back what they registered when they are destroyed: these never are.
+torch::Library& add_library() {
+  return *new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__,
+                             __LINE__);
+}
+
+}  // namespace
+
+// ---- the operator -------------------------------------------------------------------------------
+
+RegisteredRule register_rule(const RuleInfo& info) {
+  const std::string name = std::string(kNamespace) + "::" + operator_name(info);
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "there is a rule named ", info.name,
+              " already");
+  torch::Library& library = add_library();
+  library.def(schema_of(info).c_str(), {at::Tag::pt2_compliant_tag});
+  const auto implement = [&](c10::DispatchKey key, torch::CppFunction function) {
+    library.impl(operator_name(info).c_str(), torch::dispatch(key, std::move(function)));
+  };
+  implement(c10::DispatchKey::CPU, boxed<NativeKernel>(info));
+  if (EMOPT_CUDA) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
+  implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
+  implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(info));
+  // An optimizer's step is not differentiated. Without this, PyTorch's own fallback would look at
+  // all lists, tensor by tensor, only to find nothing to record.
+  implement(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
+  return {&info, dispatcher.findSchemaOrThrow(name.c_str(), "")};
+}
+
+HostOrDeviceScalar check_call(const OperatorCall& call) {
+  check_hyperparameters(call.rule);
+  return checked_step(call.rule, call.step);
+}
+
+bool compute_directly(const OperatorCall& call) {
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  if (!(included - c10::default_included_set).empty()) return false;
+  if (at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) return false;
+  if (call.step.tensor.has_value() && !is_native(*call.step.tensor)) return false;
+  return compute(call, true);
+}
+
+void dispatch(const RegisteredRule& rule, const OperatorCall& call) {
+  torch::jit::Stack stack;
+  for (size_t k = 0; k < rule.num_lists(); ++k) {
+    c10::List<at::Tensor> list;
+    list.reserve(call.lists[k].size());
+    for (const at::Tensor& tensor : call.lists[k]) list.push_back(tensor);
+    stack.emplace_back(std::move(list));
+  }
+  for (uint32_t i = 0; i < rule.info->num_hyperparameters; ++i) {
+    stack.push_back(to_ivalue(rule.info->hyperparameters[i], call.rule, call.step));
+  }
+  stack.emplace_back(call.step.tensor);
+  rule.handle.callBoxed(stack);
+}
+
+void refuse_trace(const std::string& what) {
+  TORCH_CHECK(false, "torch.jit.trace cannot record ", what,
+              ": use torch.compile or torch.export, or call it outside of what is traced");
+}
+
+}  // namespace emopt

@@ -1,0 +1,122 @@
+// What an optimizer's step reads of Python's objects: dictionaries, and DTensors.
+#pragma once
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <utility>
+
+namespace emopt {
+
+// A string that lives as long as the process, so that looking it up costs no new one.
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// Borrowed; null where there is none.
+inline PyObject* find_item(PyObject* dict, PyObject* key) {
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+inline py::object attribute(PyObject* object, PyObject* name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+// As THPVariable_Check, without a call of the metaclass's __instancecheck__ for each DTensor.
+inline bool is_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
+// Finds keys that are mostly asked for in the dictionary's order, by comparing objects. To hash a
+// tensor, Python code is called, which would dominate a small parameter's step.
+class DictCursor {
+ public:
+  // Up to `max_skipped` entries may lie between two keys.
+  explicit DictCursor(PyObject* dict, Py_ssize_t max_skipped = 0)
+      : dict_(dict), max_skipped_(max_skipped) {}
+
+  // Whether all keys were found in order so far.
+  bool is_in_order() const { return is_in_order_; }
+
+  // Null where there is none. Out of order once, keys are looked up by their hash.
+  PyObject* find(PyObject* wanted) {
+    PyObject *key, *value;
+    for (Py_ssize_t i = 0; is_in_order_; ++i) {
+      if (i > max_skipped_ || PyDict_Next(dict_, &next_, &key, &value) == 0) break;
+      if (key == wanted) return value;
+    }
+    is_in_order_ = false;
+    return find_item(dict_, wanted);
+  }
+
+ private:
+  PyObject* dict_;
+  Py_ssize_t max_skipped_;
+  Py_ssize_t next_ = 0;
+  bool is_in_order_ = true;
+};
+
+// A DTensor: its part on this process, and where the others are. (PyTorch has no C++ type for it.)
+class DTensorView {
+ public:
+  // Empty where the object is none.
+  static std::optional<DTensorView> from(PyObject* tensor) {
+    static PyObject* const local_key = interned("_local_tensor");
+    static PyObject* const spec_key = interned("_spec");
+    if (THPVariable_CheckExact(tensor)) return {};
+    auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, local_key));
+    if (!local) {
+      PyErr_Clear();
+      return {};
+    }
+    return DTensorView{std::move(local), attribute(tensor, spec_key)};
+  }
+
+  const py::object& local() const { return local_; }
+
+  bool is_placed_as(DTensorView& other) {
+    // FSDP2's gradients share their parameters' spec, and all states one spec.
+    if (spec_.is(other.spec_) || spec_.is(other.equal_spec_)) return true;
+    read_place();
+    other.read_place();
+    const bool result = is_equal(placements_, other.placements_) && is_equal(mesh_, other.mesh_);
+    if (result) other.equal_spec_ = spec_;
+    return result;
+  }
+
+ private:
+  DTensorView(py::object local, py::object spec)
+      : local_(std::move(local)), spec_(std::move(spec)) {}
+
+  void read_place() {
+    static PyObject* const mesh_key = interned("mesh");
+    static PyObject* const placements_key = interned("placements");
+    if (mesh_) return;
+    placements_ = attribute(spec_.ptr(), placements_key);
+    mesh_ = attribute(spec_.ptr(), mesh_key);
+  }
+
+  static bool is_equal(const py::object& a, const py::object& b) {
+    const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+    if (result < 0) throw py::error_already_set();
+    return result != 0;
+  }
+
+  py::object local_, spec_;
+  py::object mesh_, placements_;  // once they are asked for
+  py::object equal_spec_;         // the last one that was
+};
+
+// What the random bits of a DTensor's shard depend on (_sharding.py): its number, and the index of
+// its first element.
+inline std::pair<uint64_t, uint64_t> shard_place(PyObject* tensor) {
+  // Never freed: the interpreter may be gone before this.
+  static const auto* const function =
+      new py::object(py::module_::import("emerging_optimizers._sharding").attr("shard_place"));
+  return (*function)(py::handle(tensor)).cast<std::pair<uint64_t, uint64_t>>();
+}
+
+}  // namespace emopt

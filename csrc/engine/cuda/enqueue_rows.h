@@ -1,0 +1,22 @@
+// How a rule's kernels are reached: what RuleInfo points to.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../host_or_device_scalar.h"
+
+namespace emopt::cuda {
+
+// What a plan depends on of a device.
+struct Chip {
+  uint32_t multiprocessors;
+  bool takes_large_launches;  // the driver, too, takes more than 4096 bytes of arguments
+};
+
+// An EnqueueRows. Compiled by nvcc in the rule's unit.
+template <class Rule, class Epilogue, class Real>
+int enqueue_rows(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
+                 const void* const* rows, size_t num_rows, const Chip& chip, void* stream);
+
+}  // namespace emopt::cuda

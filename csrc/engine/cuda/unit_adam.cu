@@ -1,3 +1,0 @@
-#include "../../rules/adam.h"
-#include "kernel.h"
-EMOPT_INSTANTIATE_KERNELS(Adam)

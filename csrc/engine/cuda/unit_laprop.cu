@@ -1,3 +1,0 @@
-#include "../../rules/laprop.h"
-#include "kernel.h"
-EMOPT_INSTANTIATE_KERNELS(LaProp)

@@ -1,3 +1,0 @@
-#include "../../rules/lion.h"
-#include "kernel.h"
-EMOPT_INSTANTIATE_KERNELS(Lion)

@@ -1,0 +1,115 @@
+// A rule as plain data. A unit of its own exports it (rule_unit.h); the engine's drivers and the
+// bindings know nothing else of a rule.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "host_or_device_scalar.h"
+#include "operands.h"
+
+// A hash of the headers that a rule's unit is compiled with (emerging_optimizers/_build.py).
+#ifndef EMOPT_ABI
+#define EMOPT_ABI 0
+#endif
+#ifndef EMOPT_CUDA
+#define EMOPT_CUDA 0
+#endif
+
+namespace emopt {
+
+namespace cuda {
+struct Chip;
+}
+
+// Bytes of the caller's memory for a rule's hyperparameters, and for the constants of a step.
+inline constexpr size_t kMaxRuleBytes = 256;
+inline constexpr size_t kMaxConstantsBytes = 512;
+
+inline constexpr int kNumIsas = 3;        // indexed by cpu::Isa
+inline constexpr int kNumEpilogues = 2;   // by Epilogue::kIndex
+inline constexpr int kNumPrecisions = 2;  // by kPrecision<Real>
+template <class Real>
+inline constexpr int kPrecision = sizeof(Real) == sizeof(double) ? 1 : 0;
+
+enum class Kind : uint8_t { kFloat, kFloats, kFlag, kWarmupSteps, kStep };
+
+struct HyperparameterInfo {
+  const char* name;
+  Kind kind;
+  Domain domain;
+  uint16_t length;  // of kFloats
+  uint32_t offset;  // in the rule's bytes
+};
+
+// Steps n elements that lie side by side, in the arithmetic type: `operands` are in the order of a
+// row's. Some may be the same memory: an update that is the gradient, a weight that is the
+// parameter, which is then not written twice (`writes_weight`).
+using ElementLoop = void (*)(const void* constants, const void* epilogue_at, void* const* operands,
+                             int64_t n, bool writes_weight);
+
+// Plans launches for rows (`Row<kOperands>`) of one CUDA device and one set of dtypes, and enqueues
+// them on a cudaStream_t. Returns a cudaError_t.
+using EnqueueRows = int (*)(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
+                            const void* const* rows, size_t num_rows, const cuda::Chip& chip,
+                            void* stream);
+
+struct RuleInfo {
+  uint64_t abi;  // EMOPT_ABI of its unit
+  const char* name;
+  const char* const* states;
+  const HyperparameterInfo* hyperparameters;
+  uint32_t num_states;
+  uint32_t num_hyperparameters;
+  uint32_t num_bytes;    // of the rule's struct
+  int32_t correct_bias;  // offsets of these flags; -1 where there is none
+  int32_t use_shape_scaling;
+  double (*shape_scale)(int64_t rows, int64_t cols);  // null where there is none
+  void (*check)(const void* rule, ErrorText& error);  // likewise
+
+  uint32_t constants_bytes[kNumPrecisions];
+  void (*make_constants[kNumPrecisions])(const void* rule, double step, void* constants);
+  ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];  // null where not compiled
+  EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];          // null without CUDA
+
+  template <class Epilogue>
+  EnqueueRows enqueue_of(DType compute) const {
+    return enqueue[Epilogue::kIndex][compute == DType::kFloat64 ? 1 : 0];
+  }
+};
+
+// Calls `visit` with the number of states as a constant.
+template <class Visit>
+auto with_num_states(uint32_t num_states, Visit visit) {
+  switch (num_states) {
+    case 0:
+      return visit(std::integral_constant<int, 0>());
+    case 1:
+      return visit(std::integral_constant<int, 1>());
+    case 2:
+      return visit(std::integral_constant<int, 2>());
+    case 3:
+      return visit(std::integral_constant<int, 3>());
+    case 4:
+      return visit(std::integral_constant<int, 4>());
+    default:
+      static_assert(kMaxStates == 5);
+      return visit(std::integral_constant<int, 5>());
+  }
+}
+
+// A rule with its hyperparameters.
+struct RuleInstance {
+  const RuleInfo* info;
+  alignas(8) unsigned char bytes[kMaxRuleBytes];
+
+  bool flag(int32_t offset) const { return offset >= 0 && bytes[offset] != 0; }
+  // Bias correction divides by 1 - beta^step, so with it steps count from 1.
+  int64_t lowest_step() const { return flag(info->correct_bias) ? 1 : 0; }
+  bool scales_by_shape() const {
+    return info->shape_scale != nullptr && flag(info->use_shape_scaling);
+  }
+};
+
+}  // namespace emopt

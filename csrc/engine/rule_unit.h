@@ -1,0 +1,160 @@
+// What a rule's unit is made of: everything that is compiled once for each rule. Sees no torch.
+//
+//   #include "rules/adam.h"
+//   #include "engine/rule_unit.h"
+//   EMOPT_RULE(Adam)
+//
+// defines `emopt_rule_Adam()`, which returns the rule's RuleInfo, for the package itself or in a
+// shared library. Where EMOPT_CUDA is set, a unit of nvcc has its kernels (cuda/kernel.h).
+#pragma once
+
+#include <array>
+#include <cstring>
+#include <new>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "rule_info.h"
+#if EMOPT_CUDA
+#include "cuda/enqueue_rows.h"
+#endif
+
+#define EMOPT_INCLUDE "element_loop.inl"
+#include "cpu/for_each_isa.inl"
+#undef EMOPT_INCLUDE
+
+namespace emopt::unit {
+
+// ---- what it asks for ---------------------------------------------------------------------------
+
+template <class Rule, class Value>
+HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
+  static_assert(std::is_same_v<Value, double> || std::is_same_v<Value, bool> ||
+                    std::is_same_v<Value, int64_t> ||
+                    (std::is_array_v<Value> && std::is_same_v<std::remove_extent_t<Value>, double>),
+                "a hyperparameter is a double, double[N], bool or int64_t");
+  constexpr Kind kKind = std::is_array_v<Value>           ? Kind::kFloats
+                         : std::is_same_v<Value, bool>    ? Kind::kFlag
+                         : std::is_same_v<Value, int64_t> ? Kind::kWarmupSteps
+                                                          : Kind::kFloat;
+  static const Rule rule{};
+  const auto address = [](const void* at) { return static_cast<const char*>(at); };
+  const auto offset = address(&(rule.*hyperparameter.member)) - address(&rule);
+  constexpr size_t kLength = std::is_array_v<Value> ? std::extent_v<Value> : 1;
+  return {hyperparameter.name, kKind, hyperparameter.domain, static_cast<uint16_t>(kLength),
+          static_cast<uint32_t>(offset)};
+}
+template <class Rule>
+HyperparameterInfo describe(StepArgument) {
+  return {"step", Kind::kStep, Domain::kAny, 1, 0};
+}
+
+template <class Rule>
+int32_t offset_of_flag(const HyperparameterInfo* begin, size_t count, const char* name) {
+  for (size_t i = 0; i < count; ++i) {
+    if (begin[i].kind == Kind::kFlag && std::strcmp(begin[i].name, name) == 0) {
+      return static_cast<int32_t>(begin[i].offset);
+    }
+  }
+  return -1;
+}
+
+template <class Rule, class = void>
+inline constexpr const char* const* kStatesOf = nullptr;
+template <class Rule>
+inline constexpr const char* const* kStatesOf<Rule, std::void_t<decltype(Rule::kStates)>> =
+    Rule::kStates;
+
+template <class Rule, class = void>
+inline constexpr decltype(RuleInfo::check) kCheck = nullptr;
+template <class Rule>
+inline constexpr decltype(RuleInfo::check) kCheck<Rule, std::void_t<decltype(&Rule::check)>> =
+    [](const void* rule, ErrorText& error) { static_cast<const Rule*>(rule)->check(error); };
+
+template <class Rule, class = void>
+inline constexpr decltype(RuleInfo::shape_scale) kShapeScale = nullptr;
+template <class Rule>
+inline constexpr decltype(RuleInfo::shape_scale)
+    kShapeScale<Rule, std::void_t<decltype(&Rule::shape_scale)>> = &Rule::shape_scale;
+
+// ---- what it computes ---------------------------------------------------------------------------
+
+template <class Rule, class Real>
+void make_constants(const void* rule, double step, void* constants) {
+  using Step = typename Rule::template Step<Real>;
+  static_assert(sizeof(Step) <= kMaxConstantsBytes && alignof(Step) <= 16);
+  static_assert(std::is_trivially_copyable_v<Step> && std::is_trivially_destructible_v<Step>);
+  new (constants) Step(*static_cast<const Rule*>(rule), step);
+}
+
+template <class Rule, class Epilogue, class Real>
+constexpr EnqueueRows enqueue_rows() {
+#if EMOPT_CUDA
+  return &cuda::enqueue_rows<Rule, Epilogue, Real>;
+#else
+  return nullptr;
+#endif
+}
+
+#define EMOPT_LOOPS_WITH(isa, Epilogue) \
+  {&cpu::isa::element_loop<Rule, Epilogue, float>, &cpu::isa::element_loop<Rule, Epilogue, double>}
+#define EMOPT_LOOPS(isa) {EMOPT_LOOPS_WITH(isa, StoreUpdate), EMOPT_LOOPS_WITH(isa, ApplyUpdate)}
+
+template <class Rule>
+RuleInfo make_info() {
+  static_assert(kNumStates<Rule> <= kMaxStates && sizeof(Rule) <= kMaxRuleBytes);
+  static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8);
+  static const auto hyperparameters = std::apply(
+      [](const auto&... each) {
+        return std::array<HyperparameterInfo, sizeof...(each)>{describe<Rule>(each)...};
+      },
+      Rule::hyperparameters());
+  const auto offset = [](const char* name) {
+    return offset_of_flag<Rule>(hyperparameters.data(), hyperparameters.size(), name);
+  };
+  using Float = typename Rule::template Step<float>;
+  using Double = typename Rule::template Step<double>;
+  return {
+      EMOPT_ABI,
+      Rule::kName,
+      kStatesOf<Rule>,
+      hyperparameters.data(),
+      static_cast<uint32_t>(kNumStates<Rule>),
+      static_cast<uint32_t>(hyperparameters.size()),
+      sizeof(Rule),
+      offset("correct_bias"),
+      offset("use_shape_scaling"),
+      kShapeScale<Rule>,
+      kCheck<Rule>,
+      {sizeof(Float), sizeof(Double)},
+      {&make_constants<Rule, float>, &make_constants<Rule, double>},
+      {
+          EMOPT_LOOPS(baseline),
+#if EMOPT_X86_UNITS
+          EMOPT_LOOPS(avx2),
+          EMOPT_LOOPS(avx512),
+#endif
+      },
+      {{enqueue_rows<Rule, StoreUpdate, float>(), enqueue_rows<Rule, StoreUpdate, double>()},
+       {enqueue_rows<Rule, ApplyUpdate, float>(), enqueue_rows<Rule, ApplyUpdate, double>()}},
+  };
+}
+
+#undef EMOPT_LOOPS
+#undef EMOPT_LOOPS_WITH
+
+}  // namespace emopt::unit
+
+#if defined(_WIN32)
+#define EMOPT_EXPORT __declspec(dllexport)
+#else
+#define EMOPT_EXPORT __attribute__((visibility("default")))
+#endif
+
+#define EMOPT_RULE(Rule)                                                       \
+  extern "C" EMOPT_EXPORT const emopt::RuleInfo* emopt_rule_##Rule() {         \
+    static const emopt::RuleInfo info = emopt::unit::make_info<emopt::Rule>(); \
+    return &info;                                                              \
+  }

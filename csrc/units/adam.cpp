@@ -1,0 +1,4 @@
+#include "../rules/adam.h"
+
+#include "../engine/rule_unit.h"
+EMOPT_RULE(Adam)

@@ -1,0 +1,4 @@
+#include "../rules/laprop.h"
+
+#include "../engine/rule_unit.h"
+EMOPT_RULE(LaProp)

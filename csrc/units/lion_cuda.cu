@@ -1,0 +1,3 @@
+#include "../engine/cuda/kernel.h"
+#include "../rules/lion.h"
+EMOPT_CUDA_RULE(Lion)

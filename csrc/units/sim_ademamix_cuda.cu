@@ -1,0 +1,3 @@
+#include "../engine/cuda/kernel.h"
+#include "../rules/sim_ademamix.h"
+EMOPT_CUDA_RULE(SimplifiedAdEMAMix)
