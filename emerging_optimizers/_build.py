@@ -9,6 +9,7 @@ TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this ma
 """
 
 import atexit
+import hashlib
 import os
 import re
 import shlex
@@ -91,7 +92,8 @@ def recipe(csrc: Path) -> Recipe:
     patterns = ["units/*.cpp", "engine/cpu/*.cpp", "bindings/*.cpp"]
     is_windows = sys.platform == "win32"
     openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
-    cxx_args = COMPILE_ARGS["msvc" if is_windows else "unix"] + openmp_compile
+    stamp = f"-DEMOPT_ABI={abi(csrc)}"
+    cxx_args = [*COMPILE_ARGS["msvc" if is_windows else "unix"], *openmp_compile, stamp]
     nvcc_args = []
     reason = why_no_cuda()
     if reason is None:
@@ -110,6 +112,24 @@ def recipe(csrc: Path) -> Recipe:
         architectures=architectures() if reason is None else "",
         why_no_cuda=reason or "",
     )
+
+
+def abi(csrc: Path) -> str:
+    """Return a hash of the headers that a rule's unit shares with the module.
+
+    A rule in a library of its own fits a module of the same hash.
+    """
+    headers: dict[Path, str] = {}
+    pending = [csrc / "engine" / "rule_unit.h"]
+    while pending:
+        header = pending.pop().resolve()
+        if header in headers or not header.is_file():
+            continue
+        headers[header] = header.read_text(encoding="utf-8")
+        for name in re.findall(r'"([\w./]+\.(?:h|inl))"', headers[header]):
+            pending += [header.parent / name, header.parent / "cpu" / name]
+    text = "".join(headers[header] for header in sorted(headers))
+    return f"0x{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def compiler() -> str:
