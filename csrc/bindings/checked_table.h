@@ -24,7 +24,7 @@ class CheckedTable {
     table_.rows.reserve(grads.size());
   }
 
-  // Adds all rows where no position needs checks; else returns false.
+  // Adds all rows if no position needs a closer look; otherwise returns false.
   bool try_add_rows() {
     const size_t count = lists_[kGrad].tensors.size();
     for (size_t i = 0; i < count; ++i) {
@@ -48,24 +48,25 @@ class CheckedTable {
     }
   }
 
-  // What is left to be done before the sweep, once there are rows.
+  // Finds the memory of all operands. Raises where they share some. To be called once there are
+  // rows.
   void prepare(const RuleInstance& rule) {
     if (rule.scales_by_shape()) scale_rows(rule);
-    // What is modified gets memory of its own first, where it shared a copy-on-write storage.
+    // Operands that are modified first: looking at their memory copies a copy-on-write storage.
     for (const bool in_place : {true, false}) {
       for (size_t k = 0; k < kOperands; ++k) {
         if (lists_[k].in_place == in_place) find_data(k);
       }
     }
     check_aliases();
-    for (const size_t i : strided_) use_stand_ins(i);
+    for (const size_t i : strided_) use_dense_copies(i);
   }
 
   const Table<kOperands>& table() const { return table_; }
 
-  // To be called after the sweep.
+  // Writes dense copies back and counts versions. To be called after the sweep.
   void finish() const {
-    stand_ins_.write_back();
+    dense_copies_.write_back();
     bump_versions(lists_);
   }
 
@@ -128,7 +129,7 @@ class CheckedTable {
         each_row([&](const Row<kOperands>& row) { visitor.modify(range_of(row, k)); });
       }
       each_row([&](const Row<kOperands>& row) {
-        if (!is_own_update(row)) visitor.read(range_of(row, kGrad));
+        if (!updates_grad(row)) visitor.read(range_of(row, kGrad));
       });
     };
     if (are_surely_apart(each_range, table_.rows.size() * kOperands)) return;
@@ -148,7 +149,7 @@ class CheckedTable {
     return static_cast<size_t>(&row - table_.rows.data());
   }
 
-  bool is_own_update(const Row<kOperands>& row) const {
+  bool updates_grad(const Row<kOperands>& row) const {
     if (row.data[kUpdate] != row.data[kGrad]) return false;
     const size_t i = position_of(row);
     return is_same_view(lists_[kUpdate].tensors[i], lists_[kGrad].tensors[i]);
@@ -164,20 +165,20 @@ class CheckedTable {
     return byte_range(row.data[k], row.numel * size_of(row.dtype[k]));
   }
 
-  void use_stand_ins(size_t position) {
+  void use_dense_copies(size_t position) {
     const at::Tensor layout =
         empty_update(lists_[kGrad].tensors[position], layout_list(lists_).tensors[position]);
     for (int k = 0; k < kOperands; ++k) {
       table_.rows[position].data[k] =
-          stand_ins_.find(lists_[static_cast<size_t>(k)], position, k != kUpdate, layout)
+          dense_copies_.find(lists_[static_cast<size_t>(k)], position, k != kUpdate, layout)
               .mutable_data_ptr();
     }
   }
 
   const std::array<OperandList, kOperands>& lists_;
   Table<kOperands> table_;
-  std::vector<size_t> strided_;  // positions that need stand-ins, in order
-  StandIns stand_ins_;
+  std::vector<size_t> strided_;  // positions that need dense copies, in order
+  DenseCopies dense_copies_;
 };
 
 }  // namespace emopt

@@ -1,5 +1,4 @@
-// The rows of a step that were collected from one group: what shares memory among them, and the
-// sweep.
+// The rows of one group that a step has collected: which of them share memory, and their sweep.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,26 +28,26 @@ class CollectedRows {
   explicit CollectedRows(size_t num_params)
       : num_params_(num_params), read_(num_params), modified_(num_params * kOperands) {}
 
-  // ---- as they are collected --------------------------------------------------------------------
+  // ---- collecting -------------------------------------------------------------------------------
 
-  // A row whose step the host counts, at `counter`, and takes to `step`.
+  // Adds a row whose counter is the host's; `step` is its next value.
   void add(const RowOf& row, float* counter, double step) {
     Bucket& bucket = bucket_of({0, row.device, false, step});
     bucket.table.append(row);
     bucket.counters.push_back(counter);
   }
-  // A row that counts its step on its device.
+  // Adds a row whose counter is on its device.
   void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).table.append(row); }
 
-  // The counter of a parameter without a gradient, which counts as the others do.
+  // Adds the counter of a parameter without a gradient that counts all the same.
   void add_idle(float* counter) { idle_counters_.push_back(counter); }
-  // A gradient of which a copy is swept. It shares memory all the same.
+  // Adds a gradient that was copied. Its memory may still be another operand's.
   void add_copied(const StepOperand& grad) { copied_.push_back(grad); }
   void add_read(const at::Tensor& tensor) { read_[num_read_++] = tensor.unsafeGetTensorImpl(); }
   void add_modified(const at::Tensor& tensor) {
     modified_[num_modified_++] = tensor.unsafeGetTensorImpl();
   }
-  // A DTensor whose part is modified: it has a version counter of its own.
+  // Adds a DTensor whose local tensor is modified. Each has a version counter.
   void add_modified_dtensor(const at::Tensor& tensor) {
     c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
     if (!impl->is_inference()) dtensors_.push_back(impl);
@@ -56,7 +55,7 @@ class CollectedRows {
 
   // ---- what shares memory -----------------------------------------------------------------------
 
-  // As `are_surely_apart` wants it: what is modified, then the gradients.
+  // Visit all ranges for `are_surely_apart`: first what is modified, then the gradients.
   template <class Visitor>
   void each_modified(Visitor& visitor) const {
     for (const auto& [key, bucket] : buckets_) {
@@ -64,7 +63,7 @@ class CollectedRows {
         if (k == kGrad) continue;
         visitor.start_list();
         for (const RowOf& row : bucket.table.rows) {
-          if (row.numel == 0 || (k == kWeight && is_own_weight(row))) continue;
+          if (row.numel == 0 || (k == kWeight && weight_is_param(row))) continue;
           visitor.modify(range_of(row, k));
         }
       }
@@ -99,7 +98,7 @@ class CollectedRows {
         };
         add(Role::kCounter, range_of(row.step == nullptr ? bucket.counters[i] : row.step));
         for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
-          if (k == kWeight && is_own_weight(row)) continue;
+          if (k == kWeight && weight_is_param(row)) continue;
           const bool is_state = k != kUpdate && k != kGrad;
           add(is_state       ? Role::kState
               : k == kUpdate ? Role::kParam
@@ -110,8 +109,8 @@ class CollectedRows {
     }
   }
 
-  // Sorts the rows into waves. Those that have to wait for the fallback are taken out: their
-  // positions in the optimizer are appended to `remaining`.
+  // Sorts the rows into waves. Removes those that must wait for the fallback, and appends their
+  // positions in the optimizer to `remaining`.
   void settle(const StepOrder& order, std::vector<uint32_t>& remaining) {
     std::map<BucketKey, Bucket> old;
     old.swap(buckets_);
@@ -144,13 +143,13 @@ class CollectedRows {
                        [](const auto& entry) { return entry.second.table.any_on_device; });
   }
 
-  // Tells autograd what is about to be modified.
+  // Counts versions, for autograd.
   void bump_versions() {
     for (size_t i = 0; i < num_modified_; ++i) modified_[i]->bump_version();
     for (c10::TensorImpl* const dtensor : dtensors_) dtensor->bump_version();
   }
 
-  // What keeps all memory alive.
+  // Appends what keeps all memory alive.
   void append_storages(std::vector<c10::intrusive_ptr<c10::StorageImpl>>& storages) const {
     const auto append = [&](c10::TensorImpl* tensor) {
       c10::StorageImpl* const storage = tensor->unsafe_storage().unsafeGetStorageImpl();
@@ -180,7 +179,7 @@ class CollectedRows {
   }
 
  private:
-  // Rows that share a step: of one device, and one number that the host counts.
+  // Rows of one device and one step.
   struct Bucket {
     Table<static_cast<int>(kOperands)> table;
     std::vector<float*> counters;
@@ -202,7 +201,7 @@ class CollectedRows {
     return last_->second;
   }
 
-  static bool is_own_weight(const RowOf& row) { return row.data[kWeight] == row.data[kUpdate]; }
+  static bool weight_is_param(const RowOf& row) { return row.data[kWeight] == row.data[kUpdate]; }
   static ByteRange range_of(const float* counter) { return byte_range(counter, sizeof(float)); }
   // A parameter's position in the optimizer. (A shard may have a number above it.)
   static uint32_t position_of(const RowOf& row) { return static_cast<uint32_t>(row.position); }
@@ -212,8 +211,8 @@ class CollectedRows {
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   std::vector<float*> idle_counters_;
   std::vector<StepOperand> copied_;
-  std::vector<c10::TensorImpl*> read_, modified_;  // of their full size, filled up to
-  size_t num_read_ = 0, num_modified_ = 0;         // these
+  std::vector<c10::TensorImpl*> read_, modified_;  // the first num_read_ and num_modified_ are set
+  size_t num_read_ = 0, num_modified_ = 0;
   std::vector<c10::TensorImpl*> dtensors_;
 };
 

@@ -20,7 +20,7 @@ struct EntryPoint {
   PyMethodDef definition;
 };
 
-// Updates that the user gave no memory for, and what is returned for them.
+// Updates made for a call without `out`: the tensors, and the object to return.
 struct NewUpdates {
   std::vector<at::Tensor> tensors;
   py::object python;
@@ -60,7 +60,7 @@ py::object update(const RegisteredRule& rule, PyObject* const* arguments) {
   OperatorCall call;
   call.rule.info = &info;
 
-  std::array<std::optional<TensorArgument>, 1 + kMaxStates> read_lists;  // which cannot be moved
+  std::array<std::optional<TensorArgument>, 1 + kMaxStates> read_lists;  // cannot be moved
   const size_t num_read = 1 + info.num_states;
   for (size_t k = 0; k < num_read; ++k) {
     read_lists[k].emplace(k == 0 ? "grad" : info.states[k - 1], arguments[k]);
@@ -108,7 +108,7 @@ PyObject* enter(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 py::object entry_point(const RegisteredRule& rule) {
   auto* const entry = new EntryPoint{rule, std::string(rule.info->name) + "_update", {}};
-  // Python calls it by the signature that METH_FASTCALL promises.
+  // METH_FASTCALL makes Python call it with `enter`'s signature.
   const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&enter));
   entry->definition = {entry->name.c_str(), function, METH_FASTCALL, nullptr};
   const py::capsule self(entry);

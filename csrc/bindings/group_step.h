@@ -21,10 +21,9 @@
 
 namespace emopt {
 
-// Tensors are borrowed, not owned: counting references to them costs more than all else, since
-// PyTorch counts some of them in Python, too. As long as other threads do not change parameters,
-// gradients and states during the walk, that is safe; to sweep without the GIL, the memory is
-// owned.
+// Tensors are borrowed: counting references would dominate a step, since PyTorch counts some of
+// them in Python. That is safe as long as no other thread changes parameters, gradients or states
+// during the walk. A sweep without the GIL owns their memory.
 template <int kStates_>
 class GroupStep {
  public:
@@ -45,10 +44,9 @@ class GroupStep {
     return options_.first_position + static_cast<uint32_t>(index);
   }
 
-  // Adds the parameters that have a gradient. Returns the indices of those that have to be stepped
-  // otherwise: where a state is missing, or a tensor is none that an engine sweeps. And, where it
-  // was not known that states may be missing (`is_first`), of those that lack one without having a
-  // gradient, if the group makes all states.
+  // Collects the parameters that have a gradient. Returns the indices of those that remain, because
+  // a state is missing, or no engine sweeps one of the tensors. If the group makes all states, a
+  // first call (`is_first`) also returns parameters without a gradient that lack a state.
   std::vector<Py_ssize_t> collect(StateLookup& states, bool is_first) {
     std::vector<Py_ssize_t> remaining;
     walk_.each(states, [&](CandidateOf& c) {
@@ -64,12 +62,11 @@ class GroupStep {
   CollectedRows<kStates>& rows() { return rows_; }
   const CollectedRows<kStates>& rows() const { return rows_; }
 
-  // Whether nothing else refers to the memory of what was collected, which then needs no closer
-  // look.
+  // Whether nothing else refers to the collected memory, which then needs no check for overlap.
   bool owns_memory_alone() const { return others_ == 0; }
 
-  // Those of parameters that remain. `state` is the optimizer's; `seen` has the parameters of the
-  // groups before, and gets this one's.
+  // Appends the operands of parameters that remain. `state` is the optimizer's. `seen` holds the
+  // parameters of earlier groups; this group's are added.
   void append_remaining(std::vector<StepOperand>& operands,
                         const std::vector<Py_ssize_t>& remaining, PyObject* state,
                         std::unordered_set<PyObject*>& seen) const {
@@ -106,7 +103,7 @@ class GroupStep {
     }
   }
 
-  // Sorts what was collected into waves, and adds what has to wait to `remaining`.
+  // Sorts the rows into waves, and adds parameters that must wait for the fallback to `remaining`.
   void settle(const StepOrder& order, std::vector<Py_ssize_t>& remaining) {
     std::vector<uint32_t> positions;
     rows_.settle(order, positions);
@@ -124,7 +121,7 @@ class GroupStep {
   static constexpr size_t kOperands = CollectedRows<kStates>::kOperands;
   static constexpr size_t kWeight = CollectedRows<kStates>::kWeight;
 
-  // Counts for a parameter without a gradient. False where a state is missing.
+  // Counts a step of a parameter without a gradient. False if a state is missing.
   bool count_idle(const CandidateOf& c) {
     const auto is_there = [](PyObject* state) { return state != nullptr && state != Py_None; };
     if (c.state == nullptr || c.step_object == nullptr || !is_tensor(c.step_object)) return false;
@@ -135,14 +132,14 @@ class GroupStep {
     if (!is_plain(step) || step.scalar_type() != at::kFloat || step.numel() != 1) return false;
     if (!step.is_cpu()) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
-    // Whether this step is skipped, only a device may know.
+    // Only the device may know whether this step is skipped.
     if (counter == nullptr || scalars_->found_inf.is_on_device()) return counter != nullptr;
     rows_.add_idle(counter);
     rows_.add_modified(step);
     return true;
   }
 
-  // False, with nothing added, where it has to be stepped otherwise.
+  // Adds a parameter's row. False, with nothing added, if no engine sweeps it.
   bool add_row(CandidateOf& c) {
     if (!c.is_complete) return false;
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
@@ -154,7 +151,7 @@ class GroupStep {
     const auto lies_alike = [&](const at::Tensor& tensor) {
       return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
     };
-    uintptr_t others = 0;  // not zero where something else may refer to memory; without branches
+    uintptr_t others = 0;  // not zero if anything else may refer to the memory; without branches
     RowOf row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = position_of(c.index);
@@ -169,10 +166,10 @@ class GroupStep {
     const bool is_split =
         c.has_master && options_.has_remainders && param.scalar_type() == at::kBFloat16;
     if (rule_.scales_by_shape()) {
-      // By the shape of the parameter, of which this may be a part.
-      const at::Tensor& whole = THPVariable_Unpack(c.param);
-      if (whole.dim() != 2) return false;  // the fallback has the error for it
-      row.scale = rule_.info->shape_scale(whole.size(0), whole.size(1));
+      // By the global shape: of a DTensor, `param` is the local tensor.
+      const at::Tensor& global = THPVariable_Unpack(c.param);
+      if (global.dim() != 2) return false;  // the fallback raises the error
+      row.scale = rule_.info->shape_scale(global.size(0), global.size(1));
     }
     for (size_t k = 0; k < kOperands; ++k) {
       const at::Tensor* operand = c.operands[k];
@@ -184,7 +181,7 @@ class GroupStep {
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
         const bool is_master = c.has_master && k == kWeight;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
-        // Not by a pointer to the right check, which could not be inlined.
+        // A pointer to the right check could not be inlined.
         if (k != kUpdate &&
             !(is_remainder ? is_beside(*operand, param) : is_alike(*operand, param))) {
           return false;
@@ -192,7 +189,7 @@ class GroupStep {
         if (k != kUpdate &&
             (!lies_alike(*operand) || (k == kGrad && overlaps_partly(*operand, row)))) {
           if (k != kGrad) return false;
-          // A copy of the gradient that lies in memory as the parameter does.
+          // Copy the gradient to the parameter's layout.
           add_copied(c);
           owned_.push_back(at::empty_like(param, operand->options()).copy_(*operand));
           operand = c.operands[k] = &owned_.back();
@@ -204,7 +201,7 @@ class GroupStep {
         if (k != kGrad) others |= other_users(*operand);
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         if (row.data[k] == nullptr && row.numel != 0) return false;
-        // From here on, a weight at the parameter's address is the parameter.
+        // The engine takes a weight at the parameter's address for the parameter.
         TORCH_CHECK_VALUE(k != kWeight || row.data[k] != row.data[kUpdate] || row.numel == 0,
                           kSharedState);
         // GPUs fault on misaligned elements.
@@ -218,7 +215,7 @@ class GroupStep {
     return append(c, row, others);
   }
 
-  // Whether a gradient that is laid out as its parameter shares memory with it, but not exactly.
+  // Whether a gradient of the parameter's layout overlaps it, but is not the same memory.
   static bool overlaps_partly(const at::Tensor& grad, const RowOf& row) {
     const DType dtype = to_dtype(grad.scalar_type());
     const ByteRange param = CollectedRows<kStates>::range_of(row, kUpdate);
@@ -233,7 +230,7 @@ class GroupStep {
     const bool counts_here = step.is_cpu();
     if (options_.count && !counts_here) return false;
     if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
-    // Scalars that only a device knows need a counter there, and are of no use elsewhere.
+    // Scalars on a device need a counter there, and cannot be used elsewhere.
     const bool must_count_there = options_.is_capturable || scalars_->found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
@@ -241,7 +238,7 @@ class GroupStep {
     if (counts_here) {
       const double next =
           options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
-      // A NaN has no place among keys, and infinity is no count.
+      // A NaN cannot be a key, and infinity is no count.
       if (!(next >= 1.0 && std::isfinite(next))) return false;
       rows_.add(row, counter, next);
     } else {
@@ -287,7 +284,7 @@ class GroupStep {
         continue;
       }
       const at::Tensor& tensor = *c.operands[k];
-      // What is conjugated lazily does not lie in memory as its values are.
+      // The memory of a lazily conjugated tensor does not hold its values.
       const bool is_dense = tensor.is_complex() && tensor.layout() == at::kStrided;
       if (!is_dense || (tensor.is_conj() && k != kGrad)) return false;
       if (tensor.is_conj()) add_copied(c);
@@ -302,9 +299,9 @@ class GroupStep {
   StepScalars* scalars_;
   CandidateWalk<kStates> walk_;
   CollectedRows<kStates> rows_;
-  std::list<at::Tensor> owned_;  // tensors that were made here
+  std::list<at::Tensor> owned_;  // tensors made by this step
   c10::DeleterFnPtr deleter_ = c10::GetCPUAllocator()->raw_deleter();
-  uintptr_t others_ = deleter_ == nullptr;  // not zero where something else refers to memory
+  uintptr_t others_ = deleter_ == nullptr;  // not zero if anything else may refer to the memory
 };
 
 }  // namespace emopt

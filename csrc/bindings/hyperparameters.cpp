@@ -14,8 +14,7 @@ namespace emopt {
 
 namespace {
 
-// ---- each kind: its type in a schema, its ways in and out, its check
-// -----------------------------
+// ---- the kinds of hyperparameters ---------------------------------------------------------------
 
 template <class Value>
 void put(const HyperparameterInfo& info, RuleInstance& rule, const Value& value) {

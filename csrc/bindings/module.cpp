@@ -24,7 +24,7 @@ namespace emopt {
 
 namespace {
 
-// Once a process: what is registered stays.
+// Registered once a process, for good.
 const std::vector<const RegisteredRule*>& builtin_rules() {
   static const auto* const rules = [] {
     auto* registered = new std::vector<const RegisteredRule*>;
@@ -63,7 +63,7 @@ std::vector<std::string> cuda_architectures() {
 
 }  // namespace
 
-// Read from the file before it is loaded (_native.py); exported, so that nothing drops it.
+// Read from the file before it is loaded (_native.py). Exported, so that no linker drops it.
 extern PYBIND11_EXPORT const char built_for[];
 const char built_for[] = "emerging_optimizers is built for torch " TORCH_VERSION;
 
@@ -82,7 +82,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("compiled_isas", [] { return names(cpu::compiled_isas()); });
   m.def("supported_isas", [] { return names(cpu::supported_isas()); });
   m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });
-  // The fallback kernels, written in Python, name arguments as the checks here do.
+  // For the fallback in Python, whose errors name arguments as the checks here do.
   m.def("is_single_tensor_call", &SingleTensorCall::is_active);
 }
 

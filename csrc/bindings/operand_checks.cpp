@@ -209,7 +209,7 @@ void refuse_sharing(OperandLists lists,
       }
     }
   }
-  const auto is_own_update = [&](size_t first, size_t second) {
+  const auto updates_grad = [&](size_t first, size_t second) {
     const size_t i = operands[second].position;
     return operands[second].list == &lists[kGrad] && operands[first].list == &lists[kUpdate] &&
            operands[first].position == i && address_of(kUpdate, i) == address_of(kGrad, i) &&
@@ -219,7 +219,7 @@ void refuse_sharing(OperandLists lists,
   using Pair = std::tuple<Sharing, size_t, size_t>;
   std::optional<Pair> worst;
   find_sharing(used, [&](size_t first, size_t second, Sharing how) {
-    if (is_own_update(first, second)) return;
+    if (updates_grad(first, second)) return;
     const Pair pair{how, second, first};
     if (!worst || pair < *worst) worst = pair;
   });
@@ -236,20 +236,20 @@ void refuse_sharing(OperandLists lists,
                     "`grad`)");
 }
 
-at::Tensor StandIns::find(const OperandList& list, size_t position, bool is_read,
-                          const at::Tensor& layout) {
+at::Tensor DenseCopies::find(const OperandList& list, size_t position, bool is_read,
+                             const at::Tensor& layout) {
   const at::Tensor& tensor = list.tensors[position];
   if (same_strides(tensor, layout)) return tensor;
   at::Tensor dense =
       at::empty_strided(layout.sizes(), layout.strides(), layout.options().dtype(tensor.dtype()));
   if (is_read) dense.copy_(tensor);
-  stand_ins_.push_back({tensor, dense, list.in_place});
+  dense_copies_.push_back({tensor, dense, list.in_place});
   return dense;
 }
 
-void StandIns::write_back() const {
-  for (const StandIn& stand_in : stand_ins_) {
-    if (stand_in.in_place) stand_in.original.copy_(stand_in.dense);
+void DenseCopies::write_back() const {
+  for (const DenseCopy& copy : dense_copies_) {
+    if (copy.in_place) copy.original.copy_(copy.dense);
   }
 }
 

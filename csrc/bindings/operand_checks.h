@@ -76,8 +76,10 @@ void check_position(OperandLists lists, size_t position);
 // For operators on meta tensors, which end up here also where only some of them are.
 void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
-// Whether a position needs none of those, if its tensors are contiguous, too: each is like the
-// gradient, on the CPU or a CUDA device, of a known dtype, and nothing more than a tensor.
+// ---- plain tensors ------------------------------------------------------------------------------
+
+// A plain tensor is dense, on the CPU or a CUDA device, and nothing but a tensor. A position whose
+// tensors are plain, contiguous and alike needs none of the checks above.
 inline c10::DispatchKeySet plain_keys(c10::DispatchKey key, c10::BackendComponent backend) {
   // These leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
   return c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(backend) |
@@ -103,7 +105,7 @@ C10_ALWAYS_INLINE bool has_same_sizes(const c10::TensorImpl& a, const c10::Tenso
   return true;
 }
 
-// But for its dtype.
+// On one device and of one shape.
 C10_ALWAYS_INLINE bool is_beside(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
@@ -138,20 +140,20 @@ MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address);
 void refuse_sharing(OperandLists lists,
                     const std::function<const void*(size_t k, size_t position)>& address_of);
 
-// Tensors that stand in for those whose layout an engine cannot sweep beside the others'.
-class StandIns {
+// Dense copies of tensors whose layout an engine cannot sweep beside the others'.
+class DenseCopies {
  public:
-  // The tensor to compute with: the user's own where its layout is `layout`'s.
+  // The tensor to compute with: a copy, unless it has the layout already.
   at::Tensor find(const OperandList& list, size_t position, bool is_read, const at::Tensor& layout);
   void write_back() const;
 
  private:
-  struct StandIn {
+  struct DenseCopy {
     at::Tensor original;
     at::Tensor dense;
     bool in_place;
   };
-  std::vector<StandIn> stand_ins_;
+  std::vector<DenseCopy> dense_copies_;
 };
 
 // Tells autograd what was modified.

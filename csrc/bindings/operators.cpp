@@ -21,7 +21,7 @@ constexpr const char* kNamespace = "emerging_optimizers";
 
 std::string operator_name(const RuleInfo& info) { return std::string(info.name) + "_update_"; }
 
-// ---- what is computed ---------------------------------------------------------------------------
+// ---- the computation ----------------------------------------------------------------------------
 
 template <int kStates>
 using CallLists = std::array<OperandList, kNumOperands<kStates, StoreUpdate>>;
@@ -36,7 +36,7 @@ CallLists<kStates> operand_lists(const OperatorCall& call) {
   return lists;
 }
 
-// Whether the dispatcher would call the native kernel, by what a tensor is.
+// Whether the dispatcher would choose the native kernel for this tensor.
 bool is_native(const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
   return keys == kPlainOnCpu || (EMOPT_CUDA && keys == kPlainOnCuda);
@@ -48,8 +48,7 @@ bool are_native(const OperatorCall& call) {
   });
 }
 
-// On the CPU and, where it is compiled for, on CUDA devices. Returns false, with nothing done,
-// where only native tensors are wanted and there are others.
+// Returns false, with nothing done, if only native tensors are wanted and there are others.
 template <int kStates>
 bool compute(const OperatorCall& call, bool only_native) {
   const auto lists = operand_lists<kStates>(call);
@@ -76,7 +75,7 @@ bool compute(const OperatorCall& call, bool only_native) {
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-// A call's arguments on the stack of a boxed kernel.
+// A call whose arguments are on a boxed kernel's stack.
 class BoxedCall {
  public:
   BoxedCall(const RuleInfo& info, torch::jit::Stack& stack) : stack_(stack) {
@@ -118,7 +117,7 @@ struct NativeKernel final : RuleKernel {
   }
 };
 
-// Nothing to compute.
+// Checks that all tensors are meta.
 struct MetaKernel final : RuleKernel {
   using RuleKernel::RuleKernel;
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
@@ -130,7 +129,7 @@ struct MetaKernel final : RuleKernel {
   }
 };
 
-// Where torch.jit.trace records.
+// Called while torch.jit.trace records.
 struct TracerKernel final : RuleKernel {
   using RuleKernel::RuleKernel;
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
@@ -155,7 +154,7 @@ std::string schema_of(const RuleInfo& info) {
   return text + ", *, Tensor? step_tensor=None) -> ()";
 }
 
-// Libraries take back what they registered when they are destroyed: these never are.
+// Never destroyed: a library's destructor takes back what it registered.
 torch::Library& add_library() {
   return *new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__,
                              __LINE__);
@@ -179,8 +178,8 @@ RegisteredRule register_rule(const RuleInfo& info) {
   if (EMOPT_CUDA) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
   implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
   implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(info));
-  // An optimizer's step is not differentiated. Without this, PyTorch's own fallback would look at
-  // all lists, tensor by tensor, only to find nothing to record.
+  // An update is not differentiated. Without this, PyTorch's fallback would search all lists for
+  // tensors that require gradients.
   implement(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
   return {&info, dispatcher.findSchemaOrThrow(name.c_str(), "")};
 }

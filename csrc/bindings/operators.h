@@ -4,7 +4,7 @@
 //                Tensor(c!)[] exp_avg_sqs, float[] betas, bool correct_bias, bool use_nesterov,
 //                SymInt step, float eps, *, Tensor? step_tensor=None) -> ()
 //
-// `step_tensor` takes the place of `step` where it is given: a step that only a tensor knows.
+// `step_tensor`, if given, replaces `step`.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,7 +17,7 @@
 
 namespace emopt {
 
-// A rule whose operator is registered.
+// A rule and its registered operator.
 struct RegisteredRule {
   const RuleInfo* info;
   c10::OperatorHandle handle;
@@ -25,8 +25,7 @@ struct RegisteredRule {
   size_t num_lists() const { return kFirstState + info->num_states; }
 };
 
-// Registers a rule's operator. Raises for a rule that was compiled against other headers, and for a
-// name that is taken.
+// Registers a rule's operator. Raises if there is one of its name.
 RegisteredRule register_rule(const RuleInfo& info);
 
 // A call of an operator.
@@ -40,15 +39,15 @@ struct OperatorCall {
 // Raises for wrong hyperparameters; returns the step.
 HostOrDeviceScalar check_call(const OperatorCall& call);
 
-// Computes here, without the dispatcher, if nothing needs it: no mode, profiler or transform looks
-// on, and all tensors are plain ones on devices that there are kernels for. Else returns false,
-// with nothing done.
+// Computes without the dispatcher if nothing needs it: no mode, profiler or transform is active,
+// and all tensors are plain ones on devices with native kernels. Otherwise returns false, with
+// nothing done.
 bool compute_directly(const OperatorCall& call);
-// Computes by the dispatcher.
+// Computes through the dispatcher.
 void dispatch(const RegisteredRule& rule, const OperatorCall& call);
 
-// torch.jit.trace records only PyTorch's own operators: of a call, its graph would have the memory
-// that was made for the result, and nothing that fills it.
+// Raises. torch.jit.trace records only PyTorch's own operators: its graph would allocate the result
+// of a call, and never fill it.
 [[noreturn]] void refuse_trace(const std::string& what);
 
 }  // namespace emopt

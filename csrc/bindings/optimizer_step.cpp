@@ -25,7 +25,7 @@ using AnyGroupStep = std::variant<GroupStep<0>, GroupStep<1>, GroupStep<2>, Grou
 using Steps = std::vector<AnyGroupStep>;
 using Remaining = std::vector<std::vector<Py_ssize_t>>;  // by group
 
-// Elements from which on it pays to let other threads run.
+// From this many elements on, it pays to let other threads run.
 constexpr int64_t kWorthTheGil = 1 << 18;
 
 template <class Visit>
@@ -37,8 +37,8 @@ decltype(auto) with(const AnyGroupStep& step, const Visit& visit) {
   return std::visit(visit, step);
 }
 
-// Whether each operation has to be one that PyTorch sees: with a FakeTensorMode, for one, nothing
-// is to be computed.
+// Whether PyTorch has to see each operation: under a FakeTensorMode, for example, nothing may be
+// computed.
 bool is_seen_by_tracer() {
   using c10::impl::TorchDispatchModeKey;
   using c10::impl::TorchDispatchModeTLS;
@@ -50,7 +50,7 @@ bool is_seen_by_tracer() {
   });
 }
 
-// Of our own: another thread may change the list.
+// A copy: another thread may change the list.
 py::tuple params_of(py::handle group) {
   static PyObject* const key = interned("params");
   auto params = py::reinterpret_steal<py::tuple>(PySequence_Tuple(group_item(group, key).ptr()));
@@ -58,7 +58,7 @@ py::tuple params_of(py::handle group) {
   return params;
 }
 
-// Empty where there is no list.
+// Empty if there is no list.
 py::tuple grads_of(py::handle grads, size_t group) {
   return grads.is_none() ? py::tuple() : py::tuple(grads[py::int_(group)]);
 }
@@ -105,8 +105,8 @@ bool may_run(const Steps& steps, const Remaining& remaining, bool may_leave) {
   return true;
 }
 
-// Finds what shares memory, and leaves what cannot be stepped natively in its order. Returns the
-// number of waves.
+// Finds what shares memory, and adds what cannot be stepped natively in order to `remaining`.
+// Returns the number of waves.
 uint32_t settle(Steps& steps, Remaining& remaining, const py::dict& state) {
   const auto owns_alone = [](const AnyGroupStep& any) {
     return with(any, [](const auto& step) { return step.owns_memory_alone(); });
@@ -185,7 +185,7 @@ void run(Steps& steps, uint32_t num_waves) {
 py::object optimizer_step(const py::dict& state, const py::list& groups, const py::list& positions,
                           const py::list& rules, const py::tuple& arguments, py::handle grads,
                           bool may_leave) {
-  const at::NoGradGuard no_grad;  // here, where it takes no microseconds
+  const at::NoGradGuard no_grad;  // cheaper here than in Python
   if (torch::jit::tracer::isTracing()) refuse_trace("an optimizer's step");
   if (is_seen_by_tracer()) return py::cast(all_params(groups));
   StepScalars scalars{{"grad_multiplier", py::object(arguments[0]), 1.0},
@@ -193,7 +193,7 @@ py::object optimizer_step(const py::dict& state, const py::list& groups, const p
                       {"found_inf", py::object(arguments[2]), 0.0}};
   const auto seed = arguments[3].cast<uint64_t>();
 
-  // First what may run Python's code or raise: while parameters are walked, nothing may change.
+  // First all that may run Python code or raise: nothing may change during the walk.
   const size_t num_groups = groups.size();
   Steps steps;
   steps.reserve(num_groups);

@@ -20,14 +20,14 @@ namespace emopt {
 //                    states, in the rule's order
 //   arguments        (grad_multiplier, grad_scale, found_inf, seed), of which the first three may
 //                    be None, for 1, 1 and 0
-//   grads            None, or for each group a list of what to take as the parameters' gradients
-//   may_leave        whether what has to be stepped otherwise may remain
+//   grads            None, or for each group a list of gradients, in place of `param.grad`
+//   may_leave        whether parameters that no engine sweeps may remain
 //
-// A hyperparameter that is none raises before anything is changed; the caller then says which.
+// An invalid hyperparameter raises before anything is changed; the caller adds the group's name.
 //
-// Returns None where all are stepped, or for each group the indices of those that remain. Then the
-// others are stepped if `may_leave`, and if no group has fused=True and any remaining; or else
-// nothing is done. All remain where one of PyTorch's tracers is to see each operation.
+// Returns None if all were stepped; otherwise, for each group, the indices of those that remain.
+// The others were stepped if `may_leave` is set and no group with fused=True has any remaining; if
+// not, nothing was done. All remain while one of PyTorch's tracers has to see each operation.
 py::object optimizer_step(const py::dict& state, const py::list& groups, const py::list& positions,
                           const py::list& rules, const py::tuple& arguments, py::handle grads,
                           bool may_leave);

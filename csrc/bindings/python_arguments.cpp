@@ -120,7 +120,7 @@ TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name)
     tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
     return;
   }
-  // A tuple of our own: another thread may change the list while this one computes.
+  // A copy: another thread may change the list while this one computes.
   alive_ = items_of(value);
   TORCH_CHECK_TYPE(alive_, name, " must be a Tensor or a sequence of Tensors, not ",
                    type_name(value));

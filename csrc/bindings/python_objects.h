@@ -9,10 +9,10 @@
 
 namespace emopt {
 
-// A string that lives as long as the process, so that looking it up costs no new one.
+// A string that lives as long as the process, so that no lookup makes a new one.
 inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Borrowed; null where there is none.
+// A borrowed reference; null if there is none.
 inline PyObject* find_item(PyObject* dict, PyObject* key) {
   PyObject* const value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -30,8 +30,8 @@ inline bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
 }
 
-// Finds keys that are mostly asked for in the dictionary's order, by comparing objects. To hash a
-// tensor, Python code is called, which would dominate a small parameter's step.
+// Finds keys that are mostly asked for in the dictionary's order, by comparing objects. Hashing a
+// tensor calls Python code, which would dominate a small parameter's step.
 class DictCursor {
  public:
   // Up to `max_skipped` entries may lie between two keys.
@@ -41,7 +41,8 @@ class DictCursor {
   // Whether all keys were found in order so far.
   bool is_in_order() const { return is_in_order_; }
 
-  // Null where there is none. Out of order once, keys are looked up by their hash.
+  // A borrowed reference; null if there is none. After the first key that is out of order, all are
+  // looked up by their hash.
   PyObject* find(PyObject* wanted) {
     PyObject *key, *value;
     for (Py_ssize_t i = 0; is_in_order_; ++i) {
@@ -59,10 +60,10 @@ class DictCursor {
   bool is_in_order_ = true;
 };
 
-// A DTensor: its part on this process, and where the others are. (PyTorch has no C++ type for it.)
+// A DTensor: its local tensor, and its placement. (PyTorch has no C++ type for it.)
 class DTensorView {
  public:
-  // Empty where the object is none.
+  // Empty if the object is no DTensor.
   static std::optional<DTensorView> from(PyObject* tensor) {
     static PyObject* const local_key = interned("_local_tensor");
     static PyObject* const spec_key = interned("_spec");
@@ -106,12 +107,12 @@ class DTensorView {
   }
 
   py::object local_, spec_;
-  py::object mesh_, placements_;  // once they are asked for
-  py::object equal_spec_;         // the last one that was
+  py::object mesh_, placements_;  // null until they are compared
+  py::object equal_spec_;         // the last one found to be equal
 };
 
-// What the random bits of a DTensor's shard depend on (_sharding.py): its number, and the index of
-// its first element.
+// A DTensor's shard for stochastic rounding (_sharding.py): its number, and the index of its first
+// element.
 inline std::pair<uint64_t, uint64_t> shard_place(PyObject* tensor) {
   // Never freed: the interpreter may be gone before this.
   static const auto* const function =

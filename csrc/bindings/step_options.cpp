@@ -53,7 +53,7 @@ namespace {
 // As emerging_optimizers/_hyperparameters.py has it.
 constexpr double kLowestRate = -1e-12;
 
-// False where it is missing, or what else it may be.
+// False if it is missing or `other`.
 bool flag(py::handle group, PyObject* key, PyObject* other = Py_False) {
   PyObject* const value = find_item(group.ptr(), key);
   if (value == Py_True) return true;
