@@ -42,11 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_emulated = config.getoption("--device") == "emulated"
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "cuda" in item.keywords and not HAS_GPU and not is_emulated:
+        if item.get_closest_marker("cuda") and not HAS_GPU and not is_emulated:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
-        if "real" in item.keywords and is_emulated:
+        if item.get_closest_marker("real") and is_emulated:
             item.add_marker(pytest.mark.skip(reason="not on emulated devices"))
 
 
@@ -56,7 +56,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """On a machine with a GPU, count a CUDA test that is skipped as failed."""
     report = yield
-    if HAS_GPU and report.skipped and "cuda" in item.keywords and "slow" not in item.keywords:
+    is_cuda = item.get_closest_marker("cuda") and not item.get_closest_marker("slow")
+    if HAS_GPU and report.skipped and is_cuda:
         report.outcome = "failed"
         report.longrepr = f"skipped on a machine with a GPU: {report.longrepr}"
     return report

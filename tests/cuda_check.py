@@ -131,13 +131,15 @@ class Sources:
         self.places: dict[tuple[str, str], str] = {}
         self.csrc = root / "csrc"
         self.cuda = self.csrc / "engine" / "cuda"
-        self.stems = rules or sorted(p.stem[5:] for p in self.cuda.glob("unit_*.cu"))
+        self.units = self.csrc / "units"
+        self.stems = rules or sorted(p.stem[:-5] for p in self.units.glob("*_cuda.cu"))
         tuning = (self.cuda / "tuning.h").read_text()
         sizes = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
         small, large = sizes
         epilogues = dict(
             re.findall(
-                r"^struct (\w+) \{\n  static constexpr int kOperands = (\d+);",
+                r"^struct (\w+) \{\n  static constexpr int kIndex = \d+;\n"
+                r"  static constexpr int kOperands = (\d+);",
                 (self.csrc / "engine" / "epilogue.h").read_text(),
                 re.MULTILINE,
             )
@@ -162,9 +164,9 @@ class Sources:
         self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
         self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
         self.singles |= self.loads_of_singles
-        # Each counter, and numbers, once for a block before it sweeps.
+        # Each counter, and scalars, once for a block before it sweeps.
         self.advance = self.function(chunk, "advance_counters")
-        self.numbers = self.function(chunk, "read_number")
+        self.scalars = self.function(chunk, "read_scalar")
         self.step = self.function(chunk, "step_and_store")
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
@@ -173,7 +175,7 @@ class Sources:
             return False
         if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
             return True
-        return instruction == "LDG" and not self.numbers.isdisjoint(places)
+        return instruction == "LDG" and not self.scalars.isdisjoint(places)
 
     def build_constant(self, name: str) -> Any:
         """Return a literal that _build.py assigns, so that both compile with the same flags."""
@@ -224,7 +226,7 @@ def compile_kernels(
     flags = [flag for flag in sources.build_constant("NVCC_ARGS") if "--threads" not in flag]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
     base = [str(nvcc), *flags, "-Werror", "all-warnings"]
-    units = [sources.cuda / f"unit_{stem}.cu" for stem in sources.stems]
+    units = [sources.units / f"{stem}_cuda.cu" for stem in sources.stems]
     units.append(sources.cuda / "advance.cu")
     cubins = {a: [out / f"{unit.stem}.{a}.cubin" for unit in units] for a in architectures}
     commands = []
@@ -244,14 +246,15 @@ def compile_kernels(
 
 
 def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
-    """Compile what sees both torch and CUDA, without code: a torch without CUDA has the headers."""
+    """Compile all that is no kernel, without code: a torch without CUDA has the headers."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [*cpp_extension.include_paths(), str(nvcc.parent.parent / "include")]
     flags = [*sources.build_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]
     flags += ["-DEMOPT_CUDA=1", "-DTORCH_EXTENSION_NAME=_C", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     for folder in [*includes, sysconfig.get_path("include")]:
         flags += ["-isystem", folder]
-    units = sorted(sources.csrc.glob("bindings/*.cpp")) + sorted(sources.cuda.glob("*.cpp"))
+    patterns = ("bindings/*.cpp", "engine/cpu/*.cpp", "engine/cuda/*.cpp", "units/*.cpp")
+    units = [unit for pattern in patterns for unit in sorted(sources.csrc.glob(pattern))]
     compile_all([[*compiler, *flags, str(unit)] for unit in units])
 
 
@@ -371,10 +374,10 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
             is_run = True
         elif one.name == "STG" or (one.name == "MUFU" and one.is_in(sources.step)):
             is_run = False
-    # Of each operand that is read, by the size of its type; and the high halves of masters.
+    # Of each operand that is read, by the size of its type; and the parameters of split masters.
     operands = sources.operands[kernel] - 1
-    has_halves = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
-    wanted = operands * (2 if kernel.real == "float32" else 4) + has_halves
+    may_be_split = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
+    wanted = operands * (2 if kernel.real == "float32" else 4) + may_be_split
     if not runs or any(run != wanted for run in runs):
         wrong[f"{runs} loads of vectors in a row, not {wanted}: some wait for a result"] += 1
     for one in code.instructions:

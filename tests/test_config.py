@@ -153,7 +153,7 @@ def test_cuda_is_built_where_it_can_be(
     assert recipe.architectures == "8.0;9.0;10.0+PTX"
     assert "-DEMOPT_CUDA=1" in recipe.cxx_args
     assert {"-DEMOPT_CUDA=1", "--fmad=false", "--ftz=false"} <= set(recipe.nvcc_args)
-    assert "unit_adam.cu" in {path.name for path in recipe.sources}
+    assert "adam_cuda.cu" in {path.name for path in recipe.sources}
 
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     write_program(tmp_path / "bin" / "nvcc", "Cuda compilation tools, release 12.6, V1")
@@ -171,7 +171,7 @@ def test_cuda_is_built_where_it_can_be(
     recipe = _build.recipe(CSRC)
     assert recipe.why_no_cuda == "EMERGING_OPTIMIZERS_CUDA=0"
     assert (recipe.architectures, recipe.nvcc_args) == ("", [])
-    assert "unit_adam.cu" not in {path.name for path in recipe.sources}
+    assert "adam_cuda.cu" not in {path.name for path in recipe.sources}
 
 
 @pytest.mark.parametrize(

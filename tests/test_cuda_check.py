@@ -87,8 +87,8 @@ FAULTS = {
     ),
     "no kernels": (
         (
-            f"{ENGINE}/unit_adam.cu",
-            "EMOPT_INSTANTIATE_KERNELS(Adam)\n",
+            "csrc/units/adam_cuda.cu",
+            "EMOPT_CUDA_RULE(Adam)\n",
             "",
             "Adam ApplyUpdate float32 4096: no such kernel",
         ),

@@ -42,13 +42,13 @@ inline std::optional<Element> compare(std::vector<std::vector<Buffer>>& got,
       Buffer& buffer = got[r][k];
       const Buffer& right = wanted[r][k];
       const size_t size = static_cast<size_t>(size_of(right.dtype));
-      const bool is_half = right.dtype == DType::kSplitParam || right.dtype == DType::kRemainder;
+      const bool is_split = right.dtype == DType::kSplitParam || right.dtype == DType::kRemainder;
       for (size_t at = right.offset; at < right.bytes.size(); at += size) {
         if (std::memcmp(&buffer.bytes[at], &right.bytes[at], size) == 0) continue;
         const auto i = static_cast<int64_t>((at - right.offset) / size);
         const auto is_nan = [&](const std::vector<Buffer>& row) {
-          return is_half ? std::isnan(joined(row[kUpdate].bits(i), row.back().bits(i)))
-                         : std::isnan(row[k].get(i));
+          return is_split ? std::isnan(joined(row[kUpdate].bits(i), row.back().bits(i)))
+                          : std::isnan(row[k].get(i));
         };
         if (is_nan(got[r]) && is_nan(wanted[r])) continue;
         if (!wrong) wrong = Element{r, i};
@@ -60,17 +60,17 @@ inline std::optional<Element> compare(std::vector<std::vector<Buffer>>& got,
 
 // What is wrong with a step; "" if nothing is.
 template <class Epilogue>
-std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Numbers numbers,
+std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Scalars scalars,
                   const std::vector<int64_t>& numels, bool is_skipped) {
-  constexpr int kOperands = kNumOperands<Adam, Epilogue>;
+  constexpr int kOperands = kNumOperandsOf<Epilogue>;
   const int num_buffers = kOperands - (Epilogue::kOperands != 0 && !mix.has_master ? 1 : 0);
   std::mt19937_64 random(numels.size());
-  std::vector<unsigned char> image(sizeof(DeviceNumbers) + numels.size() * sizeof(float));
-  DeviceNumbers values;
+  std::vector<unsigned char> image(sizeof(DeviceScalars) + numels.size() * sizeof(float));
+  DeviceScalars values;
   values.found_inf = is_skipped ? 1.0f : 0.0f;
   std::memcpy(image.data(), &values, sizeof(values));
-  const auto* const on_device = reinterpret_cast<const DeviceNumbers*>(device.memory);
-  const auto counter_at = [](size_t r) { return sizeof(DeviceNumbers) + r * sizeof(float); };
+  const auto* const on_device = reinterpret_cast<const DeviceScalars*>(device.memory);
+  const auto counter_at = [](size_t r) { return sizeof(DeviceScalars) + r * sizeof(float); };
   std::vector<std::vector<Buffer>> operands, wanted;
   std::vector<std::vector<size_t>> places;
   Table<kOperands> table;
@@ -79,8 +79,8 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
     std::vector<size_t> row_places;
     for (int k = 0; k < num_buffers; ++k) {
       const auto first = static_cast<size_t>(first_element(static_cast<Offsets>(r % 3), k));
-      const bool is_half = mix.is_split() && (k == kUpdate || k == kOperands - 1);
-      row_operands.emplace_back(is_half ? kBF16 : mix.dtype(k), numels[r], first, random);
+      const bool is_split = mix.is_split() && (k == kUpdate || k == kOperands - 1);
+      row_operands.emplace_back(is_split ? kBF16 : mix.dtype(k), numels[r], first, random);
       put_specials(row_operands.back(), k, random);
     }
     if (mix.is_split()) split(row_operands, random);
@@ -97,7 +97,7 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
         row.data[k] = row.data[kUpdate];
       }
     }
-    if (numbers == Numbers::kCounters) {
+    if (scalars == Scalars::kCounters) {
       const float done = kStep - 1.0f;
       std::memcpy(&image[counter_at(r)], &done, sizeof(done));
       row.step = reinterpret_cast<float*>(device.memory + counter_at(r));
@@ -121,7 +121,7 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
   };
   put_into(image, operands);
   device.copy(device.memory, image.data(), image.size(), cudaMemcpyHostToDevice);
-  const auto* const address = numbers == Numbers::kHost ? nullptr : on_device;
+  const auto* const address = scalars == Scalars::kHost ? nullptr : on_device;
   step_on_device(device, chip, step_of(address), epilogue_of<Epilogue>(mix, address), table);
   std::vector<unsigned char> after(image.size());
   device.copy(after.data(), device.memory, after.size(), cudaMemcpyDeviceToHost);
@@ -133,7 +133,7 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
                   bytes.begin());
     }
     const float done = kStep - (is_skipped ? 1.0f : 0.0f);
-    if (numbers == Numbers::kCounters) std::memcpy(&image[counter_at(r)], &done, sizeof(done));
+    if (scalars == Scalars::kCounters) std::memcpy(&image[counter_at(r)], &done, sizeof(done));
   }
   if (const auto wrong = compare(operands, wanted)) {
     return "element " + std::to_string(wrong->index) + " of tensor " + std::to_string(wrong->row) +
@@ -145,7 +145,7 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Number
 }
 
 template <class Epilogue>
-bool is_right(Device& device, const Mix& mix, Numbers numbers) {
+bool is_right(Device& device, const Mix& mix, Scalars scalars) {
   // Of few tensors, and of so many that they take a large launch; with chunks of one tile, and of
   // several.
   constexpr int64_t kTile = cuda::kTile;
@@ -153,15 +153,15 @@ bool is_right(Device& device, const Mix& mix, Numbers numbers) {
   std::vector<int64_t> many;
   for (int64_t r = 0; r < 500; ++r) many.push_back(r % 23);
   const cuda::Chip small_chip{1, true};
-  std::string wrong = fault<Epilogue>(device, device.chip, mix, numbers, few, false);
-  if (wrong.empty()) wrong = fault<Epilogue>(device, small_chip, mix, numbers, few, false);
-  if (wrong.empty()) wrong = fault<Epilogue>(device, device.chip, mix, numbers, many, false);
-  if (wrong.empty() && Epilogue::kHasRowSteps && numbers != Numbers::kHost) {
-    wrong = fault<Epilogue>(device, device.chip, mix, numbers, few, true);
+  std::string wrong = fault<Epilogue>(device, device.chip, mix, scalars, few, false);
+  if (wrong.empty()) wrong = fault<Epilogue>(device, small_chip, mix, scalars, few, false);
+  if (wrong.empty()) wrong = fault<Epilogue>(device, device.chip, mix, scalars, many, false);
+  if (wrong.empty() && Epilogue::kHasRowSteps && scalars != Scalars::kHost) {
+    wrong = fault<Epilogue>(device, device.chip, mix, scalars, few, true);
   }
   std::printf("{\"check\": \"%s/%s%s%s\", \"wrong\": \"%s\"}\n",
               Epilogue::kOperands != 0 ? "apply" : "store", mix.name,
-              numbers == Numbers::kHost ? "" : "/", kNumbersNames[static_cast<int>(numbers)],
+              scalars == Scalars::kHost ? "" : "/", kScalarsNames[static_cast<int>(scalars)],
               wrong.c_str());
   std::fflush(stdout);
   return wrong.empty();
@@ -170,10 +170,10 @@ bool is_right(Device& device, const Mix& mix, Numbers numbers) {
 inline bool all_right(Device& device) {
   bool right = true;
   for (const Mix& mix : kMixes) {
-    for (const Numbers numbers : {Numbers::kHost, Numbers::kDevice, Numbers::kCounters}) {
-      right &= is_right<ApplyUpdate>(device, mix, numbers);
-      if (!fits<StoreUpdate>(mix) || numbers == Numbers::kCounters) continue;
-      right &= is_right<StoreUpdate>(device, mix, numbers);
+    for (const Scalars scalars : {Scalars::kHost, Scalars::kDevice, Scalars::kCounters}) {
+      right &= is_right<ApplyUpdate>(device, mix, scalars);
+      if (!fits<StoreUpdate>(mix) || scalars == Scalars::kCounters) continue;
+      right &= is_right<StoreUpdate>(device, mix, scalars);
     }
   }
   return right;

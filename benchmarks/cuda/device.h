@@ -12,7 +12,7 @@
 #else
 #include "host_device.h"
 #endif
-#include "engine/cuda/plan.h"
+#include "launches.h"
 #include "workload.h"
 
 namespace driver {
@@ -80,17 +80,13 @@ cudaError_t for_each(const Work& work, uint64_t count, cudaStream_t) {
 // One step of the table, as device_sweep.cpp makes it; returns the number of launches.
 template <class Epilogue>
 int step_on_device(Device& device, const cuda::Chip& chip, const HostOrDeviceScalar& step,
-                   const Epilogue& epilogue, const Table<kNumOperands<Adam, Epilogue>>& table) {
+                   const Epilogue& epilogue, const Table<kNumOperandsOf<Epilogue>>& table) {
   int launches = 0;
-  const auto enqueue = [&](int8_t, const auto& launch, auto... num_blocks) {
-    CALL(cuda::enqueue(launch, num_blocks..., device.stream));
-    ++launches;
-  };
-  const auto chip_of = [&](int8_t) { return chip; };
-  cuda::for_each_launch(kRule, step, epilogue, table, chip_of, enqueue);
-  if constexpr (Epilogue::kHasRowSteps) {
-    cuda::for_each_advance(table, epilogue.found_inf, enqueue);
-  }
+  for_each_launch(kRule, step, epilogue, table, chip,
+                  [&](int8_t, const auto& launch, auto... num_blocks) {
+                    CALL(cuda::enqueue(launch, num_blocks..., device.stream));
+                    ++launches;
+                  });
   return launches;
 }
 

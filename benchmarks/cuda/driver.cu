@@ -49,7 +49,7 @@ struct Copy {
   }
 };
 
-// Numbers from 0 to 1; the halves of numbers that are no NaN.
+// Numbers from 0 to 1; split masters are not NaN.
 struct Fill {
   char* data;
   DType dtype;
@@ -165,7 +165,7 @@ void time_copies(Device& device, const Effort& effort, const char* suffix) {
 // them, plus the offset.
 template <class Epilogue>
 struct Layout {
-  static constexpr int kOperands = kNumOperands<Adam, Epilogue>;
+  static constexpr int kOperands = kNumOperandsOf<Epilogue>;
   static constexpr size_t kAlignment = 512;
   const Case& c;
 
@@ -178,7 +178,7 @@ struct Layout {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
   size_t bytes() const {
-    size_t sum = c.numbers == Numbers::kCounters ? c.numels.size() * FillCounters::kStride : 0;
+    size_t sum = c.scalars == Scalars::kCounters ? c.numels.size() * FillCounters::kStride : 0;
     for (int k = 0; k < num_buffers(); ++k) {
       for (const int64_t numel : c.numels) sum += bytes_of(k, numel);
     }
@@ -207,12 +207,12 @@ struct Layout {
       row.position = r;
       row.scale = 1.0;
       row.numel = c.numels[r];
-      if (c.numbers == Numbers::kCounters) {
+      if (c.scalars == Scalars::kCounters) {
         row.step = reinterpret_cast<float*>(at + r * FillCounters::kStride);
       }
       table.append(row);
     }
-    if (c.numbers == Numbers::kCounters) {
+    if (c.scalars == Scalars::kCounters) {
       CALL(for_each(FillCounters{at}, rows.size(), stream));
     }
     return table;
@@ -222,8 +222,8 @@ struct Layout {
 template <class Epilogue>
 void time_case(Device& device, const Effort& effort, const Case& c) {
   const Layout<Epilogue> layout{c};
-  constexpr size_t kNumbersBytes = 512;
-  const size_t fitting = (device.bytes - kNumbersBytes) / layout.bytes();
+  constexpr size_t kScalarsBytes = 512;
+  const size_t fitting = (device.bytes - kScalarsBytes) / layout.bytes();
   if (fitting == 0) {
     std::printf("{\"name\": \"%s\", \"skipped\": \"takes %zu MiB, and there are %zu\"}\n",
                 c.name.c_str(), layout.bytes() >> 20, device.bytes >> 20);
@@ -240,19 +240,19 @@ void time_case(Device& device, const Effort& effort, const Case& c) {
       std::min(effort.most_sweeps, static_cast<int>(std::max({cold, long_enough, 1.0})));
   const size_t sets = std::clamp(static_cast<size_t>(cold) + 1, size_t{1}, fitting);
 
-  const DeviceNumbers values;
+  const DeviceScalars values;
   device.copy(device.memory, &values, sizeof(values), cudaMemcpyHostToDevice);
-  const auto* const numbers =
-      c.numbers == Numbers::kHost ? nullptr : reinterpret_cast<const DeviceNumbers*>(device.memory);
-  std::vector<Table<kNumOperands<Adam, Epilogue>>> tables;
+  const auto* const scalars =
+      c.scalars == Scalars::kHost ? nullptr : reinterpret_cast<const DeviceScalars*>(device.memory);
+  std::vector<Table<kNumOperandsOf<Epilogue>>> tables;
   for (size_t i = 0; i < std::min(sets, static_cast<size_t>(sweeps)); ++i) {
     tables.push_back(
-        layout.fill(device.memory + kNumbersBytes + i * layout.bytes(), device.stream));
+        layout.fill(device.memory + kScalarsBytes + i * layout.bytes(), device.stream));
   }
   int launches = 0;
   const Times times = time(device, effort, sweeps, [&](int i) {
     launches =
-        step_on_device(device, device.chip, step_of(numbers), epilogue_of<Epilogue>(c.mix, numbers),
+        step_on_device(device, device.chip, step_of(scalars), epilogue_of<Epilogue>(c.mix, scalars),
                        tables[static_cast<size_t>(i) % tables.size()]);
   });
   report(device, c.name, bytes, sweeps, launches, times);

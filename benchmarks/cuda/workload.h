@@ -1,4 +1,4 @@
-// What the driver checks and times: Adam at mixes of dtypes, shapes, and places of its numbers.
+// What the driver checks and times: Adam at mixes of dtypes, shapes, and places of its scalars.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +32,9 @@ struct Mix {
   }
   bool is_split() const { return param == DType::kSplitParam; }
 };
+
+template <class Epilogue>
+inline constexpr int kNumOperandsOf = kNumOperands<kNumStates<Adam>, Epilogue>;
 
 inline constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16,
                        kF16 = DType::kFloat16;
@@ -68,18 +71,18 @@ int64_t bytes_of_element(const Mix& mix) {
 
 // Where they are: known to the host; in the device's memory, as with capturable optimizers; there,
 // and each row with a counter of its own.
-enum class Numbers { kHost, kDevice, kCounters };
-inline constexpr const char* kNumbersNames[] = {"", "device", "counters"};
+enum class Scalars { kHost, kDevice, kCounters };
+inline constexpr const char* kScalarsNames[] = {"", "device", "counters"};
 
 // Such that float32 holds them.
 inline constexpr float kLr = 0.0009765625f, kGradScale = 4.0f, kStep = 1000.0f;
 // As they lie in the device's memory.
-struct DeviceNumbers {
+struct DeviceScalars {
   float lr = kLr, grad_scale = kGradScale, found_inf = 0.0f, step = kStep;
 };
 
 template <class Epilogue>
-Epilogue epilogue_of(const Mix& mix, const DeviceNumbers* on_device) {
+Epilogue epilogue_of(const Mix& mix, const DeviceScalars* on_device) {
   Epilogue epilogue;
   if constexpr (Epilogue::kHasRowSteps) {
     epilogue.lr = {kLr};
@@ -96,7 +99,7 @@ Epilogue epilogue_of(const Mix& mix, const DeviceNumbers* on_device) {
   return epilogue;
 }
 
-inline HostOrDeviceScalar step_of(const DeviceNumbers* on_device) {
+inline HostOrDeviceScalar step_of(const DeviceScalars* on_device) {
   return {kStep, on_device == nullptr ? nullptr : &on_device->step};
 }
 
@@ -116,7 +119,7 @@ struct Case {
   bool applies;
   Mix mix;
   std::vector<int64_t> numels;
-  Numbers numbers = Numbers::kHost;
+  Scalars scalars = Scalars::kHost;
   Offsets offsets = Offsets::kNone;
 };
 
@@ -146,7 +149,7 @@ inline std::vector<int64_t> numels_of(const std::string& shape) {
 inline std::vector<Case> all_cases(int64_t largest) {
   std::vector<Case> cases;
   const auto add = [&](bool applies, const char* mix_name, const std::vector<const char*>& shapes,
-                       Numbers numbers = Numbers::kHost, Offsets offsets = Offsets::kNone) {
+                       Scalars scalars = Scalars::kHost, Offsets offsets = Offsets::kNone) {
     const Mix* const mix = std::find_if(std::begin(kMixes), std::end(kMixes), [&](const Mix& m) {
       return std::string(m.name) == mix_name;
     });
@@ -155,10 +158,10 @@ inline std::vector<Case> all_cases(int64_t largest) {
              applies,
              *mix,
              numels_of(shape),
-             numbers,
+             scalars,
              offsets};
-      if (numbers != Numbers::kHost) {
-        c.name += std::string("/") + kNumbersNames[static_cast<int>(numbers)];
+      if (scalars != Scalars::kHost) {
+        c.name += std::string("/") + kScalarsNames[static_cast<int>(scalars)];
       }
       if (offsets != Offsets::kNone) c.name += offsets == Offsets::kSame ? "/odd" : "/apart";
       if (largest < static_cast<int64_t>(c.numels.size())) c.numels.resize(largest);
@@ -173,15 +176,15 @@ inline std::vector<Case> all_cases(int64_t largest) {
        {"float16+float32", "bfloat16", "float16", "master", "remainder", "stochastic", "float64"}) {
     add(true, mix, {"1M", "64M"});
   }
-  add(true, "float32", {"64K", "1M", "64M", "1000x1000", "gpt2"}, Numbers::kDevice);
-  add(true, "float32", {"1M", "1000x1000", "gpt2"}, Numbers::kCounters);
-  add(true, "bfloat16+float32", {"64M"}, Numbers::kDevice);
+  add(true, "float32", {"64K", "1M", "64M", "1000x1000", "gpt2"}, Scalars::kDevice);
+  add(true, "float32", {"1M", "1000x1000", "gpt2"}, Scalars::kCounters);
+  add(true, "bfloat16+float32", {"64M"}, Scalars::kDevice);
   for (const Offsets offsets : {Offsets::kSame, Offsets::kDifferent}) {
-    add(true, "float32", {"64M"}, Numbers::kHost, offsets);
-    add(true, "bfloat16+float32", {"64M"}, Numbers::kHost, offsets);
+    add(true, "float32", {"64M"}, Scalars::kHost, offsets);
+    add(true, "bfloat16+float32", {"64M"}, Scalars::kHost, offsets);
   }
   add(false, "float32", {"1M", "64M", "256M", "1000x1000", "gpt2"});
-  add(false, "float32", {"1M"}, Numbers::kDevice);
+  add(false, "float32", {"1M"}, Scalars::kDevice);
   for (const char* const mix : {"bfloat16+float32", "bfloat16", "float16", "float64"}) {
     add(false, mix, {"64M"});
   }

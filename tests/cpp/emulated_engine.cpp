@@ -1,5 +1,6 @@
 // The CUDA engine on the host, in place of engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
+#include "engine/cuda/plan.h"
 #include "rules.h"
 #include "run_on_host.h"
 

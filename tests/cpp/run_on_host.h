@@ -2,7 +2,7 @@
 #pragma once
 
 #include "engine/cuda/chunk.h"
-#include "engine/cuda/plan.h"
+#include "engine/cuda/launch.h"
 
 // From `first_block` on.
 template <class Launch>
@@ -24,25 +24,4 @@ inline void run_on_host(const emopt::cuda::Advance& counters) {
   for (uint32_t thread = 0; thread < emopt::cuda::kThreads; ++thread) {
     emopt::cuda::advance_counters(counters, thread, emopt::cuda::kThreads);
   }
-}
-
-// What the engine does, where each device is a `chip`. `run(device, launch, num_blocks)` and
-// `run(device, counters)` are to run what a device would.
-template <class Rule, class Epilogue, class Table, class Run>
-void sweep_on_host(const Rule& rule, const emopt::HostOrDeviceScalar& step,
-                   const Epilogue& epilogue, const Table& table, const emopt::cuda::Chip& chip,
-                   Run run) {
-  using namespace emopt::cuda;
-  const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
-    const auto enqueue = [&](const auto& launch, uint32_t num_blocks) {
-      run(row.device, launch, num_blocks);
-      return true;
-    };
-    if (row.compute == emopt::DType::kFloat64) {
-      plan_rows<Rule, Epilogue, double>(rule, step, epilogue, rows, num_rows, chip, enqueue);
-    } else {
-      plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);
-    }
-  };
-  sweep_table(epilogue, table, enqueue_key, run);
 }

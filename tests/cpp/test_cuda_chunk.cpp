@@ -14,6 +14,7 @@
 #include "buffers.h"
 #include "cases.h"
 #include "check.h"
+#include "launches.h"
 #include "run_on_host.h"
 
 using namespace emopt;
@@ -85,7 +86,7 @@ int64_t sweep(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& 
       CHECK(!"the same code once more, for more rows than there are here");
     }
   };
-  sweep_on_host(rule, step, epilogue, table, chip, run);
+  for_each_launch(rule, step, epilogue, table, chip, run);
   return num_vector_rows;
 }
 

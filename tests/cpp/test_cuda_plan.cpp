@@ -10,9 +10,8 @@
 #include <vector>
 
 #include "check.h"
-#include "engine/cuda/plan.h"
+#include "launches.h"
 #include "rules.h"
-#include "run_on_host.h"
 
 using namespace emopt;
 
@@ -114,7 +113,7 @@ size_t count_launches(const Table<kNumOperandsOf<Rule, Epilogue>>& table, const 
   const auto check = [&](int8_t device, const auto& launch, auto... num_blocks) {
     if constexpr (sizeof...(num_blocks) != 0) check_launch(device, launch, num_blocks...);
   };
-  sweep_on_host(Rule{}, {1.0}, epilogue, table, chip, check);
+  for_each_launch(Rule{}, {1.0}, epilogue, table, chip, check);
   CHECK(rows.empty());
   return launches;
 }
@@ -176,10 +175,10 @@ void test_setup() {
     table.append(row_with<4>(1, 5, dtype, 0));
     CHECK(table.rows[0].step == nullptr);
     std::optional<bool> result;
-    sweep_on_host(Lion{}, step, epilogue, table, kChip,
-                  [&](int8_t, const auto& launch, auto... num_blocks) {
-                    if constexpr (sizeof...(num_blocks) != 0) result = launch.needs_setup;
-                  });
+    for_each_launch(Lion{}, step, epilogue, table, kChip,
+                    [&](int8_t, const auto& launch, auto... num_blocks) {
+                      if constexpr (sizeof...(num_blocks) != 0) result = launch.needs_setup;
+                    });
     return result;
   };
   ApplyUpdate stochastic, skipped;
@@ -243,13 +242,13 @@ void test_huge_rows() {
     table.append(row_with<3>(table.rows.size(), numel, DType::kBFloat16, 0));
   }
   std::vector<int64_t> blocks;
-  sweep_on_host(Lion{0.9, 0.99}, {1.0}, StoreUpdate{}, table, kChip,
-                [&](int8_t, const auto& launch, uint32_t num_blocks) {
-                  blocks.push_back(num_blocks);
-                  CHECK(launch.row_of(num_blocks - 1) == launch.num_rows - 1);
-                  CHECK(launch.numel[0] == kHalf * cuda::kMaxChunk - 5);
-                  CHECK(launch.chunk == cuda::kMaxChunk);
-                });
+  for_each_launch(Lion{0.9, 0.99}, {1.0}, StoreUpdate{}, table, kChip,
+                  [&](int8_t, const auto& launch, uint32_t num_blocks) {
+                    blocks.push_back(num_blocks);
+                    CHECK(launch.row_of(num_blocks - 1) == launch.num_rows - 1);
+                    CHECK(launch.numel[0] == kHalf * cuda::kMaxChunk - 5);
+                    CHECK(launch.chunk == cuda::kMaxChunk);
+                  });
   CHECK(blocks == std::vector<int64_t>({kHalf, 2 * kHalf - 1}));
 }
 

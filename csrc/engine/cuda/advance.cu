@@ -1,5 +1,6 @@
 // The kernel that advances counters, and what all units were compiled for. Depends on no rule.
 #include "chunk.h"
+#include "device_sweep.h"
 #include "kernel.h"
 
 namespace emopt::cuda {

@@ -1,0 +1,28 @@
+// The launches of a table, as the CUDA engine plans them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine/cuda/plan.h"
+
+// Calls `run(device, launch, num_blocks)` for each launch and `run(device, counters)` for each
+// `Advance`. Every device is a `chip`.
+template <class Rule, class Epilogue, class Table, class Run>
+void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
+                     const Epilogue& epilogue, const Table& table, const emopt::cuda::Chip& chip,
+                     Run run) {
+  using namespace emopt::cuda;
+  const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
+    const auto enqueue = [&](const auto& launch, uint32_t num_blocks) {
+      run(row.device, launch, num_blocks);
+      return true;
+    };
+    if (row.compute == emopt::DType::kFloat64) {
+      plan_rows<Rule, Epilogue, double>(rule, step, epilogue, rows, num_rows, chip, enqueue);
+    } else {
+      plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);
+    }
+  };
+  sweep_table(epilogue, table, enqueue_key, run);
+}
