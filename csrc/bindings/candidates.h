@@ -16,6 +16,7 @@
 #include "operand_checks.h"
 #include "python_objects.h"
 #include "step_options.h"
+#include "tensor_memory.h"
 
 namespace emopt {
 
@@ -131,13 +132,6 @@ class CandidateWalk {
   static constexpr size_t kBatch = 16;
   static constexpr size_t kWeight = CandidateOf::kOperands - 1;
 
-  static void prefetch(const void* address) {
-#if defined(__GNUC__)
-    __builtin_prefetch(address);
-#else
-    static_cast<void>(address);
-#endif
-  }
   static void prefetch_lines(const void* address, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(address) + i);
   }

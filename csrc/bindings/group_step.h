@@ -200,6 +200,7 @@ class GroupStep {
         others |= other_owners(*operand, deleter_);
         if (k != kGrad) others |= other_users(*operand);
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
+        prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
         // The engine takes a weight at the parameter's address for the parameter.
         TORCH_CHECK_VALUE(k != kWeight || row.data[k] != row.data[kUpdate] || row.numel == 0,
