@@ -3,12 +3,12 @@
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import numpy as np
 import pytest
 import torch
@@ -457,12 +457,6 @@ def run_python(
     """Run code in a fresh interpreter that finds these tests and this package, or a copy of it."""
     path = [str(package or Path(emerging_optimizers.__file__).parent.parent)]
     path += [str(Path(__file__).parent)]
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=package,  # which is searched before the path
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    # A copy is searched before the path.
+    folder = package or Path.cwd()
+    return interpreters.run(code, folder, os.pathsep.join(path), {**os.environ, **environment})

@@ -1,6 +1,5 @@
 """What an installation says of itself, and of what is wrong with it."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,16 +18,14 @@ from emerging_optimizers._native import native
 PACKAGE = Path(emerging_optimizers.__file__).parent
 
 
-def run_module(path: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "emerging_optimizers"]
-    return subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
+RUN_MODULE = "import runpy; runpy.run_module('emerging_optimizers', run_name='__main__')"
 
 
 def test_import_of_distributed_tensors_is_left_to_others() -> None:
-    code = "import sys, emerging_optimizers; print('torch.distributed.tensor' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    done = run_python(
+        "import sys, emerging_optimizers; print('torch.distributed.tensor' in sys.modules)"
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +41,8 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_module_prints_the_same() -> None:
     # Both in a new process, which looks for the distribution where it was started first.
     shown = run_python("import emerging_optimizers; emerging_optimizers.show_config()")
-    result = run_module()
+    command = [sys.executable, "-m", "emerging_optimizers"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.stdout.splitlines()[:-1] == shown.stdout.splitlines()[:-1]
     assert result.stdout.startswith("emerging_optimizers ")
     assert result.stderr == ""
@@ -79,14 +77,8 @@ needs_torch_without_cuda = pytest.mark.skipif(
 
 def run_setup(**environment: str) -> "subprocess.CompletedProcess[str]":
     """Let setup.py choose, and build nothing."""
-    return subprocess.run(
-        [sys.executable, str(SETUP), "--version"],
-        cwd=SETUP.parent,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = "import sys, runpy; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+    return run_python(code, package=SETUP.parent, **environment)
 
 
 @needs_source
@@ -221,7 +213,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_clash_is_named(site: Path) -> None:
-    result = run_module(site)
+    result = run_python(RUN_MODULE, package=site)
     assert result.returncode == 0, result.stderr
     assert (
         "The distribution emerging-optimizers 0.1.0 (NVIDIA's pure-Python package)" in result.stdout
@@ -233,7 +225,7 @@ def test_clash_is_named_when_the_import_fails(site: Path) -> None:
     (site / PACKAGE.name / "scalar_optimizers" / "__init__.py").write_text(
         "from .something_else import name\n"
     )
-    result = run_module(site)
+    result = run_python(RUN_MODULE, package=site)
     assert result.returncode != 0
     error = result.stderr[result.stderr.rindex("ImportError") :]
     assert "something_else" in error

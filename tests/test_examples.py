@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import launch
+from support import run_python
 
 ROOT = Path(__file__).parent.parent
 RULES = ["adam", "ademamix", "laprop", "lion", "signum", "sim_ademamix"]
@@ -29,17 +31,27 @@ def with_root_on_path():
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def run_example(output, *arguments, environment=None):
-    script = [sys.executable, "examples/train_char_lm.py", "--threads", "1"]
-    done = subprocess.run(
-        [*script, *arguments, "--output", str(output)],
+# Twelve steps a rule are timed, not 42.
+FASTER = """
+import sys
+sys.path.insert(0, "examples")
+sys.argv = ["examples/train_char_lm.py", *{arguments}]
+import train_char_lm
+train_char_lm.TIMING_ROUNDS = 2
+sys.exit(train_char_lm.main())
+"""
+
+
+def run_example(output, *arguments):
+    """Run it from a shell."""
+    return subprocess.run(
+        [sys.executable, "examples/train_char_lm.py", *arguments, "--output", str(output)],
         cwd=ROOT,
-        env=with_root_on_path() | (environment or {}),
+        env=with_root_on_path(),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 def run_distributed(world_size, script, *arguments):
@@ -60,8 +72,14 @@ def run_distributed(world_size, script, *arguments):
     return SimpleNamespace(status=process.returncode, out=out, err=err)
 
 
+def run_in_processes(world_size, folder, script, *arguments):
+    """Run it as torchrun does, in processes that have imported torch; return what they printed."""
+    launch("example_workers.run_example", world_size, folder, script, *arguments)
+    return (folder / "printed").read_text()
+
+
 def check_outputs(output, done, rules, steps):
-    printed = [line.split()[0] for line in done.out.splitlines() if line.split()[:1]]
+    printed = [line.split()[0] for line in done.stdout.splitlines() if line.split()[:1]]
     assert [word for word in printed if word in RULES] == rules
     report = json.loads((output / "table.json").read_text())
     assert [row["rule"] for row in report["table"]] == rules
@@ -79,54 +97,54 @@ def check_outputs(output, done, rules, steps):
 
 
 def test_one_rule_fails_where_it_has_not_learned(tmp_path):
-    done = run_example(tmp_path, "--rule", "lion", "--steps", "3")
-    assert done.status == 1, done.err
+    done = run_example(tmp_path, "--threads", "1", "--rule", "lion", "--steps", "3")
+    assert done.returncode == 1, done.stderr
     check_outputs(tmp_path, done, ["lion"], 3)
 
 
 def test_all_rules(tmp_path):
-    done = run_example(tmp_path, "--rule", "all", "--steps", "2", "--no-check")
-    assert done.status == 0, done.err
+    arguments = f"--threads 1 --rule all --steps 2 --no-check --output {tmp_path}".split()
+    done = run_python(FASTER.format(arguments=arguments), package=ROOT)
+    assert done.returncode == 0, done.stderr
     check_outputs(tmp_path, done, RULES, 2)
     report = json.loads((tmp_path / "table.json").read_text())
     firsts = {row["first_held_out_loss"] for row in report["table"]}
     assert len(firsts) == 1, "the rules did not start from the same weights"
 
 
-def test_a_missing_package_is_named_with_its_remedy(tmp_path):
-    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError(name='tqdm')")
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = run_example(tmp_path, environment={"PYTHONPATH": paths})
-    assert done.status == 1
-    assert done.err.splitlines()[-1] == (
+def test_a_missing_package_is_named_with_its_remedy():
+    hidden = "import sys; sys.modules['tqdm'] = None\n"
+    done = run_python(hidden + FASTER.format(arguments=[]), package=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
         'tqdm is missing: pip install "emerging-optimizers-native[demo]"'
     )
 
 
 def test_fsdp2_resumes_with_another_number_of_processes(tmp_path):
-    command = ("fsdp2_char_lm.py", "--checkpoints", tmp_path, "--steps", 4, "--save-every", 2)
-    whole = run_distributed(2, *command, "--optimizer", "ademamix")
-    assert whole.status == 0, whole.err
-    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", whole.out, re.MULTILINE)]
+    checkpoints = tmp_path / "checkpoints"
+    arguments = ["--checkpoints", str(checkpoints), "--steps", "4", "--save-every", "2"]
+    arguments += ["--optimizer", "ademamix"]
+    whole = run_in_processes(2, tmp_path, "fsdp2_char_lm.py", *arguments)
+    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", whole, re.MULTILINE)]
     assert losses[-1] < losses[0]
-    shutil.rmtree(tmp_path / "step-000004")
-    (tmp_path / "step-000003").mkdir()  # as one that was not finished
-    rest = run_distributed(1, *command, "--optimizer", "ademamix", "--resume")
+    shutil.rmtree(checkpoints / "step-000004")
+    (checkpoints / "step-000003").mkdir()  # as one that was not finished
+    rest = run_distributed(1, "fsdp2_char_lm.py", *arguments, "--resume")
     assert rest.status == 0, rest.err
-    assert f"loaded {tmp_path / 'step-000002'}\nstep    3" in rest.out
+    assert f"loaded {checkpoints / 'step-000002'}\nstep    3" in rest.out
     # The sum of two processes' gradients is rounded otherwise than that of one.
     last, resumed = (
-        float(re.search(r"held-out loss ([\d.]+)", o)[1]) for o in (whole.out, rest.out)
+        float(re.search(r"held-out loss ([\d.]+)", text)[1]) for text in (whole, rest.out)
     )
     assert resumed == pytest.approx(last, abs=1e-3)
 
 
 def test_megatron_shards(tmp_path):
-    done = run_distributed(3, "megatron_shards.py", "--steps", 2)
-    assert done.status == 0, done.err
+    out = run_in_processes(3, tmp_path, "megatron_shards.py", "--steps", "2")
     # Not where a parameter begins, nor at a multiple of 16 bytes.
-    assert "process 1: from element 381,539," in done.out
-    sharded, of_one = re.findall(r"^(?:sharded|one process): +(\w{16})$", done.out, re.MULTILINE)
+    assert "process 1: from element 381,539," in out
+    sharded, of_one = re.findall(r"^(?:sharded|one process): +(\w{16})$", out, re.MULTILINE)
     assert sharded == of_one
-    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", done.out, re.MULTILINE)]
+    losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", out, re.MULTILINE)]
     assert losses[-1] < losses[0]
