@@ -41,6 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_emulated = config.getoption("--device") == "emulated"
+    if is_emulated:
+        repeated = [item for item in items if _repeats_the_cpu(item)]
+        items[:] = [item for item in items if not _repeats_the_cpu(item)]
+        config.hook.pytest_deselected(items=repeated)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
@@ -48,6 +52,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
         if item.get_closest_marker("real") and is_emulated:
             item.add_marker(pytest.mark.skip(reason="not on emulated devices"))
+
+
+def _repeats_the_cpu(item: pytest.Item) -> bool:
+    """Tell a test that is the same whatever `--device` is."""
+    fixtures = getattr(item, "fixturenames", ())
+    is_for_the_cpu = "_no_other_device" in fixtures and "cuda" not in item.keywords
+    return is_for_the_cpu or item.get_closest_marker("once") is not None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -85,6 +85,8 @@ def names_of(optimizer: Any, **options: Any) -> set[str]:
 def test_a_step_that_is_set_counts(
     cls: Any, number: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
+    if number == "device tensor" and device == "cpu":
+        return  # as "tensor"
     params, others = make_params(device), make_params(device)
     options = {"capturable": capturable}
     optimizer, other = (make(cls, ps, fused, **options) for ps in (params, others))
