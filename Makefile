@@ -6,8 +6,9 @@ VENV ?= .venv
 # The torch to build and test against, as pip takes it: make test TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
-# Each process imports torch and runs kernels with all threads: more than a few take longer.
-PYTEST_PROCESSES ?= -n auto --maxprocesses 4
+# Each process imports torch and runs kernels with all threads: more than a few take longer. A file's
+# tests share what they build, so they stay in one process.
+PYTEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ifeq ($(origin PYTHON),undefined)
   PY := $(VENV)/bin/python
