@@ -174,6 +174,7 @@ BREAKAGES: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam, megatron.AdEMAMix])
 def test_a_rejected_load_changes_nothing(cls: Any, breakage: str) -> None:
@@ -279,6 +280,7 @@ def test_a_name_is_in_the_error() -> None:
 # ---- a step that is missing ----------------------------------------------------------------------
 
 
+@pytest.mark.once
 @ways
 @every_optimizer
 @pytest.mark.parametrize("absent", [None, torch.tensor(9.0, device="meta")], ids=["None", "meta"])
@@ -463,6 +465,7 @@ def test_an_absent_master_is_made_anew(how: str, absent: Any, fused: bool | None
     assert not torch.equal(params[0], make_params(dtype=BF16)[0])
 
 
+@pytest.mark.once
 @ways
 @pytest.mark.parametrize(
     "wrong",

@@ -46,6 +46,7 @@ def kwargs_of(setup: Setup, fused: bool | None) -> Iterator[dict[str, Any]]:
         yield {**kwargs, "fused": fused}
 
 
+@pytest.mark.once
 @every_optimizer
 def test_errors(setup: Setup) -> None:
     """Those of torch's own table, which takes seconds to import, and two more."""

@@ -60,6 +60,7 @@ def assert_near(got: Tensor, wanted: Any, tolerance: float) -> None:
 # ---- trajectories --------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @every_variant
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -97,6 +98,7 @@ def test_maximize(setup: Setup, fused: bool | None) -> None:
     assert_same(contents(climbing), contents(falling))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize(
     "arguments",
@@ -462,6 +464,7 @@ def test_stochastic_rounding_of_a_step(
     assert abs(moved.mean().item() - 1e-3) < 5 * math.sqrt(1e-3 / count)
 
 
+@pytest.mark.once
 def test_stochastic_rounding_learns(fused: bool | None) -> None:
     def distance(**options: Any) -> float:
         torch.manual_seed(0)
@@ -1145,6 +1148,7 @@ _BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.once
 @every_optimizer
 @pytest.mark.parametrize(("arguments", "error", "message"), _BAD, ids=lambda v: str(v)[:40])
 def test_bad_arguments(
