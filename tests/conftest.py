@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _repeats_the_cpu(item: pytest.Item) -> bool:
     """Tell a test that is the same whatever `--device` is."""
     fixtures = getattr(item, "fixturenames", ())
-    is_for_the_cpu = "_no_other_device" in fixtures and "cuda" not in item.keywords
+    is_for_the_cpu = "_no_other_device" in fixtures and item.get_closest_marker("cuda") is None
     return is_for_the_cpu or item.get_closest_marker("once") is not None
 
 
