@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._dtensor import whole
 from ._hyperparameters import (
-    Option,
+    Hyperparameter,
     described,
     is_in_domain,
     read_flag,
@@ -47,7 +47,7 @@ _FLAGS = (
 _FOREIGN_FLAGS = ("amsgrad", "decoupled_weight_decay")
 
 
-def read_option(group: Mapping[str, Any], key: "GroupKey", option: Option) -> Any:
+def read_option(group: Mapping[str, Any], key: "GroupKey", option: Hyperparameter) -> Any:
     """Return one of a rule's hyperparameters, from where a group has it."""
     if isinstance(key, str):
         return option.read(key, group[key])
@@ -164,7 +164,7 @@ def _check_option(
     optimizer: "ScalarOptimizer",
     group: Mapping[str, Any],
     key: "GroupKey",
-    option: Option,
+    option: Hyperparameter,
     value: Any,
 ) -> None:
     if option.kind == "flag" or value is None:

@@ -23,7 +23,7 @@ Step = NewType("Step", int)
 _STEP_DTYPES = (torch.int64, torch.float32)
 
 
-class Option(NamedTuple):
+class Hyperparameter(NamedTuple):
     """A hyperparameter, as a formula's signature describes it."""
 
     name: str
@@ -32,7 +32,7 @@ class Option(NamedTuple):
     length: int = 1
 
     @classmethod
-    def from_annotation(cls, name: str, annotation: Any) -> "Option":
+    def from_annotation(cls, name: str, annotation: Any) -> "Hyperparameter":
         if annotation is bool:
             return cls(name, "flag")
         if annotation is Step:

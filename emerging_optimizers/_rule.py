@@ -16,7 +16,13 @@ from torch import Tensor
 
 from . import _checks, _dtensor
 from ._checks import Operand
-from ._hyperparameters import Option, check_domain, check_step, read_step_tensor, read_whole_number
+from ._hyperparameters import (
+    Hyperparameter,
+    check_domain,
+    check_step,
+    read_step_tensor,
+    read_whole_number,
+)
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
@@ -77,7 +83,7 @@ class Rule:
         parameters = inspect.signature(formula).parameters.values()
         self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
         self._options = [
-            Option.from_annotation(p.name, p.annotation)
+            Hyperparameter.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
