@@ -43,9 +43,9 @@ struct HyperparameterInfo {
   uint32_t offset;  // in the rule's bytes
 };
 
-// Steps n elements that lie side by side, in the arithmetic type: `operands` are in the order of a
-// row's. Some may be the same memory: an update that is the gradient, a weight that is the
-// parameter, which is then not written twice (`writes_weight`).
+// Steps n elements of the arithmetic type, side by side in memory; `operands` are in the order of a
+// row's. The update may be the gradient's memory. The weight may be the parameter's, and is then
+// not written twice (`writes_weight` is false).
 using ElementLoop = void (*)(const void* constants, const void* epilogue_at, void* const* operands,
                              int64_t n, bool writes_weight);
 
@@ -63,16 +63,22 @@ struct RuleInfo {
   uint32_t num_states;
   uint32_t num_hyperparameters;
   uint32_t num_bytes;    // of the rule's struct
-  int32_t correct_bias;  // offsets of these flags; -1 where there is none
+  int32_t correct_bias;  // offsets of these flags; -1 if there is none
   int32_t use_shape_scaling;
-  double (*shape_scale)(int64_t rows, int64_t cols);  // null where there is none
+  double (*shape_scale)(int64_t rows, int64_t cols);  // null if there is none
   void (*check)(const void* rule, ErrorText& error);  // likewise
 
   uint32_t constants_bytes[kNumPrecisions];
   void (*make_constants[kNumPrecisions])(const void* rule, double step, void* constants);
-  ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];  // null where not compiled
+  ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];  // null if not compiled
   EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];          // null without CUDA
 
+  // For an instruction set, or the next lower one that the unit was compiled for.
+  template <class Epilogue, class Real>
+  ElementLoop loop_of(int isa) const {
+    while (isa > 0 && loops[isa][Epilogue::kIndex][kPrecision<Real>] == nullptr) --isa;
+    return loops[isa][Epilogue::kIndex][kPrecision<Real>];
+  }
   template <class Epilogue>
   EnqueueRows enqueue_of(DType compute) const {
     return enqueue[Epilogue::kIndex][compute == DType::kFloat64 ? 1 : 0];

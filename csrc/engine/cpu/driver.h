@@ -30,7 +30,7 @@ struct Kernel {
 
   Kernel(const RuleInstance& rule, double step, const Epilogue& epilogue_, Isa isa)
       : epilogue(epilogue_),
-        loop(rule.info->loops[static_cast<int>(isa)][Epilogue::kIndex][kPrecision<Real>]),
+        loop(rule.info->loop_of<Epilogue, Real>(static_cast<int>(isa))),
         conversions(&cpu::conversions<Real>(isa)) {
     rule.info->make_constants[kPrecision<Real>](rule.bytes, step, constants);
   }
