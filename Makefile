@@ -64,7 +64,7 @@ emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated d
 cpp-test: $(INSTALLED)  ## Run the C++ tests alone, under sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake --build build/cmake
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --parallel $$(getconf _NPROCESSORS_ONLN)
 
 lint: $(INSTALLED)  ## Check formatting, style, types and spelling
 	$(PY) -m ruff check .

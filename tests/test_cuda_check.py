@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 BLOCKS = "#define EMOPT_BLOCKS 4"
-LAST = "    hand.step_and_store(launch, setup, place);\n"
+LAST = "    held.step_and_store(launch, setup, place);\n"
 RETURN = "  if (setup.is_skipped || !next.has_any()) return;\n"
 SHARED = "      const uint32_t i = threadIdx.x;\n"
 # What is replaced in a file, and what is found; of faults that do not hide each other, some at a
@@ -45,8 +45,9 @@ FAULTS = {
         ),
         (
             f"{ENGINE}/vectors.h",
-            "      Word word = 0;\n      if (i * kThreads < left) word = from[i * kThreads];\n",
-            "      const Word word = i * kThreads < left ? from[i * kThreads] : Bits{0};\n",
+            "      Word word = 0;\n"
+            "      if (i * kThreads < remaining) word = from[i * kThreads];\n",
+            "      const Word word = i * kThreads < remaining ? from[i * kThreads] : Bits{0};\n",
             r"LOP3 of .*: waits for a single element",
         ),
     ),

@@ -1,4 +1,4 @@
-// The device, its memory and its stream; and the launches of a step, as the package makes them.
+// The device, its memory and its stream; and the launches of a step, as the package plans them.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ struct Device {
   size_t bytes = 0;
   double copy_rate = 1e12;  // bytes a second, until it is measured
 
-  // Takes the memory that cases need at the most, if there is so much.
+  // Allocates the memory that the largest case needs, or most of what is free.
   explicit Device(size_t wanted) {
     int version = 0;
     size_t free = 0, total = 0;
@@ -77,7 +77,7 @@ cudaError_t for_each(const Work& work, uint64_t count, cudaStream_t) {
 }
 #endif
 
-// One step of the table, as device_sweep.cpp makes it; returns the number of launches.
+// Enqueues a step of the table; returns the number of launches.
 template <class Epilogue>
 int step_on_device(Device& device, const cuda::Chip& chip, const HostOrDeviceScalar& step,
                    const Epilogue& epilogue, const Table<kNumOperandsOf<Epilogue>>& table) {

@@ -25,13 +25,13 @@ namespace driver {
 
 namespace {
 
-// ---- what fills the memory ----------------------------------------------------------------------
+// ---- kernels that fill memory -------------------------------------------------------------------
 
 struct Nothing {
   EMOPT_FN void operator()(uint64_t) const {}
 };
 
-// A warp's vectors are side by side, and each thread has four under way.
+// A warp's vectors are contiguous, and each thread has four in flight.
 struct Copy {
   struct alignas(16) Vector {
     uint32_t words[4];
@@ -67,7 +67,7 @@ struct Fill {
   }
 };
 
-struct FillCounters {  // each in an allocation of its own, as in PyTorch
+struct FillCounters {  // each in a separate allocation, as in PyTorch
   static constexpr size_t kStride = 512;
   char* data;
 
@@ -141,7 +141,7 @@ void report(const Device& device, const std::string& name, double bytes, int swe
   std::fflush(stdout);
 }
 
-// The better one of a kernel and of the driver's copy.
+// The faster of a kernel and the driver's copy.
 void time_copies(Device& device, const Effort& effort, const char* suffix) {
   const size_t half = std::min(device.bytes / 2, size_t{1} << 30) / 16384 * 16384;
   char* const to = device.memory + half;

@@ -1,6 +1,5 @@
-// The CUDA calls that the driver makes, answered by the host: so it compiles as C++, and all of it
-// but the kernel's own instructions runs where there is no GPU. Work is done when it is submitted,
-// or kept where a graph is being captured.
+// The CUDA calls that the driver makes, implemented on the host: the driver then compiles as C++
+// and runs without a GPU. Work runs when it is submitted, or is recorded while a graph is captured.
 #pragma once
 
 #include <chrono>
@@ -128,7 +127,7 @@ namespace emopt::cuda {
 
 template <class Launch>
 cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t) {
-  // A fault, to be found.
+  // A fault that the driver must find.
   static const bool drops_last_block = std::getenv("EMOPT_DROP_LAST_BLOCK") != nullptr;
   if (drops_last_block) --num_blocks;
   host_device::submit([=] { run_on_host(launch, num_blocks); });

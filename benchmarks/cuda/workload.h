@@ -1,4 +1,4 @@
-// What the driver checks and times: Adam at mixes of dtypes, shapes, and places of its scalars.
+// The cases that the driver checks and times: Adam with mixes of dtypes, shapes and scalars.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Mix {
   DType master = DType::kFloat32;
   bool is_stochastic = false;
 
-  // Of operand k. A weight that is the parameter itself has the parameter's.
+  // Of operand k. A weight that is the parameter itself has the parameter's dtype.
   DType dtype(int k) const {
     if (k == kUpdate) return param;
     if (k == kGrad) return grad;
@@ -67,16 +67,16 @@ int64_t bytes_of_element(const Mix& mix) {
   return bytes;
 }
 
-// ---- numbers ------------------------------------------------------------------------------------
+// ---- scalars ------------------------------------------------------------------------------------
 
-// Where they are: known to the host; in the device's memory, as with capturable optimizers; there,
-// and each row with a counter of its own.
+// Known to the host; in the device's memory, as for capturable optimizers; or there, with a step
+// counter for each row.
 enum class Scalars { kHost, kDevice, kCounters };
 inline constexpr const char* kScalarsNames[] = {"", "device", "counters"};
 
-// Such that float32 holds them.
+// Values that float32 holds exactly.
 inline constexpr float kLr = 0.0009765625f, kGradScale = 4.0f, kStep = 1000.0f;
-// As they lie in the device's memory.
+// In the device's memory.
 struct DeviceScalars {
   float lr = kLr, grad_scale = kGradScale, found_inf = 0.0f, step = kStep;
 };
@@ -107,7 +107,7 @@ inline const Adam kRule{{0.9, 0.999}, true, false, 1e-8};
 
 // ---- cases to time ------------------------------------------------------------------------------
 
-// Where in its buffer an operand begins: at the first element; all at the second; each at another.
+// Where operands begin in their buffers: at the first element; all at the second; each elsewhere.
 enum class Offsets { kNone, kSame, kDifferent };
 
 inline int64_t first_element(Offsets offsets, int k) {
@@ -145,7 +145,7 @@ inline std::vector<int64_t> numels_of(const std::string& shape) {
   return {std::stol(shape) << (shape.back() == 'K' ? 10 : 20)};
 }
 
-// No operand larger than `largest`, and no list much longer: for a smoke test.
+// Limits operands, and the length of lists, to `largest`, for a smoke test.
 inline std::vector<Case> all_cases(int64_t largest) {
   std::vector<Case> cases;
   const auto add = [&](bool applies, const char* mix_name, const std::vector<const char*>& shapes,

@@ -1,9 +1,9 @@
-// The storage types, and the way between each of them and the arithmetic type of a rule.
+// The storage types, and the conversions between them and a rule's arithmetic type.
 //
-// Every conversion rounds once, to nearest even. Those of the 16-bit types are written with integer
-// operations and floating-point ones that are exact, so that compilers vectorise them for any
-// instruction set and the bits are the same on all of them. A NaN stays a NaN. CUDA devices have
-// instructions for them, whose results are the same, but for the bits of a NaN.
+// Every conversion rounds once, to nearest even. Those of the 16-bit types use integer operations
+// and exact floating-point ones, so that compilers vectorise them and the bits are the same on
+// every instruction set. A NaN stays a NaN. On CUDA devices they are instructions, whose results
+// are the same except for a NaN's payload.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace emopt {
 
-// The last two are the halves of a float32 master, see SplitParam.
+// The last two are a split master, see SplitParam.
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kSplitParam, kRemainder };
 
 EMOPT_FN int size_of(DType dtype) {
@@ -36,9 +36,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-// A float32 master as two numbers of 16 bits, in the encoding of TransformerEngine: the high half,
-// plus 1 where the low one is 0x8000 or more, is a bfloat16 parameter; the low half is stored
-// beside it.
+// A split master: a bfloat16 parameter and a 16-bit remainder hold a float32 master weight, in the
+// encoding of TransformerEngine. The remainder is the low 16 bits; the parameter is the high 16
+// bits, plus 1 where the remainder is 0x8000 or more, which rounds to nearest.
 struct SplitParam {
   uint16_t bits;
 };
@@ -61,7 +61,7 @@ EMOPT_FN double widen(double x) { return x; }
 
 EMOPT_FN float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-EMOPT_FN float widen(SplitParam x) { return widen(BFloat16{x.bits}); }  // the parameter by itself
+EMOPT_FN float widen(SplitParam x) { return widen(BFloat16{x.bits}); }  // the parameter alone
 
 EMOPT_FN float widen(Float16 x) {
 #if defined(__CUDA_ARCH__)
@@ -72,16 +72,16 @@ EMOPT_FN float widen(Float16 x) {
   // Normal: move the exponent's bias from 15 to 127; infinity and NaN: to all ones.
   const uint32_t bias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
   const uint32_t normal = (magnitude << 13) + bias;
-  // Subnormal: put the mantissa below a 0.5 (whose last place is 2^-24, as here) and take it away.
+  // Subnormal: add the mantissa to 0.5, whose last place is 2^-24 as well, and subtract 0.5.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
   return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
 #endif
 }
 
-// The master.
-EMOPT_FN float join(SplitParam high, Remainder low) {
-  const uint32_t carry = low.bits >> 15;
-  return bit_cast<float>((static_cast<uint32_t>(high.bits) - carry) << 16 | low.bits);
+// The master weight.
+EMOPT_FN float join(SplitParam param, Remainder remainder) {
+  const uint32_t carry = remainder.bits >> 15;
+  return bit_cast<float>((static_cast<uint32_t>(param.bits) - carry) << 16 | remainder.bits);
 }
 
 // ---- rounding: to nearest even ------------------------------------------------------------------
@@ -100,8 +100,8 @@ struct Round<float> {
   EMOPT_FN static float from(double x) { return static_cast<float>(x); }
   EMOPT_FN static float from(float x) { return x; }
 
-  // To odd: an inexact result takes the neighbour whose last bit is set. Rounding that once more to
-  // a type at least two bits shorter is the same as rounding `x` to it directly.
+  // Round to odd: an inexact result becomes the neighbour whose last bit is set. Rounding it again,
+  // to a type at least two bits shorter, gives the same as rounding `x` to that type directly.
   EMOPT_FN static float odd_from(double x) {
     const float nearest = static_cast<float>(x);
     const double back = nearest;
@@ -138,7 +138,7 @@ struct Round<Float16> {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal: move the bias from 127 to 15 and round the 13 bits that fall off.
+    // Normal: move the bias from 127 to 15 and round off 13 bits.
     const uint32_t normal =
         (magnitude - ((127u - 15u) << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
     // Below 2^-14: adding 0.5 rounds to a multiple of 2^-24.
@@ -146,14 +146,14 @@ struct Round<Float16> {
     const uint32_t subnormal = bit_cast<uint32_t>(shifted) - 0x3f000000u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    // From 65520 on, halfway from the largest number to the next power of two.
+    // Overflows from 65520 on, halfway between the largest number and the next power of two.
     return {static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? special : finite))};
 #endif
   }
   EMOPT_FN static Float16 from(double x) { return from(Round<float>::odd_from(x)); }
 };
 
-// All NaNs are one, or adding to a half could make infinity of them.
+// Canonicalises NaNs: rounding up could carry some payloads into infinity.
 EMOPT_FN uint32_t master_bits(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
@@ -173,13 +173,13 @@ struct Round<Remainder> {
   EMOPT_FN static Remainder from(double x) { return from(static_cast<float>(x)); }
 };
 
-// Two numbers of a 16-bit type side by side, the first in the lower half.
+// Rounds to two values of a 16-bit type, packed with `low` in the low bits.
 template <class To, class Real>
 EMOPT_FN uint32_t round_pair(Real low, Real high) {
   return Round<To>::from(low).bits | static_cast<uint32_t>(Round<To>::from(high).bits) << 16;
 }
 
-#if defined(__CUDA_ARCH__)  // by one instruction
+#if defined(__CUDA_ARCH__)  // one instruction
 template <>
 __device__ __forceinline__ uint32_t round_pair<Float16>(float low, float high) {
   return bit_cast<uint32_t>(__floats2half2_rn(low, high));

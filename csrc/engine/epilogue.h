@@ -1,23 +1,23 @@
-// What becomes of a rule's update, element by element.
+// What happens to a rule's update, element by element: it is stored, or applied to a weight.
 //
-// An epilogue is a plain struct. It provides
+// An epilogue is a struct that provides
 //
-//   static constexpr int kIndex                   its place in RuleInfo's tables
+//   static constexpr int kIndex                   its index in RuleInfo's tables
 //   static constexpr int kOperands                operands that it adds to a row, after the states:
 //                                                 the weight, or none
-//   static constexpr bool kHasRowSteps            whether each row may have a step of its own
-//   bool is_stochastic                            whether 16-bit results are rounded at random
-//   static constexpr uint32_t kScalars            how many scalars it has
+//   static constexpr bool kHasRowSteps            whether rows may have their step counters
+//   bool is_stochastic                            whether 16-bit results are rounded stochastically
+//   static constexpr uint32_t kScalars            the number of its scalars
 //   const HostOrDeviceScalar& scalar(uint32_t i) const    each of them
-//   Epilogue with_scalars(const double*) const    itself, with their values known
-//   bool is_on_device() const                     whether any scalar of it is
-//   bool is_skipped() const                       whether nothing is to be done; reads the scalars
+//   Epilogue with_scalars(const double*) const    a copy whose scalars have these values
+//   bool is_on_device() const                     whether any scalar is on a device
+//   bool is_skipped() const                       whether the step is a no-op; reads the scalars
 //   template <class Real> struct At {
 //     At(const Epilogue&)                         once per step; reads the scalars
-//     void scale_by(Real)                         once per row: its factor for updates
+//     void scale_by(Real)                         once per row: the row's factor for updates
 //     Real before(Real grad, Real weight...) const     -> the gradient that the rule gets
-//     Real after(Real update, Real& weight...) const   -> what is stored in the first operand
-//     bool stores() const                         whether that is stored at all
+//     Real after(Real update, Real& weight...) const   -> the value for the first operand
+//     bool stores() const                         whether that is stored
 //   };
 #pragma once
 
@@ -26,7 +26,7 @@
 
 namespace emopt {
 
-// It is stored, times the row's scale. (A scale of 1 changes no bit.)
+// Stores the update, times the row's scale. (A scale of 1 changes no bit.)
 struct StoreUpdate {
   static constexpr int kIndex = 0;
   static constexpr int kOperands = 0;
@@ -52,12 +52,12 @@ struct StoreUpdate {
   };
 };
 
-// Infinities become the largest finite numbers of their sign, a NaN any number. By integers, whose
-// minimum is one instruction; compilers make four of a comparison of numbers that may be NaN.
+// Clamps infinities to the largest finite value of their sign; a NaN becomes any value. On
+// integers, whose minimum is one instruction; that of floats that may be NaN takes compilers four.
 EMOPT_FN float without_infinities(float x) {
   const auto bits = bit_cast<int32_t>(x);
-  const int32_t below = bits < 0x7f7fffff ? bits : 0x7f7fffff;  // negative numbers are below
-  const auto magnitude = static_cast<uint32_t>(below);          // and above, as these
+  const int32_t below = bits < 0x7f7fffff ? bits : 0x7f7fffff;  // negative floats are below
+  const auto magnitude = static_cast<uint32_t>(below);          // and above, as unsigned
   return bit_cast<float>(magnitude < 0xff7fffffu ? magnitude : 0xff7fffffu);
 }
 EMOPT_FN double without_infinities(double x) {
@@ -69,22 +69,22 @@ EMOPT_FN double without_infinities(double x) {
 
 enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
 
-// It is applied to a weight, which the row's last operand holds: that is the parameter itself, or a
-// master of it, of which the parameter gets the rounding.
+// Applies the update to a weight, the row's last operand: the parameter itself, or its master
+// weight, which is then rounded to the parameter.
 struct ApplyUpdate {
   static constexpr int kIndex = 1;
   static constexpr int kOperands = 1;
   static constexpr bool kHasRowSteps = true;
   static constexpr uint32_t kScalars = 4;
 
-  HostOrDeviceScalar lr;  // 0 leaves the weights as they are, whatever the update is
+  HostOrDeviceScalar lr;  // 0 leaves the weights unchanged, even if the update is NaN
   HostOrDeviceScalar grad_multiplier{1.0};
   HostOrDeviceScalar grad_scale{1.0};  // gradients are divided by it
-  HostOrDeviceScalar found_inf{0.0};   // nothing changes where it is not 0
+  HostOrDeviceScalar found_inf{0.0};   // nonzero makes the step a no-op
   double weight_decay = 0.0;
   WeightDecay method = WeightDecay::kDecoupled;
   bool maximize = false;
-  bool is_stochastic = false;  // 16-bit parameters are rounded up or down at random
+  bool is_stochastic = false;  // rounds 16-bit parameters stochastically
   uint64_t seed = 0;           // for that
 
   EMOPT_FN const HostOrDeviceScalar& scalar(uint32_t i) const {
@@ -114,7 +114,7 @@ struct ApplyUpdate {
       const double rate = epilogue.lr.read();
       const double factor = epilogue.grad_multiplier.read() / epilogue.grad_scale.read();
       const double decay = epilogue.weight_decay;
-      // The fraction of a weight that it loses.
+      // The fraction that weight decay subtracts.
       const double fraction = epilogue.method == WeightDecay::kDecoupled     ? rate * decay
                               : epilogue.method == WeightDecay::kIndependent ? decay
                               : epilogue.method == WeightDecay::kPalm        ? rate * rate * decay
@@ -122,7 +122,7 @@ struct ApplyUpdate {
       grad_factor = static_cast<Real>(epilogue.maximize ? -factor : factor);
       has_l2 = epilogue.method == WeightDecay::kL2 && decay != 0.0;
       l2 = static_cast<Real>(decay);
-      // 1 - fraction would be rounded to 24 bits, of which a small fraction has few.
+      // 1 - fraction in Real would lose the low bits of a small fraction.
       const bool is_small = fraction < 0.5;
       kept = static_cast<Real>(is_small ? 1.0 : 1.0 - fraction);
       lost = static_cast<Real>(is_small ? fraction : 0.0);
@@ -133,18 +133,18 @@ struct ApplyUpdate {
     EMOPT_FN void scale_by(Real factor) { lr *= factor; }
 
     EMOPT_FN Real before(Real grad, Real weight) const {
-      // -0 is what changes no number, +0 included; 0 times an infinite weight would be NaN.
+      // Adding -0 changes no value, not even -0; 0 times an infinite weight would be NaN.
       return grad_factor * grad + (has_l2 ? l2 * weight : static_cast<Real>(-0.0));
     }
 
     EMOPT_FN Real after(Real update, Real& weight) const {
-      // An infinite weight stays what it is: it loses a finite amount.
+      // An infinite weight stays infinite: what is subtracted is finite.
       const Real moved = kept * weight - (lost * without_infinities(weight) + lr * update);
       weight = moves ? moved : weight;
       return weight;
     }
 
-    // A parameter that does not move keeps every bit, whatever its master is.
+    // A parameter that does not move keeps its bits, even where its master rounds to others.
     EMOPT_FN bool stores() const { return moves; }
   };
 };

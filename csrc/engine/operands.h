@@ -1,8 +1,7 @@
-// A row: one tensor's position in parallel lists, without types.
+// A row: the tensors at one position of parallel lists, without their types.
 //
 // Its operands are the update (or the parameter that it is applied to), the gradient, the states
-// and what the epilogue adds, all of one length and one memory layout, so that element i of each is
-// at index i.
+// and the epilogue's, all of one length and one memory layout: element i of each is at index i.
 #pragma once
 
 #include <cstdint>
@@ -32,21 +31,21 @@ inline constexpr int kNumOperands = kFirstState + kStates + Epilogue::kOperands;
 
 constexpr bool is_read(int k) { return k != kUpdate; }
 
-// Whether operand k of a row is written where it lies, at `data`. A weight that is the parameter
-// itself, at `update`, is not: that is written as the parameter.
+// Whether operand k of a row is written at `data`. A weight that is the parameter itself, at
+// `update`, is not: the parameter is written already.
 template <class Epilogue, int kOperands>
 EMOPT_FN bool is_written(int k, const void* data, const void* update) {
   return k != kGrad && (k < kOperands - Epilogue::kOperands || data != update);
 }
 
-// Whether the result is stored in operand k. A parameter that does not move keeps every bit, and so
-// does its remainder; a master weight of another dtype is stored as it is.
+// Whether the result is stored in operand k. A parameter that does not move keeps its bits, and so
+// does its remainder; any other master weight is stored.
 template <class EpilogueAt>
 EMOPT_FN bool is_stored(int k, DType dtype, const EpilogueAt& epilogue) {
   return epilogue.stores() || (k != kUpdate && dtype != DType::kRemainder);
 }
 
-inline constexpr int8_t kHost = -1;  // in place of a device's index
+inline constexpr int8_t kHost = -1;  // as a device's index
 
 template <int kOperands>
 struct Row {
@@ -54,12 +53,12 @@ struct Row {
   DType dtype[kOperands];
   DType compute;          // kFloat32, or kFloat64 where an operand that is read is float64
   int8_t device = kHost;  // or the index of a CUDA device
-  // Of the random bits: the parameter's number in its optimizer, plus 2^32 times that of a shard
-  // with bits of its own; and the index of the first element.
+  // For the random bits: the parameter's index in its optimizer, plus 2^32 times that of a shard
+  // whose bits differ from other shards'; and the index of the first element.
   uint64_t position = 0;
   uint64_t first_index = 0;
   double scale;           // a factor for the update (Signum's shape scaling), else 1
-  float* step = nullptr;  // the parameter's counter of done steps, where that is on its device
+  float* step = nullptr;  // counts the parameter's finished steps, where that is on its device
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
 };

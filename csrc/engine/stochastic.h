@@ -1,6 +1,6 @@
-// Stochastic rounding. The random bits are a hash of what they may depend on, so they need no state
-// and are the same on every device; the plain PyTorch path computes the same ones (_rounding.py,
-// where the definitions are explained).
+// Stochastic rounding. The random bits are a hash of seed, parameter, step and element, so they
+// need no state and are the same on every device. The fallback computes the same bits
+// (_rounding.py, which explains the definitions).
 #pragma once
 
 #include <type_traits>
@@ -26,11 +26,11 @@ EMOPT_FN uint32_t hash(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The random bits of less than 2^32 elements in a row.
+// The random bits of less than 2^32 consecutive elements.
 struct RandomBits {
   static constexpr uint32_t kGolden = 0x9E3779B9u;
 
-  uint32_t first = 0;  // the low half of the first one's index
+  uint32_t first = 0;  // the low 32 bits of the first one's index
   uint32_t low = 0, high = 0;
 
   RandomBits() = default;
@@ -39,10 +39,10 @@ struct RandomBits {
         low(static_cast<uint32_t>(key)),
         high(static_cast<uint32_t>(key >> 32) + kGolden * static_cast<uint32_t>(index >> 32)) {}
 
-  // Of the i-th element from the first one on.
+  // Of the i-th element, counted from the first one.
   EMOPT_FN uint32_t operator()(uint32_t i) const {
     const uint32_t index = first + i;
-    const uint32_t carry = index < first ? kGolden : 0u;  // into the index's high half
+    const uint32_t carry = index < first ? kGolden : 0u;  // into the index's high 32 bits
     return hash(hash(index ^ low) ^ (high + carry));
   }
 };
@@ -51,11 +51,11 @@ template <class To>
 inline constexpr bool kRoundsStochastically =
     std::is_same_v<To, BFloat16> || std::is_same_v<To, Float16>;
 
-// To one of the two neighbours; what the type holds stays.
+// To one of the two neighbours; a value that the type can hold stays.
 template <class To>
 struct RoundStochastically;
 
-// The `kBits` lowest bits of a number are dropped, after as many random ones were added to them.
+// Adds `kBits` random bits to the lowest bits, then clears those.
 template <int kBits>
 EMOPT_FN float with_noise(uint32_t magnitude, uint32_t random) {
   return bit_cast<float>((magnitude + (random >> (32 - kBits))) & ~((1u << kBits) - 1u));
@@ -80,9 +80,10 @@ struct RoundStochastically<Float16> {
     const uint32_t magnitude = bits & ~kSignBit;
     // Below 2^-14, in units of 2^-24.
     const float units = bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u) * 16777216.0f;
-    const auto whole = static_cast<float>(static_cast<int32_t>(units));
+    const auto integral = static_cast<float>(static_cast<int32_t>(units));
     const float chance = static_cast<float>(random >> 8) * (1.0f / 16777216.0f);
-    const float tiny = (units - whole > chance ? whole + 1.0f : whole) * (1.0f / 16777216.0f);
+    const float tiny =
+        (units - integral > chance ? integral + 1.0f : integral) * (1.0f / 16777216.0f);
     const float signed_tiny = bit_cast<float>(bit_cast<uint32_t>(tiny) | (bits & kSignBit));
     const float normal = magnitude < kInfinity ? with_noise<13>(bits, random) : x;
     return Round<Float16>::from(magnitude < 0x38800000u ? signed_tiny : normal);

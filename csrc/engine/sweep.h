@@ -1,4 +1,4 @@
-// Hands the rows of a table to the engines of their devices.
+// Passes the rows of a table to the engines of their devices.
 #pragma once
 
 #include "cpu/sweep.h"
@@ -8,15 +8,14 @@
 
 namespace emopt {
 
-// The step, and the epilogue's scalars, may be on a device only where all rows are. The step that a
-// row has itself, on a device, counts the steps that are done: it takes the place of `step`, which
-// is then of no account.
+// The step and the epilogue's scalars may be on a device only where all rows are. A row's step
+// counter, on its device, counts finished steps and overrides `step`.
 template <int kStates, class Epilogue>
 void sweep(const RuleInstance& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
            const Table<kNumOperands<kStates, Epilogue>>& table) {
 #if EMOPT_CUDA
   if (table.any_on_device) {
-    // Returns at once, so that both kinds of device work.
+    // Returns before the work is done, so that devices and host work at the same time.
     cuda::sweep_on_devices<kStates>(rule, step, epilogue, table);
     if (!table.any_on_host) return;
     Table<kNumOperands<kStates, Epilogue>> on_host;

@@ -33,15 +33,14 @@ struct Place {
   int64_t offset;
 };
 
-// Where a share of the work begins that is cut at the table's element `element`. Cuts fall on
-// multiples of `tile`, counted from the first element of a row, whatever the cut that was asked
-// for: so each tile is done whole, by one thread.
+// The place of the table's element `element`, rounded down to a multiple of `tile` elements from
+// its row's first one: so one thread does all of a tile.
 template <int kOperands>
 Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
   const auto& rows = table.rows;
   if (element >= table.numel) return {static_cast<int64_t>(rows.size()), 0};
-  // The last row that starts at or before `element`. Empty rows share their start with the next
-  // one and come before it, so it is never one of those.
+  // The last row that starts at or before `element`. It is not empty: an empty row precedes a row
+  // of the same start.
   size_t low = 0, high = rows.size();
   while (high - low > 1) {
     const size_t middle = low + (high - low) / 2;
@@ -51,7 +50,7 @@ Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
   return {static_cast<int64_t>(low), offset - offset % tile};
 }
 
-// Calls `visit(row, begin, end)` for the parts of rows between two places, in order.
+// Calls `visit(row, begin, end)` for the elements of each row between two places, in order.
 template <int kOperands, class Visit>
 void for_each_part(const Table<kOperands>& table, Place begin, Place end, Visit visit) {
   for (int64_t r = begin.row; r <= end.row && r < static_cast<int64_t>(table.rows.size()); ++r) {

@@ -1,4 +1,4 @@
-// The one list of rules.
+// The list of all rules.
 #pragma once
 
 #define EMOPT_FOR_EACH_RULE(APPLY) \

@@ -1,30 +1,29 @@
-// The vocabulary that every rule is written in, and what a rule must provide.
+// What a rule provides, and the functions that rules share.
 //
-// A rule is one plain struct, named as its optimizer, that knows values only: no torch, no memory,
-// no threads, no devices. It provides
+// A rule is a struct, named as its optimizer class. It computes values only: it sees no torch, no
+// memory, no threads and no devices. It provides
 //
 //   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
 //   static constexpr const char* kStates[]         its states, in the order that users pass them
 //   <hyperparameters>                              public members: double, double[N], bool, int64_t
 //   static constexpr auto hyperparameters()        their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
-//   void check(ErrorText&) const                   (optional) what is wrong between hyperparameters
+//   void check(ErrorText&) const                   (optional) refuses combinations of values
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  where its member `use_shape_scaling` is true
 //
 // (where it has a member `correct_bias` that is true, steps count from 1), and
 //
 //   template <class Real> struct Step {
-//     Step(const Rule&, double step)               once per step, in double: schedules and bias
-//                                                  corrections end here, as constants of type Real
+//     Step(const Rule&, double step)               once per step, in double: reduces schedules and
+//                                                  bias corrections to constants of type Real
 //     Real operator()(Real grad, Real& state...) const -> update         once per element
 //   };
 //
-// A rule without states leaves kStates out. `Step` holds nothing but numbers and flags: it is
-// copied as bytes.
+// A rule without states omits kStates. `Step` holds only numbers and flags: it is copied as bytes.
 //
-// A flag of `Step` that steers `operator()` costs nothing: it is the same for all elements, so the
-// compiler moves the branch out of the loop (seen with GCC 12: one vector loop for each case).
+// Branching on a flag of `Step` in `operator()` is free: it is the same for all elements, so the
+// compiler moves the branch out of the loop (GCC 12: one vector loop for each case).
 #pragma once
 
 #include <math.h>
@@ -33,8 +32,8 @@
 #include <cstdint>
 #include <tuple>
 
-// Rule code is always inlined. It therefore takes on the instruction set of the loop around it, and
-// no out-of-line copy exists that the linker could share between units of different sets.
+// Rule code is always inlined: it is compiled for the instruction set of the loop around it, and
+// there is no out-of-line copy that the linker could share between instruction sets.
 #if defined(__CUDACC__)
 #define EMOPT_FN __host__ __device__ __forceinline__
 #elif defined(_MSC_VER)
@@ -47,8 +46,8 @@ namespace emopt {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-// average <- beta * average + (1 - beta) * value. `1 - beta` is taken in double: in float it would
-// lose the digits that matter when beta is close to 1.
+// average <- beta * average + (1 - beta) * value. `1 - beta` is computed in double: in float it
+// would lose the digits that matter when beta is close to 1.
 template <class Real>
 struct ExponentialMovingAverage {
   Real beta;
@@ -61,7 +60,7 @@ struct ExponentialMovingAverage {
     return beta * average + one_minus_beta * value;
   }
 
-  // Of the value's square. The square itself may overflow where its share of the average does not.
+  // Averages the value's square. The square may overflow where its term in the average does not.
   EMOPT_FN Real of_square(Real average, Real value) const {
     return beta * average + one_minus_beta * value * value;
   }
@@ -76,7 +75,7 @@ EMOPT_FN Real sign(Real x) {
 EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
 EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 
-// ---- the description of a rule's arguments ------------------------------------------------------
+// ---- the description of a rule's hyperparameters ------------------------------------------------
 
 enum class Domain : uint8_t {
   kAny,          // any number but NaN
@@ -91,18 +90,18 @@ struct Hyperparameter {
   Domain domain;
 };
 
-// A flag is a bool; a number of warm-up steps is an int64_t (None is passed as 0, which means the
-// same: the final value from the first step).
+// A flag is a bool; a number of warm-up steps is an int64_t (None is passed as 0: the final value
+// from the first step).
 template <class Rule, class Value>
 constexpr Hyperparameter<Rule, Value> hyperparameter(const char* name, Value Rule::* member,
                                                      Domain domain = Domain::kNonNegative) {
   return {name, member, domain};
 }
 
-// Where `step` stands among the arguments. A rule without it does not depend on the step.
+// The position of `step` among the arguments. A rule without it does not depend on the step.
 struct StepArgument {};
 
-// An error message, in the caller's memory; empty where nothing is wrong.
+// An error message, in the caller's memory; empty if there is no error.
 struct ErrorText {
   char* text;
   size_t capacity;

@@ -1,4 +1,4 @@
-// Bias corrections and warm-up schedules: what a rule computes once per step, in double.
+// Bias corrections and warm-up schedules, computed once per step, in double.
 #pragma once
 
 #include <cstdio>
@@ -11,13 +11,13 @@ namespace emopt {
 //
 //   c(s + t) = c(s) + (1 - c(s)) c(t)
 //
-// has only positive terms, so nothing cancels: the relative error stays at a few 2^-53, where
-// 1 - pow(beta, step) loses 1 / (1 - beta) times that in the first steps. It also uses nothing but
-// correctly rounded operations, so host and device agree to the bit, which `pow` does not grant.
+// has only positive terms, so nothing cancels: the relative error is a few 2^-53, where that of
+// 1 - pow(beta, step) is 1 / (1 - beta) times as large in the first steps. All operations are
+// correctly rounded, so host and device agree to the bit; `pow` does not guarantee that.
 EMOPT_FN double one_minus_power(double beta, double step) {
   double result = 0.0;
   double square = 1.0 - beta;
-  // Above 2^53 a double holds no odd number; beta^step is 0 or `step` is not a count of steps.
+  // From 2^53 on a double holds no odd integers; no optimizer counts that far.
   for (uint64_t t = static_cast<uint64_t>(step < 9007199254740992.0 ? step : 9007199254740992.0);
        t != 0; t >>= 1) {
     if ((t & 1) != 0) result += (1.0 - result) * square;
@@ -26,7 +26,7 @@ EMOPT_FN double one_minus_power(double beta, double step) {
   return result;
 }
 
-// The divisor that makes an average that started at 0 unbiased; 1 when correction is off.
+// The divisor that unbiases an average that started at 0; 1 without correction.
 EMOPT_FN double bias_correction(double beta, double step, bool correct_bias) {
   return correct_bias ? one_minus_power(beta, step) : 1.0;
 }
@@ -46,7 +46,7 @@ EMOPT_FN double linear_warmup(double step, double end, int64_t warmup_steps) {
   return step < n ? step / n * end : end;
 }
 
-// How many steps it takes an average with this beta to forget half (less 1), and back.
+// The half-life of an average with this beta, in steps, minus 1; and the inverse.
 EMOPT_FN double half_life(double beta) { return ::log(0.5) / ::log(beta + 1e-8) - 1.0; }
 EMOPT_FN double beta_of_half_life(double steps) { return ::pow(0.5, 1.0 / (steps + 1.0)); }
 

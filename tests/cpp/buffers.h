@@ -1,5 +1,4 @@
-// Operands at any place in memory, and a rule applied to them element by element: what the engines'
-// loops are compared with.
+// Operands at any alignment, and a reference that applies a rule to them element by element.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +14,8 @@
 #include "engine/stochastic.h"
 #include "rounding.h"
 
-// An operand some elements into a buffer that AddressSanitizer knows the ends of. The buffer itself
-// starts at a multiple of 16 bytes.
+// An operand that begins some elements into a buffer, of which AddressSanitizer checks the bounds.
+// The buffer starts at a multiple of 16 bytes.
 struct Buffer {
   std::vector<unsigned char> bytes;
   size_t offset;
@@ -43,7 +42,7 @@ struct Buffer {
     return value;
   }
 
-  // As an unsigned number, of a type of 16 bits.
+  // Of a 16-bit type.
   uint16_t bits(int64_t i) const {
     uint16_t bits = 0;
     std::memcpy(&bits, bytes.data() + offset + 2 * static_cast<size_t>(i), 2);
@@ -78,7 +77,7 @@ struct Buffer {
         return visit(emopt::Float16());
       case emopt::DType::kSplitParam:
       case emopt::DType::kRemainder:
-        CHECK(!"a number by itself");
+        CHECK(!"not a value without the rest of its master");
     }
   }
 };
@@ -86,8 +85,7 @@ struct Buffer {
 inline constexpr emopt::DType kTypes[] = {emopt::DType::kFloat32, emopt::DType::kFloat64,
                                           emopt::DType::kBFloat16, emopt::DType::kFloat16};
 
-// The row of a table whose operands are `operands`. Where there is one less than a row has, the
-// weight is the parameter itself.
+// The row of `operands`. With one operand less than a row has, the weight is the parameter itself.
 template <int kOperands>
 emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   emopt::Row<kOperands> row{};
@@ -104,18 +102,17 @@ emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   return row;
 }
 
-// Makes the parameter and its master, the first operand and the last, the halves of float32
-// numbers.
+// Makes the first operand and the last, the parameter and its master, split masters.
 inline void split(std::vector<Buffer>& operands, std::mt19937_64& random) {
   Buffer& param = operands[emopt::kUpdate];
   Buffer& master = operands.back();
   const int64_t numel = param.numel();
-  for (Buffer* const half : {&param, &master}) {
-    const auto before = half->offset / static_cast<size_t>(emopt::size_of(half->dtype));
-    *half = Buffer(emopt::DType::kBFloat16, numel, before, random);
+  for (Buffer* const operand : {&param, &master}) {
+    const auto before = operand->offset / static_cast<size_t>(emopt::size_of(operand->dtype));
+    *operand = Buffer(emopt::DType::kBFloat16, numel, before, random);
   }
   for (int64_t i = 0; i < numel; ++i) {
-    param.put(i, param.get(i) + 0.5);  // not 0, of which a remainder could make a NaN
+    param.put(i, param.get(i) + 0.5);  // not 0, which a remainder could turn into a NaN
     const uint64_t any = random();     // often halfway between two parameters, or 0
     master.put_bits(i, static_cast<uint16_t>(any % 8 == 0 ? any / 8 % 2 << 15 : any / 16));
   }
@@ -123,16 +120,16 @@ inline void split(std::vector<Buffer>& operands, std::mt19937_64& random) {
   master.dtype = emopt::DType::kRemainder;
 }
 
-inline float joined(uint16_t high, uint16_t low) {
-  const uint32_t bits = high * 65536U + low - (low >= 32768 ? 65536U : 0U);
+inline float joined(uint16_t param, uint16_t remainder) {
+  const uint32_t bits = param * 65536U + remainder - (remainder >= 32768 ? 65536U : 0U);
   float value = 0;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-// ---- what a sweep makes of a row's operands -----------------------------------------------------
+// ---- a sweep by definition ----------------------------------------------------------------------
 
-// A rule's update of an element, which changes the states.
+// The rule's update of an element; changes the states.
 template <class Step, class Real, size_t... kState>
 Real update_by_hand(const Step& step, Real grad, std::vector<Buffer>& operands, int64_t i,
                     std::index_sequence<kState...>) {
@@ -154,7 +151,7 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::StoreUpdate&, con
   }
 }
 
-// From the definition of each option; what the engines use is not called. Numbers are the host's.
+// From the definition of each option, without the engines' code. All scalars are on the host.
 template <class Real, class Rule, class Row>
 void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& options, const Row& row,
                    std::vector<Buffer>& operands) {

@@ -1,5 +1,4 @@
-// What the tests of both engines' loops run over: every rule, and random options, dtypes and
-// places.
+// The cases of both engines' tests: every rule, with random options, dtypes and alignments.
 #pragma once
 
 #include <sys/mman.h>
@@ -20,7 +19,7 @@ Value one_of(const Value (&values)[kCount], std::mt19937_64& random) {
   return values[random() % kCount];
 }
 
-// All numbers are known to the host; they are such that float32 holds them.
+// All scalars are on the host, with values that float32 holds exactly.
 template <class Epilogue>
 Epilogue random_epilogue(std::mt19937_64& random) {
   Epilogue epilogue;
@@ -40,20 +39,20 @@ Epilogue random_epilogue(std::mt19937_64& random) {
   return epilogue;
 }
 
-// How many operands a row gets: where a weight is the parameter itself, it needs none.
+// The number of operands that a row gets: one less where the weight is the parameter itself.
 template <class Rule, class Epilogue>
 size_t random_num_operands(std::mt19937_64& random) {
   const auto all = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
   return all - (Epilogue::kOperands != 0 && random() % 2 == 0 ? 1 : 0);
 }
 
-// How many it has where the weight is another one; 0 where there is no weight.
+// The number with a master weight; 0 without a weight.
 template <class Rule, class Epilogue>
 constexpr size_t num_with_master() {
   return Epilogue::kOperands != 0 ? static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>) : 0;
 }
 
-// Rows, and copies of their operands to compute by hand what is to become of them.
+// Rows, and what is expected in their operands.
 template <class Rule, class Epilogue>
 struct Rows {
   static constexpr int kOperands = kNumOperandsOf<Rule, Epilogue>;
@@ -69,7 +68,7 @@ struct Rows {
     auto row = row_of<kOperands>(operands.back(), r % 2 == 0 ? 1.0 : 0.3);
     row.device = device;
     row.position = r % 3 == 0 ? uint64_t{r} << 32 | 5 : 7 * r;
-    // So that the high half of an index changes at the first element, at some other, or not at all.
+    // The high 32 bits of an index change at the first element, at a later one, or not at all.
     row.first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
     row.step = counter;
     table.append(row);
@@ -85,8 +84,8 @@ struct Rows {
   }
 };
 
-// Gradients that are NaN, and a learning rate of 0, with which no weight changes. `sweep(rule,
-// step, epilogue, table)` is the engine's.
+// With a learning rate of 0 no weight changes, even if gradients are NaN. `sweep(rule, step,
+// epilogue, table)` is the engine's.
 template <class Rule, class Sweep>
 void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
   constexpr int kOperands = kNumOperandsOf<Rule, emopt::ApplyUpdate>;
@@ -115,8 +114,8 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
   }
 }
 
-// Rows too long for memory: of address space that is reserved, but mostly not backed. Parameters of
-// Lion that are rounded stochastically; the last `num_last` elements are to be swept.
+// A row too long for memory, in address space that is mostly not backed. Lion with stochastic
+// rounding; only the last `num_last` elements are swept.
 struct LongRow {
   static constexpr int kOperands = kNumOperandsOf<emopt::Lion, emopt::ApplyUpdate>;
   emopt::Lion rule{0.9, 0.99};

@@ -1,6 +1,5 @@
-// CUDA devices for a PyTorch that has none: their memory is the host's, and PyTorch's own
-// operations run on the CPU, over the same memory. What is compiled for CUDA can then be called as
-// on a GPU.
+// CUDA devices for a PyTorch without CUDA: their memory is the host's, and PyTorch's operations run
+// on the CPU, over the same memory. The package's CUDA code can then be called as on a GPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
@@ -30,8 +29,7 @@ at::Tensor on_device(const at::Tensor& tensor, c10::Device device) {
   return result;
 }
 
-// One call of a PyTorch operation: its tensors as the CPU sees them, and which tensor each stands
-// for.
+// One call of a PyTorch operation: maps its tensors to the CPU and back.
 class CallOnHost {
  public:
   c10::IValue to_host(const c10::IValue& value) {
@@ -49,7 +47,7 @@ class CallOnHost {
       return list;
     }
     if (value.isDevice() && value.toDevice().is_cuda()) {
-      // An index that is left out is that of the current device, which stays 0.
+      // Without an index: the current device, which is always 0.
       device_ = c10::Device(at::kCUDA, std::max<c10::DeviceIndex>(value.toDevice().index(), 0));
       return c10::Device(at::kCPU);
     }
@@ -114,7 +112,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) {
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
-  // Those with kernels of their own for all devices, which then look for parts that CUDA has not.
+  // copy_ has a kernel for all devices, which would look for device code.
   m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   // Views share their base's storage.
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));

@@ -1,4 +1,4 @@
-// The CUDA engine on the host, in place of engine/cuda/device_sweep.cpp and the CUDA units.
+// The CUDA engine on the host; replaces engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
 #include "engine/cuda/plan.h"
 #include "rules.h"

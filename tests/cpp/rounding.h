@@ -1,5 +1,5 @@
-// Rounding to the 16-bit types by its definition, in exact arithmetic: what the engine's
-// conversions are compared with.
+// Rounding to the 16-bit types by definition, in exact arithmetic: the reference for the engine's
+// conversions.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ struct Format {
   int max_exponent;
 
   double largest() const { return std::ldexp(2.0 - std::ldexp(1.0, -mantissa_bits), max_exponent); }
-  // Of the last bit of numbers as large as `x`, as a power of two.
+  // The exponent of the last mantissa bit of `x`.
   int last_place(double x) const {
     const int exponent = x == 0.0 ? min_exponent : std::max(std::ilogb(x), min_exponent);
     return exponent - mantissa_bits;
@@ -29,7 +29,7 @@ inline double rounded(double x, const Format& format) {
   return std::abs(result) > format.largest() ? std::copysign(HUGE_VAL, x) : result;
 }
 
-// To the neighbour that the random bits choose, as emerging_optimizers/_rounding.py says.
+// To the neighbour that the random bits choose, as defined in emerging_optimizers/_rounding.py.
 inline double rounded_stochastically(float x, uint32_t random, const Format& format) {
   if (!std::isfinite(x)) return x;
   const double magnitude = std::abs(static_cast<double>(x));
@@ -44,7 +44,7 @@ inline double rounded_stochastically(float x, uint32_t random, const Format& for
   return std::copysign(result > format.largest() ? HUGE_VAL : result, x);
 }
 
-// The random bits of an element, by the same definition: modulo 2^32, as Python would write it.
+// The random bits of an element, by the same definition, modulo 2^32.
 inline uint32_t random_bits(uint64_t key, uint64_t index) {
   constexpr uint64_t kModulus = uint64_t{1} << 32;
   const auto hashed = [](uint64_t x) {

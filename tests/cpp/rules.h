@@ -28,14 +28,14 @@ emopt::RuleInstance instance_of(const Rule& rule) {
 template <class Rule, class Epilogue>
 inline constexpr int kNumOperandsOf = emopt::kNumOperands<emopt::kNumStates<Rule>, Epilogue>;
 
-// Each rule, with each of its modes on and off.
+// Each rule, with its flags on and off.
 template <class Visit>
 void for_each_rule(Visit visit) {
   for (const bool is_on : {true, false}) {
     visit(emopt::Adam{{0.9, 0.999}, true, is_on, 1e-8});
     visit(emopt::AdEMAMix{10, 20, {0.9, 0.999, 0.9999}, 1e-8, is_on, 5.0});
     visit(emopt::LaProp{is_on, {0.9, 0.999}, 1e-8});
-    visit(emopt::Lion{0.9, 0.99});
+    if (is_on) visit(emopt::Lion{0.9, 0.99});  // it has no flags
     visit(emopt::Signum{0.9, true, is_on, false});
     visit(emopt::SimplifiedAdEMAMix{is_on ? 10 : 0, 0.9, {0.9999, 0.999}, 1e-8, true, 2.0});
   }

@@ -1,4 +1,4 @@
-// The CUDA engine on the host: each block's threads run one after the other.
+// Runs a launch on the host: its blocks' threads one after the other.
 #pragma once
 
 #include "engine/cuda/chunk.h"

@@ -1,7 +1,6 @@
-// What the CUDA kernels do, run on the host thread by thread: every rule and epilogue against those
-// applied element by element. AddressSanitizer sees each access out of bounds,
-// UndefinedBehaviorSanitizer each vector that is not aligned. Where a device would read its memory,
-// the host reads its own.
+// The CUDA kernels' code on the host, thread by thread: every rule and epilogue against a
+// reference. AddressSanitizer reports accesses out of bounds, UndefinedBehaviorSanitizer misaligned
+// vectors. Scalars "on the device" are in the host's memory.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -21,9 +20,9 @@ using namespace emopt;
 
 namespace {
 
-// Numbers in the device's memory.
+// Scalars in the device's memory.
 struct Memory {
-  std::deque<float> float32;  // whose elements stay where they are
+  std::deque<float> float32;  // its elements do not move
   std::deque<double> float64;
   std::deque<int64_t> int64;
 
@@ -37,41 +36,41 @@ struct Memory {
   }
 };
 
-// The epilogue with some of its numbers, or none, in memory.
+// The epilogue with some of its scalars, or none, in memory.
 StoreUpdate moved(const StoreUpdate& epilogue, Memory&, std::mt19937_64&) { return epilogue; }
 ApplyUpdate moved(ApplyUpdate epilogue, Memory& memory, std::mt19937_64& random) {
   uint64_t which = random() % 2 == 0 ? random() % 16 : 0;
-  for (HostOrDeviceScalar* const number :
+  for (HostOrDeviceScalar* const scalar :
        {&epilogue.lr, &epilogue.grad_multiplier, &epilogue.grad_scale, &epilogue.found_inf}) {
     const auto type =
         one_of({HostOrDeviceScalar::Type::kFloat32, HostOrDeviceScalar::Type::kFloat64}, random);
-    if (which % 2 != 0) *number = memory.hold(number->value, type);
+    if (which % 2 != 0) *scalar = memory.hold(scalar->value, type);
     which /= 2;
   }
   return epilogue;
 }
 
-// Each element is in one chunk; of a row with a phase, almost all are accessed by vectors. Returns
-// how many rows have one.
+// Each element is in one chunk; in a row with a phase almost all are accessed as vectors. Returns
+// the number of such rows.
 template <class Launch>
 int64_t check_chunks(const Launch& launch, uint32_t num_blocks) {
-  int64_t num_vector_rows = 0, left = 0;
+  int64_t num_vector_rows = 0, remaining = 0;
   for (uint32_t row = 0; row < launch.num_rows; ++row) {
     num_vector_rows += launch.peel[row] != cuda::kNoPhase;
-    left += launch.numel[row];
+    remaining += launch.numel[row];
   }
   for (uint32_t block = 0; block < num_blocks; ++block) {
     const cuda::Chunk<Launch> chunk(launch, block);
-    left -= chunk.length;
+    remaining -= chunk.length;
     const uint32_t num_singles = chunk.length - chunk.body;
     CHECK(launch.peel[chunk.row] == cuda::kNoPhase || num_singles < 2 * cuda::kHeld);
   }
-  CHECK(left == 0);
+  CHECK(remaining == 0);
   return num_vector_rows;
 }
 
-// What the engine does, from the block of each row's element `first` on. Returns how many rows were
-// accessed by vectors.
+// Sweeps a table, from the block of each row's element `first` on. Returns the number of rows that
+// were accessed as vectors.
 template <class Rule, class Epilogue, class Table>
 int64_t sweep(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
               const Table& table, cuda::Chip chip = {1, true}, int64_t first = 0) {
@@ -102,7 +101,7 @@ int64_t random_size(std::mt19937_64& random) {
 template <class Epilogue, class Rule>
 void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
   constexpr auto kOperands = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
-  // Half of the rounds in one type, the others in mixes, of which rows of one kind share launches.
+  // A round is of one dtype, or of three mixes of dtypes, whose rows share launches.
   std::vector<std::vector<DType>> mixes(3, std::vector<DType>(kOperands));
   const bool is_uniform = random() % 2 == 0;
   for (auto& mix : mixes) {
@@ -116,8 +115,8 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
     is_skipped = epilogue.found_inf.value != 0.0;
   }
   Memory memory;
-  // Some rows count their steps on the device; the others have the one that all have in common.
-  std::map<const float*, float> counters;  // what they become
+  // Some rows count their steps on the device; the others have the shared step.
+  std::map<const float*, float> counters;  // expected
   Rows<Rule, Epilogue> rows;
   int64_t num_filled = 0;
   for (int r = 0; r < 4; ++r) {
@@ -133,9 +132,9 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
       operands.emplace_back(mix[k], numel, before, random);
     }
     const bool is_wide = std::count(mix.begin() + kGrad, mix.end() - 1, DType::kFloat64) != 0;
-    // With offsets that are equal in number, phases would differ.
-    const bool may_halve = !is_wide && !(offsets == Offsets::kEqual && is_uniform);
-    if (count == num_with_master<Rule, Epilogue>() && may_halve && random() % 3 == 0) {
+    // Of equal offsets in elements, those of two dtypes have different phases.
+    const bool may_be_split = !is_wide && !(offsets == Offsets::kEqual && is_uniform);
+    if (count == num_with_master<Rule, Epilogue>() && may_be_split && random() % 3 == 0) {
       split(operands, random);
     }
     // The update may be the gradient.
@@ -144,7 +143,8 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
     float* counter = nullptr;
     double step = 3;
     if (Epilogue::kHasRowSteps && random() % 2 == 0) {
-      const float done = one_of({0.0F, 1.0F, 19.0F, 16777216.0F}, random);  // the last one stays
+      const float done =
+          one_of({0.0F, 1.0F, 19.0F, 16777216.0F}, random);  // float32 cannot count further
       counter = &memory.float32.emplace_back(done);
       step = static_cast<double>(done + 1.0F);
       counters[counter] = is_skipped ? done : done + 1.0F;
@@ -164,7 +164,8 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
   rows.check();
   for (const auto& [counter, wanted] : counters) CHECK(*counter == wanted);
   const bool has_phase = offsets == Offsets::kNone || (offsets == Offsets::kEqual && is_uniform);
-  if (has_phase && !is_skipped) CHECK(num_vector_rows == num_filled);  // else no vector was tested
+  if (has_phase && !is_skipped)
+    CHECK(num_vector_rows == num_filled);  // else no vectors were tested
 }
 
 template <class Rule>
@@ -176,7 +177,6 @@ void check_rule(const Rule& rule) {
       check<ApplyUpdate>(rule, offsets, random);
     }
   }
-  // Known to the host or not.
   const auto sweep_moved = [&](const Rule& same, double step, const ApplyUpdate& epilogue,
                                const auto& table) {
     Memory memory;
@@ -198,8 +198,8 @@ void test_advance() {
   }
 }
 
-// Random bits depend on both halves of an index, which may begin anywhere. Rows of more elements
-// than 32 bits count, of which the last blocks run; and the high half changes within a chunk.
+// Random bits depend on all 64 bits of an index. Rows of more than 2^32 elements, of which the last
+// blocks run; and rows where the high 32 bits change within a chunk.
 void test_long_rows() {
   constexpr int64_t kChunk = cuda::kMaxChunk;
   const auto check_row = [](int64_t numel, int64_t num_last, uint64_t first_index) {

@@ -1,5 +1,5 @@
-// From a table to launches: every chunk of every row is one block's, rows of different kinds do not
-// meet, launches are few, and every counter is advanced once. No memory is touched.
+// Plans: each chunk of each row is one block's, rows of different kinds never share a launch,
+// launches are few, and each counter is advanced once. No memory is accessed.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -17,12 +17,12 @@ using namespace emopt;
 
 namespace {
 
-// An address that stands for row `r`'s operand `k`.
+// An address that identifies row `r`'s operand `k`.
 void* address(size_t r, int k) {
   return reinterpret_cast<void*>((r + 1) * 4096 + 16 * static_cast<size_t>(k));
 }
 
-// Which the host cannot read.
+// The host cannot read it.
 const HostOrDeviceScalar kOnDevice{0.0, reinterpret_cast<const void*>(16)};
 
 constexpr cuda::Chip kChip{132, true};
@@ -54,7 +54,7 @@ constexpr size_t capacity() {
   return Launch::kCapacity;
 }
 
-// In how many launches this many rows of one kind fit.
+// The fewest launches that `count` rows of one kind fit in.
 template <class Rule, class Epilogue>
 constexpr size_t fewest_launches(size_t count, DType dtype, bool allow_large) {
   constexpr size_t kSmall = capacity<Rule, Epilogue, float, cuda::kSmallLaunch>();
@@ -138,7 +138,7 @@ void test_few_launches() {
 }
 
 template <class Rule, class Epilogue>
-void test_kinds_do_not_meet(const Epilogue& epilogue = {}) {
+void test_kinds_do_not_mix(const Epilogue& epilogue = {}) {
   constexpr int kOperands = kNumOperandsOf<Rule, Epilogue>;
   constexpr DType kKinds[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16};
   std::mt19937_64 random(0);
@@ -166,8 +166,8 @@ void test_kinds_do_not_meet(const Epilogue& epilogue = {}) {
   }
 }
 
-// Blocks read what they need to know only where the host does not know it. A step that the host
-// knows to be skipped has no launches.
+// Blocks read scalars only where the host does not know them. A step that the host knows to be
+// skipped has no launches.
 void test_setup() {
   const auto needs_setup = [](const HostOrDeviceScalar& step, const ApplyUpdate& epilogue,
                               DType dtype) {
@@ -198,8 +198,8 @@ void test_setup() {
   }
 }
 
-// Each counter once, on its device, those of rows without elements too; in as few launches as they
-// fit in where rows of one device are side by side.
+// Each counter once, on its device, even that of a row without elements. Launches are as few as
+// possible where the rows of each device are contiguous.
 void test_counters() {
   constexpr size_t kCapacity = cuda::Advance::kCapacity;
   static_assert(sizeof(cuda::Advance) <= cuda::kSmallLaunch);
@@ -233,9 +233,9 @@ void test_counters() {
   }
 }
 
-// More blocks than a launch may have are shared out; offsets are of 64 bits.
+// More blocks than a launch may have are split among launches; offsets have 64 bits.
 void test_huge_rows() {
-  constexpr int64_t kHalf = int64_t{1} << 30;  // of the blocks, and one more
+  constexpr int64_t kHalf = int64_t{1} << 30;  // two of them are one block too many
   Table<3> table;
   for (const int64_t blocks : {kHalf, kHalf, kHalf - 1}) {
     const int64_t numel = blocks * cuda::kMaxChunk - 5;
@@ -252,7 +252,7 @@ void test_huge_rows() {
   CHECK(blocks == std::vector<int64_t>({kHalf, 2 * kHalf - 1}));
 }
 
-// Blocks fill what runs at a time, once or again and again, as far as a tile for each allows.
+// Blocks make full waves, as far as chunks of full tiles allow.
 void test_chunks() {
   std::mt19937_64 random(0);
   for (int round = 0; round < 10000; ++round) {
@@ -270,7 +270,7 @@ void test_chunks() {
   CHECK(cuda::chunk_for(3 * 528 * cuda::kMaxChunk, 528) == cuda::kMaxChunk);
 }
 
-// After the peel each operand is where a vector may be; and if there is such a place, it is found.
+// After the peel all operands are aligned for vectors; if there is such a peel, it is found.
 void test_peel() {
   std::mt19937_64 random(0);
   constexpr DType kAll[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
@@ -301,7 +301,7 @@ void test_peel() {
 }  // namespace
 
 int main() {
-  // A thousand rows of any rule take three launches, or two.
+  // A thousand rows of any rule take at most three launches.
 #define EMOPT_TEST(Rule)                                                               \
   static_assert(fewest_launches<Rule, StoreUpdate>(1000, DType::kFloat32, true) <= 2); \
   static_assert(fewest_launches<Rule, ApplyUpdate>(1000, DType::kFloat32, true) <= 3);
@@ -310,9 +310,9 @@ int main() {
   test_few_launches<AdEMAMix, ApplyUpdate>();
   ApplyUpdate stochastic;
   stochastic.is_stochastic = true;
-  test_kinds_do_not_meet<Lion, StoreUpdate>();
-  test_kinds_do_not_meet<AdEMAMix, ApplyUpdate>();
-  test_kinds_do_not_meet<AdEMAMix, ApplyUpdate>(stochastic);
+  test_kinds_do_not_mix<Lion, StoreUpdate>();
+  test_kinds_do_not_mix<AdEMAMix, ApplyUpdate>();
+  test_kinds_do_not_mix<AdEMAMix, ApplyUpdate>(stochastic);
   test_setup();
   test_counters();
   test_huge_rows();

@@ -19,7 +19,7 @@ using emopt::widen;
 
 namespace {
 
-// The number that `bits` stands for, by the definition of the format.
+// The value of `bits`, by the definition of the format.
 double value_of(uint16_t bits, Format format) {
   const int mantissa = bits & ((1 << format.mantissa_bits) - 1);
   const int exponent = (bits & 0x7fff) >> format.mantissa_bits;
@@ -43,7 +43,7 @@ void check_all_patterns(Format format) {
     const Stored stored{static_cast<uint16_t>(bits)};
     const double value = value_of(stored.bits, format);
     CHECK(same(widen(stored), value));
-    // There and back, from both arithmetic types.
+    // Back, from both arithmetic types.
     const uint16_t from_float = Round<Stored>::from(static_cast<float>(value)).bits;
     const uint16_t from_double = Round<Stored>::from(value).bits;
     CHECK(std::isnan(value) || (from_float == stored.bits && from_double == stored.bits));
@@ -66,7 +66,7 @@ void check_ties_and_neighbours(Format format) {
     if (!std::isfinite(low)) break;
     if (std::isinf(high)) high = std::ldexp(1.0, format.max_exponent + 1);
     const double tie = low + (high - low) / 2;
-    // Doubles beside a tie become the tie itself when rounded to float first.
+    // Doubles next to a tie become the tie itself when rounded to float first.
     for (const double x : {tie, std::nextafter(tie, 0.0), std::nextafter(tie, HUGE_VAL)}) {
       check_rounding<Stored>(x, format);
       check_rounding<Stored>(-x, format);
@@ -96,9 +96,8 @@ void check_format(Format format) {
   }
 }
 
-// The halves of every float32 of which the high one is any, and a low one on either side of the
-// middle; of a NaN, those of one NaN.
-void check_halves() {
+// Split masters of any high 16 bits, with low ones around a tie. All NaNs become one.
+void check_split_masters() {
   std::mt19937_64 random(0);
   for (uint32_t high = 0; high < 0x10000; ++high) {
     for (const uint32_t low :
@@ -123,7 +122,7 @@ void check_halves() {
 }  // namespace
 
 int main() {
-  check_halves();
+  check_split_masters();
   check_format<Float16>(kHalf);
   check_format<BFloat16>(kBrain);
 }

@@ -1,4 +1,4 @@
-// Which operands share memory, against a list of all their bytes.
+// Which operands share memory, against sets of all their bytes.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -28,7 +28,7 @@ int64_t random(int64_t low, int64_t high) {
   return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
 }
 
-// A tensor at an address that nothing is read from.
+// A tensor at an address that is never read.
 struct Strided {
   uintptr_t address;
   int64_t item;
@@ -132,7 +132,7 @@ void test_large() {
   CHECK(!share({second, 4, {1000032}, {1000003}}, {4096, 4, {1000004}, {1000033}}));
 }
 
-// What takes too long is reported as such, and soon.
+// A search that would take too long is given up early.
 void test_limit() {
   std::vector<int64_t> strides, sizes(24, 2);
   int64_t reach = 0;
@@ -175,7 +175,7 @@ bool are_apart(const std::vector<UsedMemory>& used, size_t count = SIZE_MAX) {
 void test_many() {
   int num_apart = 0;
   for (int round = 0; round < 3000; ++round) {
-    // In one place, or so far apart that some are surely.
+    // Close together, or spread so far that some are surely apart.
     const int64_t reach = round % 3 == 0 ? 200 : 5000;
     std::vector<Strided> tensors;
     std::vector<UsedMemory> used;
@@ -198,7 +198,7 @@ void test_many() {
   CHECK(num_apart > 500);
 }
 
-// Ranges of many sizes, large ones among them, with and without one that intersects another.
+// Ranges of many sizes, with and without one that intersects another.
 void test_surely_apart() {
   for (int round = 0; round < 1000; ++round) {
     std::vector<UsedMemory> used;

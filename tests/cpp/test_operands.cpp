@@ -1,4 +1,4 @@
-// The index arithmetic: however a table is cut, each element is visited once, in whole tiles.
+// The index arithmetic: wherever a table is cut, each element is visited once, in full tiles.
 #include <algorithm>
 #include <cstdint>
 #include <random>
@@ -25,7 +25,7 @@ Table<3> table_of(const std::vector<int64_t>& sizes) {
   return table;
 }
 
-// Visits the table in shares that are cut at `cuts`, and counts what is visited.
+// Visits the table in shares cut at `cuts`, and counts the visits of each element.
 void check_cover(const std::vector<int64_t>& sizes, const std::vector<int64_t>& cuts,
                  int64_t tile) {
   const Table<3> table = table_of(sizes);
@@ -80,7 +80,7 @@ void test_edges() {
 }
 
 void test_large() {
-  // Offsets beyond 2^31: no memory is touched.
+  // Offsets beyond 2^31: no memory is accessed.
   const int64_t large = (int64_t{1} << 33) + 5;
   const Table<3> table = table_of({7, large, 9});
   const Place middle = place_of(table, 7 + large / 2, 128);
@@ -109,7 +109,7 @@ void test_random() {
   }
 }
 
-// A weight that is the parameter itself is written as the parameter.
+// A weight that is the parameter itself is written once.
 void test_what_is_written() {
   using namespace emopt;
   float here = 0, update = 0;
@@ -117,7 +117,7 @@ void test_what_is_written() {
     CHECK((is_written<StoreUpdate, 5>(k, &here, &update) == (k != kGrad)));
     CHECK((is_written<ApplyUpdate, 5>(k, &here, &update) == (k != kGrad)));
     CHECK((is_written<StoreUpdate, 5>(k, &update, &update) == (k != kGrad)));
-    // Only of the weight is it asked.
+    // Only the last operand is a weight.
     CHECK((is_written<ApplyUpdate, 5>(k, &update, &update) == (k != kGrad && k != 4)));
   }
 }

@@ -1,4 +1,4 @@
-// What rules compute once per step.
+// Bias corrections and warm-up schedules.
 #include <cmath>
 #include <initializer_list>
 
@@ -19,7 +19,7 @@ void test_one_minus_power() {
     CHECK(emopt::one_minus_power(beta, 1) == 1.0 - beta);
     for (const double step : {2.0, 3.0, 7.0, 100.0, 1e3, 65537.0, 1e6, 1e9, 9e15}) {
       const double expected = -std::expm1(step * std::log1p(beta - 1.0));
-      // 64 roundings at most, and the reference's own error.
+      // At most 64 roundings, and the error of the reference.
       CHECK(is_close(emopt::one_minus_power(beta, step), expected, 0x1p-46));
     }
   }
@@ -42,7 +42,7 @@ void test_warmups() {
     CHECK(beta > last && beta <= 0.9999);
     last = beta;
   }
-  // Half of the way in half-lives, not in betas.
+  // Linear in the half-life, not in beta.
   const double middle = half_life_warmup(50, 0.9, 0.9999, 100);
   const auto half_life = [](double beta) { return std::log(0.5) / std::log(beta); };
   CHECK(is_close(half_life(middle), (half_life(0.9) + half_life(0.9999)) / 2, 1e-3));

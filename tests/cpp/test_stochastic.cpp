@@ -44,8 +44,8 @@ void test_known_bits() {
   }
 }
 
-// From whichever element they are counted.
-void test_bits_of_elements_in_a_row() {
+// The bits do not depend on the element that they are counted from.
+void test_bits_of_consecutive_elements() {
   std::mt19937_64 random(0);
   for (const uint64_t first :
        {uint64_t{0}, uint64_t{128}, (uint64_t{1} << 32) - 1024, (uint64_t{1} << 32) - 1000,
@@ -83,9 +83,9 @@ bool same(double a, double b) {
   return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
 }
 
-// Infinities and NaN among them.
+// Including infinities and NaN.
 template <class Stored>
-void check_what_is_held_stays() {
+void check_exact_values_stay() {
   std::mt19937 random(0);
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float value = widen(Stored{static_cast<uint16_t>(bits)});
@@ -94,7 +94,7 @@ void check_what_is_held_stays() {
       CHECK(std::isnan(value) ? std::isnan(widen(Stored{result})) : result == bits);
     }
   }
-  // NaNs whose highest bits alone would be an infinity's.
+  // NaNs whose high 16 bits alone would be an infinity.
   for (const uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu}) {
     CHECK(std::isnan(rounded_up_or_down<Stored>(bit_cast<float>(bits), ~0u)));
   }
@@ -145,27 +145,27 @@ void check_choices(const Format& format) {
   check(std::numeric_limits<float>::max());
 }
 
-// Over numbers that are dealt out evenly, exactly as many go up as the mean takes.
+// Over evenly distributed random bits, the mean is exact.
 template <class Stored>
 void check_chances(const Format& format) {
   const int lowest = format.min_exponent - format.mantissa_bits;
   for (const double base : {1.0, 1.9921875, std::ldexp(1.0, format.min_exponent),
                             std::ldexp(3.0, lowest), 0.0, std::ldexp(1.0, format.max_exponent)}) {
     const int place = format.last_place(base);
-    for (const int part : {1, 8, 1000, 4096, 8184}) {  // of 2^13
-      const auto x = static_cast<float>(base + std::ldexp(part, place - 13));
+    for (const int fraction : {1, 8, 1000, 4096, 8184}) {  // of 2^13
+      const auto x = static_cast<float>(base + std::ldexp(fraction, place - 13));
       int num_up = 0;
       for (uint32_t choice = 0; choice < 0x10000; ++choice) {
         const double result = rounded_up_or_down<Stored>(x, choice << 16);
         CHECK(result == base || result == base + std::ldexp(1.0, place));
         num_up += result != base;
       }
-      CHECK(num_up == part * 8);
+      CHECK(num_up == fraction * 8);
     }
   }
 }
 
-// With the bits that elements get.
+// The mean is right with the elements' random bits, too.
 template <class Stored>
 void check_mean(const Format& format) {
   constexpr uint32_t kCount = 200000;
@@ -173,14 +173,14 @@ void check_mean(const Format& format) {
   const RandomBits random(rounding_key(1, 2, 3), 0);
   for (const double base : {1.0, std::ldexp(5.0, lowest)}) {
     for (const double sign : {1.0, -1.0}) {
-      for (const double part : {1.0 / 1024, 0.25, 0.5, 0.875}) {
+      for (const double fraction : {1.0 / 1024, 0.25, 0.5, 0.875}) {
         const int place = format.last_place(base);
-        const auto x = static_cast<float>(sign * (base + std::ldexp(part, place)));
+        const auto x = static_cast<float>(sign * (base + std::ldexp(fraction, place)));
         double sum = 0.0;
         for (uint32_t i = 0; i < kCount; ++i) {
           sum += std::ldexp(rounded_up_or_down<Stored>(x, random(i)) - x, -place);
         }
-        CHECK(std::abs(sum / kCount) < 5 * std::sqrt(part * (1 - part) / kCount));
+        CHECK(std::abs(sum / kCount) < 5 * std::sqrt(fraction * (1 - fraction) / kCount));
       }
     }
   }
@@ -188,7 +188,7 @@ void check_mean(const Format& format) {
 
 template <class Stored>
 void check_format(const Format& format) {
-  check_what_is_held_stays<Stored>();
+  check_exact_values_stay<Stored>();
   check_choices<Stored>(format);
   check_chances<Stored>(format);
   check_mean<Stored>(format);
@@ -198,7 +198,7 @@ void check_format(const Format& format) {
 
 int main() {
   test_known_bits();
-  test_bits_of_elements_in_a_row();
+  test_bits_of_consecutive_elements();
   test_bits_are_even();
   check_format<Float16>(kHalf);
   check_format<BFloat16>(kBrain);

@@ -1,6 +1,6 @@
-// Each instruction set's loops against each rule and epilogue, element by element. Nothing outside
-// of a row is touched: what lies before an operand is compared, and AddressSanitizer knows where it
-// ends.
+// Each instruction set's loops against a reference, for each rule and epilogue. Nothing outside of
+// a row is written: the elements before an operand are compared, and AddressSanitizer knows its
+// end.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -60,7 +60,7 @@ void test_lr_0(cpu::Isa isa) {
   }
 }
 
-// Random bits depend on all of an element's index.
+// Random bits depend on all 64 bits of an element's index.
 void test_beyond_two_to_the_32(cpu::Isa isa) {
   const LongRow row((int64_t{1} << 32) + 1000, 1000 + 2 * cpu::kTile, kHost);
   const cpu::Setup<ApplyUpdate> setup(instance_of(row.rule), 1, row.epilogue, isa, false);

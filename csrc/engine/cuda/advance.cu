@@ -1,4 +1,5 @@
-// The kernel that advances counters, and what all units were compiled for. Depends on no rule.
+// The kernel that advances counters, and the architectures that were compiled for. Depends on no
+// rule.
 #include "chunk.h"
 #include "device_sweep.h"
 #include "kernel.h"

@@ -1,8 +1,8 @@
-// What a thread does: it sweeps a rule over its elements of one chunk of one row.
+// The work of one thread: it sweeps a rule over its elements of one chunk of one row.
 //
-// All of it also compiles for the host, where threads run one after the other: so the tests run it
-// under AddressSanitizer and UndefinedBehaviorSanitizer, which see each access that is out of
-// bounds or not aligned.
+// Also compiles for the host, where threads run one after the other. The tests run it there under
+// AddressSanitizer and UndefinedBehaviorSanitizer, which report any access that is out of bounds or
+// misaligned.
 #pragma once
 
 #include <cstdint>
@@ -16,40 +16,40 @@
 
 namespace emopt::cuda {
 
-// A row's part that a block works on.
+// The elements of a row that one block sweeps.
 template <class Launch>
 struct Chunk {
   uint32_t row;
   int64_t begin;  // its first element
   uint32_t length;
   uint32_t head;  // elements before the body
-  uint32_t body;  // elements that are accessed by vectors
+  uint32_t body;  // elements that are accessed as vectors
 
   EMOPT_FN Chunk(const Launch& launch, uint32_t block) : row(launch.row_of(block)) {
     begin = static_cast<int64_t>(block - launch.first_block[row]) * launch.chunk;
-    const int64_t left = launch.numel[row] - begin;
+    const int64_t remaining = launch.numel[row] - begin;
     const uint32_t peel = launch.peel[row];
-    length = left < launch.chunk ? static_cast<uint32_t>(left) : launch.chunk;
+    length = remaining < launch.chunk ? static_cast<uint32_t>(remaining) : launch.chunk;
     head = peel < length && peel != kNoPhase ? peel : length;
     body = (length - head) / kHeld * kHeld;
   }
 
-  // Operand k from element i on. The row's address is read from the launch each time: those of all
-  // operands would take ten registers.
+  // Address of element i of operand k. Reads the row's address from the launch each time: keeping
+  // the addresses of all operands would take ten registers.
   template <class Bits>
   EMOPT_FN Bits* at(const Launch& launch, int k, uint32_t i) const {
     return static_cast<Bits*>(launch.data[k][row]) + (begin + i);
   }
 };
 
-// Which elements of a chunk a thread holds at a time: kHeld side by side in its body, or kHeld,
-// each beside the next thread's, of what is before and after it. Those are fewer than a block has
-// threads, unless there is no body.
+// The elements of a chunk that a thread holds: in the body, kHeld contiguous ones; outside it,
+// kHeld at a stride of kThreads. The elements outside are fewer than a block's threads, unless the
+// body is empty.
 template <class Launch>
 struct Place {
   const Chunk<Launch>& chunk;
   uint32_t thread;
-  uint32_t at;  // in the body, or, from its length on, in the rest
+  uint32_t at;  // in the body; past its length, outside it
 
   EMOPT_FN Place(const Chunk<Launch>& chunk_, uint32_t thread_)
       : chunk(chunk_), thread(thread_), at(thread_ * kHeld) {
@@ -58,7 +58,7 @@ struct Place {
 
   EMOPT_FN bool is_vector() const { return at < chunk.body; }
   EMOPT_FN bool has_any() const { return at < chunk.length; }
-  EMOPT_FN uint32_t left() const { return chunk.length - at; }
+  EMOPT_FN uint32_t remaining() const { return chunk.length - at; }
   EMOPT_FN uint32_t first() const {
     if (is_vector()) return chunk.head + at;
     return at - chunk.body < chunk.head ? at - chunk.body : at;
@@ -71,7 +71,7 @@ struct Place {
   }
 };
 
-// What holds for a block.
+// What the threads of a block share.
 template <class Launch>
 struct Setup {
   Constants<typename Launch::Rule, typename Launch::Epilogue, typename Launch::Real> constants;
@@ -79,10 +79,10 @@ struct Setup {
   bool is_stochastic = false;
   uint64_t key = 0;
 
-  // Where the host knows all that is needed.
+  // For launches whose scalars are all known to the host.
   EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
 
-  // Where scalars were read in the device's memory, or the row has a key. In float64.
+  // For launches with scalars in device memory, step counters or stochastic rounding.
   EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&scalars)[Launch::kScalars])
       : constants(launch.rule, scalars[0], launch.epilogue.with_scalars(scalars + 1)),
         is_skipped(launch.epilogue.with_scalars(scalars + 1).is_skipped()) {
@@ -95,8 +95,9 @@ struct Setup {
   }
 };
 
-// Of what a setup reads, the i-th scalar: the step, then those of the epilogue. Each by a thread of
-// its own, and those of one type by one instruction: threads that branch would load in turn.
+// The i-th scalar of a setup: the step, then the epilogue's. Each thread of a block reads one. The
+// scalar is selected before it is read, so one instruction loads all scalars of a type; branches
+// would load them in turn.
 template <class Launch>
 EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
   HostOrDeviceScalar scalar = i == 0 ? launch.step : launch.epilogue.scalar(i - 1);
@@ -109,9 +110,9 @@ EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
   return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;
 }
 
-// Calls `visit` with a value of the type that operand k is stored in. An update may be float64
-// where the arithmetic is float32, but nothing that is read. A parameter, and the weight beside it,
-// may be a split master.
+// Calls `visit` with a value of the type that operand k is stored in. With float32 arithmetic only
+// the update may be float64: operands that are read are not. The parameter and the weight may be a
+// split master.
 template <class Launch, class Visit>
 EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   if (dtype == DType::kFloat32) {
@@ -130,7 +131,7 @@ EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   }
 }
 
-// What a thread holds of all operands.
+// A thread's elements of all operands.
 template <class Launch>
 struct HeldOperands {
   using Real = typename Launch::Real;
@@ -150,7 +151,7 @@ struct HeldOperands {
     } else {
       for_each_read(launch, [&](int k, auto bits) {
         const auto* const from = place.chunk.template at<decltype(bits)>(launch, k, first);
-        packets[k].load_singles(from, place.left());
+        packets[k].load_singles(from, place.remaining());
       });
     }
   }
@@ -194,15 +195,15 @@ struct HeldOperands {
         if (place.is_vector()) {
           rounded.store_vectors(to);
         } else {
-          rounded.store_singles(to, place.left());
+          rounded.store_singles(to, place.remaining());
         }
       });
     }
   }
 
  private:
-  // Calls `visit` with each operand that is read, and a number of its type's size. The update is
-  // read only where it is half of a master.
+  // Calls `visit` with each operand that is read, and an integer of its type's size. The update is
+  // read only where it is the parameter of a split master.
   template <class Visit>
   EMOPT_FN static void for_each_read(const Launch& launch, Visit visit) {
     EMOPT_UNROLL
@@ -219,7 +220,7 @@ struct HeldOperands {
     }
   }
 
-  // A number as it is stored; of a low half, the master.
+  // The stored value; of a remainder, the master weight.
   template <class Stored>
   EMOPT_FN Real widened(int k, uint32_t i) const {
     if constexpr (std::is_same_v<Stored, Remainder>) {
@@ -271,8 +272,8 @@ struct HeldOperands {
   }
 };
 
-// `prepare(row)` returns what makes the setup, for which a block's threads may wait for each other:
-// the first loads are under way by then.
+// `prepare(row)` returns a function that makes the setup. It may synchronise the block's threads;
+// it is called after the first loads were issued.
 template <class Launch, class Prepare>
 EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread, Prepare prepare) {
   const Chunk<Launch> chunk(launch, block);
@@ -293,7 +294,7 @@ EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread,
   } while (next.has_any());
 }
 
-// The counters that start at `first`, each `stride` after the last one.
+// Advances the counters `first`, `first + stride`, and so on.
 EMOPT_FN void advance_counters(const Advance& advance, uint32_t first, uint32_t stride) {
   if (advance.found_inf.read() != 0.0) return;
   for (uint32_t i = first; i < advance.count; i += stride) *advance.counters[i] += 1.0f;

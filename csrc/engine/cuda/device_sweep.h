@@ -9,14 +9,14 @@
 
 namespace emopt::cuda {
 
-// On each device's current stream; returns before the work is done. What is on a device is read
-// there: all rows must then be on that device. Counters that rows have there are advanced.
+// On each device's current stream; returns before the work is done. Scalars on a device are read
+// there, and all rows must then be on that device. Advances the rows' counters.
 template <int kStates, class Epilogue>
 void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Epilogue& epilogue,
                       const Table<kNumOperands<kStates, Epilogue>>& table);
 
-// What the kernels were compiled for: 900 for sm_90.
+// The architectures that the kernels were compiled for: 900 for sm_90.
 std::vector<int> compiled_architectures();
 
 }  // namespace emopt::cuda

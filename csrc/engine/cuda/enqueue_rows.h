@@ -1,4 +1,4 @@
-// How a rule's kernels are reached: what RuleInfo points to.
+// The function through which RuleInfo reaches a rule's kernels.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +8,10 @@
 
 namespace emopt::cuda {
 
-// What a plan depends on of a device.
+// The properties of a device that a plan depends on.
 struct Chip {
   uint32_t multiprocessors;
-  bool takes_large_launches;  // the driver, too, takes more than 4096 bytes of arguments
+  bool takes_large_launches;  // the driver allows more than 4096 bytes of arguments
 };
 
 // An EnqueueRows. Compiled by nvcc in the rule's unit.

@@ -1,5 +1,5 @@
-// All that a launch needs to know, as one struct that rides in the kernel's arguments: nothing is
-// copied to the device beforehand and nothing is kept, so a captured launch can be replayed.
+// The arguments of a kernel, as one struct passed by value. Nothing is copied to the device
+// beforehand and nothing must outlive the launch, so a captured launch can be replayed.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ struct LaunchHead {
   using Epilogue = Epilogue_;
   using Real = Real_;
   static constexpr int kOperands = kNumOperands<kNumStates<Rule>, Epilogue>;
-  // Whether masters may be split; not beside float64 gradients or states.
+  // Split masters need float32 arithmetic: no float64 gradients or states.
   static constexpr bool kMayBeSplit = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
   static constexpr uint32_t kScalars = 1 + Epilogue::kScalars;  // the step first
 
@@ -40,8 +40,8 @@ struct LaunchHead {
   Rule rule;
   Epilogue epilogue;
   HostOrDeviceScalar step;
-  Constants<Rule, Epilogue, Real> constants;  // of no use where a number or the step is on a device
-  bool needs_setup = false;                   // of each block, from the device's memory
+  Constants<Rule, Epilogue, Real> constants;  // unused where needs_setup
+  bool needs_setup = false;                   // each block computes the constants, or a key
   uint32_t num_rows = 0;
   uint32_t chunk = kMaxChunk;  // elements that a block sweeps, a multiple of kTile
   DType dtype[kOperands];      // of all rows
@@ -57,14 +57,14 @@ struct LaunchHead {
   }
 };
 
-// What a row has beside its operands where it may have a step of its own.
+// A row's step and random bits, for epilogues that have steps by row.
 struct RowStep {
-  float* counter;  // null where the launch has the step
+  float* counter;  // null where the launch's step applies
   uint64_t position, first_index;
 };
 
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
-// into chunks, counted from its first element; each is a block's work.
+// into chunks, counted from its first element; each block sweeps one.
 template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
 struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   using Head = LaunchHead<Rule_, Epilogue_, Real_>;
@@ -88,7 +88,7 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
 
   using Head::Head;
 
-  // The row that a block works on: the last one whose first block it does not come before.
+  // The row that a block sweeps: the last one whose first block is not after it.
   EMOPT_FN uint32_t row_of(uint32_t block) const {
     uint32_t low = 0, high = this->num_rows;
     while (high - low > 1) {
@@ -99,7 +99,7 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   }
 };
 
-// Counters on a device that are to be advanced by 1, unless `found_inf` is not 0.
+// Counters on a device, to be advanced by 1 unless `found_inf` is nonzero.
 struct Advance {
   static constexpr uint32_t kCapacity = static_cast<uint32_t>(
       (kSmallLaunch - sizeof(HostOrDeviceScalar) - sizeof(void*)) / sizeof(float*));
@@ -109,13 +109,13 @@ struct Advance {
   float* counters[kCapacity];
 };
 
-// What a thread accesses at once, of a type of so many bytes.
+// The bytes of a vector access to elements of `size` bytes.
 EMOPT_FN constexpr uint32_t vector_bytes(uint32_t size) {
   return kHeld * size < 16 ? kHeld * size : 16;
 }
 
-// The number of elements, less than kHeld, after which each operand is where a vector may be, so
-// that all can be accessed by vectors from there on; kNoPhase where there is none.
+// The number of leading elements, less than kHeld, after which every operand is aligned for vector
+// accesses; kNoPhase where there is none.
 inline constexpr uint8_t kNoPhase = 255;
 
 inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) {

@@ -1,4 +1,4 @@
-// From a table to launches: which rows go together, and in how many launches.
+// Plans the launches of a table: which rows share one, and how many there are.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 
 namespace emopt::cuda {
 
-// ---- which rows go together ---------------------------------------------------------------------
+// ---- which rows share launches ------------------------------------------------------------------
 
-// What all rows of a launch have in common: the device, and the type of each operand.
+// The device and the dtype of each operand, which all rows of a launch share.
 template <int kOperands>
 uint64_t launch_key(const Row<kOperands>& row) {
   static_assert(kOperands <= 14, "four bits each, beside a byte");
@@ -23,7 +23,7 @@ uint64_t launch_key(const Row<kOperands>& row) {
   return key;
 }
 
-// The rows on CUDA devices that have elements, those of one key side by side, else in order.
+// The rows on CUDA devices that have elements, grouped by key, else in order.
 template <int kOperands>
 std::vector<const void*> rows_by_key(const Table<kOperands>& table) {
   using RowOf = Row<kOperands>;
@@ -59,19 +59,18 @@ void for_each_key(const Table<kOperands>& table, Visit visit) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements of a row that each block sweeps, for `total` in a launch. The blocks fill the chip a
-// whole number of times: if a few were left over, most of it would be idle while they run.
+// Elements of a row that each block sweeps, for `total` in a launch. The blocks make full waves: a
+// last wave of a few blocks would leave most of the chip idle.
 inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
   const int64_t times = ceil_div(total, blocks_at_a_time * kMaxChunk);
   return static_cast<uint32_t>(ceil_div(total, times * blocks_at_a_time * kTile)) * kTile;
 }
 
-// A launch has 2^31 - 1 blocks at the most. With a chunk for each, those are more elements than any
-// memory holds.
+// CUDA's limit of blocks in a launch. One row never exceeds it: no memory holds so many chunks.
 inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-// Fills one launch with the first of some rows of one key, and hands it to
-// `enqueue(launch, blocks)`. Returns how many it had room for; 0 where that failed.
+// Fills one launch with the first rows of one key and passes it to `enqueue(launch, blocks)`.
+// Returns the number of its rows; 0 where `enqueue` failed.
 template <class Launch, class Enqueue>
 size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceScalar& step,
                         const typename Launch::Epilogue& epilogue, const void* const* rows,
@@ -112,7 +111,7 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
   return enqueue(launch, static_cast<uint32_t>(blocks)) ? launch.num_rows : 0;
 }
 
-// Hands rows of one key to `enqueue`, in as few launches as they fit in, until it returns false.
+// Passes rows of one key to `enqueue`, in as few launches as possible, until it returns false.
 template <class Rule, class Epilogue, class Real, class Enqueue>
 void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
                const void* const* rows, size_t num_rows, const Chip& chip, Enqueue enqueue) {
@@ -131,7 +130,7 @@ void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue&
   }
 }
 
-// Hands the counters of all rows that have one to `enqueue(device, advance)`.
+// Passes the counters of all rows that have one to `enqueue(device, advance)`.
 template <int kOperands, class Enqueue>
 void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& found_inf,
                       Enqueue enqueue) {
@@ -150,12 +149,12 @@ void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& f
   flush();
 }
 
-// What an engine does: `enqueue_key(first_row, rows, num_rows)` is to enqueue the rows of one key,
-// `enqueue_advance(device, advance)` counters.
+// Sweeps a table: `enqueue_key(first_row, rows, num_rows)` enqueues the rows of one key,
+// `enqueue_advance(device, advance)` the kernel that advances counters.
 template <class Epilogue, int kOperands, class EnqueueKey, class EnqueueAdvance>
 void sweep_table(const Epilogue& epilogue, const Table<kOperands>& table, EnqueueKey enqueue_key,
                  EnqueueAdvance enqueue_advance) {
-  // Launches that need no setup do not ask whether they are to be skipped.
+  // Kernels without a setup do not check whether the step is skipped.
   if (epilogue.is_on_device() || !epilogue.is_skipped()) for_each_key(table, enqueue_key);
   if constexpr (Epilogue::kHasRowSteps) {
     for_each_advance(table, epilogue.found_inf, enqueue_advance);

@@ -1,5 +1,5 @@
-// The numbers that a chip decides. None has been measured on one yet: the reasons are estimates
-// from the machine code and a bandwidth of 4.3 TB/s (H200). benchmarks/cuda sets the macros.
+// Tuning constants. None has been measured on a GPU yet: the reasons are estimates from the machine
+// code and a bandwidth of 4.3 TB/s (H200). benchmarks/cuda sets the macros.
 #pragma once
 
 #include <cstddef>
@@ -14,45 +14,45 @@
 
 namespace emopt::cuda {
 
-// Elements of each operand that a thread holds at a time, side by side: one vector of float32, half
-// a vector of a 2-byte type (with which a warp still reads 256 bytes in a row), two of float64.
-// Eight would need twice the registers: the same bytes in flight, by half of the warps.
+// Contiguous elements of each operand that a thread holds: 16 bytes of float32, 8 of a 2-byte type
+// (a warp still reads 256 contiguous bytes), 32 of float64. Eight elements would need twice the
+// registers: as many bytes in flight, with half as many warps.
 #ifndef EMOPT_HELD
 #define EMOPT_HELD 4
 #endif
 inline constexpr uint32_t kHeld = EMOPT_HELD;
 
-// Threads of a block, and elements that they hold together.
+// Threads of a block, and the elements that they hold.
 inline constexpr uint32_t kThreads = 256;
 inline constexpr uint32_t kTile = kThreads * kHeld;
 
-// Blocks that a multiprocessor holds at a time, which bounds the registers of a thread: four to 64.
-// Adam in float32 then has 64 KiB in flight on each, twice of what 132 of them need to cover a
-// microsecond. One less (80 registers) where the constants take registers because a block computes
-// them, and where a sixth operand does, of which a thread has more in flight; half for float64.
+// Blocks resident on a multiprocessor, which bounds the registers of a thread: four allow 64. Adam
+// in float32 then has 64 KiB in flight on each multiprocessor, twice what 132 of them need to cover
+// a microsecond of latency. One block less (80 registers) where blocks compute the constants, which
+// then take registers, and with a sixth operand; half as many for float64.
 #ifndef EMOPT_BLOCKS
 #define EMOPT_BLOCKS 4
 #endif
 inline constexpr int kBlocks = EMOPT_BLOCKS;
 
-// The most elements that a block sweeps. Its start (finding its row, a few hundred cycles) is then
-// some percent of its time; with more, the last blocks of a launch would end further apart.
+// The most elements that a block sweeps, in tiles. Finding its row (a few hundred cycles) is then a
+// few percent of a block's time; larger chunks would lengthen the tail of a launch.
 #ifndef EMOPT_MAX_CHUNK
 #define EMOPT_MAX_CHUNK 8
 #endif
 inline constexpr uint32_t kMaxChunk = EMOPT_MAX_CHUNK * kTile;
 
-// Neither is set. EMOPT_STREAMING tells caches that nobody wants the data again soon: expected are
-// 1 to 2 percent where operands are larger than the L2 cache, a loss where they are found there.
-// With EMOPT_PREFETCH, a thread loads its next elements before it computes the present ones:
-// expected is nothing, as other warps fill that time.
+// Both are off. EMOPT_STREAMING marks accesses as evict-first: expected are 1 to 2 percent where
+// operands are larger than the L2 cache, and a loss where they fit. With EMOPT_PREFETCH, a thread
+// loads its next elements before it computes the current ones: expected is no gain, since other
+// warps hide the latency.
 #ifndef EMOPT_PREFETCH
 #define EMOPT_PREFETCH 0
 #endif
 inline constexpr bool kPrefetches = EMOPT_PREFETCH != 0;
 
-// Bytes of kernel arguments: what every toolkit and chip takes, and what a launch takes from CUDA
-// 12.1 on (toolkit and driver) with sm_70 and up.
+// Bytes of kernel arguments: the limit everywhere, and that from CUDA 12.1 on (toolkit and driver)
+// with sm_70 and up.
 inline constexpr size_t kSmallLaunch = 4096;
 inline constexpr size_t kLargeLaunch = 32764;
 

@@ -1,5 +1,5 @@
-// What a thread holds of an operand, on the way between memory and the arithmetic. All accesses to
-// operands are in this file; `make cuda-check` reads the machine code for that.
+// A thread's elements of one operand, between memory and the arithmetic. All accesses to operands
+// are in this file; `make cuda-check` verifies that in the machine code.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace emopt::cuda {
 
-// Laid over elements of any type.
+// May alias elements of any type.
 template <uint32_t kBytes>
 struct [[gnu::may_alias]] Vector {
   alignas(kBytes) uint32_t words[kBytes / 4];
@@ -37,7 +37,7 @@ template <class Stored>
 using BitsOf = std::conditional_t<sizeof(Stored) == 2, uint16_t,
                                   std::conditional_t<sizeof(Stored) == 4, uint32_t, uint64_t>>;
 
-// The elements of a type of so many bytes, as they lie in memory.
+// kHeld elements of a type of kSize bytes, as in memory.
 template <uint32_t kSize>
 struct Packet {
   uint32_t words[kHeld * kSize / 4];
@@ -79,16 +79,16 @@ struct Packet {
     }
   }
 
-  // Of the first `left` elements, each kThreads-th. A word or two for each, and each a word from
-  // the load on: to put two into a word, or to widen a choice between a short element and zero, the
-  // next operand's loads would have to wait for this one's. pack_words() does that later.
+  // Loads every kThreads-th of the first `remaining` elements, 16-bit ones to a word each. Packing
+  // two into a word, or widening after the selection, would make the next operand's loads wait for
+  // this one's; pack_words() does that later.
   template <class Bits>
-  EMOPT_FN void load_singles(const Bits* from, uint32_t left) {
+  EMOPT_FN void load_singles(const Bits* from, uint32_t remaining) {
     using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
       Word word = 0;
-      if (i * kThreads < left) word = from[i * kThreads];
+      if (i * kThreads < remaining) word = from[i * kThreads];
       put(i, word);
     }
   }
@@ -99,10 +99,10 @@ struct Packet {
   }
 
   template <class Bits>
-  EMOPT_FN void store_singles(Bits* to, uint32_t left) const {
+  EMOPT_FN void store_singles(Bits* to, uint32_t remaining) const {
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
-      if (i * kThreads < left) to[i * kThreads] = get<Bits>(i);
+      if (i * kThreads < remaining) to[i * kThreads] = get<Bits>(i);
     }
   }
 };
