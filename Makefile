@@ -59,7 +59,8 @@ emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated d
 	    tests/test_cuda_conversions.py tests/test_functions.py tests/test_identities.py \
 	    tests/test_properties.py tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py \
 	    tests/test_megatron_steps.py tests/test_loading.py tests/test_states.py \
-	    tests/test_step_overlap.py tests/test_bench_cuda.py
+	    tests/test_step_overlap.py tests/test_bench_cuda.py tests/test_rule_library.py \
+	    tests/test_group_rules.py
 
 cpp-test: $(INSTALLED)  ## Run the C++ tests alone, under sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja

@@ -26,10 +26,6 @@ from ._hyperparameters import (
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
-# The types of the devices that the compiled module has kernels for.
-_NATIVE_DEVICES = (
-    () if native is None else ("cpu", *(["cuda"] if native.cuda_architectures else []))
-)
 # As a table: torch.promote_types itself would be recorded as an operation of a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
@@ -92,7 +88,12 @@ class Rule:
         # What the compiled module knows it by; None where it does not.
         self.native: Any = None if native is None else native.rules.get(name)
         self._operator: Any = None
+        # The types of the devices that its operator has kernels for.
+        self._native_devices: tuple[str, ...] = ()
         if self.native is not None:
+            operator = f"{_NAMESPACE}::{name}_update_"
+            has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+            self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
         self.meet_dtensors = self._way_to_meet_dtensors()
@@ -152,11 +153,13 @@ class Rule:
         options, step_tensor = self._read_options(arguments[num_tensors:-1])
         if out is None:
             updates = []
-            for position, (grad, state) in enumerate(zip(grads, states[0], strict=True)):
+            # As the first state is laid out, or the gradient where a rule has no states.
+            name, layouts = (self.states[0], states[0]) if states else ("grad", grads)
+            for position, (grad, layout) in enumerate(zip(grads, layouts, strict=True)):
                 _checks.check_storage("grad", grad, position, single)
-                _checks.check_storage(self.states[0], state, position, single)
-                dtype = _PROMOTED[grad.dtype, state.dtype]
-                updates.append(torch.empty_like(state, dtype=dtype, requires_grad=False))
+                _checks.check_storage(name, layout, position, single)
+                dtype = _PROMOTED[grad.dtype, layout.dtype]
+                updates.append(torch.empty_like(layout, dtype=dtype, requires_grad=False))
             out = updates[0] if single else updates
         else:
             updates = self._read_beside(grads, single, "out", out)
@@ -293,7 +296,7 @@ class Rule:
         for grad, *states, update in zip(*lists, strict=True):
             if grad.numel() == 0:
                 continue
-            if self._operator is not None and grad.device.type in _NATIVE_DEVICES:
+            if self._operator is not None and grad.device.type in self._native_devices:
                 row = [[tensor] for tensor in (update, grad, *states)]
                 self._operator(*row, *options.values())
             else:

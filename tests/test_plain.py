@@ -45,18 +45,22 @@ from emerging_optimizers._native import native
 needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
 
 
+def rule_of(name: str) -> _rule.Rule:
+    module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
+    rule: _rule.Rule = module._RULE
+    return rule
+
+
 def formula_of(rule: Rule) -> Callable[..., Tensor]:
-    module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{rule.name}")
-    formula: Callable[..., Tensor] = getattr(module, f"_{rule.name}")
-    return formula
+    return rule_of(rule.name).formula
 
 
-def _complete(case: Case, rule: Rule) -> dict[str, Any]:
+def complete(case: Case, rule: Rule) -> dict[str, Any]:
     """A case with the public function's defaults, as formulas and operators want it."""
-    complete = {"use_shape_scaling": False} | dict(case) if rule.name == "signum" else dict(case)
-    if complete.get("momentum_beta2", 0) is None:
-        complete["momentum_beta2"] = complete["momentum_beta"]
-    return complete
+    values = {"use_shape_scaling": False} | dict(case) if rule.name == "signum" else dict(case)
+    if values.get("momentum_beta2", 0) is None:
+        values["momentum_beta2"] = values["momentum_beta"]
+    return values
 
 
 # ---- the formulas --------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ def test_formula(rule: Rule, case_name: str, dtype: torch.dtype) -> None:
     case = rule.cases[case_name]
     operands = make_operands(rule, (5, 670), Mix(dtype, (dtype, dtype, dtype)))
     before = operands.clone()
-    update = formula_of(rule)(*operands, **_complete(case, rule))
+    update = formula_of(rule)(*operands, **complete(case, rule))
     assert_close_to_oracle(rule, case, before, update, operands.states, case_name)
     assert_equal_bits(operands.grad, before.grad, "grad")
 
@@ -84,7 +88,8 @@ def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
     """
     if native is None:
         pytest.skip("there are no native kernels to fall back from")
-    monkeypatch.setattr(_rule, "_NATIVE_DEVICES", frozenset())
+    for name in RULES:
+        monkeypatch.setattr(rule_of(name), "_native_devices", ())
     elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
     def through_the_dispatcher(rule: Rule) -> Rule:
@@ -107,8 +112,8 @@ def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
                 ]
             else:
                 updates = [out] if isinstance(out, Tensor) else list(out)
-            complete = _complete(case, rule)
-            options = [complete[name] for name in hyperparameters]
+            values = complete(case, rule)
+            options = [values[name] for name in hyperparameters]
             operator.redispatch(elsewhere, updates, *lists, *options)
             if out is not None:
                 return out

@@ -145,7 +145,7 @@ class GroupStep {
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
     const at::Tensor& param = *c.operands[kUpdate];
     if (!is_plain(param) || !is_supported_dtype(param.scalar_type())) return false;
-    if (!EMOPT_CUDA && !param.is_cpu()) return false;
+    if (!param.is_cpu() && !rule_.info->has_cuda_kernels()) return false;
     const bool is_contiguous = param.is_contiguous();
     if (!is_contiguous && !param.is_non_overlapping_and_dense()) return false;
     const auto lies_alike = [&](const at::Tensor& tensor) {

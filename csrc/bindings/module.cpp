@@ -72,10 +72,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, *rule);
   m.def("step", torch::wrap_pybind_function(optimizer_step));
   // For rules that are compiled by themselves; not public yet.
-  m.def("_load_rule", torch::wrap_pybind_function(
-                          [](py::module_ module, const std::string& path, const std::string& name) {
-                            bind_rule(module, load_rule(path, name));
-                          }));
+  m.def("_load_rule",
+        torch::wrap_pybind_function([m](const std::string& path, const std::string& name) {
+          py::module_ module = m;
+          bind_rule(module, load_rule(path, name));
+        }));
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda_architectures") = py::cast(cuda_architectures());

@@ -37,14 +37,15 @@ CallLists<kStates> operand_lists(const OperatorCall& call) {
 }
 
 // Whether the dispatcher would choose the native kernel for this tensor.
-bool is_native(const at::Tensor& tensor) {
+bool is_native(const RuleInfo& info, const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
-  return keys == kPlainOnCpu || (EMOPT_CUDA && keys == kPlainOnCuda);
+  return keys == kPlainOnCpu || (info.has_cuda_kernels() && keys == kPlainOnCuda);
 }
 
 bool are_native(const OperatorCall& call) {
-  return std::all_of(call.lists.begin(), call.lists.end(), [](at::TensorList list) {
-    return std::all_of(list.begin(), list.end(), is_native);
+  const auto is_known = [&](const at::Tensor& t) { return is_native(*call.rule.info, t); };
+  return std::all_of(call.lists.begin(), call.lists.end(), [&](at::TensorList list) {
+    return std::all_of(list.begin(), list.end(), is_known);
   });
 }
 
@@ -55,7 +56,8 @@ bool compute(const OperatorCall& call, bool only_native) {
   CheckedTable<kNumOperands<kStates, StoreUpdate>> checked(lists);
   bool has_rows = checked.try_add_rows();
   if (only_native) {
-    const bool is_surely_native = has_rows && (EMOPT_CUDA || !checked.table().any_on_device);
+    const bool has_kernels = !checked.table().any_on_device || call.rule.info->has_cuda_kernels();
+    const bool is_surely_native = has_rows && has_kernels;
     if (!is_surely_native && !are_native(call)) return false;
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -168,14 +170,14 @@ RegisteredRule register_rule(const RuleInfo& info) {
   const std::string name = std::string(kNamespace) + "::" + operator_name(info);
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "there is a rule named ", info.name,
-              " already");
+              " already; compile this one with another kName");
   torch::Library& library = add_library();
   library.def(schema_of(info).c_str(), {at::Tag::pt2_compliant_tag});
   const auto implement = [&](c10::DispatchKey key, torch::CppFunction function) {
     library.impl(operator_name(info).c_str(), torch::dispatch(key, std::move(function)));
   };
   implement(c10::DispatchKey::CPU, boxed<NativeKernel>(info));
-  if (EMOPT_CUDA) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
+  if (info.has_cuda_kernels()) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
   implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
   implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(info));
   // An update is not differentiated. Without this, PyTorch's fallback would search all lists for
@@ -193,7 +195,7 @@ bool compute_directly(const OperatorCall& call) {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
   if (!(included - c10::default_included_set).empty()) return false;
   if (at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) return false;
-  if (call.step.tensor.has_value() && !is_native(*call.step.tensor)) return false;
+  if (call.step.tensor.has_value() && !is_native(*call.rule.info, *call.step.tensor)) return false;
   return compute(call, true);
 }
 

@@ -79,6 +79,10 @@ struct RuleInfo {
     while (isa > 0 && loops[isa][Epilogue::kIndex][kPrecision<Real>] == nullptr) --isa;
     return loops[isa][Epilogue::kIndex][kPrecision<Real>];
   }
+
+  // A rule in a library of its own may have none.
+  bool has_cuda_kernels() const { return EMOPT_CUDA && enqueue[0][0] != nullptr; }
+
   template <class Epilogue>
   EnqueueRows enqueue_of(DType compute) const {
     return enqueue[Epilogue::kIndex][compute == DType::kFloat64 ? 1 : 0];

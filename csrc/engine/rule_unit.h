@@ -104,8 +104,10 @@ constexpr EnqueueRows enqueue_rows() {
 
 template <class Rule>
 RuleInfo make_info() {
-  static_assert(kNumStates<Rule> <= kMaxStates && sizeof(Rule) <= kMaxRuleBytes);
-  static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8);
+  static_assert(kNumStates<Rule> <= kMaxStates, "a rule has at most 5 states");
+  static_assert(sizeof(Rule) <= kMaxRuleBytes, "a rule's struct has at most 256 bytes");
+  static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8,
+                "a rule's members are numbers and flags");
   static const auto hyperparameters = std::apply(
       [](const auto&... each) {
         return std::array<HyperparameterInfo, sizeof...(each)>{describe<Rule>(each)...};

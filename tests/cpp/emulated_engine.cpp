@@ -1,23 +1,9 @@
 // The CUDA engine on the host; replaces engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
-#include "engine/cuda/plan.h"
+#include "enqueue_on_host.h"
 #include "rules.h"
-#include "run_on_host.h"
 
 namespace emopt::cuda {
-
-template <class Rule, class Epilogue, class Real>
-int enqueue_rows(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
-                 const void* const* rows, size_t num_rows, const Chip& chip, void* /*stream*/) {
-  const auto run = [](const auto& launch, uint32_t num_blocks) {
-    run_on_host(launch, num_blocks);
-    return true;
-  };
-  plan_rows<Rule, Epilogue, Real>(*static_cast<const Rule*>(rule), step,
-                                  *static_cast<const Epilogue*>(epilogue), rows, num_rows, chip,
-                                  run);
-  return 0;
-}
 
 #define EMOPT_INSTANTIATE_WITH(Rule, Epilogue, Real)                                       \
   template int enqueue_rows<Rule, Epilogue, Real>(const void*, const HostOrDeviceScalar&,  \

@@ -1,0 +1,80 @@
+// Rules that the package has not: the least and the most states that a rule can have.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace emopt {
+
+// The sign of the gradient.
+struct SignDescent {
+  static constexpr const char* kName = "sign_descent";
+
+  double threshold;  // from where on a gradient counts
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("threshold", &SignDescent::threshold));
+  }
+
+  template <class Real>
+  struct Step {
+    Real threshold;
+
+    EMOPT_FN Step(const SignDescent& rule, double /*step*/)
+        : threshold(static_cast<Real>(rule.threshold)) {}
+
+    EMOPT_FN Real operator()(Real grad) const {
+      return grad > threshold || -grad > threshold ? sign(grad) : Real(0);
+    }
+  };
+};
+
+// The sum of five momenta.
+struct FiveMomenta {
+  static constexpr const char* kName = "five_momenta";
+  static constexpr const char* kStates[] = {"first", "second", "third", "fourth", "fifth"};
+
+  double betas[5];
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("betas", &FiveMomenta::betas, Domain::kBeta),
+                           StepArgument{});
+  }
+
+  template <class Real>
+  struct Step {
+    Real beta[5];
+    Real step;
+
+    EMOPT_FN Step(const FiveMomenta& rule, double step_) : step(static_cast<Real>(step_)) {
+      for (int i = 0; i < 5; ++i) beta[i] = static_cast<Real>(rule.betas[i]);
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& first, Real& second, Real& third, Real& fourth,
+                             Real& fifth) const {
+      first = beta[0] * first + grad;
+      second = beta[1] * second + grad;
+      third = beta[2] * third + grad;
+      fourth = beta[3] * fourth + grad;
+      fifth = beta[4] * fifth + grad;
+      return (first + second + third + fourth + fifth) / step;
+    }
+  };
+};
+
+// One state too many.
+struct SixStates {
+  static constexpr const char* kName = "six_states";
+  static constexpr const char* kStates[] = {"a", "b", "c", "d", "e", "f"};
+
+  static constexpr auto hyperparameters() { return std::make_tuple(); }
+
+  template <class Real>
+  struct Step {
+    EMOPT_FN Step(const SixStates& /*rule*/, double /*step*/) {}
+    EMOPT_FN Real operator()(Real grad, Real&, Real&, Real&, Real&, Real&, Real&) const {
+      return grad;
+    }
+  };
+};
+
+}  // namespace emopt

@@ -1,0 +1,108 @@
+"""Rules in shared libraries of their own, compiled as the package's are."""
+
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+from test_plain import complete, rule_of
+
+from emerging_optimizers import _build
+from emerging_optimizers._native import native
+from emerging_optimizers._rule import Rule
+
+_TESTS = Path(__file__).parent
+CSRC = _TESTS.parent / "csrc"
+IS_EMULATED = native is not None and native.__name__ == "emulated_cuda"
+# The struct of each of the package's rules.
+STRUCTS = {
+    "adam": "Adam",
+    "ademamix": "AdEMAMix",
+    "laprop": "LaProp",
+    "lion": "Lion",
+    "signum": "Signum",
+    "sim_ademamix": "SimplifiedAdEMAMix",
+}
+_KERNELS = """
+#include "enqueue_on_host.h"
+#define EMOPT_CUDA_WITH(Rule, Epilogue, Real)                                                 \\
+  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::Epilogue, Real>(                 \\
+      const void*, const emopt::HostOrDeviceScalar&, const void*, const void* const*, size_t, \\
+      const emopt::cuda::Chip&, void*);
+#define EMOPT_CUDA_RULE(Rule)                \\
+  EMOPT_CUDA_WITH(Rule, StoreUpdate, float)  \\
+  EMOPT_CUDA_WITH(Rule, StoreUpdate, double) \\
+  EMOPT_CUDA_WITH(Rule, ApplyUpdate, float)  \\
+  EMOPT_CUDA_WITH(Rule, ApplyUpdate, double)
+"""
+
+
+def compile_rules(
+    headers: Sequence[str],
+    structs: Sequence[str],
+    library: Path,
+    *arguments: str,
+    has_kernels: bool = False,
+) -> Path:
+    """Compile structs to a library; a ``subprocess.CalledProcessError`` has what is wrong.
+
+    Args:
+        headers: What has the structs.
+        structs: The names of rules.
+        library: Where to put it.
+        *arguments: Options of the compiler, after the package's own.
+        has_kernels: Add their CUDA kernels, for emulated devices.
+    """
+    lines = [f'#include "{name}"' for name in [*headers, "engine/rule_unit.h"]]
+    if has_kernels:
+        lines += [_KERNELS, *(f"EMOPT_CUDA_RULE({struct})" for struct in structs)]
+    lines += [f"EMOPT_RULE({struct})" for struct in structs]
+    source = library.with_suffix(".cpp")
+    source.write_text("\n".join([*lines, ""]))
+    # The emulated module is compiled without a stamp.
+    stamp = [] if IS_EMULATED else [f"-DEMOPT_ABI={_build.abi(CSRC)}"]
+    folders = [library.parent, CSRC, CSRC / "rules", _TESTS / "cpp"]
+    command = ["c++", "-std=c++20", "-shared", "-fPIC", *_build.COMPILE_ARGS["unix"], *stamp]
+    command += [f"-I{folder}" for folder in folders]
+    command += [f"-DEMOPT_CUDA={int(has_kernels)}", *arguments, str(source), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
+
+
+def library_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
+
+
+def load_copies(folder: Path) -> dict[str, Rule]:
+    """Compile the package's rules, under other names, and return them by the usual ones."""
+    headers = []
+    for name in STRUCTS:
+        text = (CSRC / "rules" / f"{name}.h").read_text()
+        assert text.count(f'kName = "{name}"') == 1
+        header = folder / f"copy_of_{name}.h"
+        header.write_text(text.replace(f'kName = "{name}"', f'kName = "plugin_{name}"'))
+        headers.append(header.name)
+    # Not -O3, for time; that decides no bits.
+    path = library_path(folder, "copies")
+    compile_rules(headers, list(STRUCTS.values()), path, "-O1", has_kernels=IS_EMULATED)
+    assert native is not None
+    for struct in STRUCTS.values():
+        native._load_rule(str(path), struct)
+    return {name: plugin_of(rule_of(name)) for name in STRUCTS}
+
+
+def plugin_of(rule: Rule) -> Rule:
+    return Rule(f"plugin_{rule.name}", rule.formula, rule._check)
+
+
+def as_row(plugin: Rule, row: oracle.Rule) -> oracle.Rule:
+    """Return a row of the table of rules whose function is a plug-in's."""
+    enter = plugin.entry_point()
+
+    def function(*tensors: Any, out: Any = None, **case: Any) -> Any:
+        values = complete(case, row)
+        return enter(*tensors, *(values[name] for name in plugin.options), out)
+
+    return oracle.Rule(row.name, function, row.oracle, row.states, row.cases)
