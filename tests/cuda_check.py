@@ -482,10 +482,10 @@ def main() -> int:
             for kernel, used in registers.items():
                 rows[kernel] += f"{used:>3}, {lengths.get(kernel, 0):<9}"
         findings += check_rounding(sources, ptx)
-    print("registers, instructions of the loop".rjust(79))
-    print(" " * 44 + "".join(f"{name:<14}" for name in compiled))
+    print("registers, instructions of the loop".rjust(87))
+    print(" " * 52 + "".join(f"{name:<14}" for name in compiled))
     for kernel, row in sorted(rows.items()):
-        print(f"{kernel!s:<44}{row}")
+        print(f"{kernel!s:<52}{row}")
     for finding in findings:
         print(f"cuda-check: {finding}")
     fine = "no spill, no local memory, vectors fill sectors, loads first, no contraction"
