@@ -6,7 +6,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
-#include <cstring>
 #include <limits>
 #include <unordered_set>
 #include <utility>
@@ -139,13 +138,8 @@ class CandidateWalk {
     prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
   }
   static void prefetch_memory(const at::Tensor& tensor) {
-    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    prefetch_lines(impl.unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
-    // The counter of versions: the one pointer in there.
-    void* version = nullptr;
-    static_assert(sizeof(c10::VariableVersion) == sizeof(version));
-    std::memcpy(&version, &impl.version_counter(), sizeof(version));
-    prefetch(version);
+    const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+    prefetch_lines(storage.unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
   }
 
   // Finds the gradient and the states of each parameter.
@@ -170,16 +164,8 @@ class CandidateWalk {
     }
     for (size_t i = 0; i < n; ++i) {
       CandidateOf& c = batch[i];
-      if (c.state == nullptr) continue;
-      if (PyDict_Check(c.state)) {
-        prefetch_lines(reinterpret_cast<PyDictObject*>(c.state)->ma_keys, 192);
-      } else {
-        c.state = nullptr;
-      }
-    }
-    for (size_t i = 0; i < n; ++i) {
-      CandidateOf& c = batch[i];
       c.state_objects.fill(nullptr);
+      if (c.state != nullptr && !PyDict_Check(c.state)) c.state = nullptr;
       if (c.state == nullptr) continue;
       DictCursor fields(c.state);
       c.step_object = fields.find(step_key);

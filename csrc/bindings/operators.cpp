@@ -167,6 +167,10 @@ torch::Library& add_library() {
 // ---- the operator -------------------------------------------------------------------------------
 
 RegisteredRule register_rule(const RuleInfo& info) {
+  TORCH_INTERNAL_ASSERT(info.num_states <= kMaxStates && info.num_bytes <= kMaxRuleBytes);
+  for (const uint32_t bytes : info.constants_bytes) {
+    TORCH_INTERNAL_ASSERT(bytes <= kMaxConstantsBytes);
+  }
   const std::string name = std::string(kNamespace) + "::" + operator_name(info);
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "there is a rule named ", info.name,
