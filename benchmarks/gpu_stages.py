@@ -24,7 +24,7 @@ TESTS: dict[str, Sequence[str]] = {
     "tests-cuda": (
         *("tests/test_cuda.py", "tests/test_cuda_conversions.py", "tests/test_cuda_graphs.py"),
         *("tests/test_cuda_optimizers.py", "tests/test_megatron.py"),
-        "tests/test_docs.py::test_cuda_code",
+        *("tests/test_rule_library.py", "tests/test_docs.py::test_cuda_code"),
     ),
     "tests-functions": (
         *("--device", "cuda", "tests/test_functions.py", "tests/test_identities.py"),
@@ -36,6 +36,7 @@ TESTS: dict[str, Sequence[str]] = {
     "tests-states": (
         *("--device", "cuda", "tests/test_loading.py", "tests/test_states.py"),
         *("tests/test_step_overlap.py", "tests/test_megatron_steps.py"),
+        "tests/test_group_rules.py",
     ),
     "tests-large": (
         *("--slow", "-k", "more_than_two_to_the_31", "tests/test_cuda.py"),

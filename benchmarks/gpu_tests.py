@@ -34,6 +34,7 @@ PYTEST_STATUSES = (0, 1, 2, 5)
 DELIBERATE = re.compile(
     r"slow: |of gradients only|of one beta only|for tensors on the CPU"
     r"|there is no native step for it|found with all other memory that is shared"
+    r"|compiles by c\+\+|the copies have kernels only on emulated devices"
 )
 
 # Packages that the check does without: files of tests that need one which is absent are left out.
