@@ -529,11 +529,9 @@ class ScalarOptimizer(torch.optim.Optimizer):
         arguments = (grad_multiplier, grad_scale, found_inf, seed)
         if has_tensors and not have_values((*(group["lr"] for group in groups), *arguments)):
             left = self._prepare_all(groups, StepArguments(*arguments))
-        elif self._may_be_one_call(groups):
+        elif native is not None and (rules := self._rules_of_one_call(groups)) is not None:
             # Here, for the layers below take as long as five small parameters do. Nothing is done
             # where any are left.
-            assert native is not None
-            rules = [self._rule_of(group) for group in groups]
             try:
                 found = native.step(self.state, groups, positions, rules, arguments, None, False)
             except (TypeError, ValueError) as error:
@@ -552,17 +550,20 @@ class ScalarOptimizer(torch.optim.Optimizer):
             self._plain_step(groups[i], positions[i], StepArguments(*arguments), indices)
         return found_inf
 
-    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether a step of groups may be one native call.
+    def _rules_of_one_call(self, groups: Sequence[dict[str, Any]]) -> list[GroupRule] | None:
+        """Return groups' rules if their step may be one native call, and None if not.
 
         If so, `_native_step` and `_grad` are passed by.
         """
+        rules = []
         for group in groups:
             if group["fused"] is not None and group["fused"] is not True:
-                return False
-            if self._rule_of(group).native is None:
-                return False
-        return native is not None
+                return None
+            rule = self._rule_of(group)
+            if rule[0] is None:  # `native`, faster
+                return None
+            rules.append(rule)
+        return rules
 
     def _steps_together(self, group: dict[str, Any]) -> bool:
         """Return whether processes communicate for parameters without a gradient, too."""

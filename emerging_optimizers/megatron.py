@@ -19,7 +19,7 @@ from ._groups import STATE_DTYPES
 from ._hyperparameters import read_flag, read_optional_flag
 from ._loading import count_of
 from ._optimizer import SHARED_DEFAULTS, ScalarOptimizer, StepArguments, as_local
-from ._rule import store
+from ._rule import GroupRule, store
 from ._states import MASTER, check_master_dtype, is_absent, is_begun
 from ._values import HYPERPARAMETER, read
 
@@ -343,11 +343,11 @@ class MegatronMixin(ScalarOptimizer):
         _group_steps.count(self, found_inf)
         return found_inf
 
-    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def _rules_of_one_call(self, groups: Sequence[dict[str, Any]]) -> list[GroupRule] | None:
         for group in groups:
             if group["use_decoupled_grad"] is not False:
-                return False
-        return super()._may_be_one_call(groups)
+                return None
+        return super()._rules_of_one_call(groups)
 
     def _read_weight(self, group: dict[str, Any], param: Tensor) -> Tensor:
         remainder = self._master(group, param)

@@ -18,7 +18,7 @@ from .._optimizer import (
     frobenius_norms,
     restore_norms,
 )
-from .._rule import Rule
+from .._rule import GroupRule, Rule
 from .._schedules import bias_correction
 from .._states import has_master
 from .._values import HYPERPARAMETER, read
@@ -191,11 +191,11 @@ class LaProp(ScalarOptimizer):
                 group["weight_decay"],
             )
 
-    def _may_be_one_call(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def _rules_of_one_call(self, groups: Sequence[dict[str, Any]]) -> list[GroupRule] | None:
         for group in groups:
             if group["frob_normalize"] is not False:
-                return False
-        return super()._may_be_one_call(groups)
+                return None
+        return super()._rules_of_one_call(groups)
 
     def _has_native_step(self, group: dict[str, Any]) -> bool:
         if not super()._has_native_step(group):
