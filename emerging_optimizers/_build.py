@@ -92,8 +92,9 @@ def recipe(csrc: Path) -> Recipe:
     patterns = ["units/*.cpp", "engine/cpu/*.cpp", "bindings/*.cpp"]
     is_windows = sys.platform == "win32"
     openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
-    stamp = f"-DEMOPT_ABI={abi(csrc)}"
-    cxx_args = [*COMPILE_ARGS["msvc" if is_windows else "unix"], *openmp_compile, stamp]
+    # PyTorch's headers then include only the operators that are used, which compiles faster.
+    defines = [f"-DEMOPT_ABI={abi(csrc)}", "-DAT_PER_OPERATOR_HEADERS"]
+    cxx_args = [*COMPILE_ARGS["msvc" if is_windows else "unix"], *openmp_compile, *defines]
     nvcc_args = []
     reason = why_no_cuda()
     if reason is None:

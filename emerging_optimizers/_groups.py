@@ -79,7 +79,7 @@ def check_group(
         where: The group's name in messages, such as ``param_groups[1]``. Empty: none.
         is_new: No scheduler has set its learning rate, and a device may be waited for.
     """
-    rule, keys = optimizer._rule_of(group).rule, optimizer._rule_of(group).keys
+    _, keys, _, rule = optimizer._rule_of(group)
     options: dict[str, Any] = {"step": 1}
     name = ""
     try:
@@ -127,7 +127,7 @@ def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[st
 
 def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
     """Return the keys of the flags that a group has: of its rule, and of every optimizer."""
-    rule, keys = optimizer._rule_of(group).rule, optimizer._rule_of(group).keys
+    _, keys, _, rule = optimizer._rule_of(group)
     options = zip(rule.hyperparameters, keys, strict=True)
     names = [
         key

@@ -100,8 +100,8 @@ class Rule:
         self.meet_dtensors()
 
     def for_groups(
-        self, renamed: Mapping[str, "GroupKey"], state_names: tuple[str, ...]
-    ) -> "GroupRule":
+        self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
+    ) -> GroupRule:
         """Return the rule as parameter groups have it.
 
         Args:

@@ -1,8 +1,11 @@
-// The extension module: the built-in rules, their entry points, and the optimizers' step.
+// The extension module: the built-in rules and those of shared libraries, their entry points, and
+// the optimizers' step.
+#include <ATen/DynamicLibrary.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,7 +14,6 @@
 #include "entry_point.h"
 #include "operand_checks.h"
 #include "optimizer_step.h"
-#include "rule_library.h"
 #if EMOPT_CUDA
 #include "../engine/cuda/device_sweep.h"
 #endif
@@ -35,6 +37,36 @@ const std::vector<const RegisteredRule*>& builtin_rules() {
     return registered;
   }();
   return *rules;
+}
+
+std::unique_ptr<at::DynamicLibrary> open_library(const std::string& path) {
+  try {
+    return std::make_unique<at::DynamicLibrary>(path.c_str());
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, "cannot load ", path, ": ", error.what_without_backtrace());
+  }
+}
+
+void* find(at::DynamicLibrary& library, const std::string& path, const std::string& name) {
+  try {
+    return library.sym(("emopt_rule_" + name).c_str());
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false, path, " has no rule ", name, "; compile it with EMOPT_RULE(", name, ")");
+  }
+}
+
+// Loads the rule of a struct `name` from a shared library, which stays loaded, and registers it.
+const RegisteredRule& load_rule(const std::string& path, const std::string& name) {
+  std::unique_ptr<at::DynamicLibrary> library = open_library(path);
+  using Function = const RuleInfo* (*)();
+  const auto function = reinterpret_cast<Function>(find(*library, path, name));
+  const RuleInfo* const info = function();
+  TORCH_CHECK(info->abi == EMOPT_ABI, path,
+              " was compiled with the headers of another version of emerging_optimizers; compile "
+              "it again");
+  const auto* const rule = new RegisteredRule(register_rule(*info));
+  library.release();
+  return *rule;
 }
 
 // Gives the module `<name>_update`, and `rules[name]` for the optimizers' step.

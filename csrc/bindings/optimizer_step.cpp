@@ -28,12 +28,8 @@ using Remaining = std::vector<std::vector<Py_ssize_t>>;  // by group
 // From this many elements on, it pays to let other threads run.
 constexpr int64_t kWorthTheGil = 1 << 18;
 
-template <class Visit>
-decltype(auto) with(AnyGroupStep& step, const Visit& visit) {
-  return std::visit(visit, step);
-}
-template <class Visit>
-decltype(auto) with(const AnyGroupStep& step, const Visit& visit) {
+template <class Any, class Visit>
+decltype(auto) with(Any& step, const Visit& visit) {
   return std::visit(visit, step);
 }
 

@@ -18,7 +18,12 @@ inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
 
 inline constexpr int kMaxStates = 5;
-#define EMOPT_FOR_EACH_NUM_STATES(APPLY) APPLY(0) APPLY(1) APPLY(2) APPLY(3) APPLY(4) APPLY(5)
+// APPLY(number of states, epilogue): what is compiled once for all rules is instantiated for these.
+#define EMOPT_FOR_EACH_SWEEP(APPLY) \
+  EMOPT_FOR_EACH_NUM_STATES(APPLY, StoreUpdate) EMOPT_FOR_EACH_NUM_STATES(APPLY, ApplyUpdate)
+#define EMOPT_FOR_EACH_NUM_STATES(APPLY, Epilogue) \
+  APPLY(0, Epilogue)                               \
+  APPLY(1, Epilogue) APPLY(2, Epilogue) APPLY(3, Epilogue) APPLY(4, Epilogue) APPLY(5, Epilogue)
 
 template <class Rule, class = void>
 inline constexpr int kNumStates = 0;

@@ -27,7 +27,7 @@
 
 namespace emopt::unit {
 
-// ---- what it asks for ---------------------------------------------------------------------------
+// ---- its description ----------------------------------------------------------------------------
 
 template <class Rule, class Value>
 HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
@@ -51,8 +51,7 @@ HyperparameterInfo describe(StepArgument) {
   return {"step", Kind::kStep, Domain::kAny, 1, 0};
 }
 
-template <class Rule>
-int32_t offset_of_flag(const HyperparameterInfo* begin, size_t count, const char* name) {
+inline int32_t offset_of_flag(const HyperparameterInfo* begin, size_t count, const char* name) {
   for (size_t i = 0; i < count; ++i) {
     if (begin[i].kind == Kind::kFlag && std::strcmp(begin[i].name, name) == 0) {
       return static_cast<int32_t>(begin[i].offset);
@@ -79,7 +78,7 @@ template <class Rule>
 inline constexpr decltype(RuleInfo::shape_scale)
     kShapeScale<Rule, std::void_t<decltype(&Rule::shape_scale)>> = &Rule::shape_scale;
 
-// ---- what it computes ---------------------------------------------------------------------------
+// ---- its code -----------------------------------------------------------------------------------
 
 template <class Rule, class Real>
 void make_constants(const void* rule, double step, void* constants) {
@@ -114,7 +113,7 @@ RuleInfo make_info() {
       },
       Rule::hyperparameters());
   const auto offset = [](const char* name) {
-    return offset_of_flag<Rule>(hyperparameters.data(), hyperparameters.size(), name);
+    return offset_of_flag(hyperparameters.data(), hyperparameters.size(), name);
   };
   using Float = typename Rule::template Step<float>;
   using Double = typename Rule::template Step<double>;

@@ -32,13 +32,10 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
 
 std::vector<int> compiled_architectures() { return {900}; }
 
-#define EMOPT_INSTANTIATE_WITH(kStates, Epilogue)                                         \
+#define EMOPT_INSTANTIATE(kStates, Epilogue)                                              \
   template void sweep_on_devices<kStates>(const RuleInstance&, const HostOrDeviceScalar&, \
                                           const Epilogue&,                                \
                                           const Table<kNumOperands<kStates, Epilogue>>&);
-#define EMOPT_INSTANTIATE(kStates)             \
-  EMOPT_INSTANTIATE_WITH(kStates, StoreUpdate) \
-  EMOPT_INSTANTIATE_WITH(kStates, ApplyUpdate)
-EMOPT_FOR_EACH_NUM_STATES(EMOPT_INSTANTIATE)
+EMOPT_FOR_EACH_SWEEP(EMOPT_INSTANTIATE)
 
 }  // namespace emopt::cuda

@@ -76,12 +76,9 @@ void sweep_between(const Setup<Epilogue>& setup,
   });
 }
 
-#define EMOPT_INSTANTIATE_WITH(kStates, Epilogue) \
-  template void sweep_between<kStates>(           \
+#define EMOPT_INSTANTIATE(kStates, Epilogue) \
+  template void sweep_between<kStates>(      \
       const Setup<Epilogue>&, const Table<kNumOperands<kStates, Epilogue>>&, Place, Place);
-#define EMOPT_INSTANTIATE(kStates)             \
-  EMOPT_INSTANTIATE_WITH(kStates, StoreUpdate) \
-  EMOPT_INSTANTIATE_WITH(kStates, ApplyUpdate)
-EMOPT_FOR_EACH_NUM_STATES(EMOPT_INSTANTIATE)
+EMOPT_FOR_EACH_SWEEP(EMOPT_INSTANTIATE)
 
 }  // namespace emopt::cpu

@@ -26,12 +26,9 @@ void sweep_in_parallel(const RuleInstance& rule, double step, const Epilogue& ep
   });
 }
 
-#define EMOPT_INSTANTIATE_WITH(kStates, Epilogue)                                        \
+#define EMOPT_INSTANTIATE(kStates, Epilogue)                                             \
   template void sweep_in_parallel<kStates>(const RuleInstance&, double, const Epilogue&, \
                                            const Table<kNumOperands<kStates, Epilogue>>&);
-#define EMOPT_INSTANTIATE(kStates)             \
-  EMOPT_INSTANTIATE_WITH(kStates, StoreUpdate) \
-  EMOPT_INSTANTIATE_WITH(kStates, ApplyUpdate)
-EMOPT_FOR_EACH_NUM_STATES(EMOPT_INSTANTIATE)
+EMOPT_FOR_EACH_SWEEP(EMOPT_INSTANTIATE)
 
 }  // namespace emopt::cpu
