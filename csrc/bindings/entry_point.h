@@ -1,14 +1,103 @@
 // The function through which eager Python calls a rule.
 #pragma once
 
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_symnode.h>
 
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "operand_checks.h"
 #include "operators.h"
+#include "tensor_argument.h"
 
 namespace emopt {
 
-// A function of the documented arguments in their order, then `out`. It lives as long as the
-// process.
-py::object entry_point(const RegisteredRule& rule);
+inline StepArgumentValue read_step(PyObject* value) {
+  if (THPVariable_Check(value)) return {c10::SymInt(0), THPVariable_Unpack(value)};
+  if (torch::is_symint(value)) return {py::cast<c10::SymInt>(value), std::nullopt};
+  return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};
+}
+
+// Updates made for a call without `out`: the tensors, and the object to return.
+struct NewUpdates {
+  std::vector<at::Tensor> tensors;
+  py::object python;
+};
+
+inline py::object wrapped(const at::Tensor& tensor) {
+  auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  if (!object) throw py::error_already_set();
+  return object;
+}
+
+inline NewUpdates new_updates(const TensorArgument& grads, const TensorArgument& layout) {
+  NewUpdates updates;
+  const size_t count = grads.tensors().size();
+  updates.tensors.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    check_storage(grads.name(), grads.tensors()[i], i);
+    check_storage(layout.name(), layout.tensors()[i], i);
+    updates.tensors.push_back(empty_update(grads.tensors()[i], layout.tensors()[i]));
+  }
+  if (grads.is_single()) {
+    updates.python = wrapped(updates.tensors[0]);
+    return updates;
+  }
+  py::list list(count);
+  for (size_t i = 0; i < count; ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i),
+                    wrapped(updates.tensors[i]).release().ptr());
+  }
+  updates.python = std::move(list);
+  return updates;
+}
+
+// Calls a rule with the documented arguments in their order, then `out`. Returns the update.
+inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count) {
+  const RuleInfo& info = *rule.info;
+  const size_t expected = 1 + info.num_states + info.num_hyperparameters + 1;
+  TORCH_CHECK_TYPE(static_cast<size_t>(count) == expected, info.name, "_update takes ", expected,
+                   " arguments, not ", count);
+  const SingleTensorCall messages(THPVariable_Check(arguments[0]));
+  OperatorCall call;
+  call.rule.info = &info;
+
+  std::array<std::optional<TensorArgument>, 1 + kMaxStates> read_lists;  // cannot be moved
+  const size_t num_read = 1 + info.num_states;
+  for (size_t k = 0; k < num_read; ++k) {
+    read_lists[k].emplace(k == 0 ? "grad" : info.states[k - 1], arguments[k]);
+    call.lists[kGrad + k] = read_lists[k]->tensors();
+  }
+  const TensorArgument& grads = *read_lists[0];
+  for (size_t k = 1; k < num_read; ++k) check_same_kind(grads, *read_lists[k]);
+
+  for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
+    PyObject* const value = arguments[num_read + i];
+    if (info.hyperparameters[i].kind == Kind::kStep) call.step = read_step(value);
+    read(info.hyperparameters[i], value, call.rule);
+  }
+
+  const py::handle out = arguments[num_read + info.num_hyperparameters];
+  std::optional<TensorArgument> given;
+  NewUpdates fresh;
+  if (out.is_none()) {
+    fresh = new_updates(grads, *read_lists[num_read > 1 ? 1 : 0]);
+    call.lists[kUpdate] = fresh.tensors;
+  } else {
+    given.emplace("out", out.ptr());
+    check_same_kind(grads, *given);
+    call.lists[kUpdate] = given->tensors();
+  }
+  if (call.lists[kUpdate].empty()) {
+    check_call(call);
+  } else {
+    const py::gil_scoped_release without_gil;
+    if (!compute_directly(call)) dispatch(rule, call);
+  }
+  return given ? py::reinterpret_borrow<py::object>(out) : std::move(fresh.python);
+}
 
 }  // namespace emopt

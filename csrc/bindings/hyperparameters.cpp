@@ -29,7 +29,7 @@ Value get(const HyperparameterInfo& info, const RuleInstance& rule, size_t index
 
 struct FloatKind {
   static constexpr const char* kSchema = "float";
-  static void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule) {
+  static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
     put(info, rule, read_number(info.name, value));
   }
   static void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule) {
@@ -51,7 +51,7 @@ struct FloatsKind {
                       " values; expected ", info.length);
     std::memcpy(rule.bytes + info.offset, values.data(), values.size() * sizeof(double));
   }
-  static void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule) {
+  static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
     put_all(info, read_numbers(info.name, value), rule);
   }
   static void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule) {
@@ -71,7 +71,7 @@ struct FloatsKind {
 
 struct FlagKind {
   static constexpr const char* kSchema = "bool";
-  static void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule) {
+  static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
     put(info, rule, read_flag(info.name, value));
   }
   static void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule) {
@@ -86,7 +86,7 @@ struct FlagKind {
 // None and 0 mean the same.
 struct WarmupStepsKind {
   static constexpr const char* kSchema = "int?";
-  static void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule) {
+  static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
     put(info, rule, read_warmup_steps(info.name, value).value_or(0));
   }
   static void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule) {
@@ -126,9 +126,7 @@ std::string schema_of(const HyperparameterInfo& info) {
   return type + " " + info.name;
 }
 
-void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule,
-          StepArgumentValue& step) {
-  if (info.kind == Kind::kStep) step = read_step(value);
+void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
   with_kind(info.kind, [&](auto kind) { kind.read(info, value, rule); });
 }
 

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/SymInt.h>
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_stub.h>
 
 #include <optional>
 #include <string>
@@ -22,9 +22,9 @@ struct StepArgumentValue {
 // "float[] betas"
 std::string schema_of(const HyperparameterInfo& info);
 
-// Each sets one hyperparameter of a rule, or the step.
-void read(const HyperparameterInfo& info, py::handle value, RuleInstance& rule,
-          StepArgumentValue& step);
+// Sets a rule's hyperparameter; does nothing for the step.
+void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule);
+// Sets a rule's hyperparameter, or the step.
 void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule,
           StepArgumentValue& step);
 // Back to what an operator is passed.

@@ -69,6 +69,29 @@ const RegisteredRule& load_rule(const std::string& path, const std::string& name
   return *rule;
 }
 
+struct EntryPoint {
+  const RegisteredRule* rule;
+  std::string name;
+  PyMethodDef definition;
+};
+
+PyObject* enter(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto* entry = static_cast<const EntryPoint*>(PyCapsule_GetPointer(self, nullptr));
+  return update(*entry->rule, arguments, count).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// A function of Python's, without pybind11's dispatch. It lives as long as the process.
+py::object entry_point(const RegisteredRule& rule) {
+  auto* const entry = new EntryPoint{&rule, std::string(rule.info->name) + "_update", {}};
+  // METH_FASTCALL makes Python call it with `enter`'s signature.
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&enter));
+  entry->definition = {entry->name.c_str(), function, METH_FASTCALL, nullptr};
+  const py::capsule self(entry);
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&entry->definition, self.ptr()));
+}
+
 // Gives the module `<name>_update`, and `rules[name]` for the optimizers' step.
 void bind_rule(py::module_& module, const RegisteredRule& rule) {
   const std::string name = rule.info->name;

@@ -1,18 +1,17 @@
 #include "python_arguments.h"
 
 #include <c10/util/Exception.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/python_symnode.h>
+#include <pybind11/pybind11.h>
 
 #include <cmath>
 
-#include "operand_checks.h"
+#include "hyperparameters.h"
+
+namespace py = pybind11;
 
 namespace emopt {
 
 namespace {
-
-const char* type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; }
 
 // Of values that errors show.
 constexpr Py_ssize_t kMaxText = 40;
@@ -39,7 +38,7 @@ std::optional<double> as_number(py::handle value) {
 
 // A value's type; and the value, if it is short.
 std::string described(py::handle value) {
-  std::string text = type_name(value);
+  std::string text = type_name(value.ptr());
   text.erase(0, text.rfind('.') + 1);  // numpy's have the module's name
   py::object shown;
   if (PyUnicode_Check(value.ptr())) {
@@ -75,24 +74,27 @@ std::string advice(py::handle value) {
 }
 
 // A list, a tuple, an array, a ParameterList: what can be indexed, but by position.
-bool is_sequence(py::handle value) {
-  return (PySequence_Check(value.ptr()) || PyMapping_Check(value.ptr())) &&
-         !PyUnicode_Check(value.ptr()) && !PyDict_Check(value.ptr());
+bool is_sequence(PyObject* value) {
+  return (PySequence_Check(value) || PyMapping_Check(value)) && !PyUnicode_Check(value) &&
+         !PyDict_Check(value);
 }
 
-// What a sequence has; null where the object is none, as a number of numpy is not.
-py::object items_of(py::handle value) {
-  if (!is_sequence(value)) return {};
-  auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
-  if (!items) {
+}  // namespace
+
+const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
+
+PyObject* items_of(PyObject* value) {
+  if (!is_sequence(value)) return nullptr;
+  PyObject* const items = PySequence_Tuple(value);
+  if (items == nullptr) {  // as for a number of numpy
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
   }
   return items;
 }
 
-int64_t read_whole_number(const char* name, py::handle value, const char* expected) {
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+int64_t read_whole_number(const char* name, PyObject* value, const char* expected) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value));
   if (index) {
     int overflow = 0;
     const int64_t integer = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
@@ -110,71 +112,29 @@ int64_t read_whole_number(const char* name, py::handle value, const char* expect
   return static_cast<int64_t>(*number);
 }
 
-}  // namespace
-
-TensorArgument::TensorArgument(const char* name, py::handle value) : name_(name) {
-  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
-  if (THPVariable_Check(value.ptr())) {
-    is_single_ = true;
-    alive_ = py::reinterpret_borrow<py::object>(value);
-    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value.ptr())));
-    return;
-  }
-  // A copy: another thread may change the list while this one computes.
-  alive_ = items_of(value);
-  TORCH_CHECK_TYPE(alive_, name, " must be a Tensor or a sequence of Tensors, not ",
-                   type_name(value));
-  const Py_ssize_t count = PyTuple_GET_SIZE(alive_.ptr());
-  // First all checks, then all borrowing: an exception from here would give back what is borrowed.
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* const item = PyTuple_GET_ITEM(alive_.ptr(), i);
-    TORCH_CHECK_TYPE(THPVariable_Check(item), position_name(name, static_cast<size_t>(i)),
-                     " must be a Tensor, not ", type_name(item));
-  }
-  tensors_.reserve(static_cast<size_t>(count));
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* const item = PyTuple_GET_ITEM(alive_.ptr(), i);
-    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(item)));
-  }
-}
-
-TensorArgument::~TensorArgument() {
-  for (at::Tensor& tensor : tensors_) c10::MaybeOwnedTraits<at::Tensor>::destroyBorrow(tensor);
-}
-
-void check_same_kind(const TensorArgument& grad, const TensorArgument& other) {
-  TORCH_CHECK_VALUE(grad.is_single() == other.is_single(), other.name(), " is ",
-                    other.is_single() ? "a single Tensor" : "a sequence", " but ", grad.name(),
-                    " is ", grad.is_single() ? "a single Tensor" : "a sequence",
-                    "; pass all of them as Tensors, or all as sequences of Tensors");
-  TORCH_CHECK_VALUE(grad.tensors().size() == other.tensors().size(), list_name(other.name()),
-                    " has ", other.tensors().size(), " tensors but ", list_name(grad.name()),
-                    " has ", grad.tensors().size());
-}
-
-double read_number(const char* name, py::handle value) {
+double read_number(const char* name, PyObject* value) {
   const auto number = as_number(value);
   TORCH_CHECK_TYPE(number.has_value(), name, " must be a number, not ", described(value),
                    advice(value));
   return *number;
 }
 
-bool read_flag(const char* name, py::handle value) {
-  if (value.ptr() == Py_True) return true;
-  if (value.ptr() == Py_False) return false;
+bool read_flag(const char* name, PyObject* value) {
+  if (value == Py_True) return true;
+  if (value == Py_False) return false;
   const std::string type = type_name(value);
   TORCH_CHECK_TYPE(type == "numpy.bool" || type == "numpy.bool_", name, " must be a bool, not ",
                    described(value), advice(value));
-  return PyObject_IsTrue(value.ptr()) == 1;
+  return PyObject_IsTrue(value) == 1;
 }
 
-std::optional<int64_t> read_warmup_steps(const char* name, py::handle value) {
-  if (value.is_none()) return std::nullopt;
+std::optional<int64_t> read_warmup_steps(const char* name, PyObject* value) {
+  if (value == Py_None) return std::nullopt;
   return read_whole_number(name, value, "a whole number or None");
 }
 
-c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
-  const py::object items = items_of(value);
+c10::SmallVector<double, 3> read_numbers(const char* name, PyObject* value) {
+  const auto items = py::reinterpret_steal<py::object>(items_of(value));
   TORCH_CHECK_TYPE(items, name, " must be a sequence of numbers, not ", described(value));
   c10::SmallVector<double, 3> numbers;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
@@ -185,12 +145,6 @@ c10::SmallVector<double, 3> read_numbers(const char* name, py::handle value) {
     numbers.push_back(*number);
   }
   return numbers;
-}
-
-StepArgumentValue read_step(py::handle value) {
-  if (THPVariable_Check(value.ptr())) return {c10::SymInt(0), THPVariable_Unpack(value.ptr())};
-  if (torch::is_symint(value)) return {value.cast<c10::SymInt>(), std::nullopt};
-  return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};
 }
 
 }  // namespace emopt

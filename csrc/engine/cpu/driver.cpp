@@ -4,21 +4,38 @@ namespace emopt::cpu {
 
 namespace {
 
-// One part of one row. Operands that are stored in the arithmetic type are used where they are;
-// where all are, the whole part is a single tile.
-template <class Epilogue, class Real, int kOperands>
-void sweep_part(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kernel,
-                const Row<kOperands>& row, int64_t begin, int64_t end) {
+// Whether the element loop gets a copy of an operand.
+template <class Real, class EpilogueAt, int kOperands>
+bool must_stage(const EpilogueAt& epilogue, const Row<kOperands>& row, int k) {
   constexpr DType kReal = sizeof(Real) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  return row.dtype[k] != kReal || (k == kUpdate && !epilogue.stores());
+}
+
+// One part of one row, whose operands are all stored in the arithmetic type.
+template <class Epilogue, class Real, int kOperands>
+void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& row, int64_t begin,
+                    int64_t end) {
+  void* operands[kOperands];
+  for (int k = 0; k < kOperands; ++k) operands[k] = static_cast<Real*>(row.data[k]) + begin;
+  auto epilogue = kernel.epilogue;
+  epilogue.scale_by(static_cast<Real>(row.scale));
+  constexpr int kLast = kOperands - 1;
+  const bool writes_weight =
+      Epilogue::kOperands > 0 &&
+      is_written<Epilogue, kOperands>(kLast, row.data[kLast], row.data[kUpdate]);
+  kernel.loop(kernel.constants, &epilogue, operands, end - begin, writes_weight);
+}
+
+// One part of one row, tile by tile. Operands that are stored in another type are staged.
+template <class Epilogue, class Real, int kOperands>
+void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kernel,
+                 const Row<kOperands>& row, int64_t begin, int64_t end) {
   alignas(64) Real buffer[kOperands][kTile];
   void* operands[kOperands];
   bool is_staged[kOperands];
-  bool any_staged = false;
   auto epilogue = kernel.epilogue;
   for (int k = 0; k < kOperands; ++k) {
-    const bool is_kept = k == kUpdate && !epilogue.stores();
-    is_staged[k] = row.dtype[k] != kReal || is_kept;
-    any_staged |= is_staged[k];
+    is_staged[k] = must_stage<Real>(epilogue, row, k);
     operands[k] = buffer[k];
   }
   epilogue.scale_by(static_cast<Real>(row.scale));
@@ -36,9 +53,8 @@ void sweep_part(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kern
   };
   const bool writes_weight = Epilogue::kOperands > 0 && is_written_there(kOperands - 1);
   const Conversions<Real>& convert = *kernel.conversions;
-  const int64_t tile = any_staged ? kTile : end - begin;
-  for (int64_t offset = begin; offset < end; offset += tile) {
-    const int64_t n = end - offset < tile ? end - offset : tile;
+  for (int64_t offset = begin; offset < end; offset += kTile) {
+    const int64_t n = end - offset < kTile ? end - offset : kTile;
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k]) {
         operands[k] = static_cast<Real*>(row.data[k]) + offset;
@@ -60,6 +76,15 @@ void sweep_part(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kern
       }
     }
   }
+}
+
+template <class Epilogue, class Real, int kOperands>
+void sweep_part(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kernel,
+                const Row<kOperands>& row, int64_t begin, int64_t end) {
+  bool any_staged = false;
+  for (int k = 0; k < kOperands; ++k) any_staged |= must_stage<Real>(kernel.epilogue, row, k);
+  if (any_staged) return sweep_tiles(setup, kernel, row, begin, end);
+  sweep_in_place(kernel, row, begin, end);
 }
 
 }  // namespace
