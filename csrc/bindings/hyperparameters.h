@@ -22,7 +22,7 @@ struct StepArgumentValue {
 // "float[] betas"
 std::string schema_of(const HyperparameterInfo& info);
 
-// Sets a rule's hyperparameter; does nothing for the step.
+// Sets a rule's hyperparameter; does nothing for the step, which only entry points read.
 void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule);
 // Sets a rule's hyperparameter, or the step.
 void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule,

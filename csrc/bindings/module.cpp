@@ -93,7 +93,7 @@ py::object entry_point(const RegisteredRule& rule) {
 }
 
 // Gives the module `<name>_update`, and `rules[name]` for the optimizers' step.
-void bind_rule(py::module_& module, const RegisteredRule& rule) {
+void bind_rule(const py::module_& module, const RegisteredRule& rule) {
   const std::string name = rule.info->name;
   module.attr((name + "_update").c_str()) = entry_point(rule);
   module.attr("rules")[name.c_str()] = py::capsule(&rule);
@@ -129,8 +129,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // For rules that are compiled by themselves; not public yet.
   m.def("_load_rule",
         torch::wrap_pybind_function([m](const std::string& path, const std::string& name) {
-          py::module_ module = m;
-          bind_rule(module, load_rule(path, name));
+          bind_rule(m, load_rule(path, name));
         }));
 
   m.attr("torch_version") = TORCH_VERSION;

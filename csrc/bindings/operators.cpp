@@ -49,31 +49,38 @@ bool are_native(const OperatorCall& call) {
   });
 }
 
-// Returns false, with nothing done, if only native tensors are wanted and there are others.
 template <int kStates>
-bool compute(const OperatorCall& call, bool only_native) {
-  const auto lists = operand_lists<kStates>(call);
-  CheckedTable<kNumOperands<kStates, StoreUpdate>> checked(lists);
-  bool has_rows = checked.try_add_rows();
-  if (only_native) {
-    const bool has_kernels = !checked.table().any_on_device || call.rule.info->has_cuda_kernels();
-    const bool is_surely_native = has_rows && has_kernels;
-    if (!is_surely_native && !are_native(call)) return false;
-  }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const HostOrDeviceScalar step = check_call(call);
-  check_step_device(lists, call.step.tensor);
-  if (!has_rows) checked.add_rows();
-  checked.prepare(call.rule);
-  sweep<kStates>(call.rule, step, StoreUpdate(), checked.table());
-  checked.finish();
-  return true;
-}
+class Computation {
+ public:
+  explicit Computation(const OperatorCall& call)
+      : call_(call),
+        lists_(operand_lists<kStates>(call)),
+        checked_(lists_),
+        has_rows_(checked_.try_add_rows()) {}
 
-bool compute(const OperatorCall& call, bool only_native) {
-  return with_num_states(call.rule.info->num_states,
-                         [&](auto num_states) { return compute<num_states>(call, only_native); });
-}
+  // Whether the dispatcher would choose the native kernel.
+  bool is_native() const {
+    const bool any_on_device = checked_.table().any_on_device;
+    const bool has_kernels = !any_on_device || call_.rule.info->has_cuda_kernels();
+    return (has_rows_ && has_kernels) || are_native(call_);
+  }
+
+  void run() {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const HostOrDeviceScalar step = check_call(call_);
+    check_step_device(lists_, call_.step.tensor);
+    if (!has_rows_) checked_.add_rows();
+    checked_.prepare(call_.rule);
+    sweep<kStates>(call_.rule, step, StoreUpdate(), checked_.table());
+    checked_.finish();
+  }
+
+ private:
+  const OperatorCall& call_;
+  CallLists<kStates> lists_;
+  CheckedTable<kNumOperands<kStates, StoreUpdate>> checked_;
+  bool has_rows_;
+};
 
 // ---- kernels ------------------------------------------------------------------------------------
 
@@ -114,7 +121,8 @@ struct NativeKernel final : RuleKernel {
   using RuleKernel::RuleKernel;
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
     BoxedCall boxed(info, *stack);
-    compute(boxed.call(), false);
+    with_num_states(info.num_states,
+                    [&](auto num_states) { Computation<num_states>(boxed.call()).run(); });
     boxed.finish();
   }
 };
@@ -200,7 +208,12 @@ bool compute_directly(const OperatorCall& call) {
   if (!(included - c10::default_included_set).empty()) return false;
   if (at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) return false;
   if (call.step.tensor.has_value() && !is_native(*call.rule.info, *call.step.tensor)) return false;
-  return compute(call, true);
+  return with_num_states(call.rule.info->num_states, [&](auto num_states) {
+    Computation<num_states> computation(call);
+    if (!computation.is_native()) return false;
+    computation.run();
+    return true;
+  });
 }
 
 void dispatch(const RegisteredRule& rule, const OperatorCall& call) {

@@ -14,10 +14,9 @@ namespace emopt {
 //   state            a dictionary of their states' dictionaries
 //   groups           the optimizer's own dictionaries
 //   positions        the number, in the optimizer, of each group's first parameter
-//   rules            for each group (rule, keys, state_names): a capsule of its RegisteredRule;
-//   where
-//                    the group has the rule's hyperparameters, see read_rule(); the keys of the
-//                    states, in the rule's order
+//   rules            for each group (rule, keys, state_names): a capsule of its RegisteredRule; the
+//                    keys of the rule's hyperparameters, see read_rule(); the keys of the states,
+//                    in the rule's order
 //   arguments        (grad_multiplier, grad_scale, found_inf, seed), of which the first three may
 //                    be None, for 1, 1 and 0
 //   grads            None, or for each group a list of gradients, in place of `param.grad`

@@ -11,6 +11,16 @@ bool must_stage(const EpilogueAt& epilogue, const Row<kOperands>& row, int k) {
   return row.dtype[k] != kReal || (k == kUpdate && !epilogue.stores());
 }
 
+template <class Epilogue, int kOperands>
+bool is_written_there(const Row<kOperands>& row, int k) {
+  return is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]);
+}
+
+template <class Epilogue, int kOperands>
+bool writes_weight(const Row<kOperands>& row) {
+  return Epilogue::kOperands > 0 && is_written_there<Epilogue>(row, kOperands - 1);
+}
+
 // One part of one row, whose operands are all stored in the arithmetic type.
 template <class Epilogue, class Real, int kOperands>
 void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& row, int64_t begin,
@@ -19,11 +29,7 @@ void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& 
   for (int k = 0; k < kOperands; ++k) operands[k] = static_cast<Real*>(row.data[k]) + begin;
   auto epilogue = kernel.epilogue;
   epilogue.scale_by(static_cast<Real>(row.scale));
-  constexpr int kLast = kOperands - 1;
-  const bool writes_weight =
-      Epilogue::kOperands > 0 &&
-      is_written<Epilogue, kOperands>(kLast, row.data[kLast], row.data[kUpdate]);
-  kernel.loop(kernel.constants, &epilogue, operands, end - begin, writes_weight);
+  kernel.loop(kernel.constants, &epilogue, operands, end - begin, writes_weight<Epilogue>(row));
 }
 
 // One part of one row, tile by tile. Operands that are stored in another type are staged.
@@ -48,10 +54,6 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
       key = rounding_key(setup.epilogue.seed, row.position, static_cast<uint64_t>(step));
     }
   }
-  const auto is_written_there = [&](int k) {
-    return is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]);
-  };
-  const bool writes_weight = Epilogue::kOperands > 0 && is_written_there(kOperands - 1);
   const Conversions<Real>& convert = *kernel.conversions;
   for (int64_t offset = begin; offset < end; offset += kTile) {
     const int64_t n = end - offset < kTile ? end - offset : kTile;
@@ -64,9 +66,9 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
         convert.load(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
     }
-    kernel.loop(kernel.constants, &epilogue, operands, n, writes_weight);
+    kernel.loop(kernel.constants, &epilogue, operands, n, writes_weight<Epilogue>(row));
     for (int k = 0; k < kOperands; ++k) {
-      if (!is_staged[k] || !is_written_there(k)) continue;
+      if (!is_staged[k] || !is_written_there<Epilogue>(row, k)) continue;
       if (!is_stored(k, row.dtype[k], epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
         const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));
