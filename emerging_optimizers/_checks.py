@@ -1,7 +1,7 @@
-"""The native kernels' checks of tensors, for the calls that those do not see.
+"""Checks of tensors, for calls that the native kernels do not check.
 
-These are the calls on devices without native kernels, and all calls where nothing was compiled. The
-messages are the same; one table of tests holds the two together.
+These are calls on devices without native kernels, and all calls if nothing is compiled. The
+messages are those of the native checks; one table of tests compares the two.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ class Operand(NamedTuple):
 
     @property
     def label(self) -> str:
-        """How the argument is spelled: ``exp_avg`` for a tensor, ``exp_avgs`` for a list."""
+        """The argument in messages: ``exp_avg`` for a tensor, ``exp_avgs`` for a list."""
         return self.name if self.is_single or self.name == "out" else f"{self.name}s"
 
     def at(self, position: int) -> str:
-        """Spell the tensor at a position: ``exp_avg``, or ``exp_avgs[3]`` of a list."""
+        """Return the tensor's name in messages: ``exp_avg``, or ``exp_avgs[3]`` in a list."""
         return self.name if self.is_single else f"{self.label}[{position}]"
 
 
@@ -75,7 +75,7 @@ def read_operand(name: str, value: Any, grads: Operand | None = None) -> Operand
 
 
 def check_operands(operands: Sequence[Operand], use_shape_scaling: bool) -> None:
-    """Raise for tensors that no rule can be applied to. The gradient comes first."""
+    """Raise for tensors that no rule can update. The gradients come first."""
     check_lengths(operands)
     grads = operands[0]
     for position in range(len(grads.tensors)):
@@ -90,7 +90,7 @@ def check_operands(operands: Sequence[Operand], use_shape_scaling: bool) -> None
 
 
 def check_step_device(step: Tensor, grads: Operand) -> None:
-    """Raise for a step on the meta device, which has no value, beside gradients with values."""
+    """Raise for a step without a value, on the meta device, if the gradients have values."""
     if grads.tensors and step.is_meta and not grads.tensors[0].is_meta:
         raise TypeError(f"step is on meta but {grads.at(0)} is on {grads.tensors[0].device}")
 
@@ -107,7 +107,7 @@ def _check_same_kind(operand: Operand, grads: Operand) -> None:
 
 
 def check_lengths(operands: Sequence[Operand]) -> None:
-    """Raise for lists that are not as long as the gradients'."""
+    """Raise for lists that differ in length from the gradients."""
     for operand in operands:
         _check_length(operand, operands[0])
 
@@ -121,7 +121,7 @@ def _check_length(operand: Operand, grads: Operand) -> None:
 
 
 def check_is_matrix(grads: Operand, position: int) -> None:
-    """Raise for a gradient whose update has no shape to be scaled by."""
+    """Raise for a gradient that ``use_shape_scaling`` cannot scale."""
     num_dimensions = grads.tensors[position].dim()
     if num_dimensions != 2:
         raise ValueError(
@@ -180,7 +180,7 @@ def _check_position(operands: Sequence[Operand], position: int) -> None:
 
 
 def check_shape(operand: Operand, position: int, grads: Operand) -> None:
-    """Raise for a shape that is not the gradient's."""
+    """Raise for a shape other than the gradient's."""
     shape, grad_shape = operand.tensors[position].shape, grads.tensors[position].shape
     if shape != grad_shape:
         raise ValueError(
@@ -190,15 +190,15 @@ def check_shape(operand: Operand, position: int, grads: Operand) -> None:
 
 
 def has_no_memory(tensor: Tensor) -> bool:
-    # Of other devices, tensors need not have a storage that could be looked at.
+    # On other devices, a tensor may have no storage.
     if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
         return False
-    # Where there is an address, no object is made of the storage: it would stay as long as that.
+    # The address comes first: a storage's Python object, once made, lives as long as the storage.
     return not _overlap.address_of(tensor) and tensor.untyped_storage().nbytes() == 0
 
 
 def _check_self_overlap(name: str, tensor: Tensor) -> None:
-    """Raise for a tensor of which two indices are one element."""
+    """Raise for a tensor in which two indices share an element."""
     if tensor.is_contiguous():
         return
     overlaps = _overlap.overlaps_itself(tensor)
@@ -216,8 +216,8 @@ def _check_self_overlap(name: str, tensor: Tensor) -> None:
 
 
 def _check_aliases(operands: Sequence[Operand]) -> None:
-    """Raise where what is modified shares memory with another operand, but as an update may."""
-    # In the order in which messages name two of them: first what is modified, the update first.
+    """Raise if a modified tensor shares memory with another. An update may be its gradient."""
+    # The order in which messages name operands: modified ones first, and the update before states.
     modified = sorted((o for o in operands if o.in_place), key=lambda o: o.name != "out")
     read = [operand for operand in operands if not operand.in_place]
     places, used = [], []
@@ -251,7 +251,7 @@ def _check_aliases(operands: Sequence[Operand]) -> None:
 
 
 def _is_own_update(first: tuple[Operand, int], second: tuple[Operand, int]) -> bool:
-    """Return whether the two are an update and its gradient, and one view."""
+    """Return whether the two are an update and its gradient, with equal memory layouts."""
     if (first[0].name, second[0].name) != ("out", "grad") or first[1] != second[1]:
         return False
     out, grad = (operand.tensors[position] for operand, position in (first, second))

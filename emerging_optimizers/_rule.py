@@ -1,8 +1,8 @@
-"""A rule's plain PyTorch formula, and the ways into its native operator.
+"""A rule's formula in PyTorch operations, and the calls of its native operator.
 
-An update function takes one of three ways. Eager calls enter the compiled module directly. Calls
-that ``torch.compile`` or ``torch.export`` traces go through ``torch.ops``. Where there are no
-native kernels (another device, or nothing compiled), the formula is applied position by position.
+Eager calls of an update function enter the compiled module directly. Calls that ``torch.compile``
+or ``torch.export`` traces go through ``torch.ops``. Without native kernels (on another device, or
+with nothing compiled), the formula is applied tensor by tensor.
 """
 
 import inspect
@@ -26,24 +26,24 @@ from ._hyperparameters import (
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
-# As a table: torch.promote_types itself would be recorded as an operation of a traced graph.
+# A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
-# The formulas, for devices on which the operators have no kernel of their own.
+# The formulas, for devices for which the operators have no kernel.
 _fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
 
 
-# Where a group has a hyperparameter: a key; or a key, an index of the numbers that are there, and
-# how many those are.
+# Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
+# and how many numbers there are.
 GroupKey: TypeAlias = str | tuple[str, int, int]
 
 
 class GroupRule(NamedTuple):
-    """A rule as parameter groups have it, in the order in which the native step takes it.
+    """A rule as parameter groups store it. The native step takes the first three.
 
     Attributes:
-        native: What the compiled module knows the rule by, if it does.
-        keys: Where a group has each hyperparameter.
+        native: The compiled module's handle of the rule, or None.
+        keys: Where a group keeps each hyperparameter.
         state_names: The keys of a parameter's states.
         rule: The rule.
     """
@@ -55,16 +55,16 @@ class GroupRule(NamedTuple):
 
 
 class Rule:
-    """A rule: its name, and its formula in plain PyTorch operations.
+    """A rule: its name, and its formula in PyTorch operations.
 
-    The formula's signature describes the rule, in the order of its function's arguments: tensors
-    (the gradient, then the states), then hyperparameters, with their domains as types. It modifies
-    the states in place, leaves the gradient alone and returns the update.
+    The formula's signature describes the rule, in the order of the update function's arguments:
+    tensors (the gradient, then the states), then hyperparameters, with their domains as types. The
+    formula modifies the states in place, does not modify the gradient, and returns the update.
 
     Args:
         name: Stem of the operator, ``{name}_update_``.
         formula: The equations.
-        check: Raises where hyperparameters do not go together.
+        check: Raises an error if hyperparameters do not go together.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Rule:
         ]
         self.options = [option.name for option in self._options]
         self.hyperparameters = [option for option in self._options if option.kind != "step"]
-        # What the compiled module knows it by; None where it does not.
+        # The compiled module's handle of the rule.
         self.native: Any = None if native is None else native.rules.get(name)
         self._operator: Any = None
-        # The types of the devices that its operator has kernels for.
+        # The device types for which the operator has kernels.
         self._native_devices: tuple[str, ...] = ()
         if self.native is not None:
             operator = f"{_NAMESPACE}::{name}_update_"
@@ -102,17 +102,17 @@ class Rule:
     def for_groups(
         self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
     ) -> GroupRule:
-        """Return the rule as parameter groups have it.
+        """Return the rule as parameter groups store it.
 
         Args:
-            renamed: Where a group has a hyperparameter, if not under its name.
+            renamed: Where a group keeps a hyperparameter, if not under its name.
             state_names: The keys of a parameter's states, in the order of the formula.
         """
         keys = tuple(renamed.get(option.name, option.name) for option in self.hyperparameters)
         return GroupRule(self.native, keys, state_names, self)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
-        """Return the function that a wrapper calls, with all its arguments and then ``out``."""
+        """Return what the update function calls, with all its arguments and then ``out``."""
         if self._operator is None:
             return self._call
         eager = getattr(native, f"{self.name}_update")
@@ -127,7 +127,7 @@ class Rule:
         return call
 
     def _make_dtensor_registration(self) -> Callable[[], None]:
-        """Return what lets the operator take DTensors, once their module is imported."""
+        """Return a function that lets the operator take DTensors, once their module is imported."""
         is_registered = self._operator is None
 
         def register_for_dtensors() -> None:
@@ -136,12 +136,12 @@ class Rule:
                 _dtensor.register(self._operator, self._operate_on_dtensors)
                 is_registered = True
 
-        # To be done while a call is traced, not by its graph.
+        # Called while a graph is traced, not by the graph.
         register_for_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
         return register_for_dtensors
 
     def _call(self, *arguments: Any) -> Any:
-        """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
+        """Call the operator through ``torch.ops`` if there is one, else apply the formula."""
         if not torch.compiler.is_compiling():
             refuse_trace(f"calculate_{self.name}_update")
         num_tensors = 1 + len(self.states)
@@ -182,7 +182,7 @@ class Rule:
         return options, step_tensor
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise for hyperparameters out of their domains."""
+        """Raise for hyperparameters outside their domains."""
         for option in self._options:
             value = options[option.name]
             if option.kind == "step":
@@ -200,18 +200,18 @@ class Rule:
             self._check(**options)
 
     def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
-        """Serve as the operator's kernel: all its arguments, in the order of its schema."""
+        """The operator's kernel for other devices. Arguments are in the order of its schema."""
         self._apply(*self._read_operator(arguments), step_tensor)
 
     def _operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
-        """Serve as the operator's kernel for DTensors, likewise."""
+        """The operator's kernel for DTensors, likewise."""
         operands, options = self._read_operator(arguments)
         self._apply_locally(self._operate, operands, options, step_tensor)
 
     def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
         num_lists = 2 + len(self.states)
         updates, grads, *states = arguments[:num_lists]
-        # The update comes last: where the user passed none, it was made to fit the first state.
+        # The update comes last: a new one was made like the first state.
         names = ("grad", *self.states, "out")
         is_single = native is not None and bool(native.is_single_tensor_call())
         operands = [
@@ -247,7 +247,7 @@ class Rule:
             lists = (operand.tensors for operand in local)
             for grad, *read, update in zip(grads.tensors, *lists, strict=True):
                 if update.numel() != 0:
-                    # Of a sign, which any type holds.
+                    # Exact so far: the update is a sign, which every dtype holds.
                     scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
                     store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
@@ -278,7 +278,7 @@ class Rule:
         store(update, self.compute_update(grad, states, options))
 
     def compute_update(self, grad: Tensor, states: list[Tensor], options: dict[str, Any]) -> Tensor:
-        """Apply the formula in float32 or float64; return the update as that, a new tensor."""
+        """Apply the formula in float32 or float64, and return the update in that dtype."""
         real = _arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **options)
@@ -289,7 +289,7 @@ class Rule:
 
 
 def refuse_trace(what: str) -> None:
-    """Raise under ``torch.jit.trace``: it keeps what only Python computes, the step, as it was."""
+    """Raise under ``torch.jit.trace``, which would record the step number as a constant."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             f"torch.jit.trace cannot record {what}: use torch.compile or torch.export, or call it"
@@ -298,7 +298,7 @@ def refuse_trace(what: str) -> None:
 
 
 def _new_updates(grads: Operand, layouts: Operand) -> Operand:
-    """Make the updates: of the layouts and dtypes that the operator gives them."""
+    """Return new updates, with the layouts and dtypes that the operator would give them."""
     updates = []
     for position, (grad, layout) in enumerate(zip(grads.tensors, layouts.tensors, strict=True)):
         _checks.check_storage(grads, position)
@@ -314,14 +314,14 @@ def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
 
 
 def shape_scale(shape: Sequence[int]) -> float:
-    """Return the factor of a matrix's update where shapes scale updates."""
+    """Return the factor by which ``use_shape_scaling`` multiplies the update of a matrix."""
     return 2 / (shape[0] + shape[1])
 
 
 def store(target: Tensor, values: Tensor) -> None:
-    """Copy, rounding once, where PyTorch goes from float64 to a half type by way of float32."""
+    """Copy, rounding once: PyTorch rounds float64 to float32 and then to a 16-bit dtype."""
     if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
-        # Round to odd first: of the two roundings, only the second, to a shorter type, then counts.
+        # Round to odd first: then the second rounding alone decides the result.
         nearest = values.float()
         back = nearest.double()
         is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
