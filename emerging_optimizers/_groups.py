@@ -1,11 +1,12 @@
-"""The check of a parameter group, of what is common to all optimizers and of what is its rule's."""
+"""Parameter groups: reading and checking their options and their rule's hyperparameters."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._base import BaseOptimizer
 from ._dtensor import whole
 from ._hyperparameters import (
     Hyperparameter,
@@ -16,13 +17,11 @@ from ._hyperparameters import (
     read_numbers,
     read_optional_flag,
 )
+from ._rule import GroupKey, GroupRule
 from ._values import items_of
 
-if TYPE_CHECKING:
-    from ._optimizer import ScalarOptimizer
-    from ._rule import GroupKey
-
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE_SCALING = "use_shape_scaling"
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
 
 # Schedulers reach 0 by sums that rounding takes below it: LinearLR to about -1e-20.
@@ -39,25 +38,37 @@ _FLAGS = (
     "master_weights",
     "stochastic_rounding",
     "differentiable",
-    "frob_normalize",
-    "use_decoupled_grad",
-    "store_param_remainders",
 )
-# Of torch.optim's groups, which take part in what is loaded.
+# Of torch.optim's groups, which are loaded.
 _FOREIGN_FLAGS = ("amsgrad", "decoupled_weight_decay")
 
 
-def read_option(group: Mapping[str, Any], key: "GroupKey", option: Hyperparameter) -> Any:
+def read_hyperparameter(
+    group: Mapping[str, Any], key: GroupKey, hyperparameter: Hyperparameter
+) -> Any:
     """Return one of a rule's hyperparameters, from where a group has it."""
     if isinstance(key, str):
-        return option.read(key, group[key])
+        return hyperparameter.read(key, group[key])
     name, index, length = key
     return read_numbers(name, group[name], length)[index]
 
 
-def numbers_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> dict[str, Any]:
+def read_hyperparameters(group: Mapping[str, Any], rule: GroupRule) -> dict[str, Any]:
+    """Return the arguments of the rule's formula, but for the tensors and ``step``."""
+    pairs = zip(rule.rule.hyperparameters, rule.keys, strict=True)
+    return {wanted.name: read_hyperparameter(group, key, wanted) for wanted, key in pairs}
+
+
+def scales_by_shape(group: Mapping[str, Any], rule: GroupRule) -> bool:
+    """Return whether the update of a matrix is scaled by its shape."""
+    if SHAPE_SCALING not in rule.rule.options:
+        return False
+    return bool(read_hyperparameters(group, rule)[SHAPE_SCALING])
+
+
+def numbers_of(group: Mapping[str, Any], rule: GroupRule) -> dict[str, Any]:
     """Return a group's hyperparameters one by one, such as ``betas[0]``."""
-    keys = [key if isinstance(key, str) else key[0] for key in optimizer._rule_of(group).keys]
+    keys = [key if isinstance(key, str) else key[0] for key in rule.keys]
     numbers = {}
     for key in ("lr", "weight_decay", *keys):
         items = None if isinstance(group[key], Tensor) else items_of(group[key])
@@ -69,7 +80,7 @@ def numbers_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> dict[s
 
 
 def check_group(
-    optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str = "", is_new: bool = False
+    optimizer: BaseOptimizer, group: Mapping[str, Any], where: str = "", is_new: bool = False
 ) -> None:
     """Raise for a group that has a wrong hyperparameter; change nothing.
 
@@ -92,21 +103,21 @@ def check_group(
         _check_method(group[name])
         for option, key in zip(rule.hyperparameters, keys, strict=True):
             name = key if isinstance(key, str) else key[0]
-            options[option.name] = read_option(group, key, option)
-            _check_option(optimizer, group, key, option, options[option.name])
+            options[option.name] = read_hyperparameter(group, key, option)
+            _check_hyperparameter(optimizer, group, key, option, options[option.name])
         name = ""
         rule.check_together(options)
         for name in flags_of(optimizer, group):
             read_group_flag(group, name)
         name = ""
-        _check_options(optimizer, group)
+        _check_combinations(optimizer, group)
         name = "state_dtype"
         _check_state_dtype(optimizer, group)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _located(error, where, name) from None
 
 
-def check_flags(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: str) -> None:
+def check_flags(optimizer: BaseOptimizer, group: Mapping[str, Any], where: str) -> None:
     """Raise for a flag of a group that is none."""
     for name in flags_of(optimizer, group):
         if group[name] is not False and group[name] is not True:
@@ -116,7 +127,7 @@ def check_flags(optimizer: "ScalarOptimizer", group: Mapping[str, Any], where: s
                 raise _located(error, where, name) from None
 
 
-def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[str, Any]]) -> None:
+def check_state_dtypes(optimizer: BaseOptimizer, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise for a group of an optimizer whose ``state_dtype`` has no dtypes of states."""
     for i, group in enumerate(groups):
         try:
@@ -125,8 +136,8 @@ def check_state_dtypes(optimizer: "ScalarOptimizer", groups: Iterable[Mapping[st
             raise _located(error, f"param_groups[{i}]", "state_dtype") from None
 
 
-def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the flags that a group has: of its rule, and of every optimizer."""
+def flags_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the flags that a group has."""
     _, keys, _, rule = optimizer._rule_of(group)
     options = zip(rule.hyperparameters, keys, strict=True)
     names = [
@@ -134,7 +145,8 @@ def flags_of(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> list[str
         for option, key in options
         if option.kind == "flag" and isinstance(key, str) and key in group
     ]
-    return names + [name for name in _FLAGS if name in group and name not in keys]
+    others = (*_FLAGS, *optimizer._own_flags)
+    return names + [name for name in others if name in group and name not in keys]
 
 
 def read_group_flag(group: Mapping[str, Any], name: str) -> bool | None:
@@ -144,7 +156,7 @@ def read_group_flag(group: Mapping[str, Any], name: str) -> bool | None:
     return read_optional_flag(name, group[name])
 
 
-def restore_flags(optimizer: "ScalarOptimizer", group: dict[str, Any]) -> None:
+def restore_flags(optimizer: BaseOptimizer, group: dict[str, Any]) -> None:
     """Make bools of a saved group's flags that are 0 or 1, which were accepted for bools."""
     for name in (*flags_of(optimizer, group), *_FOREIGN_FLAGS):
         if type(group.get(name)) is int and group[name] in (0, 1):
@@ -160,10 +172,10 @@ def _located(error: Exception, where: str, name: str) -> Exception:
     return kind(f"{error} ({where}[{name!r}])" if name else f"{error} ({where})")
 
 
-def _check_option(
-    optimizer: "ScalarOptimizer",
+def _check_hyperparameter(
+    optimizer: BaseOptimizer,
     group: Mapping[str, Any],
-    key: "GroupKey",
+    key: GroupKey,
     option: Hyperparameter,
     value: Any,
 ) -> None:
@@ -202,7 +214,7 @@ def _check_method(method: Any) -> None:
         )
 
 
-def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> None:
+def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     name = type(optimizer).__name__
     if group["differentiable"]:
         raise ValueError(
@@ -218,7 +230,7 @@ def _check_options(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> No
         )
 
 
-def _check_state_dtype(optimizer: "ScalarOptimizer", group: Mapping[str, Any]) -> None:
+def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     option = group["state_dtype"]
     states = optimizer._rule_of(group).state_names
     by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)

@@ -1,123 +1,263 @@
-"""A parameter's state: its counter, its averages, its master, and what may be missing of them."""
+"""A parameter and its state: what is made, in which dtype, and what is refused."""
 
-import math
-import numbers
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._values import read
+from . import _checks, _overlap
+from ._base import BaseOptimizer, StepCall, check_tensors, members_of
+from ._counters import check_complete, check_count, is_absent, new_counter, set_counter
+from ._dtensor import is_dtensor
+from ._groups import numbers_of, scales_by_shape
+from ._members import Member, blame
+from ._rule import refuse_trace
+from ._values import check_has_value, has_value, is_tracing, read
+from ._weights import MASTER, check_master_dtype, has_master, local_shard
 
-if TYPE_CHECKING:
-    from ._optimizer import ScalarOptimizer
-
-HALF = (torch.bfloat16, torch.float16)
-MASTER = "master_param"
-MOST_STEPS = 2**53  # what float64 counts exactly
-
-
-def has_master(group: dict[str, Any], param: Tensor) -> bool:
-    return bool(group["master_weights"]) and param.dtype in HALF
-
-
-def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
-    if is_remainder != (master.dtype == torch.int16):
-        raise TypeError(
-            f"a master_param has dtype {master.dtype}, but this optimizer stores"
-            f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
-            " store_param_remainders has to be as where it was saved"
-        )
+_SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
 
 
-# ---- counters ------------------------------------------------------------------------------------
+# ---- creation ------------------------------------------------------------------------------------
 
 
-def new_counter(step: float, device: torch.device) -> Tensor:
-    # Not from a number in the host's memory, for which a device would be waited for.
-    return torch.full((), step, dtype=torch.float32, device=device)
+def dtype_of(
+    optimizer: BaseOptimizer, group: dict[str, Any], name: str, param: Tensor
+) -> torch.dtype | None:
+    """Return the dtype that a new state gets; None for the parameter's."""
+    if name == MASTER:
+        return optimizer._masters.dtype(group, param)
+    option = group["state_dtype"]
+    if param.is_complex():
+        return None
+    dtype: torch.dtype | None = option.get(name) if isinstance(option, Mapping) else option
+    return dtype
 
 
-def set_counter(state: dict[str, Any], counter: Tensor) -> None:
-    """Put a counter into a state: first, where the native step looks for it."""
-    others = {name: value for name, value in state.items() if name != "step"}
-    state.clear()
-    state.update({"step": counter, **others})
+def complete(optimizer: BaseOptimizer, member: Member) -> Member:
+    """Make what a parameter's state lacks, and give the state to the optimizer.
 
-
-def check_count(name: str, value: Any) -> None:
-    """Raise for what is no number of steps. One on a device is not read."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} has {value.numel()} elements; expected 1")
-        if value.is_complex() or value.layout != torch.strided:
-            raise TypeError(
-                f"{name} must be a number of steps, not a tensor of dtype {value.dtype} and layout"
-                f" {value.layout}"
-            )
-        if type(value) not in (Tensor, torch.nn.Parameter) or not value.is_cpu:
-            return
-        value = read(value, 0.0)
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number of steps, not {type(value).__name__}")
-    try:
-        count = float(value)
-    except OverflowError:  # an int beyond a double
-        count = math.inf
-    if not 0 <= count < MOST_STEPS:
-        raise ValueError(f"{name} is {count:g}; expected a number of steps")
-
-
-def split_counters(states: Iterable[Any]) -> None:
-    """Give each state a counter that no other one has, where several share one.
-
-    A counter that is shared would count the steps of all of its parameters.
+    Returns:
+        The parameter with its state: that of the optimizer, if it has one by now.
     """
-    taken = set()
-    for state in states:
-        step = state.get("step") if isinstance(state, dict) else None
-        if type(step) is not Tensor or step.is_meta or step.layout != torch.strided:
-            continue
-        address = step.device, step.data_ptr()
-        if address in taken:
-            state["step"] = step.clone()
-        taken.add(address)
-
-
-# ---- what is missing -----------------------------------------------------------------------------
-
-
-def is_absent(value: Any) -> bool:
-    """Return whether a state is missing: torch's tools put ``{}`` for what they do not find."""
-    return value is None or (isinstance(value, dict) and not value)
-
-
-def is_begun(optimizer: "ScalarOptimizer", group: Mapping[str, Any], state: dict[str, Any]) -> bool:
-    """Return whether there is any of a rule's states, so that none may be missing."""
-    names = optimizer._rule_of(group).state_names
-    return not all(is_absent(state.get(name)) for name in ("step", *names))
-
-
-def check_complete(
-    optimizer: "ScalarOptimizer", group: dict[str, Any], state: dict[str, Any], what: str
-) -> None:
-    """Raise where something is missing that would start anew beside what goes on.
-
-    Args:
-        optimizer: Whose state it is.
-        group: The parameter's; its ``step`` counts where the state has none.
-        state: The parameter's.
-        what: What the state is called.
-    """
-    if not is_begun(optimizer, group, state):
-        return
-    has = ", ".join(repr(name) for name, value in state.items() if not is_absent(value))
-    for name in optimizer._rule_of(group).state_names:
+    group, param, rule = member.group, member.param, member.rule
+    state: dict[str, Any] = optimizer.state.get(param) or member.state
+    step = state.get("step")
+    if not isinstance(step, Tensor):
+        device = param.device if group["capturable"] else torch.device("cpu")
+        count: Any = optimizer._counters.start(group) if is_absent(step) else step
+        check_count("state 'step'", count)
+        set_counter(state, new_counter(read(count, 0.0), device))
+    for name in rule.state_names:
         if is_absent(state.get(name)):
-            raise ValueError(f"{what} has no {name!r}; it has {has}")
-    if is_absent(state.get("step")) and optimizer._needs_count(group):
-        raise ValueError(
-            f"{what} has no 'step', and neither has its group; set one of them to the number of"
-            " steps that were taken"
+            dtype = dtype_of(optimizer, group, name, param)
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if is_absent(state.get(MASTER)):
+        state.pop(MASTER, None)
+        master = optimizer._masters.new(group, param)
+        if master is not None:
+            state[MASTER] = master
+    optimizer.state[param] = state
+    return member if state is member.state else member._replace(state=state)
+
+
+def operands_of(member: Member) -> dict[str, Any]:
+    """Return what of a parameter's state its step reads or modifies."""
+    keys = ["step", *member.rule.state_names]
+    if has_master(member.group, member.param):
+        keys.append(MASTER)
+    return {key: member.state[key] for key in keys if key in member.state}
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_param(member: Member) -> None:
+    """Raise for a parameter that cannot be updated, or not with its gradient."""
+    param, grad = member.param, member.grad
+    assert grad is not None
+    _check_layout("the parameter", param)
+    if grad.layout in _SPARSE:
+        raise RuntimeError(
+            f"{type(member.optimizer).__name__} does not support sparse gradients, and its gradient"
+            f" has layout {grad.layout}; make it dense (.to_dense()), or use"
+            " torch.optim.SparseAdam"
         )
+    _check_layout("its gradient", grad)
+    if grad.shape != param.shape:
+        # Only by way of `param.data`: autograd checks what is assigned to `.grad`.
+        raise RuntimeError(
+            f"the parameter has shape {tuple(param.shape)} but its gradient has shape"
+            f" {tuple(grad.shape)}"
+        )
+    if not param.is_floating_point() and not param.is_complex():
+        raise TypeError(f"the parameter has dtype {param.dtype}, which cannot be optimized")
+    _check_beside("its gradient", grad, param)
+    _check_memory("its gradient", grad)
+    _check_modified("the parameter", param)
+    if scales_by_shape(member.group, member.rule) and param.dim() != 2:
+        raise ValueError(
+            f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
+        )
+
+
+def check_state(optimizer: BaseOptimizer, member: Member) -> None:
+    """Raise for a state that is not one of this parameter."""
+    state = member.state
+    for name in member.rule.state_names:
+        check_tensor(optimizer, member, name)
+    if state.get(MASTER) is not None:
+        check_tensor(optimizer, member, MASTER)
+    step = state["step"]
+    if not is_tracing():
+        check_has_value("state 'step'", step, member.param)
+    check_count("state 'step'", step)
+
+
+def check_master(optimizer: BaseOptimizer, member: Member) -> None:
+    """Raise for a master that is not one of this parameter."""
+    if has_master(member.group, member.param) and member.state.get(MASTER) is not None:
+        try:
+            check_tensor(optimizer, member, MASTER)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise blame(error, member.name) from None
+
+
+def check_tensor(
+    optimizer: BaseOptimizer, member: Member, name: str, is_loaded: bool = False
+) -> None:
+    """Raise for one of a parameter's states that does not fit it."""
+    value, param = member.state.get(name), member.param
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {name!r} must be a Tensor, not {type(value).__name__}")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"state {name!r} has shape {tuple(value.shape)} but the parameter has shape"
+            f" {tuple(param.shape)}"
+        )
+    as_stored = None
+    if name == MASTER:
+        as_stored = optimizer._masters.dtype(member.group, param)
+        check_master_dtype(as_stored == torch.int16, value)
+        if value.dtype != as_stored:
+            raise TypeError(f"state {name!r} has dtype {value.dtype}; expected {as_stored}")
+    _check_beside(f"state {name!r}", value, param, as_stored, is_loaded)
+    if not _is_placed_like(value, param):
+        raise ValueError(f"state {name!r} is not distributed as the parameter is")
+    _check_modified(f"state {name!r}", value)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor; expected a strided (dense) tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a strided (dense) tensor")
+
+
+def _check_beside(
+    name: str,
+    tensor: Tensor,
+    param: Tensor,
+    as_stored: torch.dtype | None = None,
+    is_loaded: bool = False,
+) -> None:
+    """Raise for a tensor of a parameter's shape that does not fit it otherwise."""
+    is_number = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == as_stored
+    if not is_number or tensor.is_complex() != param.is_complex():
+        raise TypeError(
+            f"the parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}"
+        )
+    _check_layout(name, tensor)
+    # What is loaded is moved; but a meta tensor has no values to move.
+    is_elsewhere = tensor.is_meta != param.is_meta if is_loaded else tensor.device != param.device
+    if is_elsewhere:
+        raise ValueError(f"the parameter is on {param.device} but {name} is on {tensor.device}")
+    if not is_tracing():
+        check_has_value(name, tensor, param)
+    if is_dtensor(tensor) != is_dtensor(param):
+        raise TypeError(
+            f"the parameter is a {type(param).__name__} but {name} is a {type(tensor).__name__}"
+        )
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if _checks.has_no_memory(local_shard(tensor)):
+        raise ValueError(f"{name} has no memory: its storage was resized to 0")
+
+
+def _check_modified(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor that cannot be modified in place."""
+    _check_memory(name, tensor)
+    if tensor.is_conj():
+        raise RuntimeError(f"{name} is conjugated lazily: resolve_conj() makes it its own")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} is an inference tensor, which cannot be modified outside of inference mode"
+        )
+    local = local_shard(tensor)
+    if not local.is_contiguous() and _overlap.overlaps_itself(local) is not False:
+        raise ValueError(
+            f"{name} overlaps itself in memory (an expanded tensor, with shape"
+            f" {tuple(tensor.shape)} and strides {tensor.stride()})"
+        )
+
+
+def _is_placed_like(tensor: Any, param: Any) -> bool:
+    if not is_dtensor(param):
+        return True
+    return bool(tensor.device_mesh == param.device_mesh and tensor.placements == param.placements)
+
+
+# ---- both ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> list[int]:
+    """Check parameters of a group, and complete their states.
+
+    Returns:
+        The indices of those that have a gradient.
+    """
+    refuse_trace("an optimizer's step")
+    optimizer, group, counters = call.optimizer, call.groups[i], call.optimizer._counters
+    check_tensors(optimizer, group)
+    members = members_of(optimizer, group, indices)
+    with_grad = [member for member in members if member.grad is not None]
+    if is_tracing():
+        for member in with_grad:
+            member.param.detach()  # an error, before states are made, where no real one is taken
+    rule = optimizer._rule_of(group)
+    numbers = {**numbers_of(group, rule), **call.scalars._asdict()}
+    unknown = [(name, value) for name, value in numbers.items() if not has_value(value)]
+    for member in with_grad:
+        try:
+            check_param(member)
+            for name, value in unknown:
+                check_has_value(name, value, member.param)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise blame(error, member.name) from None
+    if not optimizer._makes_all_states:
+        members = with_grad
+    if counters.may_have_begun(group):
+        is_counter_needed = counters.is_needed(group, rule)
+        for member in members:
+            if member.state:
+                check_complete(member, is_counter_needed)
+    counters.take_group_step(optimizer, members)
+    for member in members:
+        is_new = not member.state
+        try:
+            member = complete(optimizer, member)
+            if not is_new:
+                check_state(optimizer, member)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise blame(error, member.name) from None
+        counters.place(member, call.scalars.found_inf)
+    return [member.param_index for member in with_grad]

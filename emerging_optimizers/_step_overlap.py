@@ -1,20 +1,20 @@
-"""What of an optimizer's step shares memory, for the parameters that the fallback steps.
+"""Which tensors of a step share memory, for the parameters that the fallback updates.
 
-States must not share memory with anything. Parameters may: they are stepped one after the other, in
-their order. ``csrc/bindings/step_overlap.h`` does the same for a native step, but for the messages.
+A state must not share memory with any other tensor. Parameters may: they are updated one after the
+other, in their order. ``csrc/bindings/step_overlap.h`` is the same for a native step, without the
+messages.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from ._culprits import param_name
-from ._dtensor import is_dtensor
+from ._base import BaseOptimizer, members_of
+from ._members import Member, param_name
 from ._overlap import Memory, find_sharing, memory_of
-
-if TYPE_CHECKING:
-    from ._optimizer import ScalarOptimizer
+from ._states import operands_of
+from ._weights import local_shard
 
 # The index of a group, and that of a parameter in it.
 Place: TypeAlias = tuple[int, int]
@@ -27,16 +27,16 @@ class _Operand(NamedTuple):
 
 
 def check_overlap(
-    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]]
+    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]
 ) -> list[tuple[Place, Place]]:
     """Raise for a state of a parameter with a gradient that shares memory.
 
     Args:
-        optimizer: Whose states they are.
+        optimizer: The optimizer.
         groups: All its groups.
 
     Returns:
-        Pairs of parameters, in their order, of which the second is to be stepped after the first.
+        Pairs of parameters, in their order, of which the second must be updated after the first.
 
     Raises:
         ValueError: A state that shares memory with another tensor, of any group.
@@ -45,27 +45,27 @@ def check_overlap(
 
 
 def check_loaded_states(
-    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
+    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
 ) -> None:
     """Raise a ValueError for a state that shares memory with another one or with a parameter.
 
     Args:
-        optimizer: What is loaded is not yet in it.
-        groups: Those that are loaded, with this optimizer's parameters.
-        states: What is loaded, by parameter.
+        optimizer: The optimizer, which does not have these states yet.
+        groups: The loaded groups, with this optimizer's parameters.
+        states: The loaded states, by parameter.
     """
     _check(optimizer, groups, _loaded_operands(optimizer, groups, states))
 
 
 def _check(
-    optimizer: "ScalarOptimizer",
+    optimizer: BaseOptimizer,
     groups: Sequence[dict[str, Any]],
     found: Iterable[tuple[_Operand, Tensor]],
 ) -> list[tuple[Place, Place]]:
     operands: list[_Operand] = []
     used: list[tuple[Memory, bool]] = []
     for operand, tensor in found:
-        memory = memory_of(tensor.to_local() if is_dtensor(tensor) else tensor)  # type: ignore[attr-defined]
+        memory = memory_of(local_shard(tensor))
         if memory is not None:
             operands.append(operand)
             used.append((memory, operand.role != "gradient"))
@@ -87,7 +87,9 @@ def _check(
 def find_followers(
     pairs: Iterable[tuple[Place, Place]], left: Mapping[int, Collection[int]]
 ) -> set[Place]:
-    """Return what has to be stepped after parameters that the fallback steps, and so by it.
+    """Return the parameters that only the fallback can update in the right order.
+
+    They share memory with parameters before them that the fallback updates.
 
     Args:
         pairs: What `check_overlap` returned.
@@ -101,52 +103,45 @@ def find_followers(
 
 
 def _operands(
-    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]]
+    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[_Operand, Tensor]]:
     """Yield the tensors of all parameters that have a gradient, by parameter."""
     seen = set()
     for i, group in enumerate(groups):
-        for j, (param, grad) in enumerate(
-            zip(group["params"], optimizer._grads(group), strict=True)
-        ):
-            if grad is None:
+        for member in members_of(optimizer, group):
+            if member.grad is None:
                 continue
-            place = (i, j)
-            yield _Operand("parameter", "", place), param
-            yield _Operand("gradient", "", place), grad
-            if id(param) in seen:
+            place = (i, member.param_index)
+            yield _Operand("parameter", "", place), member.param
+            yield _Operand("gradient", "", place), member.grad
+            if id(member.param) in seen:
                 continue  # with the same states
-            seen.add(id(param))
-            yield from _states(optimizer, group, param, optimizer.state.get(param, {}), place)
+            seen.add(id(member.param))
+            yield from _states(member, place)
 
 
 def _loaded_operands(
-    optimizer: "ScalarOptimizer", groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
+    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]
 ) -> Iterator[tuple[_Operand, Tensor]]:
     seen = set()
     for i, group in enumerate(groups):
-        for j, param in enumerate(group["params"]):
-            if id(param) in seen:
+        for member in members_of(optimizer, group):
+            if id(member.param) in seen:
                 continue  # with the same states
-            seen.add(id(param))
-            yield _Operand("parameter", "", (i, j)), param
-            yield from _states(optimizer, group, param, states.get(param, {}), (i, j))
+            seen.add(id(member.param))
+            place = (i, member.param_index)
+            yield _Operand("parameter", "", place), member.param
+            yield from _states(member._replace(state=states.get(member.param, {})), place)
 
 
-def _states(
-    optimizer: "ScalarOptimizer",
-    group: dict[str, Any],
-    param: Tensor,
-    state: Mapping[str, Any],
-    place: Place,
-) -> Iterator[tuple[_Operand, Tensor]]:
-    for key, value in optimizer._operands_of(group, param, state).items():
+def _states(member: Member, place: Place) -> Iterator[tuple[_Operand, Tensor]]:
+    for key, value in operands_of(member).items():
         if isinstance(value, Tensor):
             yield _Operand("counter" if key == "step" else "state", key, place), value
 
 
 def _refuse(
-    optimizer: "ScalarOptimizer",
+    optimizer: BaseOptimizer,
     groups: Sequence[dict[str, Any]],
     first: _Operand,
     second: _Operand,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from emerging_optimizers import AdamW, LaProp, _optimizer, _rule, megatron
+from emerging_optimizers import AdamW, LaProp, _rule, _step, megatron
 
 BF16 = torch.bfloat16
 Make = Callable[..., torch.optim.Optimizer]
@@ -339,7 +339,7 @@ def fake_number() -> torch.Tensor:
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_without_a_compiled_module(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_optimizer, "native", None)
+    monkeypatch.setattr(_step, "native", None)
     optimizer = simulate(lambda p: AdamW(p, fused=fused))
     assert [set(d) for d in described(optimizer)] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
 

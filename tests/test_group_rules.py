@@ -9,7 +9,7 @@ from optimizers import assert_same, contents, make_params, run
 from test_plain import needs_native
 from torch import Tensor, nn
 
-from emerging_optimizers import _optimizer, _rule
+from emerging_optimizers import _rule, _step
 from emerging_optimizers._rule import GroupRule
 from emerging_optimizers.scalar_optimizers import Adam, AdEMAMix, LaProp, Lion, ScalarOptimizer
 
@@ -141,7 +141,7 @@ def test_groups_step_in_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None
 
     optimizer = Chosen(make_groups(OTHER_STATES))
     run_chosen(optimizer, [1])  # which makes the states
-    monkeypatch.setattr(_optimizer, "native", Counted())
+    monkeypatch.setattr(_step, "native", Counted())
     run_chosen(optimizer, [2, 3])
     assert calls == [(len(OTHER_STATES), None)] * 2
     monkeypatch.undo()

@@ -15,9 +15,9 @@ from optimizers import SETUPS, assert_same, contents, make_params, run, set_grad
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
-from emerging_optimizers import Adam, AdamW, Lion, ScalarOptimizer, megatron
+from emerging_optimizers import Adam, AdamW, Lion, ScalarOptimizer, _fallback_step, megatron
+from emerging_optimizers._checkpoint import KEPT_ON_LOAD
 from emerging_optimizers._hyperparameters import Beta
-from emerging_optimizers._loading import KEPT_ON_LOAD
 from emerging_optimizers._rule import Rule
 
 MEGATRON = [getattr(megatron, name) for name in megatron.__all__ if name[0].isupper()]
@@ -365,7 +365,7 @@ def test_numpys_false_that_is_set_later_is_the_fallback(
     cls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[Any] = []
-    monkeypatch.setattr(cls, "_plain_update", lambda *_: steps.append(None))
+    monkeypatch.setattr(_fallback_step, "_update", lambda *_: steps.append(None))
     params = make_params()
     optimizer = cls(params)
     optimizer.param_groups[0]["fused"] = np.False_

@@ -22,8 +22,17 @@ from support import assert_equal_bits
 from torch import Tensor
 
 from emerging_optimizers import Adam, megatron, scalar_optimizers
+from emerging_optimizers._base import members_of
+from emerging_optimizers._hooks import after_update, before_update
 from emerging_optimizers._native import native
-from emerging_optimizers.megatron import FusedAdam, MegatronMixin, merge_master, split_master
+from emerging_optimizers._norms import KEEP_NORMS
+from emerging_optimizers.megatron import (
+    FusedAdam,
+    MegatronMixin,
+    merge_master,
+    remainders,
+    split_master,
+)
 
 CLASSES: list[type[MegatronMixin]] = [
     FusedAdam,
@@ -865,7 +874,7 @@ def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch)
     run(optimizer, [1])
     alive: set[int] = set()
     most = 0
-    merge = megatron.merge_master
+    merge = remainders.merge_master
 
     def measured(*arguments: Any) -> Tensor:
         nonlocal most
@@ -875,7 +884,7 @@ def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch)
         most = max(most, len(alive))
         return master
 
-    monkeypatch.setattr(megatron, "merge_master", measured)
+    monkeypatch.setattr(remainders, "merge_master", measured)
     run(optimizer, [2])
     assert 0 < most <= 2
 
@@ -889,8 +898,9 @@ def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
     param.view(torch.int16).copy_(torch.tensor([0x7FC1, -1, 0x7F80]))
     remainder.copy_(torch.tensor([3, -5, 3]))
     before = param.clone(), remainder.clone()
-    pairs = [(group, param)]
-    optimizer._restore_norms(pairs, optimizer._norms(pairs))
+    members = members_of(optimizer, group)
+    around = KEEP_NORMS, optimizer._masters, members
+    after_update(*around, before_update(*around))
     assert torch.equal(param.view(torch.int16), before[0].view(torch.int16))
     assert torch.equal(remainder, before[1])
 

@@ -1,30 +1,17 @@
 """LaProp: Adam with the gradient normalised before it is averaged."""
 
-import logging
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .._docstrings import fill_docstring
-from .._dtensor import is_dtensor
 from .._hyperparameters import Beta, NonNegative, Step
-from .._optimizer import (
-    ScalarOptimizer,
-    SharedOptions,
-    StepArguments,
-    frobenius_norms,
-    restore_norms,
-)
-from .._rule import GroupRule, Rule
+from .._norms import KEEP_NORMS
+from .._optimizer import ScalarOptimizer, SharedOptions
+from .._rule import Rule
 from .._schedules import bias_correction
-from .._states import has_master
-from .._values import HYPERPARAMETER, read
-
-_logger = logging.getLogger(__name__)
 
 
 def _laprop(
@@ -147,6 +134,7 @@ class LaProp(ScalarOptimizer):
     """
 
     _rule = _RULE
+    _hook = KEEP_NORMS
 
     def __init__(
         self,
@@ -171,109 +159,3 @@ class LaProp(ScalarOptimizer):
             "frob_normalize": frob_normalize,
         }
         super().__init__(params, hyperparameters, options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; missing keys take the defaults."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["frob_normalize"] and group["weight_decay"] != 0.0:
-            _logger.error(
-                "LaProp with frob_normalize=True restores the norm that weight_decay=%g shrinks;"
-                " use weight_decay=0",
-                group["weight_decay"],
-            )
-
-    def _rules_of_one_call(self, groups: Sequence[dict[str, Any]]) -> list[GroupRule] | None:
-        for group in groups:
-            if group["frob_normalize"] is not False:
-                return None
-        return super()._rules_of_one_call(groups)
-
-    def _has_native_step(self, group: dict[str, Any]) -> bool:
-        if not super()._has_native_step(group):
-            return False
-        if not group["frob_normalize"]:
-            return True
-        # Where the parameter is the weight and has 16 bits, rounding it twice would show.
-        halves = (torch.bfloat16, torch.float16)
-        return all(has_master(group, p) or p.dtype not in halves for p in group["params"])
-
-    @torch.no_grad()
-    def _native_step(
-        self,
-        groups: Sequence[dict[str, Any]],
-        positions: Sequence[int],
-        arguments: StepArguments,
-    ) -> dict[int, Collection[int]]:
-        # Where lr is 0, not even a product with 1 is for a parameter's bits.
-        # Processes add up their parts of a DTensor's norm: also one that has no gradient for it.
-        normalized = [
-            (i, j)
-            for i, group in enumerate(groups)
-            if group["frob_normalize"] and not _is_zero(group["lr"])
-            if self._has_native_step(group)
-            for j, param in enumerate(group["params"])
-            if self._grad(group, param) is not None or is_dtensor(param)
-        ]
-        params = [(groups[i], groups[i]["params"][j]) for i, j in normalized]
-        norms = self._norms(params)
-        left = super()._native_step(groups, positions, arguments)
-        done = [k for k, (i, j) in enumerate(normalized) if j not in left.get(i, ())]
-        if done:
-            self._restore_norms([params[k] for k in done], [norms[k] for k in done])
-        return left
-
-    def _steps_together(self, group: dict[str, Any]) -> bool:
-        is_normalized: bool = group["frob_normalize"]
-        return is_normalized and not self._has_native_step(group)
-
-    @torch.no_grad()
-    def _plain_step(
-        self,
-        group: dict[str, Any],
-        first_position: int,
-        arguments: StepArguments,
-        indices: Collection[int],
-    ) -> None:
-        if not self._steps_together(group):
-            super()._plain_step(group, first_position, arguments, indices)
-            return
-        found_inf = arguments.found_inf is not None and read(arguments.found_inf, 0.0) != 0.0
-        is_still = found_inf or read(group["lr"], HYPERPARAMETER) == 0.0
-        for i, param in enumerate(group["params"]):
-            if i in indices:
-                super()._plain_step(group, first_position, arguments, [i])
-            elif is_dtensor(param) and not is_still:
-                # As in a native step: other processes may have a gradient for it.
-                pairs = [(group, param)]
-                self._restore_norms(pairs, self._norms(pairs))
-
-    def _norms(self, params: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
-        """Return the norms of weights, of parameters each with its group."""
-        norms = []
-        for part in self._parts(params):
-            norms += frobenius_norms([self._read_weight(*p) for p in part], [p for _, p in part])
-        return norms
-
-    def _restore_norms(
-        self, params: Sequence[tuple[dict[str, Any], Tensor]], norms: Sequence[Tensor]
-    ) -> None:
-        """Scale weights, of parameters each with its group, to these norms."""
-        left = iter(norms)
-        for part in self._parts(params):
-            weights = [self._read_weight(*pair) for pair in part]
-            factors = restore_norms(weights, [p for _, p in part], [next(left) for _ in part])
-            for (group, param), weight, factor in zip(part, weights, factors, strict=True):
-                # Where a device's lr is 0, say, they did not move.
-                self._write_weight(group, param, weight, is_still=factor == 1.0)
-
-    def _parts(
-        self, params: Sequence[tuple[dict[str, Any], Tensor]]
-    ) -> list[Sequence[tuple[dict[str, Any], Tensor]]]:
-        """Cut a list into parts whose weights may be there at a time."""
-        return [params] if params else []
-
-
-def _is_zero(lr: Any) -> bool:
-    """Return whether the host knows that a learning rate is 0."""
-    return not (isinstance(lr, Tensor) and lr.is_cuda) and read(lr, HYPERPARAMETER) == 0.0

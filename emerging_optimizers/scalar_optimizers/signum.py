@@ -1,7 +1,7 @@
 """Signum: the sign of the momentum."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -168,20 +168,3 @@ class Signum(ScalarOptimizer):
             "use_shape_scaling": use_shape_scaling,
         }
         super().__init__(params, hyperparameters, options)
-
-    def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        # Scaled by _update_scale instead.
-        return {**super()._plain_options(group), "use_shape_scaling": False}
-
-    def _check_param(self, group: dict[str, Any], param: Tensor) -> None:
-        super()._check_param(group, param)
-        if group["use_shape_scaling"] and param.dim() != 2:
-            raise ValueError(
-                f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
-            )
-
-    def _update_scale(self, group: dict[str, Any], param: Tensor) -> float:
-        # By the parameter's own shape: the formula would see a shard's, or a complex one's parts.
-        if not group["use_shape_scaling"] or param.numel() == 0:
-            return 1.0
-        return shape_scale(param.shape)

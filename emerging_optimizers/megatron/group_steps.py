@@ -9,18 +9,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._culprits import param_name
-from ._groups import check_flags
-from ._optimizer import ScalarOptimizer
-from ._states import MOST_STEPS, check_complete, check_count, is_absent, new_counter
-from ._values import check_has_value, read
+from .._base import BaseOptimizer, members_of
+from .._checkpoint import Saved
+from .._counters import (
+    MOST_STEPS,
+    Counters,
+    check_complete,
+    check_count,
+    is_absent,
+    is_begun,
+    new_counter,
+)
+from .._groups import check_flags
+from .._members import Member
+from .._rule import GroupRule
+from .._step import has_native_step
+from .._values import check_has_value, read
 
 
-def is_on_device(step: Any) -> bool:
+class GroupSteps(Counters):
+    """Counts the steps of a group; the counters in states follow."""
+
+    def start(self, group: dict[str, Any]) -> Any:
+        """Return the count of a parameter whose state has none."""
+        step = group.get("step")
+        return 0 if is_absent(step) or _is_on_device(step) else step
+
+    def is_needed(self, group: dict[str, Any], rule: GroupRule) -> bool:
+        """Return whether a begun state must have a counter."""
+        # Without a key, the group's step is 0: Megatron-Core loads only states that it has
+        # allocated.
+        return "step" in group and super().is_needed(group, rule)
+
+    def may_have_begun(self, group: dict[str, Any]) -> bool:
+        """Return whether a group's states may be of earlier steps, so that none may be missing."""
+        # Before the first step, Megatron-Core gives parameters an exp_avg and an exp_avg_sq.
+        step = group.get("step", 0)
+        return isinstance(step, Tensor) or step != 0
+
+    def place(self, member: Member, found_inf: Any) -> None:
+        """Put a parameter's counter where its group is counted, with the group's step."""
+        step, counter = member.group["step"], member.state["step"]
+        on_device = isinstance(step, Tensor)
+        device = member.param.device if on_device else torch.device("cpu")
+        if counter.dtype != torch.float32 or counter.device != device:
+            counter = torch.empty((), dtype=torch.float32, device=device)
+            member.state["step"] = counter
+        if on_device:
+            torch._foreach_copy_([counter], [step])
+        else:
+            counter.fill_(step)
+
+    def take_group_step(self, optimizer: torch.optim.Optimizer, members: list[Member]) -> None:
+        """Leave counters alone: `place` lets them follow the group."""
+
+    def settle(self, group: dict[str, Any], rule: GroupRule, states: list[dict[str, Any]]) -> None:
+        """Take the group's step from the loaded states, if it has none; remove their counters."""
+        begun = [state for state in states if is_begun(state, rule)]
+        step = group.pop("step", None)
+        if is_absent(step):
+            step = max(map(_count_of, begun), default=None)
+        if step is None:
+            return
+        group["step"] = int(read(step, 1))
+        for state in begun:
+            # Megatron-Core copies what is in a state, and has no step to copy.
+            state.pop("step", None)
+
+
+def _count_of(state: dict[str, Any]) -> float:
+    """Return how many steps a loaded state counts; 0 where it has no counter."""
+    step = state.get("step")
+    return 0.0 if step is None else read(step.tensor if isinstance(step, Saved) else step, 1)
+
+
+def _is_on_device(step: Any) -> bool:
     return isinstance(step, Tensor) and not step.is_cpu
 
 
-def read_steps(optimizer: ScalarOptimizer, found_inf: Any) -> None:
+def read_steps(optimizer: BaseOptimizer, found_inf: Any) -> None:
     """Bring all groups' steps into one of the two forms, and counters on devices up to them.
 
     Args:
@@ -40,18 +107,18 @@ def read_steps(optimizer: ScalarOptimizer, found_inf: Any) -> None:
     ]
     for group, step in zip(optimizer.param_groups, new_steps, strict=True):
         device = None
-        if is_decided_there or group["capturable"] or is_on_device(step):
+        if is_decided_there or group["capturable"] or _is_on_device(step):
             device = _device_of(group, found_inf if is_decided_there else None)
         if device is None:
             group["step"] = int(read(step, 1))
             continue
-        if not is_on_device(step):
+        if not _is_on_device(step):
             step = torch.full((), int(read(step, 1)), dtype=torch.int32, device=device)
         group["step"] = step
         follow(optimizer, group, group["params"])
 
 
-def count(optimizer: ScalarOptimizer, found_inf: Tensor | None) -> None:
+def count(optimizer: BaseOptimizer, found_inf: Tensor | None) -> None:
     """Count a step of all groups, but for one that ``found_inf`` makes them skip."""
     is_on_host = found_inf is None or not found_inf.is_cuda
     for group in optimizer.param_groups:
@@ -65,13 +132,13 @@ def count(optimizer: ScalarOptimizer, found_inf: Tensor | None) -> None:
             continue
         else:
             group["step"] = step + 1
-            if is_on_host and optimizer._has_native_step(group):
+            if is_on_host and has_native_step(optimizer, group):
                 continue
             # The native step has counted for none of them, or not for those without a gradient.
             follow(optimizer, group, group["params"])
 
 
-def follow(optimizer: ScalarOptimizer, group: dict[str, Any], params: list[Tensor]) -> None:
+def follow(optimizer: BaseOptimizer, group: dict[str, Any], params: list[Tensor]) -> None:
     """Set parameters' counters to their group's step, where that is."""
     step = group["step"]
     counters = []
@@ -89,25 +156,12 @@ def follow(optimizer: ScalarOptimizer, group: dict[str, Any], params: list[Tenso
                 counter.fill_(step)
 
 
-def place(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-    """Put a parameter's counter where its group is counted, with the group's step."""
-    step, counter = group["step"], state["step"]
-    on_device = isinstance(step, Tensor)
-    device = param.device if on_device else torch.device("cpu")
-    if counter.dtype != torch.float32 or counter.device != device:
-        state["step"] = counter = torch.empty((), dtype=torch.float32, device=device)
-    if on_device:
-        torch._foreach_copy_([counter], [step])
-    else:
-        counter.fill_(step)
-
-
 def _is_settled(group: dict[str, Any]) -> bool:
     step = group.get("step")
     return type(step) is int and 0 <= step < MOST_STEPS and group["capturable"] is False
 
 
-def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
+def _read(optimizer: BaseOptimizer, index: int, group: dict[str, Any]) -> Any:
     """Return what a group's step says, or else the largest of its parameters' counters."""
     step = group.get("step")
     if not is_absent(step):
@@ -115,19 +169,17 @@ def _read(optimizer: ScalarOptimizer, index: int, group: dict[str, Any]) -> Any:
         for param in group["params"]:
             check_has_value(name, step, param)
         check_count(name, step)
-        return step if is_on_device(step) else int(read(step, 1))
+        return step if _is_on_device(step) else int(read(step, 1))
     largest = 0
-    for i, param in enumerate(group["params"]):
-        state = optimizer.state.get(param)
-        if not state:
+    for member in members_of(optimizer, group):
+        if not member.state:
             continue
-        name = param_name(optimizer, group, i)
         if "step" in group:
-            check_complete(optimizer, group, state, f"the state of {name}")
-        counter = state.get("step")
+            check_complete(member, optimizer._counters.is_needed(group, member.rule))
+        counter = member.state.get("step")
         if not is_absent(counter):
-            check_has_value(f"{name}: state 'step'", counter, param)
-            check_count(f"{name}: state 'step'", counter)
+            check_has_value(f"{member.name}: state 'step'", counter, member.param)
+            check_count(f"{member.name}: state 'step'", counter)
             largest = max(largest, int(read(counter, 1)))
     return largest
 
@@ -143,7 +195,7 @@ def _device_of(group: dict[str, Any], found_inf: Tensor | None) -> torch.device 
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def finish_state_dict(optimizer: ScalarOptimizer, saved: dict[str, Any]) -> None:
+def finish_state_dict(optimizer: BaseOptimizer, saved: dict[str, Any]) -> None:
     """Put into a state dict what its groups' steps say: as ints, and as a counter of each state."""
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         step = group.get("step")

@@ -1,32 +1,25 @@
-"""Loading: everything that can be wrong is found before anything changes."""
+"""Saving and loading: everything that can be wrong is found before anything changes."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._culprits import blame, param_name
+from ._base import BaseOptimizer, members_of
+from ._counters import check_complete, check_count, is_absent, new_counter
 from ._groups import check_group, restore_flags
-from ._states import (
-    MASTER,
-    check_complete,
-    check_count,
-    has_master,
-    is_absent,
-    is_begun,
-    new_counter,
-    set_counter,
-)
+from ._hyperparameters import as_saved
+from ._members import Member, blame
+from ._rule import GroupRule
+from ._states import check_tensor, dtype_of
 from ._step_overlap import check_loaded_states
-from ._values import has_value, read
-
-if TYPE_CHECKING:
-    from ._optimizer import ScalarOptimizer
+from ._values import has_value
+from ._weights import MASTER, has_master
 
 # How a group is stored and run; the last two are of `megatron` only. A loaded state dict sets
-# hyperparameters, but none of these: it may come from another machine, or from an optimizer that
-# was set up otherwise.
+# hyperparameters, but none of these: it may come from another machine, or from an optimizer with
+# another configuration.
 KEPT_ON_LOAD = (
     "fused",
     "foreach",
@@ -46,7 +39,30 @@ class Saved:
         self.tensor = tensor
 
 
-def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dict[str, Any] | None:
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def finish_state_dict(optimizer: BaseOptimizer, saved: dict[str, Any]) -> None:
+    """Replace what state-dict tools do not accept in what ``torch`` has saved.
+
+    ``state_dtype`` becomes text, and numpy's numbers become Python's.
+    """
+    for group in saved["param_groups"]:
+        group.update({key: as_saved(group[key]) for key in optimizer.defaults if key in group})
+        # The keys stay, those of a mapping too: tools look for what older checkpoints have.
+        group["state_dtype"] = _dtype_text(group["state_dtype"])
+
+
+def _dtype_text(state_dtype: Any) -> str | dict[str, Any] | None:
+    if isinstance(state_dtype, Mapping):
+        return {name: _dtype_text(dtype) for name, dtype in state_dtype.items()}
+    return None if state_dtype is None else str(state_dtype)
+
+
+# ---- loading: checks -----------------------------------------------------------------------------
+
+
+def before_load(optimizer: BaseOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Check what is to be loaded, and return it as torch is to see it; a hook."""
     groups, states = state_dict["param_groups"], dict(state_dict["state"])
     if list(map(_num_params, groups)) != list(map(_num_params, optimizer.param_groups)):
@@ -66,16 +82,16 @@ def before_load(optimizer: "ScalarOptimizer", state_dict: dict[str, Any]) -> dic
         )
     defaults = _defaults(optimizer, optimizer.defaults)
     for i, (new, group) in enumerate(zip(loaded, optimizer.param_groups, strict=True)):
-        complete = {**defaults, **new, "params": group["params"]}
-        _check_group(optimizer, i, complete)
+        full = {**defaults, **new, "params": group["params"]}
+        _check_group(optimizer, i, full)
         names = group.get("param_names")
         if all(isinstance(key, str) for key in new["params"]):
             names = new["params"]  # torch's tools know parameters by names
-        complete["param_names"] = new.get("param_names", names)
-        for index, key in enumerate(new["params"]):
+        full["param_names"] = new.get("param_names", names)
+        for key, member in zip(new["params"], members_of(optimizer, full), strict=True):
             if key in states:
-                states[key] = _without_empty_counter(states[key], group["params"][index])
-                _check_state(optimizer, complete, index, states[key])
+                states[key] = _without_empty_counter(states[key], member.param)
+                _check_state(optimizer, member._replace(state=states[key]))
     hidden = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if isinstance(values, dict)
@@ -96,7 +112,42 @@ def _is_empty_counter(step: Any, param: Tensor) -> bool:
     return not has_value(step) and has_value(param)
 
 
-def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:
+def _num_params(group: dict[str, Any]) -> int:
+    return len(group["params"])
+
+
+def _defaults(optimizer: BaseOptimizer, defaults: dict[str, Any]) -> dict[str, Any]:
+    return {**optimizer._option_defaults, **defaults}
+
+
+def _check_group(optimizer: BaseOptimizer, index: int, group: dict[str, Any]) -> None:
+    check_group(optimizer, group, f"the loaded param_groups[{index}]")
+    step = group.get("step")
+    if not is_absent(step):
+        check_count(f"the loaded param_groups[{index}]['step']", step)
+
+
+def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
+    group, state = member.group, member.state
+    what = "the loaded state"
+    if not isinstance(state, dict):
+        raise TypeError(f"{what} of {member.name} must be a dict, not {type(state).__name__}")
+    check_complete(member, optimizer._counters.is_needed(group, member.rule), what)
+    masters = [MASTER] if has_master(group, member.param) else []
+    try:
+        for name in (*member.rule.state_names, *masters):
+            if not is_absent(state.get(name)):
+                check_tensor(optimizer, member, name, is_loaded=True)
+        if not is_absent(state.get("step")):
+            check_count("state 'step'", state["step"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise blame(error, f"{what} of {member.name}") from None
+
+
+# ---- loading: changes ----------------------------------------------------------------------------
+
+
+def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
     """Give what was pickled, copied or loaded the form that it has in this optimizer.
 
     Args:
@@ -111,13 +162,14 @@ def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:
             group.setdefault(key, default)
         restore_flags(optimizer, group)
         params = [param for param in group["params"] if param in states]
+        rule = optimizer._rule_of(group)
         if is_loaded:
             for param in params:
                 for name in [k for k, v in states[param].items() if is_absent(v)]:
                     del states[param][name]
-            optimizer._settle_counts(group, [states[param] for param in params])
+            optimizer._counters.settle(group, rule, [states[param] for param in params])
         for param in params:
-            optimizer._settle_state(group, param, states[param])
+            _settle_state(optimizer, group, rule, param, states[param])
     for values in states.values():
         # What belongs to no parameter stays as it was saved.
         if isinstance(values, dict):
@@ -127,8 +179,12 @@ def settle(optimizer: "ScalarOptimizer", new: dict[str, Any]) -> None:
         check_loaded_states(optimizer, new["param_groups"], states)
 
 
-def settle_state(
-    optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
+def _settle_state(
+    optimizer: BaseOptimizer,
+    group: dict[str, Any],
+    rule: GroupRule,
+    param: Tensor,
+    state: dict[str, Any],
 ) -> None:
     """Give a state the device and the dtypes that it has in an optimizer."""
     step: Any = state.get("step")
@@ -143,69 +199,11 @@ def settle_state(
     for name, value in state.items():
         if isinstance(value, Saved):
             # What is no state of the rule stays as it was saved.
-            is_known = name == MASTER or name in optimizer._rule_of(group).state_names
-            dtype = optimizer._dtype_of(group, name, param) if is_known else None
+            is_known = name == MASTER or name in rule.state_names
+            dtype = dtype_of(optimizer, group, name, param) if is_known else None
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if not has_master(group, param):
         state.pop(MASTER, None)  # it would go stale
-
-
-def count_of(state: dict[str, Any]) -> float:
-    """Return how many steps a loaded state counts; 0 where it has no counter."""
-    step = state.get("step")
-    return 0.0 if step is None else read(step.tensor if isinstance(step, Saved) else step, 1)
-
-
-def settle_counts(
-    optimizer: "ScalarOptimizer", group: dict[str, Any], states: list[dict[str, Any]]
-) -> None:
-    """Let begun states that have no counter count from their group's ``step``, which then goes."""
-    step = group.pop("step", None)
-    for state in states:
-        if is_begun(optimizer, group, state) and is_absent(state.get("step")):
-            count = 0.0 if is_absent(step) else read(step, 1)
-            set_counter(state, new_counter(count, torch.device("cpu")))
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _num_params(group: dict[str, Any]) -> int:
-    return len(group["params"])
-
-
-def _defaults(optimizer: "ScalarOptimizer", defaults: dict[str, Any]) -> dict[str, Any]:
-    return {**optimizer._option_defaults, **defaults}
-
-
-def _check_group(optimizer: "ScalarOptimizer", index: int, group: dict[str, Any]) -> None:
-    check_group(optimizer, group, f"the loaded param_groups[{index}]")
-    step = group.get("step")
-    if not is_absent(step):
-        check_count(f"the loaded param_groups[{index}]['step']", step)
-
-
-def _check_state(
-    optimizer: "ScalarOptimizer", group: dict[str, Any], index: int, state: Any
-) -> None:
-    param = group["params"][index]
-    what = f"the loaded state of {param_name(optimizer, group, index)}"
-    if not isinstance(state, dict):
-        raise TypeError(f"{what} must be a dict, not {type(state).__name__}")
-    check_complete(optimizer, group, state, what)
-    try:
-        for name, value in _tensors(optimizer, group, param, state):
-            optimizer._check_part(group, param, name, value, is_loaded=True)
-        if not is_absent(state.get("step")):
-            check_count("state 'step'", state["step"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise blame(error, what) from None
-
-
-def _tensors(
-    optimizer: "ScalarOptimizer", group: dict[str, Any], param: Tensor, state: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    masters = [MASTER] if has_master(group, param) else []
-    for name in (*optimizer._rule_of(group).state_names, *masters):
-        if not is_absent(state.get(name)):
-            yield name, state[name]
+        master = optimizer._masters.new(group, param)
+        if master is not None:
+            state[MASTER] = master

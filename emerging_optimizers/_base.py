@@ -1,0 +1,147 @@
+"""What a class of optimizers declares: its rule, how it stores weights, how it counts steps."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._counters import Counters
+from ._hooks import WeightHook
+from ._members import Member, param_name
+from ._rule import GroupKey, GroupRule, Rule
+from ._weights import Masters
+
+SHARED_DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "fused": None,
+    "capturable": False,
+    "state_dtype": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "differentiable": False,
+}
+
+
+class BaseOptimizer(torch.optim.Optimizer):
+    """What the modules of a step know of an optimizer.
+
+    A subclass has a rule, and may replace the other attributes.
+    """
+
+    _rule: ClassVar[Rule]
+    # Where a group has a hyperparameter of the rule, if not under its name: a key; or a key, an
+    # index in the sequence that is there, and the length of that.
+    _renamed: ClassVar[Mapping[str, GroupKey]] = {}
+    # The keys of a parameter's states, in the order of the rule's formula.
+    _state_names: ClassVar[tuple[str, ...]]
+    # Made of these three.
+    _group_rule: ClassVar[GroupRule]
+    # What an error calls one of the ``betas``, as torch.optim's or NVIDIA's class of the name does.
+    _beta_title: ClassVar[str] = "beta"
+    _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
+    # Whether a step makes the states of parameters without a gradient, too.
+    _makes_all_states: ClassVar[bool] = False
+    _masters: ClassVar[Masters] = Masters()
+    _counters: ClassVar[Counters] = Counters()
+    _hook: ClassVar[WeightHook | None] = None
+    # Flags of groups beside those of all optimizers.
+    _own_flags: ClassVar[tuple[str, ...]] = ()
+    # Those of them with which a step is more than one native call. The hook's is added.
+    _slow_flags: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Read the class's rule and hook."""
+        super().__init_subclass__(**arguments)
+        if "_rule" in vars(cls) and "_state_names" not in vars(cls):
+            cls._state_names = cls._rule.states
+        if hasattr(cls, "_rule"):
+            cls._group_rule = cls._rule.for_groups(cls._renamed, cls._state_names)
+        flag = cls._hook.flag if cls._hook is not None else None
+        if flag is not None and flag not in cls._slow_flags:
+            cls._own_flags = (*cls._own_flags, flag)
+            cls._slow_flags = (*cls._slow_flags, flag)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
+        """Return the rule of a group, which may depend on its options."""
+        return self._group_rule
+
+    def _grad(self, group: Mapping[str, Any], param: Tensor) -> Tensor | None:
+        """Return a parameter's gradient, if it has one."""
+        return param.grad
+
+    def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved group, which may be another optimizer's, with this optimizer's keys."""
+        return saved
+
+
+class StepScalars(NamedTuple):
+    """What one call of ``step`` passes to the update of every group.
+
+    Attributes:
+        grad_multiplier: Every gradient is multiplied by it, if it is not None.
+        grad_scale: Every gradient is divided by it, if it is not None; from a ``GradScaler``.
+        found_inf: The step is a no-op if it is neither None nor 0; from a ``GradScaler``.
+        seed: 64 random bits; 0 if no group rounds stochastically.
+    """
+
+    grad_multiplier: float | Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    seed: int
+
+
+class StepCall(NamedTuple):
+    """One call of ``step``.
+
+    Attributes:
+        optimizer: The optimizer.
+        groups: Its groups; copies of those whose learning rate was a DTensor.
+        positions: For each group, the position of its first parameter in the optimizer.
+        scalars: What is the same for all groups.
+    """
+
+    optimizer: BaseOptimizer
+    groups: list[dict[str, Any]]
+    positions: list[int]
+    scalars: StepScalars
+
+
+def grads_of(optimizer: BaseOptimizer, group: dict[str, Any]) -> list[Tensor | None]:
+    return [optimizer._grad(group, param) for param in group["params"]]
+
+
+def members_of(
+    optimizer: BaseOptimizer, group: dict[str, Any], indices: Iterable[int] | None = None
+) -> list[Member]:
+    """Return a group's parameters, all of them or those with some indices."""
+    rule = optimizer._rule_of(group)
+    params = group["params"]
+    states = optimizer.state
+    members = []
+    for i in range(len(params)) if indices is None else indices:
+        param = params[i]
+        state = states.get(param)
+        grad = optimizer._grad(group, param)
+        members.append(
+            Member(optimizer, group, i, param, grad, {} if state is None else state, rule)
+        )
+    return members
+
+
+def hook_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> WeightHook | None:
+    """Return what is to be done around a group's update, if there is anything."""
+    hook = optimizer._hook
+    return hook if hook is not None and group.get(hook.flag) else None
+
+
+def check_tensors(optimizer: BaseOptimizer, group: dict[str, Any]) -> None:
+    """Raise for parameters, and gradients, that are not tensors."""
+    for index, param in enumerate(group["params"]):
+        if not isinstance(param, Tensor):
+            name = param_name(optimizer, group, index)
+            raise TypeError(f"{name} must be a Tensor, not {type(param).__name__}")
+        grad: Any = optimizer._grad(group, param)
+        if grad is not None and not isinstance(grad, Tensor):
+            name = param_name(optimizer, group, index)
+            raise TypeError(f"{name}: its gradient must be a Tensor, not {type(grad).__name__}")

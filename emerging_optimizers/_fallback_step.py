@@ -1,0 +1,194 @@
+"""An optimizer's step in PyTorch operations, for parameters without a native step."""
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._base import BaseOptimizer, StepCall, StepScalars, hook_of, members_of
+from ._dtensor import increment_versions, is_dtensor
+from ._groups import SHAPE_SCALING, read_hyperparameters
+from ._hooks import WeightHook, after_update, before_update
+from ._members import Member
+from ._rounding import element_indices, random_bits, round_stochastically, rounding_key
+from ._rule import shape_scale, store
+from ._sharding import ShardPlace, shard_place
+from ._values import HYPERPARAMETER, read
+from ._weights import HALF, as_local
+
+# The fraction of a parameter that weight decay takes from it.
+_LOST: dict[str, Callable[[float, float], float]] = {
+    "decoupled": lambda lr, weight_decay: lr * weight_decay,
+    "independent": lambda lr, weight_decay: weight_decay,
+    "palm": lambda lr, weight_decay: lr * lr * weight_decay,
+    "l2": lambda lr, weight_decay: 0.0,
+}
+
+
+class _GroupConstants(NamedTuple):
+    """What the updates of a group's parameters have in common.
+
+    Attributes:
+        hyperparameters: The arguments of the rule's formula, but for the tensors and ``step``.
+        has_step: Whether the formula takes ``step``, too.
+        scales_by_shape: Whether the update of a matrix is scaled by its shape.
+        lr: The learning rate.
+        grad_factor: Gradients are multiplied by it.
+        l2: The strength of weight decay that is added to gradients.
+        lost: The fraction of weights that weight decay takes.
+        seed: Of stochastic rounding; None without it.
+        hook: What is done around the update of weights.
+    """
+
+    hyperparameters: dict[str, Any]
+    has_step: bool
+    scales_by_shape: bool
+    lr: float
+    grad_factor: float
+    l2: float
+    lost: float
+    seed: int | None
+    hook: WeightHook | None
+
+
+@torch.no_grad()
+def update_group(
+    call: StepCall, i: int, indices: Collection[int], communicates: bool = False
+) -> None:
+    """Update parameters of a group.
+
+    Numbers on a device are read, those of the counters included: this is the way for devices
+    without kernels, and no CUDA graph can capture it.
+
+    Args:
+        call: The call of ``step``.
+        i: The group's index.
+        indices: The parameters'. They have gradients and complete states.
+        communicates: Whether processes communicate for other parameters of the group, too.
+    """
+    optimizer, groups, positions, scalars = call
+    if scalars.found_inf is not None and read(scalars.found_inf, 0.0) != 0.0:
+        return
+    group = groups[i]
+    constants = _read_constants(optimizer, group, scalars)
+    hook = constants.hook
+    for member in members_of(optimizer, group, None if communicates else indices):
+        if not communicates or member.param_index in indices:
+            _update(optimizer, member, constants, positions[i] + member.param_index)
+        elif hook is not None and hook.joins(member.param) and constants.lr != 0.0:
+            kept = before_update(hook, optimizer._masters, [member])
+            after_update(hook, optimizer._masters, [member], kept)
+
+
+def _read_constants(
+    optimizer: BaseOptimizer, group: dict[str, Any], scalars: StepScalars
+) -> _GroupConstants:
+    rule = optimizer._rule_of(group)
+    hyperparameters = read_hyperparameters(group, rule)
+    # The formula would see the shape of a shard, or of a complex parameter as pairs.
+    scales_by_shape = hyperparameters.get(SHAPE_SCALING, False)
+    if scales_by_shape:
+        hyperparameters[SHAPE_SCALING] = False
+    lr = read(group["lr"], HYPERPARAMETER)
+    weight_decay = read(group["weight_decay"], HYPERPARAMETER)
+    method = group["weight_decay_method"]
+    return _GroupConstants(
+        hyperparameters=hyperparameters,
+        has_step="step" in rule.rule.options,
+        scales_by_shape=scales_by_shape,
+        lr=lr,
+        grad_factor=_grad_factor(group, scalars),
+        l2=weight_decay if method == "l2" else 0.0,
+        lost=_LOST[method](lr, weight_decay),
+        seed=scalars.seed if group["stochastic_rounding"] else None,
+        hook=hook_of(optimizer, group),
+    )
+
+
+def _grad_factor(group: dict[str, Any], scalars: StepScalars) -> float:
+    """Return by what gradients are multiplied."""
+    factor = 1.0
+    if scalars.grad_multiplier is not None:
+        factor = read(scalars.grad_multiplier, HYPERPARAMETER)
+    if scalars.grad_scale is not None:
+        factor /= read(scalars.grad_scale, HYPERPARAMETER)
+    return -factor if group["maximize"] else factor
+
+
+def _update(
+    optimizer: BaseOptimizer, member: Member, constants: _GroupConstants, position: int
+) -> None:
+    param, state, rule = member.param, member.state, member.rule.rule
+    counter = state["step"]
+    counter += 1
+    step = int(read(counter, 1))
+    stored = optimizer._masters.read(member)
+    states = [as_local(state[name]) for name in member.rule.state_names]
+    if is_dtensor(param):
+        increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
+    grad = as_local(placed_like(member.grad, param))
+
+    is_double = torch.float64 in (grad.dtype, stored.dtype, *(s.dtype for s in states))
+    real = torch.float64 if is_double else torch.float32
+    grad = grad.to(real)
+    weight = stored.to(real)
+    if constants.grad_factor != 1.0:
+        grad = grad * constants.grad_factor
+    if constants.l2 != 0.0:
+        grad = grad + weight * constants.l2
+    hyperparameters = constants.hyperparameters
+    if constants.has_step:
+        hyperparameters = {**hyperparameters, "step": step}
+    update = rule.compute_update(grad, states, hyperparameters)
+    if constants.lr == 0.0:
+        return  # not even 0 times a NaN reaches the parameter
+
+    hook = constants.hook
+    kept = None if hook is None else hook.before_update([weight], [param])
+    if constants.scales_by_shape and param.numel() != 0:
+        update.mul_(shape_scale(param.shape))
+    _subtract(weight, update.mul_(constants.lr), constants.lost)
+    if hook is not None and kept is not None:
+        hook.after_update([weight], [param], kept)
+
+    if weight is not stored:
+        if constants.seed is not None and stored.dtype in HALF:
+            bits = _random_bits(param, stored, constants.seed, position, step)
+            store(stored, round_stochastically(weight.float(), stored.dtype, bits))
+        else:
+            store(stored, weight)
+    optimizer._masters.write(member, stored)
+
+
+def _subtract(weight: Tensor, update: Tensor, lost: float) -> None:
+    """Take an update, which is overwritten, and a fraction of itself from a weight."""
+    if lost >= 0.5:
+        weight.mul_(1 - lost)
+    elif lost != 0.0:
+        # 1 - lost would be rounded to 24 bits, of which a small fraction has few. An infinite
+        # weight remains infinite: it loses a finite amount.
+        largest = torch.finfo(weight.dtype).max
+        update.add_(weight.clamp(-largest, largest), alpha=lost)
+    weight.sub_(update)
+
+
+def _random_bits(param: Tensor, stored: Tensor, seed: int, position: int, step: int) -> Tensor:
+    place = shard_place(param) if is_dtensor(param) else ShardPlace(0, 0)
+    key = rounding_key(seed, place.number << 32 | position, step)
+    return random_bits(key, element_indices(stored) + place.first_index)
+
+
+def placed_like(grad: Any, param: Any) -> Any:
+    """Return a gradient that is placed as the parameter is, and whose negation is done."""
+    if not is_dtensor(param):
+        return grad.resolve_neg() if grad.is_neg() else grad
+    if grad.device_mesh != param.device_mesh:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = param.device_mesh
+        everywhere = [Replicate()] * mesh.ndim
+        grad = DTensor.from_local(grad.full_tensor(), mesh, everywhere, run_check=False)
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return grad

@@ -1,0 +1,77 @@
+"""Hooks around the update of weights, such as the one that keeps their norms."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._members import Member
+from ._weights import Masters
+
+
+class WeightHook:
+    """What is done around the update of weights, in groups that have a flag.
+
+    Attributes:
+        flag: The group's key.
+    """
+
+    flag: str
+
+    def check_group(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
+        """Look at a group that is added and has the flag."""
+
+    def joins(self, param: Tensor) -> bool:
+        """Return whether a parameter without a gradient takes part: processes communicate."""
+        return False
+
+    def before_update(self, weights: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
+        """Return what `after_update` needs, an item for each parameter.
+
+        Args:
+            weights: This process's shards of the weights, as real numbers.
+            params: The parameters.
+        """
+        raise NotImplementedError
+
+    def after_update(
+        self, weights: Sequence[Tensor], params: Sequence[Tensor], kept: Sequence[Any]
+    ) -> list[Tensor]:
+        """Modify updated weights in place.
+
+        Returns:
+            For each of them a tensor of one element: whether the weight is unchanged.
+        """
+        raise NotImplementedError
+
+
+def before_update(hook: WeightHook, masters: Masters, members: Sequence[Member]) -> list[Any]:
+    """Call a hook before parameters are updated."""
+    kept = []
+    for batch in _batches(masters, members):
+        weights = [masters.read(member) for member in batch]
+        kept += hook.before_update(weights, [member.param for member in batch])
+    return kept
+
+
+def after_update(
+    hook: WeightHook, masters: Masters, members: Sequence[Member], kept: Sequence[Any]
+) -> None:
+    """Call a hook after parameters were updated, and store what it makes of the weights."""
+    remaining = iter(kept)
+    for batch in _batches(masters, members):
+        weights = [masters.read(member) for member in batch]
+        params = [member.param for member in batch]
+        are_still = hook.after_update(weights, params, [next(remaining) for _ in batch])
+        for member, weight, is_still in zip(batch, weights, are_still, strict=True):
+            masters.write(member, weight, is_still)
+
+
+def _batches(masters: Masters, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+    """Yield all members at once, or one by one where their weights take memory."""
+    if any(masters.is_computed(member.group, member.param) for member in members):
+        for member in members:
+            yield [member]
+    elif members:
+        yield members

@@ -1,0 +1,343 @@
+"""An optimizer's step: one native call for all groups, and the fallback for what remains."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _fallback_step
+from ._base import (
+    BaseOptimizer,
+    StepCall,
+    StepScalars,
+    check_tensors,
+    grads_of,
+    hook_of,
+    members_of,
+)
+from ._counters import split_counters
+from ._dtensor import is_dtensor, whole
+from ._fallback_step import placed_like
+from ._groups import check_flags, check_group, check_state_dtypes
+from ._hooks import after_update, before_update
+from ._hyperparameters import read_number
+from ._members import Member, param_name
+from ._native import native
+from ._rounding import draw_seed
+from ._rule import GroupRule
+from ._states import check_master, prepare
+from ._step_overlap import Place, check_overlap, find_followers
+from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
+from ._weights import HALF, has_master
+
+_is_cuda_in_use = torch.cuda.is_initialized  # every step asks: without looking up modules
+
+# By the index of a group, the indices of its parameters that are left to the fallback. Their states
+# are complete.
+Left: TypeAlias = dict[int, Collection[int]]
+
+
+def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -> Tensor | None:
+    """Update the parameters of all groups.
+
+    Returns:
+        The ``found_inf`` of a ``GradScaler``, if there is one: if it is not 0, nothing has changed.
+    """
+    # None first: whether something is a Tensor takes a call to find out.
+    if grad_multiplier is not None:
+        grad_multiplier = _read_multiplier(grad_multiplier)
+    if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        _check_capturable(optimizer)
+    # A GradScaler sets these for the duration of the call.
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    if grad_scale is not None:
+        grad_scale = whole(grad_scale)
+    if found_inf is not None:
+        if isinstance(found_inf, Tensor):
+            found_inf = whole(found_inf)
+            if not found_inf.is_cuda and read(found_inf, 0.0) != 0.0:
+                return found_inf
+        else:
+            found_inf = None  # of a GradScaler that found no gradients, their sum: 0
+    groups = list(optimizer.param_groups)
+    positions = []
+    num_params = 0
+    draws = has_state_dtypes = False
+    are_rates_floats = True
+    has_tensors = not (grad_multiplier is None and grad_scale is None and found_inf is None)
+    for group in groups:
+        positions.append(num_params)
+        num_params += len(group["params"])
+        draws = draws or group["stochastic_rounding"] is not False
+        has_state_dtypes = has_state_dtypes or group["state_dtype"] is not None
+        are_rates_floats = are_rates_floats and type(group["lr"]) is float
+    if not are_rates_floats:
+        # Those of DTensors once, by all processes, whatever is then left to each of them.
+        groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
+        has_tensors = True
+    if has_state_dtypes:
+        check_state_dtypes(optimizer, groups)  # no native step reads them
+    seed = 0 if not draws else _draw_seed(optimizer, groups)
+    scalars = (grad_multiplier, grad_scale, found_inf, seed)
+    if has_tensors and not have_values((*(group["lr"] for group in groups), *scalars)):
+        left = _prepare_all(StepCall(optimizer, groups, positions, StepScalars(*scalars)))
+    elif native is not None and (rules := _rules_of_one_call(optimizer, groups)) is not None:
+        # Here, for the layers below take as long as five small parameters do. Nothing is done
+        # where any are left.
+        found: Any = None
+        if optimizer.state:
+            try:
+                found = native.step(optimizer.state, groups, positions, rules, scalars, None, False)
+            except (TypeError, ValueError) as error:
+                _explain(optimizer, error)
+            if found is None:
+                return found_inf
+        call = StepCall(optimizer, groups, positions, StepScalars(*scalars))
+        left = _step_rest(call, found)
+    else:
+        for i, group in enumerate(groups):
+            check_flags(optimizer, group, f"param_groups[{i}]")  # which say what else is checked
+        left = _step_by_group(StepCall(optimizer, groups, positions, StepScalars(*scalars)))
+    if left:
+        call = StepCall(optimizer, groups, positions, StepScalars(*scalars))
+        for i, indices in sorted(left.items()):
+            communicates = _communicates(optimizer, groups[i])
+            _fallback_step.update_group(call, i, indices, communicates)
+    return found_inf
+
+
+def _read_multiplier(grad_multiplier: Any) -> Any:
+    if not isinstance(grad_multiplier, Tensor):
+        return read_number("grad_multiplier", grad_multiplier)
+    if grad_multiplier.numel() != 1:
+        raise ValueError("Tensor grad_multiplier must be 1-element")
+    return whole(grad_multiplier)
+
+
+def _check_capturable(optimizer: BaseOptimizer) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        if not group["capturable"]:
+            raise RuntimeError(
+                "a CUDA graph cannot capture a step that is counted on the host: set"
+                f" capturable=True (param_groups[{i}] has False)"
+            )
+
+
+def _draw_seed(optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]) -> int:
+    for i, group in enumerate(groups):
+        check_flags(optimizer, group, f"param_groups[{i}]")  # before a seed is drawn
+    return draw_seed() if any(group["stochastic_rounding"] for group in groups) else 0
+
+
+def _rules_of_one_call(
+    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]
+) -> list[GroupRule] | None:
+    """Return groups' rules if their step may be one native call, and None if not."""
+    slow_flags = optimizer._slow_flags
+    rules = []
+    for group in groups:
+        if group["fused"] is not None and group["fused"] is not True:
+            return None
+        for flag in slow_flags:
+            if group[flag] is not False:
+                return None
+        rule = optimizer._rule_of(group)
+        if rule[0] is None:  # `native`, faster
+            return None
+        rules.append(rule)
+    return rules
+
+
+def has_native_step(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
+    """Return whether there may be a native step for a group."""
+    if native is None or optimizer._rule_of(group).native is None:
+        return False
+    if group["fused"] is not None and not group["fused"]:
+        return False
+    if hook_of(optimizer, group) is None:
+        return True
+    # A hook modifies weights after the update. Those of 16 bits would be rounded twice.
+    return all(has_master(group, p) or p.dtype not in HALF for p in group["params"])
+
+
+def _communicates(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
+    """Return whether processes communicate for parameters without a gradient, too."""
+    return hook_of(optimizer, group) is not None and not has_native_step(optimizer, group)
+
+
+# ---- more than one native call -------------------------------------------------------------------
+
+
+def _prepare_all(call: StepCall) -> Left:
+    """Leave all parameters to the fallback, where there are no values to compute with."""
+    for i, group in enumerate(call.optimizer.param_groups):
+        check_group(call.optimizer, group, f"param_groups[{i}]")
+    return {i: prepare(call, i) for i in range(len(call.groups))}
+
+
+def _step_by_group(call: StepCall) -> Left:
+    """Update by one native call the groups that have a native step."""
+    optimizer, groups, positions, _ = call
+    chosen = []
+    left: Left = {}
+    are_native = [has_native_step(optimizer, group) for group in groups]
+    if not all(are_native):
+        for i, group in enumerate(groups):
+            check_group(optimizer, group, f"param_groups[{i}]")
+        split_counters(optimizer.state.values())
+    kept = _before_native(call, are_native)
+    for i, group in enumerate(groups):
+        if are_native[i]:
+            chosen.append(i)
+            continue
+        indices = prepare(call, i)
+        if indices and group["fused"]:
+            _raise_no_native_step(optimizer, group, indices)
+        if indices or _communicates(optimizer, group):
+            left[i] = indices
+    followers = _settle_order(call, left)
+    if chosen:
+        all_grads = {i: grads_of(optimizer, groups[i]) for i in chosen}
+        for i, k in followers:
+            all_grads[i][k] = None  # not to be updated natively
+        native_call = call._replace(
+            groups=[groups[i] for i in chosen], positions=[positions[i] for i in chosen]
+        )
+        grads = list(all_grads.values())
+        found = _call_native(native_call, grads, may_leave=False)
+        if found is not None:
+            more = _step_rest(native_call, found, grads)
+            left.update((chosen[k], indices) for k, indices in more.items())
+        for i, k in followers:
+            left[i] = sorted({*left.get(i, ()), k})
+    _after_native(call, kept, left)
+    return left
+
+
+def _settle_order(call: StepCall, left: Mapping[int, Collection[int]]) -> set[Place]:
+    """Check which tensors share memory where the fallback updates some of the parameters.
+
+    Returns:
+        What else has to be left to the fallback, after those. Its states are complete.
+    """
+    if not any(left.values()):
+        return set()  # the native step does it
+    optimizer, groups = call.optimizer, call.groups
+    followers = find_followers(check_overlap(optimizer, groups), left)
+    for i, k in followers:
+        if groups[i]["fused"]:
+            _raise_no_native_step(optimizer, groups[i], [k])
+        prepare(call, i, [k])
+    return followers
+
+
+def _step_rest(
+    call: StepCall,
+    found: Sequence[Collection[int]] | None,
+    grads: list[list[Tensor | None]] | None = None,
+) -> Left:
+    """Call the native step, after one that has done nothing, or as the first.
+
+    Missing states are made, and gradients are brought to where parameters are.
+
+    Args:
+        call: The call of ``step``, with the groups that have a native step.
+        found: For each group, the indices of the parameters that kept the native call from doing
+            anything. None: all.
+        grads: For each group, what that call was given as the parameters' gradients.
+    """
+    optimizer, groups = call.optimizer, call.groups
+    if found is None:
+        for i, group in enumerate(groups):
+            check_group(optimizer, group, f"param_groups[{i}]")
+        found = [range(len(group["params"])) for group in groups]
+    params = (g["params"][i] for g, indices in zip(groups, found, strict=True) for i in indices)
+    if is_tracing() or any(map(is_fake, params)):
+        return _prepare_all(call)
+    split_counters(optimizer.state.values())
+    ready = [prepare(call, i, indices) for i, indices in enumerate(found)]
+    if grads is None:
+        grads = [grads_of(optimizer, group) for group in groups]
+    with torch.no_grad():
+        for group, indices, group_grads in zip(groups, ready, grads, strict=True):
+            for k in indices:
+                group_grads[k] = placed_like(group_grads[k], group["params"][k])
+    still = _call_native(call, grads, may_leave=True)
+    left = {i: indices for i, indices in enumerate(still or ()) if indices}
+    for i, indices in left.items():
+        if groups[i]["fused"]:
+            _raise_no_native_step(optimizer, groups[i], indices)  # nothing was done
+    return left
+
+
+def _call_native(call: StepCall, grads: list[list[Tensor | None]], may_leave: bool) -> Any:
+    optimizer, groups, positions, scalars = call
+    assert native is not None
+    rules = [optimizer._rule_of(group) for group in groups]
+    try:
+        return native.step(optimizer.state, groups, positions, rules, scalars, grads, may_leave)
+    except (TypeError, ValueError) as error:
+        _explain(optimizer, error)
+
+
+def _explain(optimizer: BaseOptimizer, error: Exception) -> NoReturn:
+    """Raise what the native step has raised, with the name of the parameter or group if found."""
+    try:
+        for i, group in enumerate(optimizer.param_groups):
+            check_group(optimizer, group, f"param_groups[{i}]")
+            check_tensors(optimizer, group)
+        check_overlap(optimizer, optimizer.param_groups)
+    except (TypeError, ValueError, RuntimeError) as explained:
+        raise explained from None
+    raise error
+
+
+def _raise_no_native_step(
+    optimizer: BaseOptimizer, group: dict[str, Any], indices: Collection[int]
+) -> NoReturn:
+    raise RuntimeError(
+        f"fused=True, but {type(optimizer).__name__} has no native step for"
+        f" {param_name(optimizer, group, min(indices))}; fused=None takes one where there is one"
+    )
+
+
+# ---- hooks ---------------------------------------------------------------------------------------
+
+_Kept: TypeAlias = list[tuple[int, Member, Any]]
+
+
+@torch.no_grad()
+def _before_native(call: StepCall, are_native: Sequence[bool]) -> _Kept:
+    """Call the hook before a native call; return what `_after_native` needs."""
+    optimizer = call.optimizer
+    hook = optimizer._hook
+    found: list[tuple[int, Member]] = []
+    if hook is None:
+        return []
+    for i, group in enumerate(call.groups):
+        # Where lr is 0, not even a product with 1 is for a parameter's bits.
+        if are_native[i] and hook_of(optimizer, group) and not _is_zero(group["lr"]):
+            for member in members_of(optimizer, group):
+                if member.grad is not None or hook.joins(member.param):
+                    check_master(optimizer, member)
+                    found.append((i, member))
+    kept = before_update(hook, optimizer._masters, [member for _, member in found])
+    return [(i, member, item) for (i, member), item in zip(found, kept, strict=True)]
+
+
+@torch.no_grad()
+def _after_native(call: StepCall, kept: _Kept, left: Left) -> None:
+    """Call the hook for what was updated natively."""
+    optimizer = call.optimizer
+    done = [(m, item) for i, m, item in kept if m.param_index not in left.get(i, ())]
+    if done and optimizer._hook is not None:
+        # With the states that the step has made.
+        members = [m._replace(state=optimizer.state.get(m.param, {})) for m, _ in done]
+        after_update(optimizer._hook, optimizer._masters, members, [item for _, item in done])
+
+
+def _is_zero(lr: Any) -> bool:
+    """Return whether the host knows that a learning rate is 0."""
+    return not (isinstance(lr, Tensor) and lr.is_cuda) and read(lr, HYPERPARAMETER) == 0.0

@@ -1,0 +1,288 @@
+"""What Megatron-Core expects of an optimizer, beside what ``torch.optim`` does."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .._base import SHARED_DEFAULTS, grads_of, members_of
+from .._groups import STATE_DTYPES
+from .._hyperparameters import read_optional_flag
+from .._members import blame, find_param
+from .._optimizer import ScalarOptimizer
+from .._rule import store
+from .._states import complete
+from .._values import read
+from .._weights import MASTER, check_master_dtype
+from . import group_steps
+from .remainders import Remainders, stores_remainder
+
+
+class MegatronMixin(ScalarOptimizer):
+    """What Megatron-Core expects of an optimizer, beside what ``torch.optim`` does.
+
+    Its distributed optimizer gives each process a part of a flat buffer: the parameters are then
+    views at any offset, which replace those that the optimizer was made with. Nothing is kept
+    between steps, so parameters, gradients and states may be replaced, and moved, at any time.
+
+    As in TransformerEngine, a group's ``step`` counts the steps of all its parameters, also of
+    those that have no gradient or are on other processes. It goes up by 1 at each step that no
+    ``found_inf`` skips, and may be set: to a number, or to None for the largest ``step`` of the
+    parameters' states. It is an int or, where steps are counted on a device, a tensor there. The
+    counters in states follow it; after a load, they are left out until the next step.
+
+    A step makes the states of all parameters before it looks for gradients. So a master is the
+    value that its parameter had at the optimizer's first step, whether there was a gradient or not.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
+            optimizer.
+        *arguments: The rule's own.
+        master_weights: Keep a float32 master of each bfloat16 or float16 parameter in its state,
+            as ``master_param``; a float32 parameter is its own.
+        master_weight_dtype: ``torch.float32``; others are refused.
+        exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow``): ``torch.float32``,
+            ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. Others, such as
+            ``torch.uint8`` for FP8, are refused.
+        exp_avg_sq_dtype: That of ``exp_avg_sq``, likewise; of no effect where there is none.
+        use_decoupled_grad: Gradients are ``param.decoupled_grad``, of any floating-point dtype,
+            instead of ``param.grad``.
+        store_param_remainders: ``master_param`` of a bfloat16 parameter is the int16 remainder that
+            :func:`split_master` leaves. No effect without `master_weights`.
+        set_grad_none: Deprecated: what ``zero_grad`` does without an argument.
+        **options: The rule's own, and `maximize`, `fused` and `capturable` of
+            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. ``capturable=True``
+            also leaves it to the step to apply a ``GradScaler``'s numbers, as in TransformerEngine.
+
+    Raises:
+        ValueError: A dtype that is refused, named by its argument, or a hyperparameter out of
+            range.
+    """
+
+    _makes_all_states = True
+    _masters = Remainders()
+    _counters = group_steps.GroupSteps()
+    _own_flags = ("use_decoupled_grad", "store_param_remainders")
+    _slow_flags = ("use_decoupled_grad",)
+    _option_defaults: ClassVar = {
+        **SHARED_DEFAULTS,
+        "use_decoupled_grad": False,
+        "store_param_remainders": False,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *arguments: Any,
+        master_weights: bool = False,
+        master_weight_dtype: torch.dtype = torch.float32,
+        exp_avg_dtype: torch.dtype = torch.float32,
+        exp_avg_sq_dtype: torch.dtype = torch.float32,
+        use_decoupled_grad: bool = False,
+        store_param_remainders: bool = False,
+        set_grad_none: bool | None = None,
+        **options: Any,
+    ) -> None:
+        _check_dtype("master_weight_dtype", master_weight_dtype, (torch.float32,))
+        _check_dtype("exp_avg_dtype", exp_avg_dtype, STATE_DTYPES)
+        _check_dtype("exp_avg_sq_dtype", exp_avg_sq_dtype, STATE_DTYPES)
+        read_optional_flag("set_grad_none", set_grad_none)
+        rule_init: Any = super().__init__
+        rule_init(
+            params,
+            *arguments,
+            master_weights=master_weights,
+            state_dtype={
+                name: exp_avg_sq_dtype if name == "exp_avg_sq" else exp_avg_dtype
+                for name in self._state_names
+            },
+            use_decoupled_grad=use_decoupled_grad,
+            store_param_remainders=store_param_remainders,
+            **options,
+        )
+        self.defaults["set_grad_none"] = set_grad_none
+        if set_grad_none is not None:
+            warnings.warn(
+                f"{type(self).__name__}(set_grad_none=...) is deprecated: say"
+                " zero_grad(set_to_none=...)",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+
+    def _scales_in_step(self, group: dict[str, Any]) -> bool:
+        return super()._scales_in_step(group) or group.get("capturable") is True
+
+    # ---- states, one by one ----------------------------------------------------------------------
+
+    def initialize_state(self, param: Tensor, store_param_remainders: bool | None = None) -> None:
+        """Give a parameter new states.
+
+        Args:
+            param: One of the optimizer's.
+            store_param_remainders: Whether its ``master_param`` is a remainder. None: what the
+                optimizer was made with says; so must anything else.
+        """
+        group, index = self._place_of(param)
+        is_remainder = stores_remainder(group, param)
+        if store_param_remainders not in (None, is_remainder):
+            raise ValueError(
+                f"{find_param(self, param)}: store_param_remainders={store_param_remainders}, but"
+                f" this optimizer {'stores' if is_remainder else 'does not store'} the remainder of"
+                " this parameter"
+            )
+        self.state.pop(param, None)
+        self._complete(group, index)
+
+    def get_unscaled_state(
+        self, param: Tensor, state_name: str, skip_unscale: bool = False
+    ) -> Tensor:
+        """Return a state as float32; counters, and remainders, as they are.
+
+        Args:
+            param: One of the optimizer's.
+            state_name: The state's key.
+            skip_unscale: Return it as it is stored.
+        """
+        state = self.state.get(param, {})
+        if state_name not in state:
+            raise KeyError(
+                f"{find_param(self, param)}: the parameter has no state {state_name!r}; it has"
+                f" {list(state)}"
+            )
+        if state_name == MASTER and param.dtype == torch.float32:
+            return param.detach()
+        value: Tensor = state[state_name]
+        return value.float() if value.is_floating_point() and not skip_unscale else value
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
+        """Write a state, rounded to the dtype that it is stored in.
+
+        Args:
+            param: One of the optimizer's.
+            state_name: The state's key. If the parameter has no such state yet, it gets those that
+                it lacks.
+            unscaled_state: What ``get_unscaled_state`` returned. A remainder may come as float32,
+                too, but not a master where there is a remainder, or the other way round. What is no
+                tensor is no state and left: Megatron-Core 0.16 passes whether there is padding.
+        """
+        if not isinstance(unscaled_state, Tensor):
+            return
+        state = self.state.get(param, {})
+        if state_name not in state:
+            state = self._complete(*self._place_of(param))
+        if state_name not in state:
+            raise KeyError(f"{type(self).__name__} has no state {state_name!r}")
+        value: Tensor = state[state_name]
+        if unscaled_state.shape != value.shape:
+            raise ValueError(
+                f"{find_param(self, param)}: {state_name!r} has shape"
+                f" {tuple(unscaled_state.shape)}; expected {tuple(value.shape)}"
+            )
+        if value.dtype == torch.int16 and unscaled_state.is_floating_point():
+            # Megatron's fully reshardable checkpoints hold all states as float32.
+            as_integer = unscaled_state.to(torch.int16)
+            is_exact = (as_integer.to(unscaled_state.dtype) == unscaled_state).all()
+            if read(is_exact, 1):
+                unscaled_state = as_integer
+        try:
+            check_master_dtype(value.dtype == torch.int16, unscaled_state)
+        except TypeError as error:
+            raise blame(error, find_param(self, param)) from None
+        store(value, unscaled_state)
+
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+        """Give a group's parameters the states that they lack."""
+        for member in members_of(self, group):
+            if not skip_non_grad_params or member.grad is not None:
+                complete(self, member)
+
+    def _place_of(self, param: Tensor) -> tuple[dict[str, Any], int]:
+        for group in self.param_groups:
+            for index, other in enumerate(group["params"]):
+                if other is param:
+                    return group, index
+        raise ValueError("the parameter is in none of the optimizer's groups")
+
+    def _complete(self, group: dict[str, Any], index: int) -> dict[str, Any]:
+        """Give a parameter the states that it lacks; return all of them."""
+        (member,) = members_of(self, group, [index])
+        return complete(self, member).state
+
+    # ---- gradients -------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Remove the gradients, ``decoupled_grad`` where those are used, or fill them with zeros.
+
+        Args:
+            set_to_none: Remove them. None: as `set_grad_none` said, or else True.
+        """
+        set_grad_none = self.defaults.get("set_grad_none")
+        if set_grad_none is not None:
+            if set_to_none not in (None, set_grad_none):
+                raise ValueError(
+                    f"zero_grad(set_to_none={set_to_none}), but the optimizer was made with"
+                    f" set_grad_none={set_grad_none}"
+                )
+            set_to_none = set_grad_none
+        if set_to_none is None:
+            set_to_none = True
+        if not all(group["use_decoupled_grad"] for group in self.param_groups):
+            super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            if not group["use_decoupled_grad"]:
+                continue
+            for param, grad in zip(group["params"], grads_of(self, group), strict=True):
+                if set_to_none:
+                    param.decoupled_grad = None
+                elif grad is not None:
+                    grad.zero_()
+
+    def _grad(self, group: Mapping[str, Any], param: Tensor) -> Tensor | None:
+        if group["use_decoupled_grad"]:
+            return getattr(param, "decoupled_grad", None)
+        return super()._grad(group, param)
+
+    # ---- the step --------------------------------------------------------------------------------
+
+    def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
+        before = [(group, group.get("step", _ABSENT)) for group in self.param_groups]
+        try:
+            group_steps.read_steps(self, getattr(self, "found_inf", None))
+            found_inf = super()._step(grad_multiplier)
+        except Exception:
+            for group, step in before:
+                group["step"] = step
+                if step is _ABSENT:
+                    del group["step"]
+            raise
+        group_steps.count(self, found_inf)
+        return found_inf
+
+    # ---- saving and loading ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states, each with its ``step``, and the groups, each with its largest."""
+        return super().state_dict()
+
+    def _finish_state_dict(self, saved: dict[str, Any]) -> None:
+        super()._finish_state_dict(saved)
+        group_steps.finish_state_dict(self, saved)
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved_group["params"], strict=True):
+                state = saved["state"].get(key, {})
+                if MASTER in state:
+                    state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
+
+
+_ABSENT = object()
+
+
+def _check_dtype(name: str, dtype: torch.dtype, supported: Sequence[torch.dtype]) -> None:
+    if dtype not in supported:
+        raise ValueError(
+            f"{name}={dtype} is not supported; expected {' or '.join(map(str, supported))}"
+        )

@@ -1,0 +1,149 @@
+"""The rules' optimizers under the names that Megatron-Core uses."""
+
+from typing import ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .. import scalar_optimizers as rules
+from .._hyperparameters import read_flag
+from .._values import HYPERPARAMETER, read
+from .mixin import MegatronMixin
+
+
+class FusedAdam(MegatronMixin, rules.Adam):
+    """Adam with the arguments of TransformerEngine's ``FusedAdam``; on any device.
+
+    Differences from it: states have no scales, so FP8 states and float16 masters are refused, and
+    float16 averages are stored as they are. Each parameter has a counter ``step`` in its state,
+    which its ``load_state_dict`` does not know: what is saved here has to lose it first. What it
+    saved loads here.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate.
+        betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: Added to the denominator; not negative.
+        weight_decay: Strength of the weight decay.
+        amsgrad: Refused.
+        bias_correction: Divide averages by what a constant 1 would have brought them to by now.
+        adam_w_mode: Decoupled weight decay. False: decay is added to the gradient.
+        capturable: Keep counters and the learning rates, as tensors, on the parameters' devices,
+            where CUDA graphs can capture a step.
+        master_weights: Keep float32 masters; this and the following as in :class:`MegatronMixin`.
+        master_weight_dtype: The masters' dtype.
+        exp_avg_dtype: The dtype of ``exp_avg``.
+        exp_avg_sq_dtype: The dtype of ``exp_avg_sq``.
+        use_decoupled_grad: Read ``param.decoupled_grad``.
+        store_param_remainders: Store 16 bits of each bfloat16 parameter's master.
+        set_grad_none: Deprecated.
+
+    Raises:
+        ValueError: A dtype that is refused, `amsgrad`, or a hyperparameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.megatron import FusedAdam
+        >>> weight = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
+        >>> optimizer = FusedAdam([weight], lr=0.1, master_weights=True, use_decoupled_grad=True)
+        >>> weight.decoupled_grad = torch.tensor([2.0, -4.0])  # float32
+        >>> optimizer.step()
+        >>> weight
+        tensor([ 0.8984, -1.8984], dtype=torch.bfloat16)
+        >>> optimizer.get_unscaled_state(weight, "master_param")
+        tensor([ 0.9000, -1.9000])
+        >>> optimizer.param_groups[0]["step"]
+        1
+
+    Reference:
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization",
+        https://arxiv.org/abs/1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay
+        Regularization", https://arxiv.org/abs/1711.05101.
+    """
+
+    _renamed: ClassVar = {**rules.Adam._renamed, "correct_bias": "bias_correction"}
+    _option_defaults: ClassVar = {**MegatronMixin._option_defaults, "bias_correction": True}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+        master_weights: bool = False,
+        master_weight_dtype: torch.dtype = torch.float32,
+        exp_avg_dtype: torch.dtype = torch.float32,
+        exp_avg_sq_dtype: torch.dtype = torch.float32,
+        use_decoupled_grad: bool = False,
+        store_param_remainders: bool = False,
+        set_grad_none: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            bias_correction=bias_correction,
+            weight_decay_method="decoupled" if read_flag("adam_w_mode", adam_w_mode) else "l2",
+            capturable=capturable,
+            master_weights=master_weights,
+            master_weight_dtype=master_weight_dtype,
+            exp_avg_dtype=exp_avg_dtype,
+            exp_avg_sq_dtype=exp_avg_sq_dtype,
+            use_decoupled_grad=use_decoupled_grad,
+            store_param_remainders=store_param_remainders,
+            set_grad_none=set_grad_none,
+        )
+        # Their name for it is TransformerEngine's alone.
+        for group in (self.defaults, *self.param_groups):
+            del group["correct_bias"]
+        for group in self.param_groups:
+            if group["capturable"] and group["params"]:
+                device = group["params"][0].device
+                group["lr"] = torch.full(
+                    (), read(group["lr"], HYPERPARAMETER), dtype=torch.float32, device=device
+                )
+
+
+class AdEMAMix(MegatronMixin, rules.AdEMAMix):
+    """:class:`~emerging_optimizers.scalar_optimizers.AdEMAMix` for Megatron.
+
+    Its fast average is the state ``exp_avg``, which Megatron looks for. For the arguments that are
+    common to all, see :class:`MegatronMixin`.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.megatron import AdEMAMix
+        >>> weight = torch.tensor([1.0, -2.0])
+        >>> optimizer = AdEMAMix([weight], lr=0.1, use_decoupled_grad=True)
+        >>> weight.decoupled_grad = 2 * weight
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[weight])
+        ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
+    """
+
+    _state_names = ("exp_avg", *rules.AdEMAMix._state_names[1:])
+
+
+class LaProp(MegatronMixin, rules.LaProp):
+    """:class:`~emerging_optimizers.scalar_optimizers.LaProp`, as :class:`MegatronMixin` says."""
+
+
+class Lion(MegatronMixin, rules.Lion):
+    """:class:`~emerging_optimizers.scalar_optimizers.Lion`, as :class:`MegatronMixin` says."""
+
+
+class Signum(MegatronMixin, rules.Signum):
+    """:class:`~emerging_optimizers.scalar_optimizers.Signum`, as :class:`MegatronMixin` says."""
+
+
+class SimplifiedAdEMAMix(MegatronMixin, rules.SimplifiedAdEMAMix):
+    """The class of that name in ``scalar_optimizers``, as :class:`MegatronMixin` says."""

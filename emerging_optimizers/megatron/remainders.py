@@ -1,0 +1,105 @@
+"""Float32 masters of bfloat16 parameters, stored as the 16 bits that the parameter lacks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._members import Member
+from .._rule import store
+from .._weights import Masters, as_local, master_of
+
+
+def split_master(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Store a float32 master as a bfloat16 parameter and the 16 bits that this leaves.
+
+    The parameter gets the high 16 bits, plus 1 where the low ones are 0x8000 or more, so it is the
+    nearest to the master, and of two the one away from zero. The remainder gets the low 16 bits.
+    This is how TransformerEngine stores them.
+
+    Args:
+        master: A float32 tensor. Every NaN in it becomes 0x7FC00000.
+        param: A bfloat16 tensor of its shape; overwritten.
+        remainder: An int16 tensor of its shape; overwritten.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.megatron import merge_master, split_master
+        >>> master = torch.tensor([1.0, 1.00390625, 3.14159274])
+        >>> param, remainder = master.bfloat16(), torch.empty(3, dtype=torch.int16)
+        >>> split_master(master, param, remainder)
+        >>> remainder
+        tensor([     0, -32768,   4059], dtype=torch.int16)
+        >>> torch.equal(merge_master(param, remainder), master)
+        True
+    """
+    master.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=-torch.inf)
+    bits = master.view(torch.int32)
+    store(remainder, bits)
+    store(param.view(torch.int16), torch.add(bits, 0x8000).bitwise_right_shift_(16))
+
+
+def merge_master(param: Tensor, remainder: Tensor, master: Tensor | None = None) -> Tensor:
+    """Return the float32 master that :func:`split_master` stored.
+
+    Args:
+        param: A bfloat16 tensor.
+        remainder: An int16 tensor of its shape.
+        master: A float32 tensor of its shape, to overwrite. None: a new one.
+    """
+    if master is None:
+        master = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    # What the parameter has too much, where it was rounded up, is what makes a remainder negative.
+    bits = master.view(torch.int32)
+    store(bits, param.view(torch.int16))
+    bits.mul_(0x10000).add_(remainder.to(torch.int32))
+    return master
+
+
+class Remainders(Masters):
+    """Masters, or what is left of them beside a bfloat16 parameter, in states."""
+
+    def dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's state ``master_param``."""
+        return torch.int16 if stores_remainder(group, param) else super().dtype(group, param)
+
+    def new(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return the ``master_param`` of a parameter with its present value, if it is to have one.
+
+        A float32 parameter is its own master.
+        """
+        if stores_remainder(group, param):
+            return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+        if group["master_weights"] and param.dtype == torch.float32:
+            return param
+        return super().new(group, param)
+
+    def is_computed(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Return whether `read` has to compute the weight, as a new tensor."""
+        return stores_remainder(group, param)
+
+    def read(self, member: Member) -> Tensor:
+        """Return a parameter's weight, this process's shard of it."""
+        remainder = master_of(member)
+        if remainder is None or not stores_remainder(member.group, member.param):
+            return super().read(member)
+        return merge_master(as_local(member.param), as_local(remainder))
+
+    def write(self, member: Member, weight: Tensor, is_still: Tensor | None = None) -> None:
+        """Store a weight that `read` returned, once it was modified."""
+        remainder = master_of(member)
+        if remainder is None or not stores_remainder(member.group, member.param):
+            return super().write(member, weight, is_still)
+        stored = as_local(member.param), as_local(remainder)
+        if is_still is None:
+            return split_master(weight, *stored)
+        changed = tuple(map(torch.empty_like, stored))
+        split_master(weight, *changed)
+        for old, new in zip(stored, changed, strict=True):
+            store(old, torch.where(is_still, old, new))
+
+
+def stores_remainder(group: dict[str, Any], param: Tensor) -> bool:
+    """Return whether a parameter's ``master_param`` is a remainder."""
+    is_wanted = group["master_weights"] and group["store_param_remainders"]
+    return bool(is_wanted) and param.dtype == torch.bfloat16
