@@ -1561,7 +1561,7 @@ def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
 def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
     param.grad = torch.ones(3, dtype=torch.complex64)
-    with pytest.raises(RuntimeError, match="the parameter is conjugated lazily"):
+    with pytest.raises(RuntimeError, match="the parameter is a lazily conjugated view"):
         setup.make([param], fused=fused).step()
 
 
