@@ -1,7 +1,7 @@
-"""The native kernels' checks of tensors, for the calls that those do not see.
+"""Checks of tensors, for calls that the native kernels do not check.
 
-These are the calls on devices without native kernels, and all calls where nothing was compiled. The
-messages are the same; one table of tests holds the two together.
+These are calls on devices without native kernels, and all calls if nothing is compiled. The
+messages are those of the native checks; one table of tests compares the two.
 """
 
 from collections.abc import Sequence
@@ -21,71 +21,117 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 
 class Operand(NamedTuple):
-    """One tensor argument: a list, named as its single form is."""
+    """One tensor argument: a single tensor, or a list of them.
+
+    Attributes:
+        name: The name of the single form: ``exp_avg``, also for ``exp_avgs``.
+        tensors: The tensors; one where a single tensor was passed.
+        is_single: Whether a single tensor was passed.
+        in_place: Whether the tensors are modified.
+    """
 
     name: str
     tensors: Sequence[Tensor]
+    is_single: bool
     in_place: bool
 
+    @property
+    def label(self) -> str:
+        """The argument in messages: ``exp_avg`` for a tensor, ``exp_avgs`` for a list."""
+        return self.name if self.is_single or self.name == "out" else f"{self.name}s"
 
-def list_name(name: str, single: bool) -> str:
-    """Spell the argument's name: ``exp_avg`` for a tensor, ``exp_avgs`` for a list."""
-    return name if single or name == "out" else f"{name}s"
+    def at(self, position: int) -> str:
+        """Return the tensor's name in messages: ``exp_avg``, or ``exp_avgs[3]`` in a list."""
+        return self.name if self.is_single else f"{self.label}[{position}]"
 
 
-def position_name(name: str, position: int, single: bool) -> str:
-    """Spell the name of what is at a position: ``exp_avg``, or ``exp_avgs[3]`` of a list."""
-    return name if single else f"{list_name(name, single)}[{position}]"
+def read_operand(name: str, value: Any, grads: Operand | None = None) -> Operand:
+    """Return the operand that a user passed.
+
+    Args:
+        name: The name of the single form.
+        value: A tensor or a sequence of tensors.
+        grads: The gradients, which the operand must match. None: these are the gradients.
+    """
+    in_place = grads is not None
+    if isinstance(value, Tensor):
+        operand = Operand(name, [value], True, in_place)
+    else:
+        items = items_of(value)
+        if items is None:
+            raise TypeError(
+                f"{name} must be a Tensor or a sequence of Tensors, not {type(value).__name__}"
+            )
+        operand = Operand(name, list(items), False, in_place)
+        for position, tensor in enumerate(operand.tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{operand.at(position)} must be a Tensor, not {type(tensor).__name__}"
+                )
+    if grads is not None:
+        _check_same_kind(operand, grads)
+        _check_length(operand, grads)
+    return operand
 
 
-def check_operands(operands: Sequence[Operand], single: bool, use_shape_scaling: bool) -> None:
-    """Raise for tensors that no rule can be applied to. The gradient comes first."""
-    check_lengths(operands, single)
+def check_operands(operands: Sequence[Operand], use_shape_scaling: bool) -> None:
+    """Raise for tensors that no rule can update. The gradients come first."""
+    check_lengths(operands)
     grads = operands[0]
     for position in range(len(grads.tensors)):
-        _check_position(operands, position, single)
+        _check_position(operands, position)
         grad = grads.tensors[position]
         if grad.is_meta != grads.tensors[0].is_meta:
-            _check_device(grads, position, grads, 0, single)
+            _check_device(grads, position, grads, 0)
         if use_shape_scaling:
-            check_is_matrix(grads, position, single)
+            check_is_matrix(grads, position)
     if not torch.compiler.is_compiling():
-        _check_aliases(operands, single)
+        _check_aliases(operands)
 
 
-def check_step_device(step: Tensor, grads: Operand, single: bool) -> None:
-    """Raise for a step on the meta device, which has no value, beside gradients with values."""
+def check_step_device(step: Tensor, grads: Operand) -> None:
+    """Raise for a step without a value, on the meta device, if the gradients have values."""
     if grads.tensors and step.is_meta and not grads.tensors[0].is_meta:
-        raise TypeError(
-            f"step is on meta but {position_name(grads.name, 0, single)} is on"
-            f" {grads.tensors[0].device}"
+        raise TypeError(f"step is on meta but {grads.at(0)} is on {grads.tensors[0].device}")
+
+
+def _check_same_kind(operand: Operand, grads: Operand) -> None:
+    if operand.is_single != grads.is_single:
+        kind, grad_kind = (
+            "a single Tensor" if o.is_single else "a sequence" for o in (operand, grads)
+        )
+        raise ValueError(
+            f"{operand.name} is {kind} but grad is {grad_kind}; pass all of them as Tensors, or"
+            " all as sequences of Tensors"
         )
 
 
-def check_lengths(operands: Sequence[Operand], single: bool) -> None:
-    """Raise for lists that are not as long as the gradients'."""
-    grads = operands[0]
+def check_lengths(operands: Sequence[Operand]) -> None:
+    """Raise for lists that differ in length from the gradients."""
     for operand in operands:
-        if len(operand.tensors) != len(grads.tensors):
-            raise ValueError(
-                f"{list_name(operand.name, single)} has {len(operand.tensors)} tensors but"
-                f" {list_name(grads.name, single)} has {len(grads.tensors)}"
-            )
+        _check_length(operand, operands[0])
 
 
-def check_is_matrix(grads: Operand, position: int, single: bool) -> None:
-    """Raise for a gradient whose update has no shape to be scaled by."""
+def _check_length(operand: Operand, grads: Operand) -> None:
+    if len(operand.tensors) != len(grads.tensors):
+        raise ValueError(
+            f"{operand.label} has {len(operand.tensors)} tensors but {grads.label} has"
+            f" {len(grads.tensors)}"
+        )
+
+
+def check_is_matrix(grads: Operand, position: int) -> None:
+    """Raise for a gradient that ``use_shape_scaling`` cannot scale."""
     num_dimensions = grads.tensors[position].dim()
     if num_dimensions != 2:
         raise ValueError(
-            f"{position_name(grads.name, position, single)} has {num_dimensions} dimensions;"
-            " use_shape_scaling needs 2"
+            f"{grads.at(position)} has {num_dimensions} dimensions; use_shape_scaling needs 2"
         )
 
 
-def check_storage(name: str, tensor: Tensor, position: int, single: bool) -> None:
-    """Raise for a layout or a dtype that cannot be computed with."""
-    name = position_name(name, position, single)
+def check_storage(operand: Operand, position: int) -> None:
+    """Raise for an unsupported layout or dtype."""
+    tensor, name = operand.tensors[position], operand.at(position)
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
         raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
@@ -105,26 +151,24 @@ _LAYOUTS = {
 }
 
 
-def _check_device(
-    operand: Operand, position: int, other: Operand, other_position: int, single: bool
-) -> None:
+def _check_device(operand: Operand, position: int, other: Operand, other_position: int) -> None:
     tensor, beside = operand.tensors[position], other.tensors[other_position]
     if tensor.device != beside.device:
         error = ValueError if tensor.is_meta == beside.is_meta else TypeError
         raise error(
-            f"{position_name(operand.name, position, single)} is on {tensor.device} but"
-            f" {position_name(other.name, other_position, single)} is on {beside.device}"
+            f"{operand.at(position)} is on {tensor.device} but {other.at(other_position)} is on"
+            f" {beside.device}"
         )
 
 
-def _check_position(operands: Sequence[Operand], position: int, single: bool) -> None:
+def _check_position(operands: Sequence[Operand], position: int) -> None:
     for operand in operands:
-        check_storage(operand.name, operand.tensors[position], position, single)
+        check_storage(operand, position)
     for operand in operands:
         tensor = operand.tensors[position]
-        name = position_name(operand.name, position, single)
-        _check_device(operand, position, operands[0], position, single)
-        check_shape(operand, position, operands[0], single)
+        name = operand.at(position)
+        _check_device(operand, position, operands[0], position)
+        check_shape(operand, position, operands[0])
         if not torch.compiler.is_compiling() and has_no_memory(tensor):
             raise ValueError(f"{name} has no memory: its storage was resized to 0")
         if operand.in_place and tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -135,26 +179,26 @@ def _check_position(operands: Sequence[Operand], position: int, single: bool) ->
             _check_self_overlap(name, tensor)
 
 
-def check_shape(operand: Operand, position: int, grads: Operand, single: bool) -> None:
-    """Raise for a shape that is not the gradient's."""
+def check_shape(operand: Operand, position: int, grads: Operand) -> None:
+    """Raise for a shape other than the gradient's."""
     shape, grad_shape = operand.tensors[position].shape, grads.tensors[position].shape
     if shape != grad_shape:
         raise ValueError(
-            f"{position_name(operand.name, position, single)} has shape {tuple(shape)} but"
-            f" {position_name(grads.name, position, single)} has shape {tuple(grad_shape)}"
+            f"{operand.at(position)} has shape {tuple(shape)} but {grads.at(position)} has shape"
+            f" {tuple(grad_shape)}"
         )
 
 
 def has_no_memory(tensor: Tensor) -> bool:
-    # Of other devices, tensors need not have a storage that could be looked at.
+    # On other devices, a tensor may have no storage.
     if tensor.device.type not in ("cpu", "cuda") or tensor.numel() == 0:
         return False
-    # Where there is an address, no object is made of the storage: it would stay as long as that.
+    # The address comes first: a storage's Python object, once made, lives as long as the storage.
     return not _overlap.address_of(tensor) and tensor.untyped_storage().nbytes() == 0
 
 
 def _check_self_overlap(name: str, tensor: Tensor) -> None:
-    """Raise for a tensor of which two indices are one element."""
+    """Raise for a tensor in which two indices share an element."""
     if tensor.is_contiguous():
         return
     overlaps = _overlap.overlaps_itself(tensor)
@@ -171,9 +215,9 @@ def _check_self_overlap(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
-    """Raise where what is modified shares memory with another operand, but as an update may."""
-    # In the order in which messages name two of them: first what is modified, the update first.
+def _check_aliases(operands: Sequence[Operand]) -> None:
+    """Raise if a modified tensor shares memory with another. An update may be its gradient."""
+    # The order in which messages name operands: modified ones first, and the update before states.
     modified = sorted((o for o in operands if o.in_place), key=lambda o: o.name != "out")
     read = [operand for operand in operands if not operand.in_place]
     places, used = [], []
@@ -193,8 +237,7 @@ def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
         return
     is_uncertain, *indices = worst
     second_name, first_name = (
-        position_name(operand.name, position, single)
-        for operand, position in (places[index] for index in indices)
+        operand.at(position) for operand, position in (places[index] for index in indices)
     )
     if is_uncertain:
         raise ValueError(
@@ -208,7 +251,7 @@ def _check_aliases(operands: Sequence[Operand], single: bool) -> None:
 
 
 def _is_own_update(first: tuple[Operand, int], second: tuple[Operand, int]) -> bool:
-    """Return whether the two are an update and its gradient, and one view."""
+    """Return whether the two are an update and its gradient, with equal memory layouts."""
     if (first[0].name, second[0].name) != ("out", "grad") or first[1] != second[1]:
         return False
     out, grad = (operand.tensors[position] for operand, position in (first, second))
@@ -222,34 +265,3 @@ def _is_own_update(first: tuple[Operand, int], second: tuple[Operand, int]) -> b
 def _strides_that_count(tensor: Tensor) -> list[int]:
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return [stride for stride, size in pairs if size > 1]
-
-
-def read_tensors(name: str, value: Any) -> tuple[bool, list[Tensor]]:
-    """Return whether a single tensor was passed, and the list of tensors."""
-    if isinstance(value, Tensor):
-        return True, [value]
-    items = items_of(value)
-    if items is None:
-        raise TypeError(
-            f"{name} must be a Tensor or a sequence of Tensors, not {type(value).__name__}"
-        )
-    tensors = list(items)
-    for position, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{position_name(name, position, False)} must be a Tensor, not"
-                f" {type(tensor).__name__}"
-            )
-    return False, tensors
-
-
-def check_same_kind(grad_is_single: bool, name: str, is_single: bool) -> None:
-    """Raise where a list is mixed with a single tensor."""
-    if is_single != grad_is_single:
-        this, grad = (
-            "a single Tensor" if single else "a sequence" for single in (is_single, grad_is_single)
-        )
-        raise ValueError(
-            f"{name} is {this} but grad is {grad}; pass all of them as Tensors, or all as sequences"
-            " of Tensors"
-        )

@@ -1,6 +1,6 @@
-"""DTensors: an update of each process's own parts, by one call of the operator on them.
+"""DTensors: each process updates its local tensors, by one call of the operator.
 
-``torch.distributed`` takes a second to import, so that is done only where someone else has.
+``torch.distributed`` takes a second to import, so it is used only where it is already imported.
 """
 
 import sys
@@ -12,30 +12,33 @@ from torch import Tensor
 
 from . import _checks
 from ._checks import Operand
+from ._values import PLAIN_TYPES
 
 _MODULE = "torch.distributed.tensor"
 
 
 def are_imported() -> bool:
-    """Return whether there can be any DTensors."""
+    """Return whether DTensors can exist: whether their module is imported."""
     return _MODULE in sys.modules
 
 
 def is_dtensor(tensor: Any) -> bool:
+    if type(tensor) in PLAIN_TYPES:
+        return False
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(value: Any) -> Any:
-    """Return a DTensor as the tensor that all processes have parts of; anything else as it is."""
+    """Return a DTensor as its full tensor; anything else as it is."""
     return value.full_tensor() if isinstance(value, Tensor) and is_dtensor(value) else value  # type: ignore[attr-defined]
 
 
 def register(operator: Any, function: Callable[..., None]) -> None:
-    """Let ``function``, with the operator's arguments, do what it does with DTensors.
+    """Call ``function``, with the operator's arguments, where an argument is a DTensor.
 
-    A sharding strategy, PyTorch's other way to say this, would have users see each error as a
-    RuntimeError, and lists with tensors that are no DTensors refused.
+    A sharding strategy, PyTorch's other mechanism, would turn each error into a RuntimeError, and
+    refuse lists that also have ordinary tensors.
     """
 
     def dispatch(cls: type, called: Any, types: Any, args: Any, kwargs: Any = None) -> None:
@@ -45,17 +48,16 @@ def register(operator: Any, function: Callable[..., None]) -> None:
 
 
 @torch.no_grad()
-def parts_of(operands: Sequence[Operand], single: bool) -> list[Operand]:
-    """Return the operands with this process's parts in place of DTensors, after checking those.
+def local_operands(operands: Sequence[Operand]) -> list[Operand]:
+    """Check DTensors, and return the operands with the local tensors instead of them.
 
-    Gradients are redistributed to where their states are. Processes communicate for nothing else,
-    and only after each of them has found that all DTensors fit.
+    Gradients are redistributed to the placements of their states. Processes communicate for nothing
+    else, and only after each of them has found that all DTensors fit.
 
     Args:
         operands: The gradients, the states, then the updates.
-        single: Messages are about a call on single tensors.
     """
-    _checks.check_lengths(operands, single)
+    _checks.check_lengths(operands)
     dtensor = sys.modules[_MODULE].DTensor
     lists: list[list[Any]] = [list(operand.tensors) for operand in operands]
     positions = []
@@ -63,60 +65,56 @@ def parts_of(operands: Sequence[Operand], single: bool) -> list[Operand]:
         are_dtensors = [isinstance(tensor, dtensor) for tensor in tensors]
         if any(are_dtensors):
             if not all(are_dtensors):
-                _refuse_kinds(operands, i, single)
-            _check_position(operands, i, single)
+                _refuse_kinds(operands, i)
+            _check_position(operands, i)
             positions.append(i)
     grads, states = lists[:2]
     for i in positions:
         if grads[i].placements != states[i].placements:
             grads[i] = grads[i].redistribute(placements=states[i].placements)
-        for parts in lists:
-            parts[i] = parts[i].to_local()
-    return [operand._replace(tensors=parts) for operand, parts in zip(operands, lists, strict=True)]
+        for column in lists:
+            column[i] = column[i].to_local()
+    return [o._replace(tensors=column) for o, column in zip(operands, lists, strict=True)]
 
 
 def increment_versions(tensors: Iterable[Tensor]) -> None:
-    """Tell autograd of the DTensors whose parts are modified: each has its own version counter."""
+    """Increment the version counters of DTensors whose local tensors were modified."""
     torch.autograd.graph.increment_version(filter(is_dtensor, tensors))
 
 
-def _refuse_kinds(operands: Sequence[Operand], position: int, single: bool) -> None:
+def _refuse_kinds(operands: Sequence[Operand], position: int) -> None:
     grad_kind, *kinds = (
         "DTensor" if is_dtensor(operand.tensors[position]) else "Tensor" for operand in operands
     )
     for operand, kind in zip(operands[1:], kinds, strict=True):
         if kind != grad_kind:
             raise TypeError(
-                f"{_checks.position_name(operand.name, position, single)} is a {kind} but"
-                f" {_checks.position_name('grad', position, single)} is a {grad_kind}; pass all of"
-                " a position as DTensors, or none"
+                f"{operand.at(position)} is a {kind} but {operands[0].at(position)} is a"
+                f" {grad_kind}; pass all of a position as DTensors, or none"
             )
 
 
-def _check_position(operands: Sequence[Operand], position: int, single: bool) -> None:
-    """Raise for DTensors that differ. Their dtypes and layouts are checked as their parts' are."""
-
-    def name(operand: Operand) -> str:
-        return _checks.position_name(operand.name, position, single)
-
+def _check_position(operands: Sequence[Operand], position: int) -> None:
+    """Raise for DTensors that differ. Dtypes and layouts are checked later, on local tensors."""
     grads, states = operands[:2]
     grad: Any = grads.tensors[position]
     state: Any = states.tensors[position]
     mesh, placements = grad.device_mesh, state.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"{name(states)} has placements {placements}; what is modified in place must be"
+            f"{states.at(position)} has placements {placements}; what is modified in place must be"
             " sharded or replicated"
         )
     for operand in operands[1:]:
         tensor: Any = operand.tensors[position]
         if tensor.device_mesh != mesh:
             raise ValueError(
-                f"{name(operand)} is on {tensor.device_mesh} but {name(grads)} is on {mesh}"
+                f"{operand.at(position)} is on {tensor.device_mesh} but {grads.at(position)} is on"
+                f" {mesh}"
             )
-        _checks.check_shape(operand, position, grads, single)
+        _checks.check_shape(operand, position, grads)
         if tensor.placements != placements:
             raise ValueError(
-                f"{name(operand)} has placements {tensor.placements} but {name(states)} has"
-                f" placements {placements}"
+                f"{operand.at(position)} has placements {tensor.placements} but"
+                f" {states.at(position)} has placements {placements}"
             )

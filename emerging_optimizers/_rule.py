@@ -1,8 +1,8 @@
-"""A rule's plain PyTorch formula, and the ways into its native operator.
+"""A rule's formula in PyTorch operations, and the calls of its native operator.
 
-An update function takes one of three ways. Eager calls enter the compiled module directly. Calls
-that ``torch.compile`` or ``torch.export`` traces go through ``torch.ops``. Where there are no
-native kernels (another device, or nothing compiled), the formula is applied position by position.
+Eager calls of an update function enter the compiled module directly. Calls that ``torch.compile``
+or ``torch.export`` traces go through ``torch.ops``. Without native kernels (on another device, or
+with nothing compiled), the formula is applied tensor by tensor.
 """
 
 import inspect
@@ -26,24 +26,24 @@ from ._hyperparameters import (
 from ._native import native
 
 _NAMESPACE = "emerging_optimizers"
-# As a table: torch.promote_types itself would be recorded as an operation of a traced graph.
+# A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
-# The formulas, for devices on which the operators have no kernel of their own.
+# The formulas, for devices for which the operators have no kernel.
 _fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
 
 
-# Where a group has a hyperparameter: a key; or a key, an index of the numbers that are there, and
-# how many those are.
+# Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
+# and how many numbers there are.
 GroupKey: TypeAlias = str | tuple[str, int, int]
 
 
 class GroupRule(NamedTuple):
-    """A rule as parameter groups have it, in the order in which the native step takes it.
+    """A rule as parameter groups store it. The native step takes the first three.
 
     Attributes:
-        native: What the compiled module knows the rule by, if it does.
-        keys: Where a group has each hyperparameter.
+        native: The compiled module's handle of the rule, or None.
+        keys: Where a group keeps each hyperparameter.
         state_names: The keys of a parameter's states.
         rule: The rule.
     """
@@ -55,16 +55,16 @@ class GroupRule(NamedTuple):
 
 
 class Rule:
-    """A rule: its name, and its formula in plain PyTorch operations.
+    """A rule: its name, and its formula in PyTorch operations.
 
-    The formula's signature describes the rule, in the order of its function's arguments: tensors
-    (the gradient, then the states), then hyperparameters, with their domains as types. It modifies
-    the states in place, leaves the gradient alone and returns the update.
+    The formula's signature describes the rule, in the order of the update function's arguments:
+    tensors (the gradient, then the states), then hyperparameters, with their domains as types. The
+    formula modifies the states in place, does not modify the gradient, and returns the update.
 
     Args:
         name: Stem of the operator, ``{name}_update_``.
         formula: The equations.
-        check: Raises where hyperparameters do not go together.
+        check: Raises an error if hyperparameters do not go together.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Rule:
         ]
         self.options = [option.name for option in self._options]
         self.hyperparameters = [option for option in self._options if option.kind != "step"]
-        # What the compiled module knows it by; None where it does not.
+        # The compiled module's handle of the rule.
         self.native: Any = None if native is None else native.rules.get(name)
         self._operator: Any = None
-        # The types of the devices that its operator has kernels for.
+        # The device types for which the operator has kernels.
         self._native_devices: tuple[str, ...] = ()
         if self.native is not None:
             operator = f"{_NAMESPACE}::{name}_update_"
@@ -96,92 +96,76 @@ class Rule:
             self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
             _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
             self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
-        self.meet_dtensors = self._way_to_meet_dtensors()
-        self.meet_dtensors()
+        self._register_for_dtensors = self._make_dtensor_registration()
+        self._register_for_dtensors()
 
     def for_groups(
         self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
     ) -> GroupRule:
-        """Return the rule as parameter groups have it.
+        """Return the rule as parameter groups store it.
 
         Args:
-            renamed: Where a group has a hyperparameter, if not under its name.
+            renamed: Where a group keeps a hyperparameter, if not under its name.
             state_names: The keys of a parameter's states, in the order of the formula.
         """
         keys = tuple(renamed.get(option.name, option.name) for option in self.hyperparameters)
         return GroupRule(self.native, keys, state_names, self)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
-        """Return the function that a wrapper calls, with all its arguments and then ``out``."""
+        """Return what the update function calls, with all its arguments and then ``out``."""
         if self._operator is None:
             return self._call
         eager = getattr(native, f"{self.name}_update")
         traced = self._call
         is_compiling = torch.compiler.is_compiling
-        meet_dtensors = self.meet_dtensors
+        register_for_dtensors = self._register_for_dtensors
 
         def call(*arguments: Any) -> Any:
-            meet_dtensors()
+            register_for_dtensors()
             return traced(*arguments) if is_compiling() else eager(*arguments)
 
         return call
 
-    def _way_to_meet_dtensors(self) -> Callable[[], None]:
-        """Return what tells the operator about DTensors, as soon as there can be any."""
-        are_met = self._operator is None
+    def _make_dtensor_registration(self) -> Callable[[], None]:
+        """Return a function that lets the operator take DTensors, once their module is imported."""
+        is_registered = self._operator is None
 
-        def meet_dtensors() -> None:
-            nonlocal are_met
-            if not are_met and _dtensor.are_imported():
-                _dtensor.register(self._operator, self._operate_on_parts)
-                are_met = True
+        def register_for_dtensors() -> None:
+            nonlocal is_registered
+            if not is_registered and _dtensor.are_imported():
+                _dtensor.register(self._operator, self._operate_on_dtensors)
+                is_registered = True
 
-        # To be done while a call is traced, not by its graph.
-        meet_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        return meet_dtensors
+        # Called while a graph is traced, not by the graph.
+        register_for_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        return register_for_dtensors
 
     def _call(self, *arguments: Any) -> Any:
-        """Enter through ``torch.ops`` where the operator exists, else apply the formula."""
+        """Call the operator through ``torch.ops`` if there is one, else apply the formula."""
         if not torch.compiler.is_compiling():
             refuse_trace(f"calculate_{self.name}_update")
         num_tensors = 1 + len(self.states)
         out = arguments[-1]
-        single, grads = _checks.read_tensors("grad", arguments[0])
-        states = []
-        for name, value in zip(self.states, arguments[1:num_tensors], strict=True):
-            states.append(self._read_beside(grads, single, name, value))
+        grads = _checks.read_operand("grad", arguments[0])
+        states = [
+            _checks.read_operand(name, value, grads)
+            for name, value in zip(self.states, arguments[1:num_tensors], strict=True)
+        ]
         options, step_tensor = self._read_options(arguments[num_tensors:-1])
         if out is None:
-            updates = []
-            # As the first state is laid out, or the gradient where a rule has no states.
-            name, layouts = (self.states[0], states[0]) if states else ("grad", grads)
-            for position, (grad, layout) in enumerate(zip(grads, layouts, strict=True)):
-                _checks.check_storage("grad", grad, position, single)
-                _checks.check_storage(name, layout, position, single)
-                dtype = _PROMOTED[grad.dtype, layout.dtype]
-                updates.append(torch.empty_like(layout, dtype=dtype, requires_grad=False))
-            out = updates[0] if single else updates
+            # Laid out as the first state, or as the gradient where a rule has no states.
+            updates = _new_updates(grads, states[0] if states else grads)
+            out = updates.tensors[0] if grads.is_single else updates.tensors
         else:
-            updates = self._read_beside(grads, single, "out", out)
-        operands = self._operands([grads, *states, updates])
-        if native is not None and self._operator is not None and grads:
-            self._operate(operands, options, step_tensor, single)
-        elif any(map(_dtensor.is_dtensor, chain(grads, *states, updates))):
-            self._apply_to_parts(self._apply, operands, options, step_tensor, single)
+            updates = _checks.read_operand("out", out, grads)
+        operands = [grads, *states, updates]
+        if native is not None and self._operator is not None and grads.tensors:
+            self._operate(operands, options, step_tensor)
+        elif any(_dtensor.is_dtensor(tensor) for o in operands for tensor in o.tensors):
+            self._apply_locally(self._apply, operands, options, step_tensor)
         else:
-            self._apply(operands, options, step_tensor, single)
+            self._apply(operands, options, step_tensor)
         return out
-
-    @staticmethod
-    def _read_beside(grads: list[Tensor], single: bool, name: str, value: Any) -> list[Tensor]:
-        is_single, tensors = _checks.read_tensors(name, value)
-        _checks.check_same_kind(single, name, is_single)
-        if len(tensors) != len(grads):
-            raise ValueError(
-                f"{_checks.list_name(name, single)} has {len(tensors)} tensors but"
-                f" {_checks.list_name('grad', single)} has {len(grads)}"
-            )
-        return tensors
 
     def _read_options(self, values: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None]:
         options: dict[str, Any] = {}
@@ -198,7 +182,7 @@ class Rule:
         return options, step_tensor
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise for hyperparameters out of their domains."""
+        """Raise for hyperparameters outside their domains."""
         for option in self._options:
             value = options[option.name]
             if option.kind == "step":
@@ -215,83 +199,69 @@ class Rule:
         if self._check is not None:
             self._check(**options)
 
-    def _operands(self, lists: Sequence[list[Tensor]]) -> list[Operand]:
-        # The update comes last: where the user passed none, it was made to fit the first state.
-        names = ["grad", *self.states, "out"]
-        return [
-            Operand(name, tensors, name != "grad")
-            for name, tensors in zip(names, lists, strict=True)
-        ]
-
     def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
-        """Serve as the operator's kernel: all its arguments, in the order of its schema."""
-        self._apply(*self._read_operator(arguments), step_tensor, self._is_single())
+        """The operator's kernel for other devices. Arguments are in the order of its schema."""
+        self._apply(*self._read_operator(arguments), step_tensor)
 
-    def _operate_on_parts(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
-        """Serve as the operator's kernel for DTensors, likewise."""
+    def _operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+        """The operator's kernel for DTensors, likewise."""
         operands, options = self._read_operator(arguments)
-        self._apply_to_parts(self._operate, operands, options, step_tensor, self._is_single())
+        self._apply_locally(self._operate, operands, options, step_tensor)
 
     def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
         num_lists = 2 + len(self.states)
-        updates, *lists = arguments[:num_lists]
-        options = dict(zip(self.options, arguments[num_lists:], strict=True))
-        return self._operands([*lists, updates]), options
-
-    @staticmethod
-    def _is_single() -> bool:
-        return native is not None and bool(native.is_single_tensor_call())
+        updates, grads, *states = arguments[:num_lists]
+        # The update comes last: a new one was made like the first state.
+        names = ("grad", *self.states, "out")
+        is_single = native is not None and bool(native.is_single_tensor_call())
+        operands = [
+            Operand(name, tensors, is_single, name != "grad")
+            for name, tensors in zip(names, (grads, *states, updates), strict=True)
+        ]
+        return operands, dict(zip(self.options, arguments[num_lists:], strict=True))
 
     def _operate(
-        self,
-        operands: Sequence[Operand],
-        options: dict[str, Any],
-        step_tensor: Tensor | None,
-        single: bool,
+        self, operands: Sequence[Operand], options: dict[str, Any], step_tensor: Tensor | None
     ) -> None:
         *lists, updates = (operand.tensors for operand in operands)
         self._operator(updates, *lists, *options.values(), step_tensor=step_tensor)
 
-    def _apply_to_parts(
+    def _apply_locally(
         self,
-        apply: Callable[[Sequence[Operand], dict[str, Any], Tensor | None, bool], None],
+        apply: Callable[[Sequence[Operand], dict[str, Any], Tensor | None], None],
         operands: Sequence[Operand],
         options: dict[str, Any],
         step_tensor: Tensor | None,
-        single: bool,
     ) -> None:
-        """Apply to this process's parts of DTensors."""
+        """Apply to the local tensors of DTensors."""
+        grads = operands[0]
         is_scaled = options.get("use_shape_scaling", False)
         if is_scaled:
-            # By the whole shapes, below.
+            # Scaled below, by the shapes of the DTensors.
             options = options | {"use_shape_scaling": False}
-            for position in range(len(operands[0].tensors)):
-                _checks.check_is_matrix(operands[0], position, single)
-        parts = _dtensor.parts_of(operands, single)
-        apply(parts, options, _dtensor.whole(step_tensor), single)
+            for position in range(len(grads.tensors)):
+                _checks.check_is_matrix(grads, position)
+        local = _dtensor.local_operands(operands)
+        apply(local, options, _dtensor.whole(step_tensor))
         if is_scaled:
-            lists = (part.tensors for part in parts)
-            for whole, *read, update in zip(operands[0].tensors, *lists, strict=True):
+            lists = (operand.tensors for operand in local)
+            for grad, *read, update in zip(grads.tensors, *lists, strict=True):
                 if update.numel() != 0:
-                    # Of a sign, which any type holds.
-                    scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(whole.shape))
+                    # Exact so far: the update is a sign, which every dtype holds.
+                    scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
                     store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 
     @torch.no_grad()
     def _apply(
-        self,
-        operands: Sequence[Operand],
-        options: dict[str, Any],
-        step_tensor: Tensor | None,
-        single: bool,
+        self, operands: Sequence[Operand], options: dict[str, Any], step_tensor: Tensor | None
     ) -> None:
         if step_tensor is not None:
-            _checks.check_step_device(step_tensor, operands[0], single)
+            _checks.check_step_device(step_tensor, operands[0])
             value = read_step_tensor(step_tensor)
             options = options | {"step": read_whole_number("step", value, "an int")}
         self.check_options(options)
-        _checks.check_operands(operands, single, options.get("use_shape_scaling", False))
+        _checks.check_operands(operands, options.get("use_shape_scaling", False))
         lists = (operand.tensors for operand in operands)
         for grad, *states, update in zip(*lists, strict=True):
             if grad.numel() == 0:
@@ -308,7 +278,7 @@ class Rule:
         store(update, self.compute_update(grad, states, options))
 
     def compute_update(self, grad: Tensor, states: list[Tensor], options: dict[str, Any]) -> Tensor:
-        """Apply the formula in float32 or float64; return the update as that, a new tensor."""
+        """Apply the formula in float32 or float64, and return the update in that dtype."""
         real = _arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **options)
@@ -319,12 +289,23 @@ class Rule:
 
 
 def refuse_trace(what: str) -> None:
-    """Raise under ``torch.jit.trace``: it keeps what only Python computes, the step, as it was."""
+    """Raise under ``torch.jit.trace``, which would record the step number as a constant."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             f"torch.jit.trace cannot record {what}: use torch.compile or torch.export, or call it"
             " outside of what is traced"
         )
+
+
+def _new_updates(grads: Operand, layouts: Operand) -> Operand:
+    """Return new updates, with the layouts and dtypes that the operator would give them."""
+    updates = []
+    for position, (grad, layout) in enumerate(zip(grads.tensors, layouts.tensors, strict=True)):
+        _checks.check_storage(grads, position)
+        _checks.check_storage(layouts, position)
+        dtype = _PROMOTED[grad.dtype, layout.dtype]
+        updates.append(torch.empty_like(layout, dtype=dtype, requires_grad=False))
+    return Operand("out", updates, grads.is_single, True)
 
 
 def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
@@ -333,14 +314,14 @@ def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
 
 
 def shape_scale(shape: Sequence[int]) -> float:
-    """Return the factor of a matrix's update where shapes scale updates."""
+    """Return the factor by which ``use_shape_scaling`` multiplies the update of a matrix."""
     return 2 / (shape[0] + shape[1])
 
 
 def store(target: Tensor, values: Tensor) -> None:
-    """Copy, rounding once, where PyTorch goes from float64 to a half type by way of float32."""
+    """Copy, rounding once: PyTorch rounds float64 to float32 and then to a 16-bit dtype."""
     if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
-        # Round to odd first: of the two roundings, only the second, to a shorter type, then counts.
+        # Round to odd first: then the second rounding alone decides the result.
         nearest = values.float()
         back = nearest.double()
         is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()

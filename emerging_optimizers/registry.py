@@ -1,4 +1,4 @@
-"""Optimizers by name, for programs that take one from a configuration."""
+"""Optimizers by name, for programs that read the name from a configuration."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -29,13 +29,13 @@ _CLASSES: dict[str, type[Optimizer]] = {
 
 
 def register_optimizer(name: str) -> Callable[[_OptimizerClass], _OptimizerClass]:
-    """Return a class decorator that makes an optimizer known by a name.
+    """Return a class decorator that registers an optimizer under a name.
 
     Args:
-        name: The name; no two classes have one.
+        name: The name, which no other class has.
 
     Raises:
-        ValueError: The name is another class's.
+        ValueError: Another class has the name.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ def register_optimizer(name: str) -> Callable[[_OptimizerClass], _OptimizerClass
 
 
 def get_optimizer_cls(name: str) -> type[Optimizer]:
-    """Return the class that has a name.
+    """Return the class that is registered under a name.
 
     Args:
         name: "adam", "adamw", "ademamix", "laprop", "lion", "signum", "sim_ademamix", or one that

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, read_flag
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
@@ -40,6 +41,7 @@ _RULE = Rule("adam", _adam)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_adam_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
@@ -64,31 +66,23 @@ def calculate_adam_update(
     Without bias correction, every divisor :math:`1 - \beta^t` is 1.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg: Average of the gradient, or a sequence of them: one for each `grad`, of its shape.
-            Any of the four dtypes. Modified in place.
-        exp_avg_sq: Average of the squared gradient, likewise. Modified in place.
+        grad: {grad}
+        exp_avg: Average of the gradient.
+            {state}
+        exp_avg_sq: Average of the squared gradient.
+            {state}
         betas: Decay rates of the two averages, each in [0, 1).
-        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
-        use_nesterov: Look one step ahead, as NAdam does (without its momentum schedule).
-        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. The CUDA kernels read one on their device, unchecked.
-        eps: Added to the denominator; not negative.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        correct_bias: {correct_bias}
+        use_nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
+        step: {step}
+        eps: {eps}
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
-        them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -113,6 +107,7 @@ def calculate_adam_update(
     return _call(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps, out)
 
 
+@fill_docstring
 class Adam(ScalarOptimizer):
     r"""Adam, as a ``torch.optim`` optimizer.
 
@@ -123,24 +118,21 @@ class Adam(ScalarOptimizer):
     :class:`torch.optim.Adam`, in their positions, and its state dicts.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        amsgrad: Refused.
-        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
-        nesterov: Look one step ahead, as NAdam does (without its momentum schedule).
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        decoupled_weight_decay: True is another way to say ``weight_decay_method="decoupled"``.
+        eps: {eps}
+        weight_decay: {weight_decay}
+        amsgrad: Not supported; True raises a ValueError.
+        correct_bias: {correct_bias}
+        nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
+        weight_decay_method: {weight_decay_method}
+        decoupled_weight_decay: True is the same as ``weight_decay_method="decoupled"``.
         foreach: Accepted and ignored; cannot be combined with ``fused=True``.
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range, or `amsgrad`.
+        {raises}
 
     Example:
         >>> import torch
@@ -193,7 +185,7 @@ class Adam(ScalarOptimizer):
         super().__init__(params, hyperparameters, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, whose missing keys take the defaults.
+        """Add a parameter group; missing keys take the defaults.
 
         It may have the key ``decoupled_weight_decay``, as in ``torch.optim.Adam``.
         """
@@ -202,9 +194,9 @@ class Adam(ScalarOptimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with what ``torch.optim.Adam`` needs to continue from it.
+        """Return the state dict, which ``torch.optim.Adam`` can load.
 
-        That is ``decoupled_weight_decay``, beside each group's ``weight_decay_method``.
+        Its groups have ``decoupled_weight_decay`` as well as ``weight_decay_method``.
         """
         return super().state_dict()
 
@@ -215,7 +207,7 @@ class Adam(ScalarOptimizer):
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         _refuse_amsgrad(saved.get("amsgrad", False))
-        # A torch.optim.AdamW is an Adam with this key.
+        # torch.optim.AdamW saves the same keys as torch.optim.Adam, with this one True.
         translated = dict(saved)
         if read_flag("decoupled_weight_decay", translated.pop("decoupled_weight_decay", False)):
             translated.setdefault("weight_decay_method", "decoupled")
@@ -238,7 +230,7 @@ def _decoupled(method: str) -> str:
 
 
 def _with_method(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a new group with a method of weight decay for ``decoupled_weight_decay``."""
+    """Return a group with ``weight_decay_method`` instead of ``decoupled_weight_decay``."""
     _refuse_amsgrad(group.get("amsgrad", False))
     key = "decoupled_weight_decay"
     if key not in group:
@@ -252,6 +244,7 @@ def _with_method(group: dict[str, Any]) -> dict[str, Any]:
     return translated
 
 
+@fill_docstring
 class AdamW(Adam):
     r"""Adam with decoupled weight decay, as a ``torch.optim`` optimizer.
 
@@ -263,23 +256,20 @@ class AdamW(Adam):
     :class:`torch.optim.AdamW`, in their positions, and its state dicts.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        amsgrad: Refused.
-        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
-        nesterov: Look one step ahead, as NAdam does (without its momentum schedule).
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        eps: {eps}
+        weight_decay: {weight_decay}
+        amsgrad: Not supported; True raises a ValueError.
+        correct_bias: {correct_bias}
+        nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
+        weight_decay_method: {weight_decay_method}
         foreach: Accepted and ignored; cannot be combined with ``fused=True``.
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range, or `amsgrad`.
+        {raises}
 
     Example:
         >>> import torch

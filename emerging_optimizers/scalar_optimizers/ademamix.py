@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
@@ -46,6 +47,7 @@ _RULE = Rule("ademamix", _ademamix, check=_check)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_ademamix_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg_fast: Tensor | Sequence[Tensor],
@@ -71,40 +73,32 @@ def calculate_ademamix_update(
             \bigl(\sqrt{v / (1 - \beta_2^t)} + \epsilon\bigr)
 
     :math:`A(t)` rises linearly from 0 to `alpha`. :math:`B(t)` goes from the fast to the slow beta
-    so that the half-life of the average grows linearly. The slow average is never bias-corrected.
+    so that the half-life of the average grows linearly. The slow average has no bias correction.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg_fast: Fast average of the gradient, or a sequence of them: one for each `grad`, of
-            its shape. Any of the four dtypes. Modified in place.
-        exp_avg_slow: Slow average of the gradient, likewise. Modified in place.
-        exp_avg_sq: Average of the squared gradient, likewise. Modified in place.
-        num_beta_slow_warmup_steps: Steps until the slow beta has its final value; None: from the
-            start.
-        num_alpha_warmup_steps: Steps until `alpha` has its final value; None: from the start.
+        grad: {grad}
+        exp_avg_fast: Fast average of the gradient.
+            {state}
+        exp_avg_slow: Slow average of the gradient.
+            {state}
+        exp_avg_sq: Average of the squared gradient.
+            {state}
+        num_beta_slow_warmup_steps: {num_beta_slow_warmup_steps}
+        num_alpha_warmup_steps: {num_alpha_warmup_steps}
         betas: Decay rates of the fast average, the second moment and the slow average, in this
             order, each in [0, 1).
-        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. The CUDA kernels read one on their device, unchecked.
-        eps: Added to the denominator; not negative.
-        correct_bias: Divide the fast average and the second moment by what a constant 1 would have
-            brought them to by now.
+        step: {step}
+        eps: {eps}
+        correct_bias: Apply bias correction: divide the fast average and the second moment by
+            ``1 - beta**step``.
         alpha: Final weight of the slow average.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg_fast` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg_fast.dtype)`` (that of `out`, where given). A list
-        of them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -138,6 +132,7 @@ def calculate_ademamix_update(
     )
 
 
+@fill_docstring
 class AdEMAMix(ScalarOptimizer):
     r"""AdEMAMix, as a ``torch.optim`` optimizer.
 
@@ -147,26 +142,22 @@ class AdEMAMix(ScalarOptimizer):
     with :math:`u` as in :func:`calculate_ademamix_update`.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
-        betas: Decay rates of the fast average, of the second moment and of the slow average, each
-            in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        alpha: Weight of the slow average, at the end of its warm-up.
-        num_beta_slow_warmup_steps: Steps until the slow beta has its final value; None: from the
-            start.
-        num_alpha_warmup_steps: Steps until `alpha` is reached; None: from the start.
-        correct_bias: Divide the fast average and the second moment by what a constant 1 would have
-            brought them to by now.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        params: {params}
+        lr: {lr}
+        betas: Decay rates of the fast average, the second moment and the slow average, in this
+            order, each in [0, 1).
+        eps: {eps}
+        weight_decay: {weight_decay}
+        alpha: Final weight of the slow average.
+        num_beta_slow_warmup_steps: {num_beta_slow_warmup_steps}
+        num_alpha_warmup_steps: {num_alpha_warmup_steps}
+        correct_bias: Apply bias correction: divide the fast average and the second moment by
+            ``1 - beta**step``.
+        weight_decay_method: {weight_decay_method}
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range.
+        {raises}
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step
 from .._norms import KEEP_NORMS
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -35,6 +36,7 @@ _RULE = Rule("laprop", _laprop)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_laprop_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
@@ -57,30 +59,22 @@ def calculate_laprop_update(
     Without bias correction, both divisors :math:`1 - \beta^t` are 1.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg: Average of the normalised gradient, or a sequence of them: one for each `grad`, of
-            its shape. Any of the four dtypes. Modified in place.
-        exp_avg_sq: Average of the squared gradient, likewise. Modified in place.
-        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
+        grad: {grad}
+        exp_avg: Average of the normalised gradient.
+            {state}
+        exp_avg_sq: Average of the squared gradient.
+            {state}
+        correct_bias: {correct_bias}
         betas: Decay rates of the two averages, each in [0, 1).
-        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. The CUDA kernels read one on their device, unchecked.
-        eps: Added to the denominator; not negative.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        step: {step}
+        eps: {eps}
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
-        them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -99,6 +93,7 @@ def calculate_laprop_update(
     return _call(grad, exp_avg, exp_avg_sq, correct_bias, betas, step, eps, out)
 
 
+@fill_docstring
 class LaProp(ScalarOptimizer):
     r"""LaProp, as a ``torch.optim`` optimizer.
 
@@ -108,23 +103,20 @@ class LaProp(ScalarOptimizer):
     with :math:`u` as in :func:`calculate_laprop_update`.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         betas: Decay rates of the averages of the normalised gradient and of the squared gradient,
             each in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        correct_bias: Divide averages by what a constant 1 would have brought them to by now.
-        frob_normalize: After the step, scale each parameter to the Frobenius norm that it had
-            before. Leaves nothing of weight decay but a smaller step; together, an error is logged.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        eps: {eps}
+        weight_decay: {weight_decay}
+        correct_bias: {correct_bias}
+        frob_normalize: Scale each parameter back to the Frobenius norm that it had before the step.
+            This cancels weight decay: with both, an error is logged.
+        weight_decay_method: {weight_decay_method}
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range.
+        {raises}
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
@@ -27,6 +28,7 @@ _RULE = Rule("lion", _lion)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_lion_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
@@ -44,26 +46,19 @@ def calculate_lion_update(
     The sign of 0 and of NaN is 0, as in :func:`torch.sign`.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg: Average of the gradient, or a sequence of them: one for each `grad`, of its shape.
-            Any of the four dtypes. Modified in place.
-        momentum_beta: :math:`\beta_1`, which weighs the momentum in the update; in [0, 1).
-        momentum_beta2: :math:`\beta_2`, the decay rate of the average; None: `momentum_beta`.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        grad: {grad}
+        exp_avg: Average of the gradient.
+            {state}
+        momentum_beta: :math:`\beta_1`, the weight of the momentum in the update, in [0, 1).
+        momentum_beta2: :math:`\beta_2`, the decay rate of the average, in [0, 1). None:
+            `momentum_beta`.
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
-        them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -84,6 +79,7 @@ def calculate_lion_update(
     return _call(grad, exp_avg, momentum_beta, momentum_beta2, out)
 
 
+@fill_docstring
 class Lion(ScalarOptimizer):
     r"""Lion, as a ``torch.optim`` optimizer.
 
@@ -93,18 +89,15 @@ class Lion(ScalarOptimizer):
     with :math:`u` as in :func:`calculate_lion_update`.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         betas: Weight of the momentum in the update, and decay rate of the momentum, each in [0, 1).
-        weight_decay: Strength of the weight decay.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        weight_decay: {weight_decay}
+        weight_decay_method: {weight_decay_method}
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range.
+        {raises}
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, Step
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule, shape_scale
@@ -39,6 +40,7 @@ _RULE = Rule("signum", _signum)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_signum_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
@@ -62,31 +64,23 @@ def calculate_signum_update(
     are 1; without Nesterov momentum, they do not matter.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg: Average of the gradient, or a sequence of them: one for each `grad`, of its shape.
-            Any of the four dtypes. Modified in place.
+        grad: {grad}
+        exp_avg: Average of the gradient.
+            {state}
         momentum_beta: Decay rate of the average, in [0, 1).
-        correct_bias: Divide by what a constant 1 would have brought the average to by now.
-        use_nesterov: Look one step ahead.
-        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. The CUDA kernels read one on their device, unchecked.
-        use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; needs 2-D
-            tensors.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        correct_bias: Apply bias correction: divide by ``1 - beta**step``. Changes the update with
+            Nesterov momentum only.
+        use_nesterov: Use Nesterov momentum.
+        step: {step}
+        use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; a
+            ValueError unless tensors are 2-D.
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
-        them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range, or shape scaling of a tensor that is not 2-D.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -108,6 +102,7 @@ def calculate_signum_update(
     )
 
 
+@fill_docstring
 class Signum(ScalarOptimizer):
     r"""Signum, as a ``torch.optim`` optimizer.
 
@@ -117,22 +112,20 @@ class Signum(ScalarOptimizer):
     with :math:`u` as in :func:`calculate_signum_update`.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         momentum: Decay rate of the average of the gradient, in [0, 1).
-        weight_decay: Strength of the weight decay.
-        correct_bias: Divide by what a constant 1 would have brought the average to by now.
-        nesterov: Look one step ahead.
-        use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; needs 2-D
-            parameters.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        weight_decay: {weight_decay}
+        correct_bias: Apply bias correction: divide by ``1 - beta**step``. Changes the update with
+            Nesterov momentum only.
+        nesterov: Use Nesterov momentum.
+        use_shape_scaling: Multiply the update of a matrix by ``2 / (rows + columns)``; an
+            error unless parameters are 2-D.
+        weight_decay_method: {weight_decay_method}
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range.
+        {raises}
 
     Example:
         >>> import torch

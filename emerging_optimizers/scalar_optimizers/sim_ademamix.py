@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
@@ -48,6 +49,7 @@ _RULE = Rule("sim_ademamix", _sim_ademamix, check=_check)
 _call = _RULE.entry_point()
 
 
+@fill_docstring
 def calculate_sim_ademamix_update(
     grad: Tensor | Sequence[Tensor],
     exp_avg: Tensor | Sequence[Tensor],
@@ -74,35 +76,26 @@ def calculate_sim_ademamix_update(
     grows linearly. Without bias correction, both divisors are 1.
 
     Args:
-        grad: Gradient, or a sequence of them. Any shape and layout; float32, float64, bfloat16 or
-            float16. Not modified.
-        exp_avg: Momentum: a decaying sum of the gradient, or a sequence of them, one for each
-            `grad`, of its shape. Any of the four dtypes. Modified in place.
-        exp_avg_sq: Average of the squared gradient, or a sequence of them. Modified in place.
-        num_beta_fast_warmup_steps: Steps until the fast beta has its final value; None: from the
-            start.
-        min_beta_fast: The fast beta at the start of its warm-up, in [0, 1).
+        grad: {grad}
+        exp_avg: Momentum: a decaying sum of the gradient.
+            {state}
+        exp_avg_sq: Average of the squared gradient.
+            {state}
+        num_beta_fast_warmup_steps: {num_beta_fast_warmup_steps}
+        min_beta_fast: {min_beta_fast}
         betas: Decay rates of the momentum and of the second moment, each in [0, 1).
-        step: Number of this step, from 1: an int, an integral float, or a 0-dim tensor of dtype
-            int64 or float32. The CUDA kernels read one on their device, unchecked.
-        eps: Added to the denominator; not negative.
-        correct_bias: Divide momentum and second moment by what a constant 1 would have brought them
-            to by now.
-        alpha: Weight of the gradient beside the momentum.
-        out: Receives the update(s) and is returned, so that nothing is allocated: a tensor, or a
-            sequence of them. May be `grad` itself.
+        step: {step}
+        eps: {eps}
+        correct_bias: Apply bias correction: divide the momentum and the second moment by the
+            divisors above.
+        alpha: Weight of the gradient, which is added to the momentum.
+        out: {out}
 
     Returns:
-        The update, with the shape and layout of `exp_avg` and dtype
-        ``torch.promote_types(grad.dtype, exp_avg.dtype)`` (that of `out`, where given). A list of
-        them where `grad` is a sequence. No parameter is touched.
+        {returns}
 
     Raises:
-        ValueError: Lists of different lengths, a list mixed with a single tensor, different shapes
-            or devices at one position, a tensor to be modified that overlaps itself or another one,
-            or a hyperparameter out of range.
-        TypeError: A tensor that is not strided or has another dtype, or a hyperparameter of the
-            wrong type. In each case nothing has been modified.
+        {raises}
 
     Example:
         >>> import torch
@@ -136,6 +129,7 @@ def calculate_sim_ademamix_update(
     )
 
 
+@fill_docstring
 class SimplifiedAdEMAMix(ScalarOptimizer):
     r"""Simplified AdEMAMix, as a ``torch.optim`` optimizer.
 
@@ -145,25 +139,21 @@ class SimplifiedAdEMAMix(ScalarOptimizer):
     with :math:`u` as in :func:`calculate_sim_ademamix_update`.
 
     Args:
-        params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.
-        lr: Learning rate, a float or a one-element tensor. Where it is 0, states are updated and
-            parameters keep every bit.
+        params: {params}
+        lr: {lr}
         betas: Decay rates of the momentum and of the second moment, each in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        correct_bias: Divide momentum and second moment by what a constant 1 would have brought them
-            to by now.
-        num_beta_fast_warmup_steps: Steps until the fast beta has its final value; None: from the
-            start.
-        min_beta_fast: The fast beta at the start of its warm-up, in [0, 1).
-        alpha: Weight of the gradient beside the momentum.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        **options: What all optimizers here take by keyword: `maximize`, `fused`, `capturable`,
-            `state_dtype`, `master_weights` and `stochastic_rounding`. These, and the methods of
-            weight decay: :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
+        eps: {eps}
+        weight_decay: {weight_decay}
+        correct_bias: Apply bias correction: divide the momentum and the second moment by the
+            divisors above.
+        num_beta_fast_warmup_steps: {num_beta_fast_warmup_steps}
+        min_beta_fast: {min_beta_fast}
+        alpha: Weight of the gradient, which is added to the momentum.
+        weight_decay_method: {weight_decay_method}
+        **options: {options}
 
     Raises:
-        ValueError: A hyperparameter out of range.
+        {raises}
 
     Example:
         >>> import torch
