@@ -55,12 +55,7 @@ python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 # PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
 emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated devices
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
-	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated tests/test_cuda.py tests/test_cuda_optimizers.py \
-	    tests/test_cuda_conversions.py tests/test_functions.py tests/test_identities.py \
-	    tests/test_properties.py tests/test_optimizers.py tests/test_optimizer_conventions.py tests/test_megatron.py \
-	    tests/test_megatron_steps.py tests/test_loading.py tests/test_states.py \
-	    tests/test_step_overlap.py tests/test_bench_cuda.py tests/test_rule_library.py \
-	    tests/test_group_rules.py
+	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated $$(grep -l "pytest.mark.on_devices(" tests/test_*.py)
 
 cpp-test: $(INSTALLED)  ## Run the C++ tests alone, under sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/cmake -G Ninja

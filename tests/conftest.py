@@ -88,3 +88,16 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with torch.device("cpu" if is_named else "cuda"):
         yield
+
+
+@pytest.fixture
+def _no_other_device(_default_device: None) -> Iterator[None]:
+    """Make tensors on the CPU, whatever `--device` is; tests for CUDA name it."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
+def fused(request: pytest.FixtureRequest) -> bool | None:
+    """The argument of optimizers: the fallback, then native steps wherever possible."""
+    return request.param

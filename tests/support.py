@@ -62,6 +62,7 @@ MIXES = {
     "float64 grad, half states": Mix(_F64, (_F16, _F16, _BF16)),
 }
 every_mix = pytest.mark.parametrize("mix", list(MIXES.values()), ids=list(MIXES))
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 # The digits and the smallest exponent of normal numbers of each type.
 _FORMATS = {_F32: (24, -126), _F64: (53, -1022), _BF16: (8, -126), _F16: (11, -14)}
@@ -286,6 +287,10 @@ def lay_out(operands: Operands, layout: Layout) -> Operands:
 
 def to_numpy(tensor: Tensor) -> Array:
     return tensor.detach().cpu().double().contiguous().numpy()
+
+
+def assert_near(got: Tensor, wanted: Any, tolerance: float) -> None:
+    np.testing.assert_allclose(to_numpy(got), wanted, rtol=tolerance, atol=tolerance)
 
 
 def expected_of(rule: Rule, case: Case, before: Operands) -> Expected:

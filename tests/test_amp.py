@@ -33,11 +33,6 @@ def _on_cpu(_default_device: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
-def fused(request: pytest.FixtureRequest) -> bool | None:
-    return request.param
-
-
 def handles_scaling(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.on_devices()
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

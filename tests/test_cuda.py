@@ -30,7 +30,7 @@ from torch import Tensor
 
 from emerging_optimizers._native import native
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 FLOAT32 = MIXES["float32"]
 # Around what a thread holds, half a tile, a tile and a chunk of the engine.

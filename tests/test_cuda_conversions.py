@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from emerging_optimizers import Adam, Lion
 from emerging_optimizers.scalar_optimizers import calculate_adam_update, calculate_lion_update
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # 1 as a float32, and allowed since it is less as a float64.

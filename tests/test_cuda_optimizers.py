@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers import LaProp, ScalarOptimizer
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 _LAPROP = next(setup for setup in SETUPS if setup.cls is LaProp)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

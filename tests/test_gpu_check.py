@@ -122,6 +122,13 @@ def test_each_test_for_cuda_is_in_a_stage() -> None:
             assert f"tests/{file.name}" in named, file.name
 
 
+def test_marked_files_name_a_stage() -> None:
+    pattern = re.compile(r"pytest\.mark\.on_devices\(\"?([^\")]*)")
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for stage in pattern.findall(file.read_text()) if file.name != Path(__file__).name else ():
+            assert stage == "" or stage in gpu_stages.TESTS, file.name
+
+
 def test_each_reason_to_skip_is_classified() -> None:
     """A new one is deliberate, or says that something is missing: which one is decided here."""
     files = {

@@ -13,6 +13,8 @@ from emerging_optimizers import _rule, _step
 from emerging_optimizers._rule import GroupRule
 from emerging_optimizers.scalar_optimizers import Adam, AdEMAMix, LaProp, Lion, ScalarOptimizer
 
+pytestmark = pytest.mark.on_devices("tests-states")
+
 SHAPES = ((3, 4), (5, 2), (7,))
 RULES: dict[str, type[ScalarOptimizer]] = {
     "adam": Adam,

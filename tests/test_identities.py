@@ -31,6 +31,8 @@ from emerging_optimizers.scalar_optimizers import (
     calculate_sim_ademamix_update,
 )
 
+pytestmark = pytest.mark.on_devices("tests-functions")
+
 # Beside the rules' own error, that of the optimizer that is compared with, and what both make of
 # the steps before.
 _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}

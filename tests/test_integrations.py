@@ -53,11 +53,6 @@ def _one_thread_of_the_cpu(_default_device: None) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
-def fused(request: pytest.FixtureRequest) -> bool | None:
-    return request.param
-
-
 def import_or_skip(name: str) -> Any:
     """Import a package of the test extra; where everything is meant to be there, or fail."""
     return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)

@@ -6,18 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import (
-    Setup,
-    assert_same,
-    contents,
-    every_optimizer,
-    make_params,
-    run,
-    set_grads,
-)
+from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run, set_grads
 from torch import Tensor, nn
 
 from emerging_optimizers import AdamW, Lion, megatron
+
+pytestmark = pytest.mark.on_devices("tests-states")
 
 BF16, F32 = torch.bfloat16, torch.float32
 ways = pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])

@@ -1,7 +1,6 @@
 """In `megatron`, a group's ``step`` is the counter, and a step makes all parameters' states."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +15,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from emerging_optimizers import AdamW, megatron
+
+pytestmark = [
+    pytest.mark.on_devices("tests-states"),
+    pytest.mark.usefixtures("_no_other_device"),
+]
 
 BF16, F32 = torch.bfloat16, torch.float32
 CLASSES: list[Any] = [
@@ -33,13 +37,6 @@ devices = pytest.mark.parametrize(
 )
 MASTERS: dict[str, Any] = {"master_weights": True}
 STORED: dict[str, Any] = {**MASTERS, "store_param_remainders": True}
-
-
-@pytest.fixture(autouse=True)
-def _no_other_device(_default_device: None) -> Iterator[None]:
-    """Make tensors on the CPU, whatever device others are run on; those for CUDA name it."""
-    with torch.device("cpu"):
-        yield
 
 
 def make_params(device: str = "cpu", dtype: torch.dtype = F32) -> list[Tensor]:

@@ -15,16 +15,13 @@ from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau,
 
 from emerging_optimizers import Adam, AdEMAMix
 
+pytestmark = pytest.mark.on_devices("tests-optimizers")
+
 SCHEDULERS: list[list[Callable[[Any], Any]]] = [
     [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
     [lambda opt: ExponentialLR(opt, gamma=0.99), lambda opt: ReduceLROnPlateau(opt)],
     [lambda opt: LinearLR(opt, start_factor=0.4, total_iters=4)],
 ]
-
-
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
-def fused(request: pytest.FixtureRequest) -> bool | None:
-    return request.param
 
 
 def kwargs_of(setup: Setup, fused: bool | None) -> Iterator[dict[str, Any]]:

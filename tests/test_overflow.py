@@ -16,11 +16,6 @@ HAS_SQUARE = [s for s in SETUPS + VARIANTS if s.states[-1] == "exp_avg_sq"]
 every_square = pytest.mark.parametrize("setup", HAS_SQUARE, ids=str)
 
 
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
-def fused(request: pytest.FixtureRequest) -> bool | None:
-    return request.param
-
-
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if r.states[-1] == "exp_avg_sq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_of_a_large_gradient(name: str, dtype: torch.dtype) -> None:

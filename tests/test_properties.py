@@ -3,12 +3,15 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import RULES, Rule, needs_matrix
 from support import DTYPES, Mix, Operands, assert_equal_results, call, check_call, make_operands
 from torch import Tensor
+
+pytestmark = pytest.mark.on_devices("tests-functions")
 
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(

@@ -35,7 +35,11 @@ from emerging_optimizers._native import native
 from emerging_optimizers._rule import Rule
 from emerging_optimizers.scalar_optimizers import ScalarOptimizer
 
-pytestmark = [needs_native, pytest.mark.skipif("sys.platform == 'win32'", reason="compiles by c++")]
+pytestmark = [
+    pytest.mark.on_devices("tests-cuda"),
+    needs_native,
+    pytest.mark.skipif("sys.platform == 'win32'", reason="compiles by c++"),
+]
 
 
 # ---- copies of the package's rules ---------------------------------------------------------------

@@ -14,6 +14,8 @@ from emerging_optimizers._native import native
 from emerging_optimizers.megatron import FusedAdam
 from emerging_optimizers.megatron import Lion as MegatronLion
 
+pytestmark = pytest.mark.on_devices("tests-states")
+
 FUSED = [None, False] if native is None else [None, True, False]
 every_fused = pytest.mark.parametrize("fused", FUSED, ids=lambda fused: f"fused={fused}")
 

@@ -15,11 +15,6 @@ from emerging_optimizers import AdamW, Lion, Signum, megatron
 SHRINKING = [method for method in METHODS if method != "l2"]
 
 
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
-def fused(request: pytest.FixtureRequest) -> bool | None:
-    return request.param
-
-
 def decay_of(fraction: float, method: str, lr: float) -> float:
     """The weight_decay of which a step takes that fraction of a weight."""
     return fraction / {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]

@@ -19,28 +19,26 @@ from gpu_tests import Outcome, run_tests
 # What is built on the way: it is not part of a check's results.
 BUILT = ROOT / "build" / "gpu-check-wheel"
 
+
+def _marked(stage: str) -> list[str]:
+    """Return the files of tests whose marker names a stage."""
+    marker = f'pytest.mark.on_devices("{stage}")'
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{path.name}" for path in paths if marker in path.read_text()]
+
+
 # What pytest is called with.
 TESTS: dict[str, Sequence[str]] = {
     "tests-cuda": (
-        *("tests/test_cuda.py", "tests/test_cuda_conversions.py", "tests/test_cuda_graphs.py"),
-        *("tests/test_cuda_optimizers.py", "tests/test_megatron.py"),
-        *("tests/test_rule_library.py", "tests/test_docs.py::test_cuda_code"),
+        *_marked("tests-cuda"),
+        *("tests/test_cuda_graphs.py", "tests/test_docs.py::test_cuda_code"),
     ),
-    "tests-functions": (
-        *("--device", "cuda", "tests/test_functions.py", "tests/test_identities.py"),
-        "tests/test_properties.py",
-    ),
-    "tests-optimizers": (
-        *("--device", "cuda", "tests/test_optimizers.py", "tests/test_optimizer_conventions.py"),
-    ),
-    "tests-states": (
-        *("--device", "cuda", "tests/test_loading.py", "tests/test_states.py"),
-        *("tests/test_step_overlap.py", "tests/test_megatron_steps.py"),
-        "tests/test_group_rules.py",
-    ),
+    "tests-functions": ("--device", "cuda", *_marked("tests-functions")),
+    "tests-optimizers": ("--device", "cuda", *_marked("tests-optimizers")),
+    "tests-states": ("--device", "cuda", *_marked("tests-states")),
     "tests-large": (
-        *("--slow", "-k", "more_than_two_to_the_31", "tests/test_cuda.py"),
-        *("tests/test_functions.py", "--device", "cuda"),
+        *("--slow", "-k", "more_than_two_to_the_31", "--device", "cuda"),
+        *("tests/test_cuda.py", "tests/test_memory.py"),
     ),
     "megatron": ("-m", "cuda", "tests/test_megatron_core.py"),
 }

@@ -1,0 +1,133 @@
+"""The arguments of TransformerEngine's FusedAdam, and what they mean."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from megatron_support import (
+    AWARE,
+    BF16,
+    F32,
+    OPTIONS,
+    decouple_grads,
+    devices,
+    every_class,
+    make_params,
+    run,
+)
+from optimizers import assert_same, contents, make_grads
+
+from emerging_optimizers import scalar_optimizers
+from emerging_optimizers.megatron import FusedAdam
+
+pytestmark = [
+    pytest.mark.on_devices("tests-cuda"),
+    pytest.mark.usefixtures("_no_other_device"),
+]
+
+
+def test_the_constructor_of_transformer_engine() -> None:
+    parameters = list(inspect.signature(FusedAdam).parameters.values())
+    assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == [
+        ("params", inspect.Parameter.empty),
+        ("lr", 1e-3),
+        ("betas", (0.9, 0.999)),
+        ("eps", 1e-8),
+        ("weight_decay", 0.0),
+        ("amsgrad", False),
+    ]
+    assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [
+        ("bias_correction", True),
+        ("adam_w_mode", True),
+        ("capturable", False),
+        ("master_weights", False),
+        ("master_weight_dtype", F32),
+        ("exp_avg_dtype", F32),
+        ("exp_avg_sq_dtype", F32),
+        ("use_decoupled_grad", False),
+        ("store_param_remainders", False),
+        ("set_grad_none", None),
+    ]
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_its_arguments_are_adams(adam_w_mode: bool, bias_correction: bool) -> None:
+    params, others = make_params(F32), make_params(F32)
+    optimizer = FusedAdam(
+        params,
+        bias_correction=bias_correction,
+        adam_w_mode=adam_w_mode,
+        use_decoupled_grad=True,
+        **OPTIONS,
+    )
+    other = scalar_optimizers.Adam(
+        others,
+        correct_bias=bias_correction,
+        weight_decay_method="decoupled" if adam_w_mode else "l2",
+        **OPTIONS,
+    )
+    for step in (1, 2, 3):
+        decouple_grads(params, step)
+        for param, grad in zip(others, make_grads(others, step), strict=True):
+            param.grad = grad
+        optimizer.step()
+        other.step()
+    assert_same(contents(optimizer), contents(other))
+
+
+def test_a_group_has_the_names_of_transformer_engine() -> None:
+    """Also as Megatron's hybrid optimizer makes one: of groups that hold everything."""
+    group = {"params": make_params(), "bias_correction": False, "lr": 0.5, "pin_cpu_grads": True}
+    optimizer = FusedAdam([group, {"params": make_params(F32)}])
+    optimizer.add_param_group({"params": make_params(sizes=(3,)), "bias_correction": False})
+    found = [group["bias_correction"] for group in optimizer.param_groups]
+    assert found == [False, True, False]
+    assert not any("correct_bias" in group for group in optimizer.param_groups)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 1e-3, 1e-3]
+
+
+def test_amsgrad_is_refused() -> None:
+    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
+        FusedAdam(make_params(), amsgrad=True)
+
+
+@pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float64])
+def test_a_dtype_that_is_refused_is_named(name: str, dtype: torch.dtype) -> None:
+    expected = f"^{name}={dtype} is not supported; expected torch.float32"
+    with pytest.raises(ValueError, match=expected):
+        FusedAdam(make_params(), **{name: dtype})  # type: ignore[arg-type]
+
+
+def test_half_masters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^master_weight_dtype=torch\.float16 is not supported"):
+        FusedAdam(make_params(), master_weights=True, master_weight_dtype=torch.float16)
+
+
+@every_class
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+def test_dtypes_of_states(cls: Any, dtype: torch.dtype) -> None:
+    optimizer = cls(make_params(), exp_avg_dtype=dtype, exp_avg_sq_dtype=BF16, **AWARE)
+    run(optimizer, [1, 2])
+    for state in optimizer.state.values():
+        for name in state.keys() - {"step"}:
+            wanted = {"exp_avg_sq": BF16, "master_param": F32}.get(name, dtype)
+            assert state[name].dtype == wanted, name
+
+
+@devices
+def test_a_capturable_one_has_tensors_for_learning_rates(device: str) -> None:
+    params = make_params(F32, device)
+    optimizer = FusedAdam([{"params": params[:2]}, {"params": params[2:]}], lr=0.5, capturable=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert [rate.item() for rate in rates] == [0.5, 0.5]
+    assert rates[0] is not rates[1]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    # Not read by the host, where it is on a device.
+    assert [int(group["step"]) for group in optimizer.param_groups] == [1, 1]
+    assert {type(group["step"]) for group in optimizer.state_dict()["param_groups"]} == {int}
+    assert all(rate.device == params[0].device for rate in rates)
