@@ -85,10 +85,10 @@ docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code 
 	$(PY) -m pytest -q tests/test_docs.py
 
 cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and read their code; needs no GPU
-	$(PY) tests/cuda_check.py
+	$(PY) tools/cuda_check.py
 
 wheel: $(INSTALLED)  ## Build sdist and wheel for this torch into dist/, and check them
-	$(PY) tests/wheel_check.py dist
+	$(PY) tools/wheel_check.py dist
 
 format: $(INSTALLED)  ## Format Python and C++
 	$(PY) -m ruff check --fix .
@@ -107,7 +107,7 @@ bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; 
 # make gpu-check GPU_CHECK_ARGS="--only build,bits"
 GPU_CHECK_ARGS ?= --budget inf
 gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
-	$(PY) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+	$(PY) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg

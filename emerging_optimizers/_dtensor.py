@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _checks
 from ._checks import Operand
+from ._values import PLAIN_TYPES
 
 _MODULE = "torch.distributed.tensor"
 
@@ -22,6 +23,8 @@ def are_imported() -> bool:
 
 
 def is_dtensor(tensor: Any) -> bool:
+    if type(tensor) in PLAIN_TYPES:
+        return False
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -52,14 +52,13 @@ class _GroupConstants(NamedTuple):
     hook: WeightHook | None
 
 
-@torch.no_grad()
 def update_group(
     call: StepCall, i: int, indices: Collection[int], communicates: bool = False
 ) -> None:
     """Update parameters of a group.
 
     Numbers on a device are read, those of the counters included: this is the way for devices
-    without kernels, and no CUDA graph can capture it.
+    without kernels, and no CUDA graph can capture it. No gradients must be recorded.
 
     Args:
         call: The call of ``step``.
@@ -124,10 +123,12 @@ def _update(
     counter += 1
     step = int(read(counter, 1))
     stored = optimizer._masters.read(member)
-    states = [as_local(state[name]) for name in member.rule.state_names]
+    states = [state[name] for name in member.rule.state_names]
+    grad = placed_like(member.grad, param)
     if is_dtensor(param):
         increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
-    grad = as_local(placed_like(member.grad, param))
+    if is_dtensor(param) or param.is_complex():
+        grad, *states = map(as_local, (grad, *states))
 
     is_double = torch.float64 in (grad.dtype, stored.dtype, *(s.dtype for s in states))
     real = torch.float64 if is_double else torch.float32

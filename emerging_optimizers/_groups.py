@@ -18,7 +18,7 @@ from ._hyperparameters import (
     read_optional_flag,
 )
 from ._rule import GroupKey, GroupRule
-from ._values import items_of
+from ._values import has_value, items_of
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE_SCALING = "use_shape_scaling"
@@ -66,17 +66,21 @@ def scales_by_shape(group: Mapping[str, Any], rule: GroupRule) -> bool:
     return bool(read_hyperparameters(group, rule)[SHAPE_SCALING])
 
 
-def numbers_of(group: Mapping[str, Any], rule: GroupRule) -> dict[str, Any]:
-    """Return a group's hyperparameters one by one, such as ``betas[0]``."""
-    keys = [key if isinstance(key, str) else key[0] for key in rule.keys]
-    numbers = {}
-    for key in ("lr", "weight_decay", *keys):
-        items = None if isinstance(group[key], Tensor) else items_of(group[key])
+def find_unknown_numbers(group: Mapping[str, Any], rule: GroupRule) -> list[tuple[str, Any]]:
+    """Return the hyperparameters that are tensors without a value, such as ``betas[0]``."""
+    unknown = []
+    for key in ("lr", "weight_decay", *rule.keys):
+        name = key if isinstance(key, str) else key[0]
+        value = group[name]
+        if type(value) in (float, int, bool):
+            continue
+        items = None if isinstance(value, Tensor) else items_of(value)
         if items is None:
-            numbers[key] = group[key]
+            if not has_value(value):
+                unknown.append((name, value))
         else:
-            numbers.update({f"{key}[{i}]": item for i, item in enumerate(items)})
-    return numbers
+            unknown += [(f"{name}[{i}]", x) for i, x in enumerate(items) if not has_value(x)]
+    return unknown
 
 
 def check_group(

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _overlap
+from . import _checks
 from ._base import BaseOptimizer, StepCall, check_tensors, members_of
 from ._counters import check_complete, check_count, is_absent, new_counter, set_counter
 from ._dtensor import is_dtensor
-from ._groups import numbers_of, scales_by_shape
+from ._groups import find_unknown_numbers, scales_by_shape
 from ._members import Member, blame
+from ._overlap import overlaps_itself, span_of
 from ._rule import refuse_trace
-from ._values import check_has_value, has_value, is_tracing, read
+from ._values import PLAIN_TYPES, check_has_value, has_value, is_tracing, read
 from ._weights import MASTER, check_master_dtype, has_master, local_shard
 
 _SPARSE = (
@@ -83,6 +84,27 @@ def check_param(member: Member) -> None:
     """Raise for a parameter that cannot be updated, or not with its gradient."""
     param, grad = member.param, member.grad
     assert grad is not None
+    if not (_is_ordinary(param, param) and _is_ordinary(grad, param)):
+        _check_param(member, grad)
+    if scales_by_shape(member.group, member.rule) and param.dim() != 2:
+        raise ValueError(
+            f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
+        )
+
+
+def _is_ordinary(tensor: Any, param: Tensor) -> bool:
+    """Return whether a tensor fits an ordinary parameter at a glance: no check would refuse it."""
+    return (
+        span_of(tensor) is not None
+        and tensor.is_floating_point()
+        and tensor.shape == param.shape
+        and tensor.device == param.device
+        and not tensor.is_inference()
+    )
+
+
+def _check_param(member: Member, grad: Tensor) -> None:
+    param = member.param
     _check_layout("the parameter", param)
     if grad.layout in _SPARSE:
         raise RuntimeError(
@@ -102,22 +124,20 @@ def check_param(member: Member) -> None:
     _check_beside("its gradient", grad, param)
     _check_memory("its gradient", grad)
     _check_modified("the parameter", param)
-    if scales_by_shape(member.group, member.rule) and param.dim() != 2:
-        raise ValueError(
-            f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
-        )
 
 
 def check_state(optimizer: BaseOptimizer, member: Member) -> None:
     """Raise for a state that is not one of this parameter."""
-    state = member.state
+    state, param = member.state, member.param
+    may_be_ordinary = type(param) in PLAIN_TYPES and param.is_floating_point()
     for name in member.rule.state_names:
-        check_tensor(optimizer, member, name)
+        if not (may_be_ordinary and _is_ordinary(state.get(name), param)):
+            check_tensor(optimizer, member, name)
     if state.get(MASTER) is not None:
         check_tensor(optimizer, member, MASTER)
     step = state["step"]
     if not is_tracing():
-        check_has_value("state 'step'", step, member.param)
+        check_has_value("state 'step'", step, param)
     check_count("state 'step'", step)
 
 
@@ -202,7 +222,7 @@ def _check_modified(name: str, tensor: Tensor) -> None:
             f"{name} is an inference tensor, which cannot be modified outside of inference mode"
         )
     local = local_shard(tensor)
-    if not local.is_contiguous() and _overlap.overlaps_itself(local) is not False:
+    if not local.is_contiguous() and overlaps_itself(local) is not False:
         raise ValueError(
             f"{name} overlaps itself in memory (an expanded tensor, with shape"
             f" {tuple(tensor.shape)} and strides {tensor.stride()})"
@@ -218,7 +238,6 @@ def _is_placed_like(tensor: Any, param: Any) -> bool:
 # ---- both ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> list[int]:
     """Check parameters of a group, and complete their states.
 
@@ -234,8 +253,8 @@ def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> lis
         for member in with_grad:
             member.param.detach()  # an error, before states are made, where no real one is taken
     rule = optimizer._rule_of(group)
-    numbers = {**numbers_of(group, rule), **call.scalars._asdict()}
-    unknown = [(name, value) for name, value in numbers.items() if not has_value(value)]
+    numbers = zip(call.scalars._fields, call.scalars, strict=True)
+    unknown = [*find_unknown_numbers(group, rule), *(n for n in numbers if not has_value(n[1]))]
     for member in with_grad:
         try:
             check_param(member)

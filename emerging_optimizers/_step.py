@@ -81,27 +81,26 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
         check_state_dtypes(optimizer, groups)  # no native step reads them
     seed = 0 if not draws else _draw_seed(optimizer, groups)
     scalars = (grad_multiplier, grad_scale, found_inf, seed)
-    if has_tensors and not have_values((*(group["lr"] for group in groups), *scalars)):
-        left = _prepare_all(StepCall(optimizer, groups, positions, StepScalars(*scalars)))
-    elif native is not None and (rules := _rules_of_one_call(optimizer, groups)) is not None:
+    has_values = not has_tensors or have_values((*(group["lr"] for group in groups), *scalars))
+    rules = _rules_of_one_call(optimizer, groups) if has_values and native is not None else None
+    found: Any = None
+    if native is not None and rules is not None and optimizer.state:
         # Here, for the layers below take as long as five small parameters do. Nothing is done
         # where any are left.
-        found: Any = None
-        if optimizer.state:
-            try:
-                found = native.step(optimizer.state, groups, positions, rules, scalars, None, False)
-            except (TypeError, ValueError) as error:
-                _explain(optimizer, error)
-            if found is None:
-                return found_inf
-        call = StepCall(optimizer, groups, positions, StepScalars(*scalars))
-        left = _step_rest(call, found)
-    else:
-        for i, group in enumerate(groups):
-            check_flags(optimizer, group, f"param_groups[{i}]")  # which say what else is checked
-        left = _step_by_group(StepCall(optimizer, groups, positions, StepScalars(*scalars)))
-    if left:
-        call = StepCall(optimizer, groups, positions, StepScalars(*scalars))
+        try:
+            found = native.step(optimizer.state, groups, positions, rules, scalars, None, False)
+        except (TypeError, ValueError) as error:
+            _explain(optimizer, error)
+        if found is None:
+            return found_inf
+    call = StepCall(optimizer, groups, positions, StepScalars(*scalars))
+    with torch.no_grad():
+        if not has_values:
+            left = _prepare_all(call)
+        elif rules is not None:
+            left = _step_rest(call, found)
+        else:
+            left = _step_by_group(call)
         for i, indices in sorted(left.items()):
             communicates = _communicates(optimizer, groups[i])
             _fallback_step.update_group(call, i, indices, communicates)
@@ -172,20 +171,20 @@ def _communicates(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
 
 def _prepare_all(call: StepCall) -> Left:
     """Leave all parameters to the fallback, where there are no values to compute with."""
-    for i, group in enumerate(call.optimizer.param_groups):
-        check_group(call.optimizer, group, f"param_groups[{i}]")
+    _check_groups(call.optimizer)
     return {i: prepare(call, i) for i in range(len(call.groups))}
 
 
 def _step_by_group(call: StepCall) -> Left:
     """Update by one native call the groups that have a native step."""
     optimizer, groups, positions, _ = call
+    for i, group in enumerate(groups):
+        check_flags(optimizer, group, f"param_groups[{i}]")  # which say what else is checked
     chosen = []
     left: Left = {}
     are_native = [has_native_step(optimizer, group) for group in groups]
     if not all(are_native):
-        for i, group in enumerate(groups):
-            check_group(optimizer, group, f"param_groups[{i}]")
+        _check_groups(optimizer)
         split_counters(optimizer.state.values())
     kept = _before_native(call, are_native)
     for i, group in enumerate(groups):
@@ -250,8 +249,7 @@ def _step_rest(
     """
     optimizer, groups = call.optimizer, call.groups
     if found is None:
-        for i, group in enumerate(groups):
-            check_group(optimizer, group, f"param_groups[{i}]")
+        _check_groups(optimizer)
         found = [range(len(group["params"])) for group in groups]
     params = (g["params"][i] for g, indices in zip(groups, found, strict=True) for i in indices)
     if is_tracing() or any(map(is_fake, params)):
@@ -260,10 +258,9 @@ def _step_rest(
     ready = [prepare(call, i, indices) for i, indices in enumerate(found)]
     if grads is None:
         grads = [grads_of(optimizer, group) for group in groups]
-    with torch.no_grad():
-        for group, indices, group_grads in zip(groups, ready, grads, strict=True):
-            for k in indices:
-                group_grads[k] = placed_like(group_grads[k], group["params"][k])
+    for group, indices, group_grads in zip(groups, ready, grads, strict=True):
+        for k in indices:
+            group_grads[k] = placed_like(group_grads[k], group["params"][k])
     still = _call_native(call, grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
     for i, indices in left.items():
@@ -280,6 +277,11 @@ def _call_native(call: StepCall, grads: list[list[Tensor | None]], may_leave: bo
         return native.step(optimizer.state, groups, positions, rules, scalars, grads, may_leave)
     except (TypeError, ValueError) as error:
         _explain(optimizer, error)
+
+
+def _check_groups(optimizer: BaseOptimizer) -> None:
+    for i, group in enumerate(optimizer.param_groups):
+        check_group(optimizer, group, f"param_groups[{i}]")
 
 
 def _explain(optimizer: BaseOptimizer, error: Exception) -> NoReturn:
@@ -308,7 +310,6 @@ def _raise_no_native_step(
 _Kept: TypeAlias = list[tuple[int, Member, Any]]
 
 
-@torch.no_grad()
 def _before_native(call: StepCall, are_native: Sequence[bool]) -> _Kept:
     """Call the hook before a native call; return what `_after_native` needs."""
     optimizer = call.optimizer
@@ -327,7 +328,6 @@ def _before_native(call: StepCall, are_native: Sequence[bool]) -> _Kept:
     return [(i, member, item) for (i, member), item in zip(found, kept, strict=True)]
 
 
-@torch.no_grad()
 def _after_native(call: StepCall, kept: _Kept, left: Left) -> None:
     """Call the hook for what was updated natively."""
     optimizer = call.optimizer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._base import BaseOptimizer, members_of
 from ._members import Member, param_name
-from ._overlap import Memory, find_sharing, memory_of
+from ._overlap import Memory, are_apart, find_sharing, memory_of, span_of
 from ._states import operands_of
 from ._weights import local_shard
 
@@ -41,7 +41,24 @@ def check_overlap(
     Raises:
         ValueError: A state that shares memory with another tensor, of any group.
     """
+    if _are_surely_apart(optimizer, groups):
+        return []
     return _check(optimizer, groups, _operands(optimizer, groups))
+
+
+def _are_surely_apart(optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether all tensors are ordinary and share no memory, as is usual."""
+    spans = []
+    for group in groups:
+        for member in members_of(optimizer, group):
+            if member.grad is None:
+                continue
+            for tensor in (member.param, member.grad, *operands_of(member).values()):
+                span = span_of(tensor)
+                if span is None:
+                    return False
+                spans.append(span)
+    return are_apart(spans)
 
 
 def check_loaded_states(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # What takes the place of a hyperparameter that has no value: in all domains, and such that nothing
 # is left out of a step because of it.
 HYPERPARAMETER = 0.5
@@ -28,7 +28,7 @@ def is_tracing() -> bool:
 
 def is_fake(value: Any) -> bool:
     """Return whether something is a tensor, or a wrapper of one, that a ``FakeTensorMode`` made."""
-    if type(value) in _PLAIN_TYPES and not torch._is_functional_tensor(value):
+    if type(value) in PLAIN_TYPES and not torch._is_functional_tensor(value):
         return False
     # Where it was not imported, there can be none.
     module = sys.modules.get("torch._subclasses.fake_tensor")

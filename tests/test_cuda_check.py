@@ -110,7 +110,7 @@ def test_planted_faults_are_found(faults: tuple[tuple[str, ...], ...], tmp_path:
     shutil.copy(ROOT / "emerging_optimizers" / "_build.py", tmp_path / "emerging_optimizers")
     for file, old, new, _ in faults:
         plant(tmp_path / file, old, new)
-    command = [sys.executable, str(ROOT / "tests" / "cuda_check.py"), "--root", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tools" / "cuda_check.py"), "--root", str(tmp_path)]
     command += ["--rules", "adam", "--architectures", "sm_90"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "make cuda-check` installs it" in done.stderr:

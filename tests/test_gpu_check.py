@@ -12,19 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_check
+import gpu_processes
+import gpu_recorder
+import gpu_stages
+import gpu_tests
 import pytest
+from gpu_processes import Session
+from gpu_stages import STAGES, Stage
+from gpu_tests import DELIBERATE, Outcome, judge, run_tests
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import gpu_check  # noqa: E402
-import gpu_processes  # noqa: E402
-import gpu_recorder  # noqa: E402
-import gpu_stages  # noqa: E402
-import gpu_tests  # noqa: E402
-from gpu_processes import Session  # noqa: E402
-from gpu_stages import STAGES, Stage  # noqa: E402
-from gpu_tests import DELIBERATE, Outcome, judge, run_tests  # noqa: E402
 
 NAMES = [stage.name for stage in STAGES]
 # Why tests of the stages are skipped where something is missing.
@@ -53,7 +51,7 @@ def commands() -> list[str]:
     """Every command line that the documentation has."""
     pages = [gpu_check.__doc__ or "", (ROOT / "CONTRIBUTING.md").read_text()]
     pages += [page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]]
-    found = re.findall(r"python benchmarks/gpu_check\.py([^#`\n|]*)", "\n".join(pages))
+    found = re.findall(r"python tools/gpu_check\.py([^#`\n|]*)", "\n".join(pages))
     found += re.findall(r"GPU_CHECK_ARGS=\"([^\"]*)\"", "\n".join(pages))
     return sorted({command.strip() for command in found})
 
@@ -156,7 +154,9 @@ class Recorded(Session):
 
 
 def test_commands_of_the_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench_cuda = pytest.importorskip("bench_cuda")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_cuda
+
     session = Recorded(tmp_path)
     for stage in STAGES:
         if stage.name in ("speed", "bench"):
@@ -178,7 +178,9 @@ def test_programs_of_the_other_stages(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     assert outcomes["memcheck"].status == outcomes["racecheck"].status == "passed"
     assert outcomes["bits"].status == "failed"  # nothing was compared
-    programs = [a for command in session.commands for a in command if a.startswith("benchmarks/")]
+    programs = [
+        a for command in session.commands for a in command if re.match("(benchmarks|tools)/", a)
+    ]
     assert len(programs) == 4
     for program in programs:
         assert (ROOT / program).exists(), program
@@ -508,7 +510,7 @@ def test_a_killed_check(tmp_path: Path, number: signal.Signals) -> None:
         f"    while not os.path.exists({str(tmp_path / 'go on')!r}): time.sleep(0.1)\n"
     )
     command = [sys.executable, "-c", KILLED, "--output", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
         assert report_of(tmp_path)["tests-cuda"]["status"] == "running"

@@ -49,7 +49,8 @@ def interruptible() -> Iterator[None]:
 
 def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a command in the repository's root; its output is appended to a file."""
-    path = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    folders = [ROOT, ROOT / "tools", ROOT / "benchmarks", ROOT / "tests"]
+    path = [*map(str, folders), os.environ.get("PYTHONPATH")]
     defaults = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONUNBUFFERED": "1",

@@ -1,6 +1,6 @@
 """Builds the source distribution, from it the wheel, and checks both: `make wheel`.
 
-    python tests/wheel_check.py dist
+    python tools/wheel_check.py dist
 
 The wheel is for the torch and the Python that run this, and says so in its name; it has CUDA
 kernels where setup.py finds what they need. On Linux, auditwheel tags it. The check fails where
@@ -80,6 +80,7 @@ def build(output: Path) -> tuple[Path, Path]:
 
 
 def files(*patterns: str) -> set[str]:
+    """Return the files of the checkout that match, relative to its root."""
     return {
         str(path.relative_to(ROOT))
         for pattern in patterns
@@ -93,6 +94,7 @@ def check_sdist(sdist: Path) -> list[str]:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = files(f"{PACKAGE}/**/*.py", "csrc/**/*", "tests/**/*.py", "tests/cpp/*")
+    wanted |= files("benchmarks/**/*.py", "tools/*.py")
     wanted |= {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", "CMakeLists.txt"}
     wanted |= {f"{PACKAGE}/py.typed"}
     return [f"{sdist.name} lacks {name}" for name in sorted(wanted - names)]
@@ -136,6 +138,7 @@ def needed_libraries(library: Path) -> list[str]:
 
 
 def main() -> None:
+    """Build both, and exit with what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path, help="the folder for both")
     sdist, wheel = build(parser.parse_args().output.resolve())

@@ -1,6 +1,6 @@
 """What runs under compute-sanitizer: each rule, in every kernel that it has.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_sanitized.py
+    PYTHONPATH=.:benchmarks:tests compute-sanitizer --tool memcheck python tools/gpu_sanitized.py
 
 Each rule meets sizes around every edge of the kernels' shares of work, at odd elements of buffers
 that end with the operand, in all mixes of dtypes that have code of their own, and with a step on

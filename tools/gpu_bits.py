@@ -1,6 +1,6 @@
 """Compares the bits of the GPU's kernels with those of the CPU's, rule by rule.
 
-python benchmarks/gpu_bits.py build/bits.json   # exit status 1 where some differ
+PYTHONPATH=.:tests python tools/gpu_bits.py build/bits.json  # exit status 1 where some differ
 """
 
 import json

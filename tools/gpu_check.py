@@ -1,10 +1,10 @@
 """Builds, tests and measures the package on this machine's GPU, in stages.
 
-    python benchmarks/gpu_check.py            # what fits nine minutes, in the written order
-    python benchmarks/gpu_check.py --resume   # what has not passed yet
-    python benchmarks/gpu_check.py --list     # the stages: what each tells, and its limit
-    python benchmarks/gpu_check.py --only build,bits
-    python benchmarks/gpu_check.py --skip wheel first-import bench --output build/gpu --budget inf
+    python tools/gpu_check.py            # what fits nine minutes, in the written order
+    python tools/gpu_check.py --resume   # what has not passed yet
+    python tools/gpu_check.py --list     # the stages: what each tells, and its limit
+    python tools/gpu_check.py --only build,bits
+    python tools/gpu_check.py --skip wheel first-import bench --output build/gpu --budget inf
 
 It needs torch with CUDA, a CUDA compiler, numpy and pytest, and fetches nothing; what is left out
 where other packages are absent is reported. Each stage runs in processes of its own, with a limit
@@ -32,11 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import describe_gpu, why_no_gpu
 from gpu_processes import GRACE, ROOT, Interrupted, Session, interruptible
 from gpu_recorder import lines_of, read
 from gpu_stages import STAGES, Stage, find_program
 from gpu_tests import Outcome, judge, results_of
+
+sys.path.append(str(ROOT / "benchmarks"))  # which describe the GPU in their results, too
+from gpu import describe_gpu, why_no_gpu
 
 OUTPUT = ROOT / "build" / "gpu-check"
 BUDGET = 540.0
@@ -82,7 +84,7 @@ def machine(arguments: Sequence[str]) -> dict[str, Any]:
         "programs": {program: find_program(program) is not None for program in programs},
         **commit(),
         "date": now(),
-        "command": shlex.join(["python", "benchmarks/gpu_check.py", *arguments]),
+        "command": shlex.join(["python", "tools/gpu_check.py", *arguments]),
     }
 
 

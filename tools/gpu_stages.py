@@ -189,7 +189,7 @@ def bits(session: Session) -> Outcome:
     """Compare the bits of the two devices' kernels."""
     results = session.output / "bits.json"
     results.unlink(missing_ok=True)
-    finished = session.run([sys.executable, "benchmarks/gpu_bits.py", str(results.resolve())])
+    finished = session.run([sys.executable, "tools/gpu_bits.py", str(results.resolve())])
     rules = _figures(results)
     differing = sum(rule["differing"] for rule in rules.values())
     elements = sum(rule["elements"] for rule in rules.values())
@@ -221,7 +221,7 @@ def sanitizer(tool: str, session: Session) -> Outcome:
     options = ["--tool", tool, "--error-exitcode", "3"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
     finished = session.run(
-        [program, *options, sys.executable, "benchmarks/gpu_sanitized.py"],
+        [program, *options, sys.executable, "tools/gpu_sanitized.py"],
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
     if "Device not supported" in finished.output:

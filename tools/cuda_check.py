@@ -1,0 +1,161 @@
+"""Checks the CUDA engine without a GPU: `make cuda-check`.
+
+Compiles the kernels for several architectures, and fails where
+
+- nvcc has a warning, or the sources around the kernels do not compile;
+- a kernel spills registers, has local memory, or uses more registers than its budget;
+- operands are accessed elsewhere than in vectors.h, or its vectors are not as wide as they can be,
+  so that warps would read or write less than whole sectors;
+- a load of a tile's vectors stands behind the first square root, division or store, where it would
+  wait for them, or a single element is widened where it is loaded;
+- the loop has more instructions than its budget;
+- an operation could be contracted, or is not rounded as the CPU's.
+
+Whether the kernels compute the right numbers is for the tests, on the host and on a GPU.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from cuda_code import check_code, check_resources, check_rounding
+from cuda_sources import Kernel, Sources
+from torch.utils import cpp_extension
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+MAX_SECONDS = 300  # of nvcc, for all architectures together
+
+
+def find_tool(name: str) -> Path:
+    """Find a tool: that of the PyPI packages, else the toolkit in $CUDA_HOME, else on the PATH."""
+    folders = [str(Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "bin")]
+    if "CUDA_HOME" in os.environ:
+        folders.append(str(Path(os.environ["CUDA_HOME"]) / "bin"))
+    found = shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+    if found is None:
+        sys.exit(f"cuda-check: no {name}; `make cuda-check` installs it, or set CUDA_HOME")
+    return Path(found).resolve()
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command, and keep its output."""
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def compile_all(commands: list[list[str]]) -> list[str]:
+    """Run compilers, two at a time; return what each wrote to stderr."""
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(run, commands))
+    failures = [f"{shlex.join(one.args)}\n{one.stderr}" for one in done if one.returncode != 0]
+    if failures:
+        sys.exit("\n".join(["cuda-check: does not compile", *failures]))
+    return [one.stderr for one in done]
+
+
+class Compiled(NamedTuple):
+    """Units as an architecture has them: ptxas' reports, and where the cubins are."""
+
+    reports: list[str]
+    cubins: list[Path]
+
+
+def compile_kernels(
+    sources: Sources, nvcc: Path, out: Path, architectures: Sequence[str]
+) -> tuple[dict[str, Compiled], str]:
+    """Compile all units to cubins for each architecture; return them, and the PTX."""
+    flags = [flag for flag in sources.build_constant("NVCC_ARGS") if "--threads" not in flag]
+    flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
+    base = [str(nvcc), *flags, "-Werror", "all-warnings"]
+    units = [sources.units / f"{stem}_cuda.cu" for stem in sources.stems]
+    units.append(sources.cuda / "advance.cu")
+    cubins = {a: [out / f"{unit.stem}.{a}.cubin" for unit in units] for a in architectures}
+    commands = []
+    for architecture, of_all in cubins.items():
+        # By the oldest standard that a supported torch asks for; for the newest chip, whose PTX is
+        # kept, by the newest one.
+        is_newest = architecture == architectures[-1]
+        kept = ["-std=c++20", "--keep", "--keep-dir", str(out)] if is_newest else ["-std=c++17"]
+        for unit, cubin in zip(units, of_all, strict=True):
+            more = [*kept, "-cubin", f"-arch={architecture}", "-o", str(cubin), str(unit)]
+            commands.append([*base, *more])
+    reports = iter(compile_all(commands))
+    compiled = {
+        a: Compiled(list(itertools.islice(reports, len(units))), cubins[a]) for a in architectures
+    }
+    return compiled, "".join((out / f"{unit.stem}.ptx").read_text() for unit in units)
+
+
+def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
+    """Compile all that is no kernel, without code: a torch without CUDA has the headers."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [*cpp_extension.include_paths(), str(nvcc.parent.parent / "include")]
+    flags = [*sources.build_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]
+    flags += ["-DEMOPT_CUDA=1", "-DTORCH_EXTENSION_NAME=_C", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
+    for folder in [*includes, sysconfig.get_path("include")]:
+        flags += ["-isystem", folder]
+    patterns = ("bindings/*.cpp", "engine/cpu/*.cpp", "engine/cuda/*.cpp", "units/*.cpp")
+    units = [unit for pattern in patterns for unit in sorted(sources.csrc.glob(pattern))]
+    compile_all([[*compiler, *flags, str(unit)] for unit in units])
+
+
+def main() -> int:
+    """Run the check; return the exit status."""
+    parser = argparse.ArgumentParser(description="Check the CUDA engine without a GPU.")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("--rules", nargs="+", default=[], help="stems; without it, all")
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
+    arguments = parser.parse_args()
+    sources = Sources(arguments.root.resolve(), arguments.rules)
+    nvcc, nvdisasm = find_tool("nvcc"), find_tool("nvdisasm")
+    print(f"cuda-check: {nvcc}\ncuda-check: {nvdisasm}", flush=True)
+    findings: list[str] = []
+    rows: defaultdict[Kernel, str] = defaultdict(str)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        compiled, ptx = compile_kernels(sources, nvcc, Path(folder), arguments.architectures)
+        seconds = time.monotonic() - start
+        if seconds > MAX_SECONDS:
+            findings.append(f"nvcc took {seconds:.0f} s, more than {MAX_SECONDS} s")
+        if not arguments.rules:
+            compile_around_kernels(sources, nvcc)
+        for name, (reports, cubins) in compiled.items():
+            registers, wrong = check_resources(sources, "".join(reports))
+            lengths: dict[Kernel, int] = {}
+            shown = [[str(nvdisasm), "-c", "--print-line-info-inline", str(c)] for c in cubins]
+            with ThreadPoolExecutor(2) as pool:
+                texts = list(pool.map(run, shown))
+            for text in texts:
+                of_unit, more = check_code(sources, text.stdout)
+                lengths |= of_unit
+                wrong += more
+            findings += [f"{name}, {finding}" for finding in wrong]
+            for kernel, used in registers.items():
+                rows[kernel] += f"{used:>3}, {lengths.get(kernel, 0):<9}"
+        findings += check_rounding(sources, ptx)
+    print("registers, instructions of the loop".rjust(87))
+    print(" " * 52 + "".join(f"{name:<14}" for name in compiled))
+    for kernel, row in sorted(rows.items()):
+        print(f"{kernel!s:<52}{row}")
+    for finding in findings:
+        print(f"cuda-check: {finding}")
+    fine = "no spill, no local memory, vectors fill sectors, loads first, no contraction"
+    verdict = f"{len(findings)} findings" if findings else fine
+    summary = f"{len(rows)} kernels, {len(compiled)} architectures, {seconds:.0f} s"
+    print(f"cuda-check: {summary}: {verdict}")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

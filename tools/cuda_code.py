@@ -1,0 +1,233 @@
+"""Checks what the CUDA compilers made of the kernels: ptxas' report, disassembly and PTX."""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from cuda_sources import ADVANCE, Kernel, Sources, kernel_of
+
+# Registers of a thread: 65536 are shared by blocks of 256 threads, and handed out in eights. By the
+# arithmetic type, whether a block computes the constants (which then take registers), and whether a
+# row has six operands (AdEMAMix's, with a weight).
+REGISTERS = {
+    ("float32", False, False): 64,  # four blocks on a multiprocessor
+    ("float32", False, True): 80,  # three: a thread has a fourth more in flight, and 64 spill
+    ("float32", True, False): 80,  # three: 14 constants more, and 64 spill
+    ("float32", True, True): 128,  # two
+    ("float64", False, False): 128,  # two: values take twice the registers
+    ("float64", False, True): 136,  # one, which could have 255
+    ("float64", True, False): 168,  # one
+    ("float64", True, True): 192,  # one
+}
+ADVANCE_REGISTERS = 32
+# Instructions of the loop for each operand of a row, over all dtypes: 10 % more than any has.
+# A block that computes the constants has a loop for each value of a rule's flags.
+INSTRUCTIONS = {
+    ("StoreUpdate", "float32", False): 210,
+    ("StoreUpdate", "float32", True): 245,
+    ("ApplyUpdate", "float32", False): 245,
+    ("ApplyUpdate", "float32", True): 345,
+    ("StoreUpdate", "float64", False): 430,
+    ("StoreUpdate", "float64", True): 465,
+    ("ApplyUpdate", "float64", False): 425,
+    ("ApplyUpdate", "float64", True): 550,
+}
+
+
+def listed(findings: Counter[str]) -> list[str]:
+    """Return each finding once, with how often it occurs."""
+    return [what if n == 1 else f"{what} ({n} times)" for what, n in findings.items()]
+
+
+def budget(sources: Sources, kernel: Kernel) -> int:
+    """Return how many registers a kernel may use."""
+    if kernel == ADVANCE:
+        return ADVANCE_REGISTERS
+    has_six = sources.operands.get(kernel, 0) > 5
+    return REGISTERS[kernel.real, kernel.needs_setup, has_six]
+
+
+def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], list[str]]:
+    """Read ptxas' report; return the registers of each kernel, and what is wrong."""
+    registers: dict[Kernel, int] = {}
+    findings = []
+    function = ""
+    for line in report.splitlines():
+        if found := re.search(r"(?:entry function|Function properties for) '?(\w+)", line):
+            function = found[1]
+        kernel = kernel_of(function)
+        if "bytes stack frame" in line and any(int(n) != 0 for n in re.findall(r"\d+", line)):
+            findings.append(f"{kernel or function}: {line.strip()}")
+        if kernel is not None and (found := re.search(r"Used (\d+) registers", line)):
+            registers[kernel] = int(found[1])
+    for kernel, used in registers.items():
+        allowed = budget(sources, kernel)
+        if used > allowed:
+            findings.append(f"{kernel}: {used} registers, more than {allowed}")
+    wanted = {*sources.operands, ADVANCE}
+    findings += [f"{kernel}: no such kernel" for kernel in sorted(wanted - registers.keys())]
+    findings += [f"{kernel}: not expected" for kernel in sorted(registers.keys() - wanted)]
+    return registers, findings
+
+
+class Instruction(NamedTuple):
+    """An instruction of a kernel.
+
+    Attributes:
+        name: "LDG", say.
+        modifiers: What follows the name, "E" and "128", say.
+        operands: What it works on.
+        places: Where it comes from, innermost first.
+    """
+
+    name: str
+    modifiers: list[str]
+    operands: str
+    places: list[str]
+
+    def is_in(self, places: set[str]) -> bool:
+        """Whether it comes from one of these places, itself or a caller."""
+        return not places.isdisjoint(self.places)
+
+
+class Code(NamedTuple):
+    """A kernel's instructions, and where its labels stand among them."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def read_disassembly(sources: Sources, disassembly: str) -> dict[Kernel, Code]:
+    """Return the code of each kernel in nvdisasm's output."""
+    kernels: dict[Kernel, Code] = {}
+    code: Code | None = None
+    places: list[str] = []
+    caller: tuple[str, str] | None = None  # of the last frame
+    for line in disassembly.splitlines():
+        if found := re.match(r"\s*//## File (.*)", line):
+            # One line for each frame; they stand for all instructions up to the next such lines.
+            frame, *callers = re.findall(r'"([^"]*)", line (\d+)', found[1])
+            places = (
+                [*places, sources.place(*frame)] if frame == caller else [sources.place(*frame)]
+            )
+            caller = callers[0] if callers else None
+        elif found := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            kernel = kernel_of(found[1])
+            code = kernels.setdefault(kernel, Code([], {})) if kernel is not None else None
+            places = []
+        elif code is not None and (found := re.match(r"(\.L_x_\d+):", line)):
+            code.labels[found[1]] = len(code.instructions)
+        elif code is not None and (
+            found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        ):
+            name, *modifiers = found[1].split(".")
+            code.instructions.append(Instruction(name, modifiers, found[2], places))
+    return kernels
+
+
+def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
+    """Find accesses to memory by anything but vectors that fill sectors, and the known others."""
+    wrong: Counter[str] = Counter()
+    for one in code.instructions:
+        what = ".".join([one.name, *one.modifiers])
+        if one.name in ("LDL", "STL"):
+            wrong[f"{what}, local memory"] += 1
+        # Without a letter for the memory (LD, ST) they may be of any.
+        if not re.fullmatch(r"(LD|ST|ATOM|RED)G?|LDGSTS", one.name):
+            continue
+        what += f" of {' in '.join(one.places[:2]) or 'no line'}"
+        if one.is_in(sources.vectors):
+            # Of a 2-byte type, 64 bits are all that a thread holds; what follows 8 bytes after
+            # another was cut in two, and takes half of each sector.
+            is_half = "64" in one.modifiers and re.search(r"\+0x[0-9a-f]*8\]", one.operands)
+            if is_half or not {"64", "128"} & set(one.modifiers):
+                wrong[f"{what}, less than a vector"] += 1
+        elif not sources.may_access(one.name, one.places):
+            wrong[f"{what}, outside of the few places for single elements"] += 1
+    return wrong
+
+
+def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
+    """Find loads of a tile that stand behind what has to wait for others."""
+    wrong: Counter[str] = Counter()
+    runs: list[int] = []  # of loads with nothing between them
+    is_run = False
+    for one in code.instructions:
+        if one.name == "LDG" and one.is_in(sources.vectors):
+            runs = [*runs[:-1], runs[-1] + 1] if is_run else [*runs, 1]
+            is_run = True
+        elif one.name == "STG" or (one.name == "MUFU" and one.is_in(sources.step)):
+            is_run = False
+    # Of each operand that is read, by the size of its type; and the parameters of split masters.
+    operands = sources.operands[kernel] - 1
+    may_be_split = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
+    wanted = operands * (2 if kernel.real == "float32" else 4) + may_be_split
+    if not runs or any(run != wanted for run in runs):
+        wrong[f"{runs} loads of vectors in a row, not {wanted}: some wait for a result"] += 1
+    for one in code.instructions:
+        if re.search(r"\b0xffff\b", one.operands) and one.is_in(sources.loads_of_singles):
+            wrong[f"{one.name} of {' in '.join(one.places[:2])}: waits for a single element"] += 1
+    stores = sum(one.name == "STG" and one.is_in(sources.vectors) for one in code.instructions)
+    if stores < operands:
+        wrong[f"{stores} stores of vectors, fewer than {operands}"] += 1
+    return wrong
+
+
+def loop_length(sources: Sources, code: Code) -> int:
+    """Return the number of instructions of the loop over tiles, 0 if there is none.
+
+    That is the longest way back over a store.
+    """
+    longest = 0
+    for i, one in enumerate(code.instructions):
+        target = re.search(r"\.L_x_\d+", one.operands) if one.name == "BRA" else None
+        begin = code.labels.get(target[0], i) if target else i
+        body = code.instructions[begin : i + 1]
+        if len(body) > longest and any(b.name == "STG" and b.is_in(sources.step) for b in body):
+            longest = len(body)
+    return longest
+
+
+def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], list[str]]:
+    """Read a disassembly; return the length of each kernel's loop, and what is wrong."""
+    lengths: dict[Kernel, int] = {}
+    findings = []
+    for kernel, code in read_disassembly(sources, disassembly).items():
+        wrong = check_accesses(sources, kernel, code)
+        lengths[kernel] = loop_length(sources, code)
+        if kernel in sources.operands:
+            wrong += check_order(sources, kernel, code)
+            allowed = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]
+            allowed *= sources.operands[kernel]
+            if not 0 < lengths[kernel] <= allowed:
+                wrong[f"{lengths[kernel]} instructions in the loop, more than {allowed}"] += 1
+        findings += [f"{kernel}: {finding}" for finding in listed(wrong)]
+    return lengths, findings
+
+
+def check_rounding(sources: Sources, ptx: str) -> list[str]:
+    """Read the PTX: ptxas keeps each operation that names its rounding, and may contract others."""
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(.*)"', ptx))
+    wrong: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    function = place = ""
+    for line in ptx.splitlines():
+        if found := re.search(r"\.(?:entry|func).* (\w+)\($", line):
+            function = found[1]
+        elif found := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
+            place = sources.place(files[found[1]], found[2])
+        elif found := re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s", line):
+            name, *modifiers = found[1].split(".")
+            seen[found[1]] += 1
+            what = f"PTX, {kernel_of(function) or function}: {found[1]} of {place}"
+            if name in ("add", "sub", "mul", "div", "sqrt") and "rn" not in modifiers:
+                wrong[f"{what}, which names no rounding"] += 1
+            if name in ("fma", "mad") or not {"approx", "full", "ftz"}.isdisjoint(modifiers):
+                # The library's code has no lines: it is on those that call it, or a function.
+                is_library = function.startswith("__internal_") or sources.calls_library(place)
+                if modifiers[-1] != "f64" or not is_library:
+                    wrong[f"{what}, contracted or not exactly rounded"] += 1
+    for name in ("add.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"):
+        if seen[name] == 0 and "adam" in sources.stems:
+            wrong[f"PTX: no {name}"] += 1
+    return listed(wrong)

@@ -1,0 +1,131 @@
+"""What the check of the CUDA kernels needs to know from the sources of a checkout."""
+
+import ast
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Lines that call these hold their code, which contracts: warm-up schedules, once per launch.
+LIBRARY_CALL = re.compile(r"::(log|pow)\(")
+
+
+class Kernel(NamedTuple):
+    """One instance of a kernel; the one that advances counters has no more than its name."""
+
+    rule: str
+    epilogue: str = ""
+    real: str = ""
+    launch_bytes: int = 0
+    needs_setup: bool = False
+
+    def __str__(self) -> str:
+        setup = "setup" if self.needs_setup else ""
+        parts = (self.rule, self.epilogue, self.real, self.launch_bytes or "", setup)
+        return " ".join(str(part) for part in parts if part)
+
+
+ADVANCE = Kernel("advance")
+
+
+def kernel_of(symbol: str) -> Kernel | None:
+    """Return the kernel that a mangled name means, if any."""
+    if re.search(r"7advanceE", symbol):
+        return ADVANCE
+    found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
+    if found is None:
+        return None
+    real = {"f": "float32", "d": "float64"}[found[3]]
+    return Kernel(found[1], found[2], real, int(found[4]), found[5] == "1")
+
+
+class Sources:
+    """What the check needs to know from the sources of a checkout."""
+
+    def __init__(self, root: Path, rules: Sequence[str]) -> None:
+        self.root = root
+        self.places: dict[tuple[str, str], str] = {}
+        self.csrc = root / "csrc"
+        self.cuda = self.csrc / "engine" / "cuda"
+        self.units = self.csrc / "units"
+        self.stems = rules or sorted(p.stem[:-5] for p in self.units.glob("*_cuda.cu"))
+        tuning = (self.cuda / "tuning.h").read_text()
+        sizes = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
+        small, large = sizes
+        epilogues = dict(
+            re.findall(
+                r"^struct (\w+) \{\n  static constexpr int kIndex = \d+;\n"
+                r"  static constexpr int kOperands = (\d+);",
+                (self.csrc / "engine" / "epilogue.h").read_text(),
+                re.MULTILINE,
+            )
+        )
+        # Of each kernel, the operands of a row: the update, the gradient, the states, and what the
+        # epilogue adds.
+        self.operands = {}
+        instances = (("float32", small), ("float32", large), ("float64", small))
+        for stem in self.stems:
+            pattern = r"^struct (\w+) \{.*?kStates\[\] = \{(.*?)\}"
+            text = (self.csrc / "rules" / f"{stem}.h").read_text()
+            for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+                for (name, own), instance, needs_setup in itertools.product(
+                    epilogues.items(), instances, (False, True)
+                ):
+                    count = 2 + states.count('"') // 2 + int(own)
+                    self.operands[Kernel(rule, name, *instance, needs_setup)] = count
+        # The only places that access global memory: vectors of a tile, and single elements beside
+        # them; by the callers' lines, since nvcc mistakes the file of some of those in vectors.h.
+        chunk = "engine/cuda/chunk.h"
+        self.vectors = self.lines_with(chunk, r"\.(load|store)_vectors\(")
+        self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
+        self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
+        self.singles |= self.loads_of_singles
+        # Each counter, and scalars, once for a block before it sweeps.
+        self.advance = self.function(chunk, "advance_counters")
+        self.scalars = self.function(chunk, "read_scalar")
+        self.step = self.function(chunk, "step_and_store")
+
+    def may_access(self, instruction: str, places: list[str]) -> bool:
+        """Whether a single element may be accessed there."""
+        if instruction not in ("LDG", "STG"):
+            return False
+        if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
+            return True
+        return instruction == "LDG" and not self.scalars.isdisjoint(places)
+
+    def build_constant(self, name: str) -> Any:
+        """Return a literal that _build.py assigns, so that both compile with the same flags."""
+        for node in ast.parse((self.root / "emerging_optimizers" / "_build.py").read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+                return ast.literal_eval(node.value)
+        raise LookupError(f"_build.py assigns no {name}")
+
+    def place(self, file: str, line: str) -> str:
+        """Name a line as "engine/cuda/chunk.h:89"."""
+        if (file, line) not in self.places:  # a disassembly names few places, many times
+            self.places[file, line] = f"{os.path.relpath(file, self.csrc)}:{line}"
+        return self.places[file, line]
+
+    def calls_library(self, place: str) -> bool:
+        """Whether a line calls a function of the CUDA math library."""
+        file, line = place.split(":")
+        text = (self.csrc / file).read_text().splitlines()[int(line) - 1]
+        return LIBRARY_CALL.search(text) is not None
+
+    def lines_with(self, file: str, pattern: str) -> set[str]:
+        """Return the lines in which something is, by their names."""
+        lines = enumerate((self.csrc / file).read_text().splitlines(), start=1)
+        result = {f"{file}:{i}" for i, line in lines if re.search(pattern, line)}
+        if not result:
+            raise LookupError(f"{file} has no {pattern}")
+        return result
+
+    def function(self, file: str, name: str) -> set[str]:
+        """Return the lines of a function, by their names."""
+        lines = (self.csrc / file).read_text().splitlines()
+        starts = ((i, re.match(rf"( *)EMOPT_FN [\w ]+ {name}\(", x)) for i, x in enumerate(lines))
+        start, found = next((i, found) for i, found in starts if found is not None)
+        end = lines.index(found[1] + "}", start)
+        return {f"{file}:{i + 1}" for i in range(start, end + 1)}
