@@ -10,6 +10,8 @@ from .._hyperparameters import read_flag
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
+__all__ = ["AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix"]
+
 
 class FusedAdam(MegatronMixin, rules.Adam):
     """Adam with the arguments of TransformerEngine's ``FusedAdam``; on any device.
@@ -147,3 +149,18 @@ class Signum(MegatronMixin, rules.Signum):
 
 class SimplifiedAdEMAMix(MegatronMixin, rules.SimplifiedAdEMAMix):
     """The class of that name in ``scalar_optimizers``, as :class:`MegatronMixin` says."""
+
+
+def _derive(cls: type[rules.ScalarOptimizer]) -> type:
+    """Return a rule's class for Megatron, for a rule that needs nothing but the mix-in."""
+    text = f":class:`~{rules.__name__}.{cls.__name__}`, as :class:`MegatronMixin` says."
+    return type(cls.__name__, (MegatronMixin, cls), {"__module__": __name__, "__doc__": text})
+
+
+# Rules without a class above, which is there for type checkers, or for what differs.
+_named = {cls._rule for cls in MegatronMixin.__subclasses__()}
+for _name in rules.__all__:
+    _cls = getattr(rules, _name)
+    if hasattr(_cls, "_rule") and _cls._rule not in _named:
+        globals()[_name] = _derive(_cls)
+        __all__.append(_name)
