@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import SETUPS, assert_same, contents, make_params, set_grads
+from optimizers import MEGATRON, SETUPS, assert_same, contents, make_params, set_grads
 from torch import Tensor
 
 from emerging_optimizers import AdamW, LaProp, ScalarOptimizer, Signum, megatron
 from emerging_optimizers._native import native
 
-NAMES = [name for name in megatron.__all__ if name[0].isupper() and name != "MegatronMixin"]
-CLASSES: list[Any] = [
-    *(setup.cls for setup in SETUPS),
-    *(getattr(megatron, name) for name in NAMES),
-]
+CLASSES: list[Any] = [*(setup.cls for setup in SETUPS), *MEGATRON.values()]
 every_class = pytest.mark.parametrize(
     "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
 )

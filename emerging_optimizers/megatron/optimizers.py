@@ -11,6 +11,8 @@ from .._hyperparameters import read_flag
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
+__all__ = ["AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix"]
+
 
 @fill_docstring
 class FusedAdam(MegatronMixin, rules.Adam):
@@ -150,3 +152,18 @@ class Signum(MegatronMixin, rules.Signum):
 
 class SimplifiedAdEMAMix(MegatronMixin, rules.SimplifiedAdEMAMix):
     """``scalar_optimizers.SimplifiedAdEMAMix`` with :class:`MegatronMixin`."""
+
+
+def _derive(cls: type[rules.ScalarOptimizer]) -> type:
+    """Return the class for Megatron-Core of a rule that needs only the mix-in."""
+    text = f":class:`~{rules.__name__}.{cls.__name__}` with :class:`MegatronMixin`."
+    return type(cls.__name__, (MegatronMixin, cls), {"__module__": __name__, "__doc__": text})
+
+
+# Rules without a class above. Those are there for type checkers, or because they differ.
+_named = {cls._rule for cls in MegatronMixin.__subclasses__()}
+for _name in rules.__all__:
+    _cls = getattr(rules, _name)
+    if hasattr(_cls, "_rule") and _cls._rule not in _named:
+        globals()[_name] = _derive(_cls)
+        __all__.append(_name)
