@@ -242,7 +242,7 @@ def test_no_native_step(cls: Any, named: bool) -> None:
     before = contents(optimizer)
     set_param(torch.ones(3, 8)[:, ::2])(optimizer, None)
     label = "param_groups[1]['params'][1]" + (" ('encoder.weight')" if named else "")
-    message = f"fused=True, but {cls.__name__} has no native step for {label}; fused=None takes"
+    message = f"fused=True, but {cls.__name__} has no native step for {label}; fused=None uses"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
         optimizer.step()
     assert_same(contents(optimizer)[: len(before) // 3 * 2], before[: len(before) // 3 * 2])
