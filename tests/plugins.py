@@ -1,4 +1,4 @@
-"""Rules in shared libraries of their own, compiled as the package's are."""
+"""Compiles rules to shared libraries, as the package's are compiled."""
 
 import subprocess
 import sysconfig
@@ -16,7 +16,7 @@ from emerging_optimizers._rule import Rule
 _TESTS = Path(__file__).parent
 CSRC = _TESTS.parent / "csrc"
 IS_EMULATED = native is not None and native.__name__ == "emulated_cuda"
-# The struct of each of the package's rules.
+# The structs of the package's rules.
 STRUCTS = {
     "adam": "Adam",
     "ademamix": "AdEMAMix",
@@ -46,13 +46,13 @@ def compile_rules(
     *arguments: str,
     has_kernels: bool = False,
 ) -> Path:
-    """Compile structs to a library; a ``subprocess.CalledProcessError`` has what is wrong.
+    """Compile structs to a library; a ``subprocess.CalledProcessError`` has the compiler's output.
 
     Args:
-        headers: What has the structs.
-        structs: The names of rules.
-        library: Where to put it.
-        *arguments: Options of the compiler, after the package's own.
+        headers: The headers that define the structs.
+        structs: The structs' names.
+        library: The path of the library.
+        *arguments: Compiler options, added to the package's.
         has_kernels: Add their CUDA kernels, for emulated devices.
     """
     lines = [f'#include "{name}"' for name in [*headers, "engine/rule_unit.h"]]
@@ -61,7 +61,7 @@ def compile_rules(
     lines += [f"EMOPT_RULE({struct})" for struct in structs]
     source = library.with_suffix(".cpp")
     source.write_text("\n".join([*lines, ""]))
-    # The emulated module is compiled without a stamp.
+    # The emulated module is compiled without a version stamp.
     stamp = [] if IS_EMULATED else [f"-DEMOPT_ABI={_build.abi(CSRC)}"]
     folders = [library.parent, CSRC, CSRC / "rules", _TESTS / "cpp"]
     command = ["c++", "-std=c++20", "-shared", "-fPIC", *_build.COMPILE_ARGS["unix"], *stamp]
@@ -76,7 +76,7 @@ def library_path(folder: Path, name: str) -> Path:
 
 
 def load_copies(folder: Path) -> dict[str, Rule]:
-    """Compile the package's rules, under other names, and return them by the usual ones."""
+    """Compile the package's rules under other names; return them by their usual names."""
     headers = []
     for name in STRUCTS:
         text = (CSRC / "rules" / f"{name}.h").read_text()
@@ -84,7 +84,7 @@ def load_copies(folder: Path) -> dict[str, Rule]:
         header = folder / f"copy_of_{name}.h"
         header.write_text(text.replace(f'kName = "{name}"', f'kName = "plugin_{name}"'))
         headers.append(header.name)
-    # Not -O3, for time; that decides no bits.
+    # Not -O3, to save time; the bits do not depend on it.
     path = library_path(folder, "copies")
     compile_rules(headers, list(STRUCTS.values()), path, "-O1", has_kernels=IS_EMULATED)
     assert native is not None
@@ -98,7 +98,7 @@ def plugin_of(rule: Rule) -> Rule:
 
 
 def as_row(plugin: Rule, row: oracle.Rule) -> oracle.Rule:
-    """Return a row of the table of rules whose function is a plug-in's."""
+    """Return a row of the table of rules with a plug-in's function."""
     enter = plugin.entry_point()
 
     def function(*tensors: Any, out: Any = None, **case: Any) -> Any:

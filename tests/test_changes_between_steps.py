@@ -59,7 +59,7 @@ def test_data_swapped(setup: Setup, fused: bool | None) -> None:
     run(optimizer, params, [1])
     run(other, others, [1])
     for param in params:
-        param.data = param.data.t().contiguous().t()  # other memory, laid out otherwise
+        param.data = param.data.t().contiguous().t()  # other memory, in another layout
     run(optimizer, params, [2, 3])
     run(other, others, [2, 3])
     if fused is False:
@@ -105,7 +105,7 @@ def test_groups_in_a_tuple(fused: bool | None) -> None:
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
 def test_numbers_are_read_before_parameters() -> None:
-    """Even where reading one lets other Python code run, which removes a gradient."""
+    """Reading a number may run Python code that removes a gradient."""
 
     class Removing:
         def __float__(self) -> float:

@@ -1,4 +1,4 @@
-"""Wrong hyperparameters are refused wherever they come from, before anything is changed."""
+"""Invalid hyperparameters are rejected wherever they come from, before anything is changed."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ TEXT = "; convert it with float()"
 YAML = "; YAML reads 1e-4 as text: write 1.0e-4, or convert it with float()"
 
 
-# By key: wrong values, each with its error and the message up to where the group is named.
+# By key: invalid values, each with its error and the message up to the group's name.
 Rows = Mapping[str, list[tuple[Any, type[Exception], str]]]
 
 
@@ -191,7 +191,7 @@ every_class = pytest.mark.parametrize(
 
 
 def make(cls: Any, fused: bool | None = None) -> tuple[ScalarOptimizer, list[Any]]:
-    """An optimizer of two groups that has done a step."""
+    """An optimizer with two groups, after one step."""
     params = make_params([(3, 4), (5, 2)])
     optimizer = cls([{"params": params[:1], "fused": fused}, {"params": params[1:]}])
     for group in optimizer.param_groups:
@@ -218,7 +218,7 @@ def test_in_the_constructor_and_in_an_added_group(cls: Any) -> None:
 
 
 @every_class
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_set_later(cls: Any, fused: bool | None) -> None:
     optimizer, _ = make(cls, fused)
     before, rng = contents(optimizer), torch.get_rng_state()
@@ -250,7 +250,7 @@ def test_in_what_is_loaded(cls: Any) -> None:
     assert_same(contents(optimizer), before)
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_what_does_not_go_together_later(fused: bool | None) -> None:
     optimizer, _ = make(AdamW, fused)
     before = contents(optimizer)
@@ -275,7 +275,7 @@ def test_what_does_not_go_together_later(fused: bool | None) -> None:
     assert_same(contents(optimizer), before)
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None:
     params = make_params()
@@ -317,7 +317,7 @@ def test_flags_of_constructors_alone(value: Any) -> None:
 # ---- what is accepted ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_numbers_of_other_types(fused: bool | None) -> None:
     wanted = make_params()
     run(AdamW(wanted, 0.125, (0.5, 0.75), 0.25, 0.5, fused=fused), wanted, [1, 2])
@@ -346,7 +346,7 @@ def test_bools_are_numbers_as_for_torch() -> None:
 
 
 def test_flags_of_numpy_become_bools() -> None:
-    """State dicts may hold no others."""
+    """State dicts must not contain NumPy's."""
     flags: Any = {"maximize": np.True_, "nesterov": np.bool_(True), "fused": np.False_}
     params, others = make_params(), make_params()
     optimizer = Adam(params, **flags)
@@ -375,7 +375,7 @@ def test_numpys_false_that_is_set_later_is_the_fallback(
 
 @pytest.mark.parametrize("how", ["load_state_dict", "__setstate__"])
 def test_flags_that_were_saved_as_numbers(how: str) -> None:
-    """torch.optim and earlier versions take 1 for True, and save it so."""
+    """torch.optim and earlier versions accept and save 1 for True."""
     params, others = make_params(), make_params()
     optimizer, other = Adam(params, maximize=True), Adam(others)
     run(optimizer, params, [1])
@@ -402,9 +402,9 @@ def test_flags_that_were_saved_as_numbers(how: str) -> None:
     assert_same(contents(other), contents(optimizer))
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_a_schedule_down_to_zero(fused: bool | None) -> None:
-    """Its sums end a rounding error below 0; a checkpoint of that step loads, too."""
+    """It ends a rounding error below 0; a checkpoint of that step loads, too."""
     params = make_params()
     optimizer = AdamW(params, lr=1e-3, fused=fused)
     schedule = LinearLR(optimizer, start_factor=0.4, end_factor=0.0, total_iters=7)
@@ -419,7 +419,7 @@ def test_a_schedule_down_to_zero(fused: bool | None) -> None:
     assert optimizer.param_groups[0]["lr"] < 0
 
 
-# ---- rules of others -----------------------------------------------------------------------------
+# ---- other rules ---------------------------------------------------------------------------------
 
 
 def _heavy_ball(grad: Tensor, exp_avg: Tensor, momentum: float, alpha: Beta) -> Tensor:
@@ -427,7 +427,7 @@ def _heavy_ball(grad: Tensor, exp_avg: Tensor, momentum: float, alpha: Beta) -> 
 
 
 class HeavyBall(ScalarOptimizer):
-    """Its momentum is any number, as Signum's is not; its alpha less than 1, as AdEMAMix's."""
+    """Accepts any momentum, unlike Signum, and only an alpha below 1, unlike AdEMAMix."""
 
     _rule = Rule("heavy_ball", _heavy_ball)
 
@@ -437,7 +437,7 @@ class HeavyBall(ScalarOptimizer):
 
 
 class Renamed(Lion):
-    """Lion's betas under the names that other rules have for other things."""
+    """Names Lion's betas as other rules name other hyperparameters."""
 
     _renamed: ClassVar = {"momentum_beta": "alpha", "momentum_beta2": "eps"}
 
@@ -452,7 +452,7 @@ def test_a_rules_domains_are_its_own() -> None:
     for _ in range(2):
         param.grad = torch.tensor([1.0, -2.0])
         optimizer.step()
-    # Averages of 1 and then 2 * 1 + 1 times the gradient, halved by alpha and again by lr.
+    # Momenta of 1 and then 2 * 1 + 1 times the gradient, times alpha = lr = 1 / 2.
     assert param.tolist() == [-1.0, 2.0]
     optimizer.param_groups[0]["momentum"] = NAN
     refused(ValueError, "Invalid momentum: nan", " (param_groups[0]['momentum'])", optimizer.step)
@@ -469,7 +469,7 @@ def test_a_rules_domains_are_its_own() -> None:
 def test_a_group_that_says_how_weights_decay(
     ours: Any, decoupled: bool, is_added: bool, fused: bool | None
 ) -> None:
-    """As in torch.optim, where a group may have the key."""
+    """A group may have the key, as in torch.optim."""
     found: list[Any] = []
     for cls in (ours, getattr(torch.optim, ours.__name__)):
         params = make_params()

@@ -1,4 +1,4 @@
-"""State dicts that are rejected change nothing; what a state lacks is found, or an error."""
+"""Rejected state dicts change nothing; missing entries are completed, or an error."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,7 @@ REMAINDERS = {"master_weights": True, "store_param_remainders": True}
 
 
 def snapshot(optimizer: Any) -> tuple[Any, ...]:
-    """All that a load could change: keys, values, and which tensors there are."""
+    """Everything that a load could change: keys, values and the identity of tensors."""
     groups = [
         {k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in groups_of(optimizer)
     ]
@@ -43,7 +43,7 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def assert_rejected(make: Callable[[Any], Any], dtype: torch.dtype, load: Any, error: Any) -> None:
-    """Compare to an optimizer that has never tried to load."""
+    """Compare with an optimizer that has not tried to load."""
     params, others = make_params(dtype=dtype), make_params(dtype=dtype)
     optimizer, other = make(params), make(others)
     run(optimizer, params, [1, 2])
@@ -237,7 +237,7 @@ def test_masters_of_the_other_kind_are_rejected(stores: bool, fused: bool | None
 
 
 def test_other_errors_change_nothing_either() -> None:
-    """Of a class's own checks, of torch, and of ``__setstate__``."""
+    """Errors of a subclass, of torch and of ``__setstate__``."""
 
     def amsgrad(optimizer: Any) -> None:
         optimizer.load_state_dict(torch.optim.Adam(make_params(), amsgrad=True, lr=7).state_dict())
@@ -271,7 +271,7 @@ def test_a_name_is_in_the_error() -> None:
         optimizer.load_state_dict(saved)
 
 
-# ---- a step that is missing ----------------------------------------------------------------------
+# ---- missing steps -------------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -280,7 +280,7 @@ def test_a_name_is_in_the_error() -> None:
 @pytest.mark.parametrize("absent", [None, torch.tensor(9.0, device="meta")], ids=["None", "meta"])
 @pytest.mark.parametrize("step", [2, 2.0, torch.tensor(2), torch.tensor([2.0])], ids=repr)
 def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool | None) -> None:
-    """As apex and TransformerEngine save it."""
+    """apex and TransformerEngine save the step in the group."""
     params = make_params()
     optimizer = setup.make(params, fused=fused)
     run(optimizer, params, [1, 2])
@@ -291,7 +291,7 @@ def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool 
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = setup.make(others, fused=fused)
     other.load_state_dict(saved)
-    assert "step" not in other.param_groups[0]  # it would go stale
+    assert "step" not in other.param_groups[0]  # it would become stale
     run(optimizer, params, [3, 4])
     run(other, others, [3, 4])
     assert_bits(other, optimizer)
@@ -359,7 +359,7 @@ def test_a_state_that_is_missing_at_a_step(setup: Setup, fused: bool | None) -> 
 @ways
 @every_optimizer
 def test_a_parameter_without_a_state_starts_anew(setup: Setup, fused: bool | None) -> None:
-    """As in torch: one that was frozen until now."""
+    """As in torch, a parameter that was frozen so far starts from new states."""
     params, others = make_params(), make_params()
     optimizer = setup.make(params, fused=fused)
     run(optimizer, params, [1, 2])
@@ -405,7 +405,7 @@ def test_a_megatron_groups_step_that_is_absent(cls: Any, absent: Any) -> None:
 
 
 def _sharing(param: Tensor) -> Tensor:
-    """A float32 tensor of the parameter's shape, in the same memory."""
+    """A float32 tensor of the parameter's shape that shares its memory."""
     buffer = torch.zeros(2 * param.numel(), dtype=BF16)
     buffer[: param.numel()] = param.detach().flatten()
     param.data = buffer[: param.numel()].view(param.shape)

@@ -1,4 +1,4 @@
-"""The arguments of TransformerEngine's FusedAdam, and what they mean."""
+"""FusedAdam takes TransformerEngine's arguments, with the same meaning."""
 
 import inspect
 from typing import Any
@@ -78,7 +78,7 @@ def test_its_arguments_are_adams(adam_w_mode: bool, bias_correction: bool) -> No
 
 
 def test_a_group_has_the_names_of_transformer_engine() -> None:
-    """Also as Megatron's hybrid optimizer makes one: of groups that hold everything."""
+    """Also for groups that have all keys, as Megatron's hybrid optimizer passes them."""
     group = {"params": make_params(), "bias_correction": False, "lr": 0.5, "pin_cpu_grads": True}
     optimizer = FusedAdam([group, {"params": make_params(F32)}])
     optimizer.add_param_group({"params": make_params(sizes=(3,)), "bias_correction": False})
@@ -127,7 +127,7 @@ def test_a_capturable_one_has_tensors_for_learning_rates(device: str) -> None:
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    # Not read by the host, where it is on a device.
+    # On a device, the host does not read it.
     assert [int(group["step"]) for group in optimizer.param_groups] == [1, 1]
     assert {type(group["step"]) for group in optimizer.state_dict()["param_groups"]} == {int}
     assert all(rate.device == params[0].device for rate in rates)

@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def check_split(bits: "np.ndarray[Any, np.dtype[np.uint32]]", shape: Any = -1) -> None:
-    """Split float32 numbers of these bits, and put them together again."""
+    """Split float32 numbers with these bits, and merge them again."""
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     whole = np.where(is_nan, np.uint32(0x7FC00000), bits)
     high, low = whole >> 16, whole & 0xFFFF
@@ -56,7 +56,7 @@ def check_split(bits: "np.ndarray[Any, np.dtype[np.uint32]]", shape: Any = -1) -
 
 
 def test_remainders_of_every_exponent() -> None:
-    """Both signs, all exponents: subnormals, infinities and NaNs; ties, and their neighbours."""
+    """Both signs and all exponents, with ties and their neighbours."""
     low = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF]
     high = [0, 1, 2, 0x3F, 0x40, 0x7E, 0x7F]
     mantissas = [h << 16 | x for h in high for x in low]
@@ -86,13 +86,13 @@ def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
 
 @devices
 @every_class
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
 def test_remainders_are_as_good_as_masters(
     cls: Any, fused: bool | None, dtype: torch.dtype, device: str
 ) -> None:
     def make(store: bool) -> Any:
-        # On a GPU, the plain path steps remainders beside float64: so masters, here.
+        # On a GPU, float64 gradients with remainders take the fallback: compare with that.
         is_plain = dtype == torch.float64 and device != "cpu" and not store
         groups = [
             {"params": params, "fused": False if is_plain else fused}
@@ -127,9 +127,9 @@ def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.Monke
         assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
-    """Where the learning rate is 0, be they NaNs of any kind."""
+    """With a learning rate of 0, parameters and remainders are unchanged, NaNs included."""
     optimizer = FusedAdam(make_params(sizes=[40]), store_param_remainders=True, **AWARE)
     run(optimizer, [1])
     (param,) = optimizer.param_groups[0]["params"]
@@ -181,7 +181,7 @@ def make_normalized(store_param_remainders: bool, fused: bool | None, sizes: Any
     )
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
     whole, stored = (make_normalized(store, fused, (50, 60)) for store in (False, True))
     norms = [master.float().norm() for master in make_params(sizes=(50, 60))]
@@ -249,7 +249,7 @@ def test_plain_optimizers_do_not_take_remainders() -> None:
     other = Adam(make_params(), master_weights=True)
     with pytest.raises(TypeError, match="but this optimizer stores float32 masters"):
         other.load_state_dict(saved.state_dict())
-    # But what was made masters of them, without the options.
+    # Without the options, it loads masters merged from them.
     state_dict = saved.state_dict()
     for state, master in zip(state_dict["state"].values(), masters(saved), strict=True):
         state["master_param"] = master

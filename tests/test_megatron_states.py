@@ -1,4 +1,4 @@
-"""States as Megatron-Core makes, reads and writes them."""
+"""States of optimizers in `megatron`, as Megatron-Core creates, reads and writes them."""
 
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ pytestmark = [
 
 @every_class
 def test_names(cls: Any) -> None:
-    """It looks for exp_avg in all states, and for exp_avg_sq in those of adaptive rules."""
+    """Megatron expects exp_avg in all states, and exp_avg_sq in those of adaptive rules."""
     params = make_params()
     optimizer = cls(params, **AWARE)
     optimizer.initialize_state(params[0])
@@ -89,7 +89,7 @@ def test_initialize_state_starts_anew() -> None:
     run(optimizer, [1, 2])
     optimizer.initialize_state(params[0], True)
     state = optimizer.state[params[0]]
-    assert state["step"].item() == 2  # which is the group's
+    assert state["step"].item() == 2  # the group's
     assert all(not value.any() for name, value in state.items() if name != "step")
     with pytest.raises(
         ValueError, match=r"store_param_remainders=False, but this optimizer stores"
@@ -116,7 +116,7 @@ def test_states_from_one_optimizer_to_another(cls: Any, store_param_remainders: 
             value = optimizer.get_unscaled_state(param, name)
             assert value.dtype == (torch.int16 if stored.dtype == torch.int16 else F32)
             assert optimizer.get_unscaled_state(param, name, skip_unscale=True) is stored
-            # As Megatron's fully reshardable checkpoints have them.
+            # As in Megatron's fully reshardable checkpoints.
             other.set_scaled_state(same, name, value.float())
     run(optimizer, [3])
     run(other, [3])
@@ -124,7 +124,7 @@ def test_states_from_one_optimizer_to_another(cls: Any, store_param_remainders: 
 
 
 def test_a_float32_parameter_is_its_own_master() -> None:
-    """Megatron asks for the master of every parameter."""
+    """Megatron reads a master of every parameter."""
     params = make_params(F32, sizes=(3, 4))
     optimizer = FusedAdam(params, **AWARE)
     run(optimizer, [1])

@@ -1,4 +1,4 @@
-"""In `megatron`, a group's ``step`` is the counter, and a step makes all parameters' states."""
+"""In `megatron`, a group's ``step`` is the counter, and a step creates all states."""
 
 import copy
 from typing import Any
@@ -83,7 +83,7 @@ def test_a_step_that_is_set_counts(
     cls: Any, number: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
     if number == "device tensor" and device == "cpu":
-        return  # as "tensor"
+        return  # equal to "tensor"
     params, others = make_params(device), make_params(device)
     options = {"capturable": capturable}
     optimizer, other = (make(cls, ps, fused, **options) for ps in (params, others))
@@ -130,7 +130,7 @@ def test_parameters_without_a_gradient_do_not_lag_behind(
     run(optimizer, [4], missing=range(3))
     assert steps_of(optimizer) == [4] * 3
     assert int(optimizer.param_groups[0]["step"]) == 4
-    # As if its state, which did not change, had been set when it came back.
+    # As if its unchanged state had been set just before this gradient.
     run(other, [1])
     saved = copy.deepcopy(other.state_dict())
     saved["param_groups"][0]["step"] = 4
@@ -167,7 +167,7 @@ def test_a_step_that_found_inf_skips_is_not_counted(
 @ways
 @every_class
 def test_none_is_absent(cls: Any, fused: bool | None) -> None:
-    """Then the largest of the parameters' counters counts."""
+    """A step of None is absent: the largest counter of the parameters is used."""
     params, others = make_params(), make_params()
     optimizer, other = make(cls, params, fused), make(cls, others, fused)
     run(optimizer, [1, 2, 3])
@@ -269,7 +269,7 @@ def test_a_top_level_optimizer_continues() -> None:
 @every_class
 @pytest.mark.parametrize("options", [{}, MASTERS, STORED], ids=["", "masters", "remainders"])
 def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> None:
-    """As TransformerEngine's, it looks for gradients afterwards."""
+    """Like TransformerEngine's, a step creates states before it checks for gradients."""
     params, others = make_params(dtype=BF16), make_params(dtype=BF16)
     optimizer = make(cls, params, fused, **options)
     run(optimizer, [1], missing=[0, 2])
@@ -281,7 +281,7 @@ def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> 
         assert_equal_bits(params[i], others[i], "parameter")
         if options == MASTERS:
             assert_equal_bits(state["master_param"], others[i].float(), "master")
-    # A master then starts at the first step, whatever is written to the parameter afterwards.
+    # Masters are then copied at the first step; later writes to the parameter do not reach them.
     params[0].zero_()
     run(optimizer, [2])
     other = make(cls, others, fused, **options)
@@ -294,7 +294,7 @@ def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> 
 @ways
 @every_class
 def test_dummy_steps_make_states(cls: Any, fused: bool | None) -> None:
-    """Megatron-Core's, and torch's, which set ``.grad`` where another gradient is read."""
+    """Those of Megatron-Core, and those of torch, which set ``.grad``, not `decoupled_grad`."""
     params = [nn.Parameter(p) for p in make_params()]
     optimizer = make(cls, params, fused)
     for param in params:
@@ -337,7 +337,7 @@ def test_torchs_tools_find_all_states(cls: Any, flat: bool, fused: bool | None) 
 
 @ways
 def test_top_level_optimizers_make_those_of_gradients(fused: bool | None) -> None:
-    """As torch.optim's."""
+    """As in torch.optim, without a gradient there are no states."""
     params = make_params()
     optimizer = AdamW(params, fused=fused)
     params[1].grad = torch.ones(1)

@@ -43,7 +43,7 @@ def test_zero_lr(setup: Setup, method: str, fused: bool | None) -> None:
 
 
 def test_lr_0_leaves_every_bit(fused: bool | None) -> None:
-    """Numbers that are none and have a payload, a denormal one, both zeros."""
+    """NaNs with payloads, subnormal numbers and both zeros."""
     bits = torch.tensor([0x7F800001, 0x7FC00001, -0x3FFFFF, 1, 0, -(2**31)], dtype=torch.int32)
     for dtype, values in (
         (torch.float32, bits),
