@@ -214,6 +214,8 @@ class Suite:
         check(problem, [Formula()], {"formula": Formula().prepare(problem)})
         steps: dict[str, Step] = {}
         for contender in contenders:
+            if not contender.has(problem.rule):
+                continue
             try:
                 step = contender.prepare(problem)
                 check(problem, [contender], {contender.name: step})
@@ -310,9 +312,10 @@ class Suite:
         self.judge(f"{shape.title}: host ms of a call", rule, of_call, "<=", HOST_MILLISECONDS)
         for clock, chosen in ((self.queue, steps), (self.cold, few)):
             result = self.time(case, problem, chosen, clock, budget=third)
-            part = result.comparison.ratio("package", "foreach")
-            title = f"{shape.title}: time / foreach, {clock.name}"
-            self.judge(title, rule, part, "<=", PART_OF_FOREACH)
+            if "foreach" in steps:
+                part = result.comparison.ratio("package", "foreach")
+                title = f"{shape.title}: time / foreach, {clock.name}"
+                self.judge(title, rule, part, "<=", PART_OF_FOREACH)
 
     def measure_launches(self, case: str, rule: Rule) -> None:
         """Count the kernels of a call on many small tensors."""

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contenders import STEP_CONTENDERS, check_steps
 from harness import (
     Comparison,
     ProcessorTime,
@@ -50,6 +49,7 @@ from harness import (
     write_json,
 )
 from problems import RULES, SHAPES, OptimizerProblem, Shape
+from step_contenders import STEP_CONTENDERS, check_steps
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard

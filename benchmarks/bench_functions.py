@@ -112,6 +112,7 @@ class Result:
 def measure(rule: Rule, shape: Shape, contenders: Sequence[Contender], budget: float) -> Result:
     """Check the contenders, then time them."""
     print(f"{shape.name}, {rule.name} ...", file=sys.stderr, flush=True)
+    contenders = [contender for contender in contenders if contender.has(rule)]
     with one_thread():
         problem = Problem(rule, shape)
     steps = {contender.name: contender.prepare(problem) for contender in contenders}

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import STEP_CONTENDERS, StepContender, check_steps, has_deepspeed
 from harness import (
     ColdClock,
     Comparison,
@@ -38,6 +37,7 @@ from harness import (
     write_json,
 )
 from problems import RULES, SHAPES, OptimizerProblem, Rule, Shape
+from step_contenders import STEP_CONTENDERS, StepContender, check_steps, has_deepspeed
 
 OURS = "package"
 ONLY_OURS = tuple(name for name in RULES if name != "adam")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from contenders import LOOPS
 from cuda_contenders import beginnings, compare_bits, ends
 from harness import check_close
+from loops import LOOPS
 from problems import OptimizerProblem, Rule, Shape
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer

@@ -3,18 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers import scalar_optimizers
-from emerging_optimizers.scalar_optimizers.adam import _adam
-from emerging_optimizers.scalar_optimizers.ademamix import _ademamix
-from emerging_optimizers.scalar_optimizers.laprop import _laprop
-from emerging_optimizers.scalar_optimizers.lion import _lion
-from emerging_optimizers.scalar_optimizers.signum import _signum
-from emerging_optimizers.scalar_optimizers.sim_ademamix import _sim_ademamix
+from emerging_optimizers import ScalarOptimizer, scalar_optimizers
+from emerging_optimizers.registry import get_optimizer_cls, get_optimizer_names
 
 # ---- rules ---------------------------------------------------------------------------------------
 
@@ -26,7 +22,7 @@ class Rule:
     Attributes:
         name: Its stem.
         function: The package's function.
-        formula: The package's formula in plain PyTorch operations; it takes the same arguments.
+        formula: The package's formula in PyTorch operations; it takes the same arguments.
         states: The names of its states. One that ends in ``_sq`` is never negative.
         options: Hyperparameters, in the order in which the function takes them.
         optimizer: The package's optimizer.
@@ -38,7 +34,7 @@ class Rule:
     formula: Callable[..., Tensor]
     states: tuple[str, ...]
     options: dict[str, Any]
-    optimizer: type[scalar_optimizers.ScalarOptimizer]
+    optimizer: type[ScalarOptimizer]
     arguments: dict[str, Any]
 
     @property
@@ -46,109 +42,59 @@ class Rule:
         """The hyperparameters' values, to be passed by position."""
         return tuple(self.options.values())
 
-    @property
+    @cached_property
     def is_sign(self) -> bool:
-        """Whether the update is a sign; that of a value within rounding of 0 may turn over."""
-        return self.name in ("lion", "signum")
+        """Whether the update is a sign; the sign of a value within rounding of 0 may differ."""
+        grad, *states = (torch.rand(100) for _ in range(1 + len(self.states)))
+        return bool((self.formula(grad, *states, **self.options).abs() == 1).all())
 
 
-_RULES = (
-    Rule(
-        "adam",
-        scalar_optimizers.calculate_adam_update,
-        _adam,
-        ("exp_avg", "exp_avg_sq"),
-        {
-            "betas": (0.9, 0.999),
-            "correct_bias": True,
-            "use_nesterov": False,
-            "step": 1000,
-            "eps": 1e-8,
-        },
-        scalar_optimizers.AdamW,
-        {"betas": (0.9, 0.999), "eps": 1e-8},
-    ),
-    Rule(
-        "ademamix",
-        scalar_optimizers.calculate_ademamix_update,
-        _ademamix,
-        ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
-        {
-            "num_beta_slow_warmup_steps": 10000,
-            "num_alpha_warmup_steps": 10000,
-            "betas": (0.9, 0.999, 0.9999),
-            "step": 1000,
-            "eps": 1e-8,
-            "correct_bias": True,
-            "alpha": 5.0,
-        },
-        scalar_optimizers.AdEMAMix,
-        {
-            "betas": (0.9, 0.999, 0.9999),
-            "eps": 1e-8,
-            "alpha": 5.0,
-            "num_beta_slow_warmup_steps": 10000,
-            "num_alpha_warmup_steps": 10000,
-        },
-    ),
-    Rule(
-        "laprop",
-        scalar_optimizers.calculate_laprop_update,
-        _laprop,
-        ("exp_avg", "exp_avg_sq"),
-        {"correct_bias": True, "betas": (0.9, 0.999), "step": 1000, "eps": 1e-8},
-        scalar_optimizers.LaProp,
-        {"betas": (0.9, 0.999), "eps": 1e-8},
-    ),
-    Rule(
-        "lion",
-        scalar_optimizers.calculate_lion_update,
-        _lion,
-        ("exp_avg",),
-        {"momentum_beta": 0.9, "momentum_beta2": 0.99},
-        scalar_optimizers.Lion,
-        {"betas": (0.9, 0.99)},
-    ),
-    Rule(
-        "signum",
-        scalar_optimizers.calculate_signum_update,
-        _signum,
-        ("exp_avg",),
-        {
-            "momentum_beta": 0.95,
-            "correct_bias": True,
-            "use_nesterov": True,
-            "step": 1000,
-            "use_shape_scaling": False,
-        },
-        scalar_optimizers.Signum,
-        {"momentum": 0.95, "nesterov": True},
-    ),
-    Rule(
-        "sim_ademamix",
-        scalar_optimizers.calculate_sim_ademamix_update,
-        _sim_ademamix,
-        ("exp_avg", "exp_avg_sq"),
-        {
-            "num_beta_fast_warmup_steps": 10000,
-            "min_beta_fast": 0.9,
-            "betas": (0.999, 0.999),
-            "step": 1000,
-            "eps": 1e-8,
-            "correct_bias": True,
-            "alpha": 2.0,
-        },
-        scalar_optimizers.SimplifiedAdEMAMix,
-        {
-            "betas": (0.999, 0.999),
-            "eps": 1e-8,
-            "alpha": 2.0,
-            "num_beta_fast_warmup_steps": 10000,
-            "min_beta_fast": 0.9,
-        },
-    ),
-)
-RULES = {rule.name: rule for rule in _RULES}
+# What differs from the optimizers' defaults. torch.optim.AdamW and DeepSpeed's take Adam's.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "ademamix": {
+        "betas": (0.9, 0.999, 0.9999),
+        "eps": 1e-8,
+        "alpha": 5.0,
+        "num_beta_slow_warmup_steps": 10000,
+        "num_alpha_warmup_steps": 10000,
+    },
+    "laprop": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "lion": {"betas": (0.9, 0.99)},
+    "signum": {"momentum": 0.95, "nesterov": True},
+    "sim_ademamix": {
+        "betas": (0.999, 0.999),
+        "eps": 1e-8,
+        "alpha": 2.0,
+        "num_beta_fast_warmup_steps": 10000,
+        "min_beta_fast": 0.9,
+    },
+}
+
+
+def _rule(optimizer: type[ScalarOptimizer]) -> Rule:
+    rule = optimizer._rule
+    arguments = _ARGUMENTS.get(rule.name, {})
+    group = optimizer([torch.zeros(1)], **arguments).param_groups[0]  # type: ignore[call-arg]
+    options: dict[str, Any] = {}
+    for name in rule.options:
+        key = optimizer._renamed.get(name, name)
+        if name == "step":
+            options[name] = 1000
+        else:
+            options[name] = group[key] if isinstance(key, str) else group[key[0]][key[1]]
+    function = getattr(scalar_optimizers, f"calculate_{rule.name}_update")
+    return Rule(rule.name, function, rule.formula, rule.states, options, optimizer, arguments)
+
+
+def _rules() -> dict[str, Rule]:
+    """Return the registered rules. Of two classes of a rule, the last one is measured: AdamW."""
+    classes = map(get_optimizer_cls, get_optimizer_names())
+    rules = [_rule(cls) for cls in classes if issubclass(cls, ScalarOptimizer)]
+    return {rule.name: rule for rule in rules}
+
+
+RULES = _rules()
 
 
 # ---- shapes --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from sphinx.util.typing import stringify_annotation
 from torch.optim.optimizer import ParamsT
 
 import emerging_optimizers
+from emerging_optimizers import megatron, scalar_optimizers
 
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
@@ -74,6 +75,25 @@ SHORT_TYPES = {
 }
 
 
+def list_rules(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put directives for all functions, or all optimizers, where a page names these."""
+    for module in (scalar_optimizers, megatron):
+        is_class = {name: isinstance(getattr(module, name), type) for name in module.__all__}
+        classes = [n for n, is_it in is_class.items() if is_it and n not in DESCRIBED]
+        functions = [n for n, is_it in is_class.items() if not is_it]
+        for marker, names, directive in (
+            ("functions", functions, "autofunction"),
+            ("classes", classes, "autoclass"),
+        ):
+            lines = "\n".join(f".. {directive}:: {name}" for name in names)
+            source[0] = source[0].replace(f"<{marker} of {module.__name__}>", lines)
+
+
+# Classes with members on their page, which names them itself.
+DESCRIBED = ("ScalarOptimizer", "MegatronMixin")
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is defined here."""
     app.connect("autodoc-process-signature", shorten_signature)
+    app.connect("source-read", list_rules)

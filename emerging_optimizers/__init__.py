@@ -4,29 +4,11 @@ from ._config import __version__, explain_import_error, show_config
 
 try:
     from . import scalar_optimizers
-    from .scalar_optimizers import (
-        Adam,
-        AdamW,
-        AdEMAMix,
-        LaProp,
-        Lion,
-        ScalarOptimizer,
-        Signum,
-        SimplifiedAdEMAMix,
-    )
+    from .scalar_optimizers import *  # noqa: F403
 except ImportError as error:
     raise explain_import_error(error) from error
 
-__all__ = [
-    "AdEMAMix",
-    "Adam",
-    "AdamW",
-    "LaProp",
-    "Lion",
-    "ScalarOptimizer",
-    "Signum",
-    "SimplifiedAdEMAMix",
-    "__version__",
-    "scalar_optimizers",
-    "show_config",
-]
+__all__ = ["__version__", "scalar_optimizers", "show_config"]
+# The optimizers, but not the update functions. Type checkers read the first line only.
+__all__ += scalar_optimizers.__all__
+__all__ = sorted(name for name in __all__ if not name.startswith("calculate_"))

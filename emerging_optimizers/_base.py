@@ -24,9 +24,9 @@ SHARED_DEFAULTS: dict[str, Any] = {
 
 
 class BaseOptimizer(torch.optim.Optimizer):
-    """What the modules of a step know of an optimizer.
+    """An optimizer as the modules of a step see it.
 
-    A subclass has a rule, and may replace the other attributes.
+    A subclass declares a rule, and may override the other attributes.
     """
 
     _rule: ClassVar[Rule]
@@ -35,19 +35,19 @@ class BaseOptimizer(torch.optim.Optimizer):
     _renamed: ClassVar[Mapping[str, GroupKey]] = {}
     # The keys of a parameter's states, in the order of the rule's formula.
     _state_names: ClassVar[tuple[str, ...]]
-    # Made of these three.
+    # Made from these three.
     _group_rule: ClassVar[GroupRule]
-    # What an error calls one of the ``betas``, as torch.optim's or NVIDIA's class of the name does.
+    # How errors name one of the ``betas``: like the class of that name in torch.optim, or NVIDIA's.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
-    # Whether a step makes the states of parameters without a gradient, too.
+    # Whether a step also completes the states of parameters without a gradient.
     _makes_all_states: ClassVar[bool] = False
     _masters: ClassVar[Masters] = Masters()
     _counters: ClassVar[Counters] = Counters()
     _hook: ClassVar[WeightHook | None] = None
-    # Flags of groups beside those of all optimizers.
+    # Flags of groups, in addition to those of all optimizers.
     _own_flags: ClassVar[tuple[str, ...]] = ()
-    # Those of them with which a step is more than one native call. The hook's is added.
+    # Those of them that need more than one native call. The hook's flag is added.
     _slow_flags: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -130,7 +130,7 @@ def members_of(
 
 
 def hook_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> WeightHook | None:
-    """Return what is to be done around a group's update, if there is anything."""
+    """Return the hook around a group's update, if the group asks for it."""
     hook = optimizer._hook
     return hook if hook is not None and group.get(hook.flag) else None
 

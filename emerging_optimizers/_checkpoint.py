@@ -33,7 +33,7 @@ KEPT_ON_LOAD = (
 
 
 class Saved:
-    """A loaded state tensor, hidden from torch, which would cast it to its parameter's dtype."""
+    """A loaded state, hidden from torch, which would cast it to its parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -63,10 +63,10 @@ def _dtype_text(state_dtype: Any) -> str | dict[str, Any] | None:
 
 
 def before_load(optimizer: BaseOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """Check what is to be loaded, and return it as torch is to see it; a hook."""
+    """Check a state dict, and return it as torch should load it; a pre-hook."""
     groups, states = state_dict["param_groups"], dict(state_dict["state"])
     if list(map(_num_params, groups)) != list(map(_num_params, optimizer.param_groups)):
-        return None  # torch says so
+        return None  # torch raises the error
     loaded = []
     for saved, group in zip(groups, optimizer.param_groups, strict=True):
         readable = dict(saved)
@@ -108,7 +108,7 @@ def _without_empty_counter(state: Any, param: Tensor) -> Any:
 
 
 def _is_empty_counter(step: Any, param: Tensor) -> bool:
-    """Return whether a counter has no number to continue from."""
+    """Return whether a counter has no value to continue from."""
     return not has_value(step) and has_value(param)
 
 
@@ -148,11 +148,11 @@ def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
 
 
 def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
-    """Give what was pickled, copied or loaded the form that it has in this optimizer.
+    """Convert what was pickled, copied or loaded to the form that this optimizer uses.
 
     Args:
-        optimizer: Unchanged.
-        new: What its ``__setstate__`` is to take; of an older version, too. Modified in place.
+        optimizer: Not modified.
+        new: The argument of its ``__setstate__``, possibly of an older version. Modified in place.
     """
     is_loaded = "defaults" not in new
     defaults = _defaults(optimizer, new.get("defaults") or optimizer.defaults)
@@ -171,11 +171,11 @@ def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
         for param in params:
             _settle_state(optimizer, group, rule, param, states[param])
     for values in states.values():
-        # What belongs to no parameter stays as it was saved.
+        # States that belong to no parameter stay as saved.
         if isinstance(values, dict):
             values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
     if is_loaded:
-        # Only now is it known which of them are copies.
+        # Only now: some states have become copies.
         check_loaded_states(optimizer, new["param_groups"], states)
 
 
@@ -186,7 +186,7 @@ def _settle_state(
     param: Tensor,
     state: dict[str, Any],
 ) -> None:
-    """Give a state the device and the dtypes that it has in an optimizer."""
+    """Convert a state to the devices and dtypes that the optimizer uses."""
     step: Any = state.get("step")
     if not is_absent(step):
         if isinstance(step, Saved):
@@ -198,12 +198,12 @@ def _settle_state(
         state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
     for name, value in state.items():
         if isinstance(value, Saved):
-            # What is no state of the rule stays as it was saved.
+            # States that the rule does not have stay as saved.
             is_known = name == MASTER or name in rule.state_names
             dtype = dtype_of(optimizer, group, name, param) if is_known else None
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if not has_master(group, param):
-        state.pop(MASTER, None)  # it would go stale
+        state.pop(MASTER, None)  # no step would update it
         master = optimizer._masters.new(group, param)
         if master is not None:
             state[MASTER] = master

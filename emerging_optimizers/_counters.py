@@ -19,27 +19,27 @@ class Counters:
     """Counts each parameter's steps in its state, as ``torch.optim`` does."""
 
     def start(self, group: dict[str, Any]) -> Any:
-        """Return the count of a parameter whose state has none."""
+        """Return the count for a parameter whose state has no counter."""
         return 0
 
     def is_needed(self, group: dict[str, Any], rule: GroupRule) -> bool:
-        """Return whether a begun state must have a counter: updates depend on it."""
+        """Return whether a begun state must have a counter, since updates depend on it."""
         return is_absent(group.get("step")) and "step" in rule.rule.options
 
     def may_have_begun(self, group: dict[str, Any]) -> bool:
-        """Return whether a group's states may be of earlier steps, so that none may be missing."""
+        """Return whether a group's states may be from earlier steps, and must be complete."""
         return True
 
     def place(self, member: Member, found_inf: Any) -> None:
-        """Give a parameter's counter the device and the dtype that the step needs.
+        """Move a parameter's counter to the device and the dtype that the step needs.
 
         Args:
             member: The parameter. Its counter is a tensor.
-            found_inf: What a ``GradScaler`` passes, if there is one.
+            found_inf: The ``found_inf`` of a ``GradScaler``, or None.
         """
         step = member.state["step"]
-        # From the first step that carries one, counters are where CUDA parameters are, so that the
-        # host need not know whether they advance.
+        # With a `found_inf`, the counters of CUDA parameters move to the device, so that the host
+        # need not know whether they advance.
         needs_device = member.group["capturable"] or found_inf is not None
         if needs_device and member.param.device.type == "cuda" and step.is_cpu:
             member.state["step"] = new_counter(read(step, 0.0), member.param.device)
@@ -49,7 +49,7 @@ class Counters:
     def take_group_step(self, optimizer: torch.optim.Optimizer, members: list[Member]) -> None:
         """Let begun states without a counter count from their group's ``step``, if it has one.
 
-        The optimizer's own group then loses it.
+        The ``step`` is then removed from the optimizer's group.
         """
         if not members or is_absent(step := members[0].group.get("step")):
             return
@@ -63,9 +63,9 @@ class Counters:
                 self.settle(other, rule, states)
 
     def settle(self, group: dict[str, Any], rule: GroupRule, states: list[dict[str, Any]]) -> None:
-        """Bring the counters of a group's loaded states, and its ``step``, into agreement.
+        """Make the counters of loaded states agree with their group's ``step``.
 
-        Begun states without a counter count from the group's ``step``, which then goes.
+        Begun states without a counter count from the group's ``step``, which is then removed.
         """
         step = group.pop("step", None)
         for state in states:
@@ -87,7 +87,7 @@ def set_counter(state: dict[str, Any], counter: Tensor) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise for anything but a number of steps. One on a device is not read."""
+    """Raise for anything but a number of steps; one on a device is not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has {value.numel()} elements; expected 1")
@@ -126,17 +126,17 @@ def split_counters(states: Iterable[Any]) -> None:
 
 
 def is_absent(value: Any) -> bool:
-    """Return whether a state is missing: torch's tools put ``{}`` for what they do not find."""
+    """Return whether a state is missing. Torch's tools write ``{}`` for what they do not find."""
     return value is None or (isinstance(value, dict) and not value)
 
 
 def is_begun(state: dict[str, Any], rule: GroupRule) -> bool:
-    """Return whether there is any of a rule's states, so that none may be missing."""
+    """Return whether a state has any of a rule's states, so that none may be missing."""
     return not all(is_absent(state.get(name)) for name in ("step", *rule.state_names))
 
 
 def check_complete(member: Member, is_counter_needed: bool, what: str = "the state") -> None:
-    """Raise for a begun state that lacks something, which would start anew beside the rest.
+    """Raise for a begun state that lacks something, which would silently start from 0.
 
     Args:
         member: The parameter with the state.
@@ -154,5 +154,5 @@ def check_complete(member: Member, is_counter_needed: bool, what: str = "the sta
     if is_counter_needed and lacks_counter:
         raise ValueError(
             f"{what} of {member.name} has no 'step', and neither has its group; set one of them to"
-            " the number of steps that were taken"
+            " the number of steps taken so far"
         )

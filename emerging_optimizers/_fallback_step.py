@@ -1,4 +1,4 @@
-"""An optimizer's step in PyTorch operations, for parameters without a native step."""
+"""An optimizer's step in PyTorch operations, parameter by parameter."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ._sharding import ShardPlace, shard_place
 from ._values import HYPERPARAMETER, read
 from ._weights import HALF, as_local
 
-# The fraction of a parameter that weight decay takes from it.
+# The fraction of a weight that weight decay removes.
 _LOST: dict[str, Callable[[float, float], float]] = {
     "decoupled": lambda lr, weight_decay: lr * weight_decay,
     "independent": lambda lr, weight_decay: weight_decay,
@@ -27,18 +27,18 @@ _LOST: dict[str, Callable[[float, float], float]] = {
 
 
 class _GroupConstants(NamedTuple):
-    """What the updates of a group's parameters have in common.
+    """What is the same for all parameters of a group.
 
     Attributes:
-        hyperparameters: The arguments of the rule's formula, but for the tensors and ``step``.
+        hyperparameters: The arguments of the rule's formula, except tensors and ``step``.
         has_step: Whether the formula takes ``step``, too.
         scales_by_shape: Whether the update of a matrix is scaled by its shape.
         lr: The learning rate.
         grad_factor: Gradients are multiplied by it.
         l2: The strength of weight decay that is added to gradients.
-        lost: The fraction of weights that weight decay takes.
-        seed: Of stochastic rounding; None without it.
-        hook: What is done around the update of weights.
+        lost: The fraction of weights that weight decay removes.
+        seed: The seed of stochastic rounding; None without it.
+        hook: The hook around the update of weights.
     """
 
     hyperparameters: dict[str, Any]
@@ -57,14 +57,14 @@ def update_group(
 ) -> None:
     """Update parameters of a group.
 
-    Numbers on a device are read, those of the counters included: this is the way for devices
-    without kernels, and no CUDA graph can capture it. No gradients must be recorded.
+    Numbers on a device are read, including counters, so that no CUDA graph can capture this. The
+    caller disables autograd.
 
     Args:
         call: The call of ``step``.
         i: The group's index.
-        indices: The parameters'. They have gradients and complete states.
-        communicates: Whether processes communicate for other parameters of the group, too.
+        indices: The indices of the parameters, which have gradients and complete states.
+        communicates: Whether processes communicate for the group's other parameters, too.
     """
     optimizer, groups, positions, scalars = call
     if scalars.found_inf is not None and read(scalars.found_inf, 0.0) != 0.0:
@@ -85,7 +85,7 @@ def _read_constants(
 ) -> _GroupConstants:
     rule = optimizer._rule_of(group)
     hyperparameters = read_hyperparameters(group, rule)
-    # The formula would see the shape of a shard, or of a complex parameter as pairs.
+    # Done by `_update`: the formula would see the shape of a shard, or of pairs of real numbers.
     scales_by_shape = hyperparameters.get(SHAPE_SCALING, False)
     if scales_by_shape:
         hyperparameters[SHAPE_SCALING] = False
@@ -106,7 +106,7 @@ def _read_constants(
 
 
 def _grad_factor(group: dict[str, Any], scalars: StepScalars) -> float:
-    """Return by what gradients are multiplied."""
+    """Return the factor of gradients."""
     factor = 1.0
     if scalars.grad_multiplier is not None:
         factor = read(scalars.grad_multiplier, HYPERPARAMETER)
@@ -143,7 +143,7 @@ def _update(
         hyperparameters = {**hyperparameters, "step": step}
     update = rule.compute_update(grad, states, hyperparameters)
     if constants.lr == 0.0:
-        return  # not even 0 times a NaN reaches the parameter
+        return  # 0 times a NaN would be a NaN
 
     hook = constants.hook
     kept = None if hook is None else hook.before_update([weight], [param])
@@ -163,12 +163,12 @@ def _update(
 
 
 def _subtract(weight: Tensor, update: Tensor, lost: float) -> None:
-    """Take an update, which is overwritten, and a fraction of itself from a weight."""
+    """Subtract an update, which is overwritten, and a fraction of itself from a weight."""
     if lost >= 0.5:
         weight.mul_(1 - lost)
     elif lost != 0.0:
-        # 1 - lost would be rounded to 24 bits, of which a small fraction has few. An infinite
-        # weight remains infinite: it loses a finite amount.
+        # Rounding 1 - lost would leave few bits of a small fraction. An infinite weight remains
+        # infinite: it loses a finite amount.
         largest = torch.finfo(weight.dtype).max
         update.add_(weight.clamp(-largest, largest), alpha=lost)
     weight.sub_(update)
@@ -181,7 +181,7 @@ def _random_bits(param: Tensor, stored: Tensor, seed: int, position: int, step: 
 
 
 def placed_like(grad: Any, param: Any) -> Any:
-    """Return a gradient that is placed as the parameter is, and whose negation is done."""
+    """Return a gradient with the parameter's placement, and without lazy negation."""
     if not is_dtensor(param):
         return grad.resolve_neg() if grad.is_neg() else grad
     if grad.device_mesh != param.device_mesh:

@@ -10,6 +10,8 @@ from ._base import BaseOptimizer
 from ._dtensor import whole
 from ._hyperparameters import (
     Hyperparameter,
+    LearningRate,
+    NonNegative,
     described,
     is_in_domain,
     read_flag,
@@ -23,9 +25,6 @@ from ._values import has_value, items_of
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE_SCALING = "use_shape_scaling"
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
-
-# Schedulers reach 0 by sums that rounding takes below it: LinearLR to about -1e-20.
-LOWEST_RATE = -1e-12
 
 # What torch.optim's errors call them.
 _TITLES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
@@ -54,7 +53,7 @@ def read_hyperparameter(
 
 
 def read_hyperparameters(group: Mapping[str, Any], rule: GroupRule) -> dict[str, Any]:
-    """Return the arguments of the rule's formula, but for the tensors and ``step``."""
+    """Return the arguments of the rule's formula, except tensors and ``step``."""
     pairs = zip(rule.rule.hyperparameters, rule.keys, strict=True)
     return {wanted.name: read_hyperparameter(group, key, wanted) for wanted, key in pairs}
 
@@ -86,13 +85,14 @@ def find_unknown_numbers(group: Mapping[str, Any], rule: GroupRule) -> list[tupl
 def check_group(
     optimizer: BaseOptimizer, group: Mapping[str, Any], where: str = "", is_new: bool = False
 ) -> None:
-    """Raise for a group that has a wrong hyperparameter; change nothing.
+    """Raise for a group with an invalid option or hyperparameter.
 
     Args:
-        optimizer: Its rule says which hyperparameters there are, and their domains.
-        group: All keys of a group; ``params`` is not looked at.
-        where: The group's name in messages, such as ``param_groups[1]``. Empty: none.
-        is_new: No scheduler has set its learning rate, and a device may be waited for.
+        optimizer: The optimizer, whose rule declares hyperparameters and domains.
+        group: The group, with all keys but ``params``.
+        where: The group's name in messages, such as ``param_groups[1]``. "": no name.
+        is_new: Whether the group is being added: no scheduler has set its learning rate yet, and
+            values on a device may be read.
     """
     _, keys, _, rule = optimizer._rule_of(group)
     options: dict[str, Any] = {"step": 1}
@@ -101,7 +101,7 @@ def check_group(
         name = "lr"
         _check_lr(group[name], is_new)
         name = "weight_decay"
-        if not read_number(name, group[name]) >= 0.0:
+        if not is_in_domain(read_number(name, group[name]), NonNegative):
             raise ValueError(f"Invalid {_TITLES[name]}: {group[name]}")
         name = "weight_decay_method"
         _check_method(group[name])
@@ -122,7 +122,7 @@ def check_group(
 
 
 def check_flags(optimizer: BaseOptimizer, group: Mapping[str, Any], where: str) -> None:
-    """Raise for a flag of a group that is none."""
+    """Raise for a flag of a group that is not a bool."""
     for name in flags_of(optimizer, group):
         if group[name] is not False and group[name] is not True:
             try:
@@ -132,7 +132,7 @@ def check_flags(optimizer: BaseOptimizer, group: Mapping[str, Any], where: str) 
 
 
 def check_state_dtypes(optimizer: BaseOptimizer, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise for a group of an optimizer whose ``state_dtype`` has no dtypes of states."""
+    """Raise for a group with an invalid ``state_dtype``."""
     for i, group in enumerate(groups):
         try:
             _check_state_dtype(optimizer, group)
@@ -154,21 +154,21 @@ def flags_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> list[str]:
 
 
 def read_group_flag(group: Mapping[str, Any], name: str) -> bool | None:
-    """Return a flag, or None where that is one of its values."""
+    """Return a flag as a bool; or as None, for flags that may be None."""
     if name not in _OPTIONAL_FLAGS:
         return read_flag(name, group[name])
     return read_optional_flag(name, group[name])
 
 
 def restore_flags(optimizer: BaseOptimizer, group: dict[str, Any]) -> None:
-    """Make bools of a saved group's flags that are 0 or 1, which were accepted for bools."""
+    """Turn flags of a saved group that are 0 or 1 into bools: earlier versions accepted these."""
     for name in (*flags_of(optimizer, group), *_FOREIGN_FLAGS):
         if type(group.get(name)) is int and group[name] in (0, 1):
             group[name] = bool(group[name])
 
 
 def _located(error: Exception, where: str, name: str) -> Exception:
-    """Return an error that says of which group it is."""
+    """Return an error whose message ends with the place of what is wrong."""
     if not where:
         return error
     kinds = (TypeError, ValueError, RuntimeError)
@@ -204,7 +204,7 @@ def _check_lr(lr: Any, is_new: bool) -> None:
         if lr.is_meta or not (is_new or lr.is_cpu):
             return  # no step waits for a device's number
         value = whole(lr)
-    if not read_number("lr", value) >= (0.0 if is_new else LOWEST_RATE):
+    if not is_in_domain(read_number("lr", value), NonNegative if is_new else LearningRate):
         raise ValueError(f"Invalid {_TITLES['lr']}: {lr}")
 
 
@@ -229,8 +229,8 @@ def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> N
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(
-            "master_weights and stochastic_rounding cannot be combined: a parameter with a float32"
-            " master loses nothing to rounding"
+            "master_weights and stochastic_rounding cannot be combined: with a float32 master,"
+            " nothing is lost to rounding"
         )
 
 

@@ -11,23 +11,23 @@ from ._weights import Masters
 
 
 class WeightHook:
-    """What is done around the update of weights, in groups that have a flag.
+    """Runs before and after the update of weights, in groups that set its flag.
 
     Attributes:
-        flag: The group's key.
+        flag: The key of the flag in a group.
     """
 
     flag: str
 
     def check_group(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
-        """Look at a group that is added and has the flag."""
+        """Check a new group that sets the flag."""
 
     def joins(self, param: Tensor) -> bool:
-        """Return whether a parameter without a gradient takes part: processes communicate."""
+        """Return whether a parameter takes part without a gradient, since processes communicate."""
         return False
 
     def before_update(self, weights: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
-        """Return what `after_update` needs, an item for each parameter.
+        """Return what `after_update` needs: one item for each parameter.
 
         Args:
             weights: This process's shards of the weights, as real numbers.
@@ -41,13 +41,13 @@ class WeightHook:
         """Modify updated weights in place.
 
         Returns:
-            For each of them a tensor of one element: whether the weight is unchanged.
+            For each weight a tensor of one element: whether it is unchanged.
         """
         raise NotImplementedError
 
 
 def before_update(hook: WeightHook, masters: Masters, members: Sequence[Member]) -> list[Any]:
-    """Call a hook before parameters are updated."""
+    """Run a hook before parameters are updated."""
     kept = []
     for batch in _batches(masters, members):
         weights = [masters.read(member) for member in batch]
@@ -58,7 +58,7 @@ def before_update(hook: WeightHook, masters: Masters, members: Sequence[Member])
 def after_update(
     hook: WeightHook, masters: Masters, members: Sequence[Member], kept: Sequence[Any]
 ) -> None:
-    """Call a hook after parameters were updated, and store what it makes of the weights."""
+    """Run a hook after parameters were updated, and store the weights."""
     remaining = iter(kept)
     for batch in _batches(masters, members):
         weights = [masters.read(member) for member in batch]
@@ -69,7 +69,7 @@ def after_update(
 
 
 def _batches(masters: Masters, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
-    """Yield all members at once, or one by one where their weights take memory."""
+    """Yield all members at once, or one by one if reading a weight allocates memory."""
     if any(masters.is_computed(member.group, member.param) for member in members):
         for member in members:
             yield [member]

@@ -1,11 +1,12 @@
-"""Hyperparameters: how each kind is read, and what its domain is.
+"""Hyperparameters: reading them, and their domains.
 
-A rule's hyperparameters and their domains come from its formula's signature. The compiled module
-reads them by itself, with the same messages.
+The signature of a rule's formula declares its hyperparameters and their domains. The compiled
+module reads them by itself, with the same messages.
 """
 
 import contextlib
 import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, NewType, get_args
 
@@ -19,6 +20,11 @@ Beta = NewType("Beta", float)  # [0, 1)
 NonNegative = NewType("NonNegative", float)  # [0, inf]
 WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
 Step = NewType("Step", int)
+# That of a group, which a scheduler may have set: from `_LOWEST_RATE` on.
+LearningRate = NewType("LearningRate", float)
+
+# Schedulers reach 0 by sums that rounding takes below it: LinearLR to about -1e-20.
+_LOWEST_RATE = -1e-12
 
 _STEP_DTYPES = (torch.int64, torch.float32)
 
@@ -44,7 +50,7 @@ class Hyperparameter(NamedTuple):
         return cls(name, "number", annotation)
 
     def read(self, name: str, value: Any) -> Any:
-        """Return a value as the rule takes it; for all kinds but ``step``."""
+        """Return a value as the formula takes it; for all kinds but ``step``."""
         if self.kind == "flag":
             return read_flag(name, value)
         if self.kind == "numbers":
@@ -65,7 +71,7 @@ def _number_text(value: float) -> str:
 
 
 def _as_float(value: Any) -> float | None:
-    """Return a number's value; None where the object is none, or none that a float holds."""
+    """Return a number as a float; None for anything else, or beyond a float's range."""
     if isinstance(value, float):
         return value
     is_text = isinstance(value, (str, bytes))  # numpy's text converts to a float
@@ -84,7 +90,7 @@ def _is_meta(value: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """Name the type of a value that was not expected, and show short ones."""
+    """Describe an unexpected value: by its type, and by its value if that is short."""
     name = type(value).__name__
     if isinstance(value, str):
         return f"{name} ({str(value)!r})" if len(value) <= _MAX_TEXT else name
@@ -98,7 +104,7 @@ _MAX_INT = 10**15
 
 
 def _advice(value: Any) -> str:
-    """Say what to do about a number that came as text."""
+    """Return the cure, for an error message, if a number was passed as text."""
     if not isinstance(value, str) or len(value) > _MAX_TEXT:
         return ""
     try:
@@ -117,7 +123,7 @@ def _advice(value: Any) -> str:
 
 
 def read_number(name: str, value: Any) -> float:
-    """Return a float for whatever Python takes for a number."""
+    """Return as a float what Python takes for a number."""
     number = _as_float(value)
     if number is None:
         raise TypeError(f"{name} must be a number, not {described(value)}{_advice(value)}")
@@ -177,7 +183,7 @@ def read_numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
 
 
 def as_saved(value: Any) -> Any:
-    """Return a hyperparameter with Python's numbers for numpy's, which torch's tools refuse."""
+    """Return a hyperparameter with Python's numbers: torch.load refuses numpy's."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes):
         return value
     if isinstance(value, str):
@@ -207,29 +213,34 @@ def read_step_tensor(step: Tensor) -> float:
 # ---- domains -------------------------------------------------------------------------------------
 
 
+class _Domain(NamedTuple):
+    contains: Callable[[float], bool]
+    expected: str
+
+
+_DOMAINS = {
+    Beta: _Domain(lambda value: 0.0 <= value < 1.0, "0 <= {name} < 1"),
+    NonNegative: _Domain(lambda value: value >= 0.0, "{name} >= 0"),
+    WarmupSteps: _Domain(lambda value: value >= 0.0, "{name} >= 0"),
+    LearningRate: _Domain(lambda value: value >= _LOWEST_RATE, "{name} >= 0"),
+    float: _Domain(lambda value: not math.isnan(value), "a number"),
+}
+
+
 def is_in_domain(value: float, domain: Any) -> bool:
-    """Return whether a domain that a formula's signature declares has this value."""
-    if domain is Beta:
-        return 0.0 <= value < 1.0
-    if domain in (NonNegative, WarmupSteps):
-        return value >= 0.0
-    return not math.isnan(value)
+    """Return whether a value is in a domain."""
+    return _DOMAINS[domain].contains(value)
 
 
 def check_domain(name: str, value: float, domain: Any) -> None:
     """Raise for an argument outside of its domain."""
-    if is_in_domain(value, domain):
-        return
-    text = _number_text(value)
-    if domain is Beta:
-        raise ValueError(f"{name} is {text}; expected 0 <= {name} < 1")
-    if domain in (NonNegative, WarmupSteps):
-        raise ValueError(f"{name} is {text}; expected {name} >= 0")
-    raise ValueError(f"{name} is nan; expected a number")
+    if not is_in_domain(value, domain):
+        expected = _DOMAINS[domain].expected.format(name=name)
+        raise ValueError(f"{name} is {_number_text(value)}; expected {expected}")
 
 
 def check_step(step: int, correct_bias: bool) -> None:
-    """Raise for a step before the first."""
+    """Raise for a number that no step has."""
     if step >= 2**63:
         raise ValueError("step is beyond the range of int64")
     if correct_bias and step < 1:

@@ -1,4 +1,4 @@
-"""Frobenius norms of weights, which a step can keep."""
+"""A hook that preserves the Frobenius norms of weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ class KeepNorms(WeightHook):
     flag = "frob_normalize"
 
     def check_group(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
-        """Log an error where the group has weight decay, too."""
+        """Log an error if the group has weight decay as well."""
         if group["weight_decay"] != 0.0:
             _logger.error(
-                "%s with frob_normalize=True restores the norm that weight_decay=%g shrinks;"
+                "%s with frob_normalize=True restores the norm that weight_decay=%g reduces;"
                 " use weight_decay=0",
                 type(optimizer).__name__,
                 group["weight_decay"],
             )
 
     def joins(self, param: Tensor) -> bool:
-        """Return whether other processes, which may have a gradient, add up the norm with this."""
+        """Return whether the norm is summed over processes, any of which may have a gradient."""
         return is_dtensor(param)
 
     def before_update(self, weights: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -43,7 +43,7 @@ class KeepNorms(WeightHook):
     def after_update(
         self, weights: Sequence[Tensor], params: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Scale the weights, where the factor is finite."""
+        """Scale each weight to its former norm, if the factor is finite."""
         are_still = []
         new_norms = self.before_update(weights, params)
         for weight, norm, new_norm in zip(weights, kept, new_norms, strict=True):
@@ -58,10 +58,10 @@ KEEP_NORMS = KeepNorms()
 
 
 def _over_processes(norm: Tensor, param: Any) -> Tensor:
-    """Return the norm of a DTensor, of whose shards each process has the norm of one."""
+    """Return the norm of a DTensor from the norms of the processes' shards."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    # Each dimension of the mesh that shards the tensor has shards of the sum of squares.
+    # Along each sharded dimension of the mesh, processes have partial sums of squares.
     placements = [Replicate() if p.is_replicate() else Partial() for p in param.placements]
     squares = DTensor.from_local(norm.square(), param.device_mesh, placements, run_check=False)
     total: Tensor = squares.full_tensor()

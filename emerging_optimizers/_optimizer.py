@@ -14,7 +14,7 @@ from ._checkpoint import before_load, finish_state_dict, settle
 from ._groups import check_group, flags_of, read_group_flag
 from ._step import run_step
 
-# What every step asks; without looking up each module on the way.
+# Every step asks: without looking up modules.
 _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
@@ -36,45 +36,47 @@ class SharedOptions(TypedDict, total=False):
 class ScalarOptimizer(BaseOptimizer):
     r"""Base of the optimizers whose update is computed element by element.
 
-    With :math:`\gamma` as `lr` and :math:`\lambda` as `weight_decay`, the methods of weight decay
-    are
+    With :math:`\gamma` as `lr` and :math:`\lambda` as `weight_decay`, the weight decay methods are
 
     - "decoupled": :math:`p \leftarrow p - \gamma \lambda p`,
     - "independent": :math:`p \leftarrow p - \lambda p`,
-    - "palm": :math:`p \leftarrow p - \gamma^2 \lambda p`, all with the old :math:`p`, and
-    - "l2": :math:`g \leftarrow g + \lambda p`, without a change of ``p.grad``.
+    - "palm": :math:`p \leftarrow p - \gamma^2 \lambda p`, and
+    - "l2": :math:`g \leftarrow g + \lambda p`, which does not modify ``p.grad``.
 
-    The options below are keyword arguments of all the optimizers; each parameter group may set them
-    for itself. Arithmetic is float32, or float64 where a parameter, its gradient or one of its
-    states is. Each result is rounded once.
+    The right-hand sides use the parameter as it is before the step.
+
+    The options below are keyword arguments of all optimizers; each parameter group may set them.
+    Arithmetic is float32; it is float64 if the parameter, its gradient or one of its states is.
+    Each result is rounded once.
 
     Args:
         params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
             optimizer.
-        hyperparameters: The defaults of a group's own keys: ``lr``, ``weight_decay``,
-            ``weight_decay_method`` and what the rule needs.
-        maximize: Go up instead of down.
-        fused: None: one native call, of what there is one for, and a loop of plain PyTorch
-            operations for the rest. False: the loop. True: the native call, or an error. With True
-            in every group, a ``GradScaler`` leaves it to the step to unscale gradients and to skip
-            it, and on CUDA the host does not wait for ``found_inf``. Otherwise the ``GradScaler``
-            unscales them before the step, and waits.
-        capturable: Keep the step counters on the parameters' devices, where the native step counts
-            them without the host: CUDA graphs can capture it.
+        hyperparameters: The defaults of a group's hyperparameters: ``lr``, ``weight_decay``,
+            ``weight_decay_method`` and those of the rule.
+        maximize: Maximize the objective instead of minimizing it.
+        fused: None: native kernels where available, else PyTorch operations. False: PyTorch
+            operations. True: native kernels, or an error. With True in every group, a
+            ``GradScaler`` leaves it to ``step`` to unscale gradients and to skip the step, and on
+            CUDA the host does not wait for ``found_inf``. Otherwise the ``GradScaler`` unscales
+            gradients before the step, and waits.
+        capturable: Keep step counters on the parameters' devices, so that CUDA graphs can capture
+            the step.
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
-            dict of them by state key. None: that of the parameter, or of the loaded state.
-        master_weights: Keep a float32 copy of each bfloat16 or float16 parameter in its state, as
-            ``master_param``. It is updated, and the parameter is its rounding. It starts as the
-            parameter's value at its first step; what else is written to that later is lost.
-        stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random, so
-            that their mean is right. The bits depend on a seed that each step draws from PyTorch's
+            dict of dtypes by state key. None: the parameter's dtype, or that of a loaded state.
+        master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
+            state, as ``master_param``. Updates apply to the master; the parameter is the master,
+            rounded. A master starts with the parameter's value at its first step; values that are
+            written to the parameter later are lost.
+        stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random,
+            without bias. The random bits depend only on a seed that each step draws from PyTorch's
             default CPU generator, the step number, the parameter's position in the optimizer and
-            the element's index, and on nothing else: replicas need generators of one state. The
-            index is that in the whole parameter where this is a DTensor whose shard is contiguous
-            in it, as with ``Shard(0)``; other shards of DTensors draw independently of each other.
-            Of a tensor that is a shard without being a DTensor, it is the index in that tensor:
-            there, processes need generators of different states.
-        differentiable: Refused.
+            the element's index. So replicas need generators in the same state. For a DTensor
+            whose shard is contiguous in the full tensor, as with ``Shard(0)``, the index is that
+            in the full tensor; other shards of DTensors draw independently of each other. For a
+            shard that is an ordinary tensor, the index is that in the shard: there, processes need
+            generators in different states.
+        differentiable: Not supported; True raises a ValueError.
     """
 
     def __init__(
@@ -93,16 +95,16 @@ class ScalarOptimizer(BaseOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``torch.amp.GradScaler`` leaves it to ``step`` to unscale and to skip.
 
-        A GradScaler asks the optimizer, whose groups may differ: all of them have to be fused.
+        This is one answer for all groups, so all of them must be fused.
         """
         return bool(self.param_groups) and all(map(self._scales_in_step, self.param_groups))
 
     def _scales_in_step(self, group: dict[str, Any]) -> bool:
-        """Return whether a group's step was asked to apply a ``GradScaler``'s numbers itself."""
+        """Return whether a group's step has to apply a ``GradScaler``'s scale and ``found_inf``."""
         return group.get("fused") is True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, whose missing keys take the defaults."""
+        """Add a parameter group; missing keys take the defaults."""
         if isinstance(param_group, dict):
             where = f"param_groups[{len(self.param_groups)}]"
             check_group(self, {**self.defaults, **param_group}, where, is_new=True)
@@ -134,16 +136,16 @@ class ScalarOptimizer(BaseOptimizer):
     ) -> float | None:
         """Update the parameters that have a gradient.
 
-        In a function that ``torch.compile`` compiles, the call is a graph break: it runs as it is.
+        In a function that ``torch.compile`` compiles, the call is a graph break and runs eagerly.
 
         Args:
-            closure: Evaluates the model again, with gradients enabled, and returns the loss. Hooks
-                see it as a positional argument.
-            grad_multiplier: A number or a one-element tensor, by which every gradient is multiplied
-                on the way, such as the coefficient of a clipped norm. ``p.grad`` is not modified.
+            closure: Reevaluates the model, with gradients enabled, and returns the loss. Hooks see
+                it as a positional argument.
+            grad_multiplier: A number or a one-element tensor. Every gradient is multiplied by it on
+                the fly, as for gradient clipping. ``p.grad`` is not modified.
 
         Returns:
-            What `closure` returned.
+            What `closure` returned, or None.
         """
         is_observed = (
             self._optimizer_step_pre_hooks
@@ -162,12 +164,12 @@ class ScalarOptimizer(BaseOptimizer):
         self._step(grad_multiplier)
         return None
 
-    # So torch does not wrap it, which would take longer than a step of one small parameter.
+    # Keeps torch from wrapping it, which would take longer than a step of one small parameter.
     step.hooked = True  # type: ignore[attr-defined]
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the ``step`` of a subclass as torch does, for hooks and profilers."""
+        """Wrap the ``step`` of a subclass as torch does, with hooks and a profiler's record."""
         wrapper = torch.optim.Optimizer.profile_hook_step(func)
         wrapper.runs_hooks = True  # type: ignore[attr-defined]
         return wrapper
@@ -186,24 +188,24 @@ class ScalarOptimizer(BaseOptimizer):
         run(grad_multiplier)
         return loss
 
-    # With hooks, and for profilers, which see it by the class's name.
+    # With hooks, and with a profiler's record under the name of the class.
     _observed_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
 
     @_disable_dynamo
     def _step_between_graphs(self, grad_multiplier: float | Tensor | None) -> None:
         self._step(grad_multiplier)
 
-    # A method of this class without a call in between, which every step would pay for.
+    # Not a method that calls it: every step would pay for the call.
     _step = run_step
 
     # ---- saving and loading ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states and the groups, of types that every state-dict tool accepts.
+        """Return the states and the groups, in types that every state-dict tool accepts.
 
-        So `state_dtype` is text, and numpy's numbers are Python's. `state_dtype` is not loaded.
+        `state_dtype` is text, which is not loaded; numpy's numbers become Python's.
         """
-        # Before the user's hooks see it.
+        # First of all hooks, so that the user's see the result.
         finish: Any = type(self)._finish_state_dict
         hook = self.register_state_dict_post_hook(finish, prepend=True)
         try:
@@ -212,21 +214,20 @@ class ScalarOptimizer(BaseOptimizer):
             hook.remove()
 
     def _finish_state_dict(self, saved: dict[str, Any]) -> None:
-        """Change what ``torch`` has saved to what is to be saved."""
+        """Turn what ``torch`` has saved into what should be saved."""
         finish_state_dict(self, saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of this optimizer or of one with the same states.
 
-        States take the dtype that `state_dtype` says, or stay as they were saved. Hyperparameters
-        are loaded, and those that are missing take the defaults. Options that say how a group is
-        stored and run (`fused`, `capturable`, `state_dtype`, `master_weights`,
-        `stochastic_rounding`) are not loaded.
+        States are cast to `state_dtype`, if it is set. Hyperparameters are loaded; missing ones
+        take the defaults. Options that determine how a group is stored and run (`fused`,
+        `capturable`, `state_dtype`, `master_weights`, `stochastic_rounding`) are not loaded.
 
         Args:
-            state_dict: The optimizer's state. Its tensors are not copied where they fit.
+            state_dict: The state dict. Tensors that fit are not copied.
         """
-        # Registered only now, so that it sees what the user's hooks return.
+        # Last of all hooks, so that it sees what the user's return.
         check: Any = before_load
         hook = self.register_load_state_dict_pre_hook(check)
         try:
@@ -236,5 +237,5 @@ class ScalarOptimizer(BaseOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled, copied or loaded; of an older version, too."""
-        settle(self, state)  # what can fail comes first
+        settle(self, state)  # first, because it can fail
         super().__setstate__(state)

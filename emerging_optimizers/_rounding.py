@@ -1,4 +1,4 @@
-"""Stochastic rounding of parameters, in plain PyTorch integer operations."""
+"""Stochastic rounding of parameters, in PyTorch's integer operations."""
 
 import torch
 from torch import Tensor
@@ -12,30 +12,22 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 
 
 def draw_seed() -> int:
-    """Draw the 64 bits of one optimizer step from PyTorch's default CPU generator."""
+    """Draw the 64 random bits of a step from PyTorch's default CPU generator."""
     bits = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
     return int(bits) & _MASK64 if has_value(bits) else 0
 
 
 def rounding_key(seed: int, position: int, step: int) -> int:
-    """Mix what a parameter's random bits depend on, beside the element's index, into 64 bits.
-
-    With ``mix`` as in SplitMix64, modulo 2**64::
-
-        mix(x):  x += 0x9E3779B97F4A7C15
-                 x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-                 x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-                 return x ^ (x >> 31)
-        key    = mix(mix(mix(seed) ^ position) ^ step)
+    """Mix what a parameter's random bits depend on, except the element's index, into 64 bits.
 
     Args:
-        seed: The optimizer step's 64 bits.
-        position: The parameter's number in the optimizer, from 0, over all groups; for a shard of
-            a DTensor that is not contiguous in it, plus 2**32 times the shard's number.
-        step: The parameter's step number, from 1.
+        seed: The step's 64 random bits.
+        position: The parameter's position in the optimizer, counted from 0 over all groups. For a
+            shard that is not contiguous in its DTensor: plus 2**32 times the shard's number.
+        step: The parameter's step number, counted from 1.
     """
 
-    def mix(x: int) -> int:
+    def mix(x: int) -> int:  # SplitMix64
         x = (x + _GOLDEN64) & _MASK64
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -47,20 +39,13 @@ def rounding_key(seed: int, position: int, step: int) -> int:
 def random_bits(key: int, index: Tensor) -> Tensor:
     """Return 32 random bits for each element index, as int64 numbers.
 
-    Modulo 2**32, with ``low`` and ``high`` the halves of a 64-bit number::
-
-        hash(x):  x = (x ^ (x >> 16)) * 0x7FEB352D
-                  x = (x ^ (x >> 15)) * 0x846CA68B
-                  return x ^ (x >> 16)
-        bits    = hash(hash(low(index) ^ low(key)) ^ (high(key) + 0x9E3779B9 * high(index)))
-
     Args:
         key: From :func:`rounding_key`.
-        index: The elements' indices, int64; of a contiguous shard of a DTensor, in the DTensor.
+        index: The elements' indices, int64; for a contiguous shard, those in the full DTensor.
     """
 
     def hashed(x: Tensor) -> Tensor:
-        # A product that wraps around in int64 has the right low half.
+        # Modulo 2**32. A product that wraps around in int64 has the right low bits.
         x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK32)
         x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_MASK32)
         return x ^ (x >> 16)
@@ -70,10 +55,10 @@ def random_bits(key: int, index: Tensor) -> Tensor:
 
 
 def element_indices(tensor: Tensor) -> Tensor:
-    """Number the elements in the order of their memory.
+    """Number the elements in the order of memory.
 
-    That is the offset from the first element where the tensor is dense. Where it is not, the
-    numbers are those of a dense tensor of the same order of dimensions (``empty_like``).
+    In a dense tensor, the number is the offset from the first element. Any other tensor is numbered
+    like the dense one with the same order of dimensions (``empty_like``).
     """
     strides = torch.empty_like(tensor, device="meta").stride()
     numbers = torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device)
@@ -83,12 +68,12 @@ def element_indices(tensor: Tensor) -> Tensor:
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Round float32 to one of its two neighbours in a half type, so that the mean is right.
 
-    bfloat16 drops the 16 lowest bits of a float32 number, float16 the 13 lowest: the 16 or 13
-    highest random bits are added to the number's bits, as integers, and what is to be dropped is
-    cleared. A carry from the mantissa rightly goes into the exponent. A float16 number below
-    2**-14 is a multiple of 2**-24: the magnitude, in that unit, is rounded up where its fraction
-    exceeds the 24 highest random bits, taken as a fraction, else down. NaN and infinities stay. So
-    do numbers of the half type; hence only one beyond the largest of these can become infinite.
+    bfloat16 drops the 16 low bits of a float32 number, float16 the 13 low bits. As many random bits
+    are added to the number's bits, as integers, before the low bits are cleared; a carry from the
+    mantissa correctly goes into the exponent. A float16 number below 2**-14 is a multiple of
+    2**-24: its magnitude in that unit is rounded up if its fraction exceeds the random bits, taken
+    as a fraction. NaN, infinities and numbers of the half type are unchanged, so only a number
+    beyond the largest finite one can become infinite.
 
     Args:
         values: float32.

@@ -1,4 +1,4 @@
-"""Where this process's shard of a DTensor is in the parameter: what its random bits depend on."""
+"""The place of this process's shard in its DTensor, which determines its random bits."""
 
 import functools
 import math
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 
 class ShardPlace(NamedTuple):
-    """Which random bits the elements of a shard get.
+    """Determines the random bits of a shard's elements.
 
     Args:
-        number: 0 where the shard is contiguous in its parameter; else from 1 on, another one for
-            each shard.
-        first_index: The index of its first element in the whole parameter, in the order of the
-            memory, where the shard is contiguous in that; else 0.
+        number: 0 if the shard is contiguous in its parameter; else 1 or more, different for each
+            shard.
+        first_index: The index of the shard's first element in the full parameter, in the order of
+            memory, if the shard is contiguous in it; else 0.
     """
 
     number: int
@@ -22,7 +22,7 @@ class ShardPlace(NamedTuple):
 
 
 def shard_place(param: Any) -> ShardPlace:
-    """Return the place of this process's shard of a DTensor; the same one for each replica."""
+    """Return the place of this process's shard of a DTensor; it is the same for each replica."""
     local = param.to_local()
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None or local.numel() == 0:
@@ -69,7 +69,7 @@ def _first_index(
     coordinate: Sequence[int],
     placements: Sequence[Any],
 ) -> int | None:
-    """Return the index of a shard's first element in the parameter; None where it has gaps."""
+    """Return the index of a shard's first element in the parameter; None if it has gaps there."""
     ranges = [[range(size)] for size in shape]
     for placement, size, at in zip(placements, mesh_shape, coordinate, strict=True):
         if placement.is_replicate():
@@ -77,16 +77,16 @@ def _first_index(
         dim = getattr(placement, "dim", None)
         if dim is None:
             return None
-        # Of the strided placement of FSDP2 with tensor parallelism, each of some pieces is sharded.
+        # The strided placement of FSDP2 with tensor parallelism shards each of several pieces.
         pieces = _chunks(ranges[dim], getattr(placement, "split_factor", 1))
         ranges[dim] = [r for piece in pieces for r in _chunks(piece, size)[at]]
     if [sum(map(len, r)) for r in ranges] != list(local_shape):
-        return None  # a placement of a kind that is not known here
+        return None  # an unknown kind of placement
     order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
     wide = [dim for dim in order if local_shape[dim] > 1]
     in_memory = [local_strides[dim] for dim in wide]
     if in_memory != sorted(in_memory, reverse=True):
-        return None  # the shard is in another order
+        return None  # the shard has another order of dimensions
     if wide:
         outermost = order.index(wide[0])
         is_full = all(local_shape[dim] == shape[dim] for dim in order[outermost + 1 :])
@@ -99,7 +99,7 @@ def _first_index(
 
 
 def _chunks(ranges: Sequence[range], count: int) -> list[list[range]]:
-    """Cut into chunks as ``torch.chunk`` does, of the same number of indices but for the last."""
+    """Split into chunks as ``torch.chunk`` does: all but the last have the same length."""
     length = math.ceil(sum(map(len, ranges)) / count)
     chunks: list[list[range]] = [[] for _ in range(count)]
     done = 0

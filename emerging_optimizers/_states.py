@@ -1,4 +1,4 @@
-"""A parameter and its state: what is made, in which dtype, and what is refused."""
+"""A parameter and its state: creating it, its dtypes, and checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def dtype_of(
 
 
 def complete(optimizer: BaseOptimizer, member: Member) -> Member:
-    """Make what a parameter's state lacks, and give the state to the optimizer.
+    """Create a parameter's missing states, in the optimizer.
 
     Returns:
         The parameter with its state: that of the optimizer, if it has one by now.
@@ -70,7 +70,7 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
 
 
 def operands_of(member: Member) -> dict[str, Any]:
-    """Return what of a parameter's state its step reads or modifies."""
+    """Return the part of a parameter's state that its step reads or modifies."""
     keys = ["step", *member.rule.state_names]
     if has_master(member.group, member.param):
         keys.append(MASTER)
@@ -81,7 +81,7 @@ def operands_of(member: Member) -> dict[str, Any]:
 
 
 def check_param(member: Member) -> None:
-    """Raise for a parameter that cannot be updated, or not with its gradient."""
+    """Raise for a parameter or a gradient that a step cannot use."""
     param, grad = member.param, member.grad
     assert grad is not None
     if not (_is_ordinary(param, param) and _is_ordinary(grad, param)):
@@ -93,7 +93,7 @@ def check_param(member: Member) -> None:
 
 
 def _is_ordinary(tensor: Any, param: Tensor) -> bool:
-    """Return whether a tensor fits an ordinary parameter at a glance: no check would refuse it."""
+    """Return whether a tensor obviously fits an ordinary parameter, so that no check is needed."""
     return (
         span_of(tensor) is not None
         and tensor.is_floating_point()
@@ -114,7 +114,7 @@ def _check_param(member: Member, grad: Tensor) -> None:
         )
     _check_layout("its gradient", grad)
     if grad.shape != param.shape:
-        # Only by way of `param.data`: autograd checks what is assigned to `.grad`.
+        # `param.data` can do that: autograd checks only what is assigned to `.grad`.
         raise RuntimeError(
             f"the parameter has shape {tuple(param.shape)} but its gradient has shape"
             f" {tuple(grad.shape)}"
@@ -127,7 +127,7 @@ def _check_param(member: Member, grad: Tensor) -> None:
 
 
 def check_state(optimizer: BaseOptimizer, member: Member) -> None:
-    """Raise for a state that is not one of this parameter."""
+    """Raise for a state that does not fit its parameter."""
     state, param = member.state, member.param
     may_be_ordinary = type(param) in PLAIN_TYPES and param.is_floating_point()
     for name in member.rule.state_names:
@@ -142,7 +142,7 @@ def check_state(optimizer: BaseOptimizer, member: Member) -> None:
 
 
 def check_master(optimizer: BaseOptimizer, member: Member) -> None:
-    """Raise for a master that is not one of this parameter."""
+    """Raise for a master that does not fit its parameter."""
     if has_master(member.group, member.param) and member.state.get(MASTER) is not None:
         try:
             check_tensor(optimizer, member, MASTER)
@@ -170,7 +170,7 @@ def check_tensor(
             raise TypeError(f"state {name!r} has dtype {value.dtype}; expected {as_stored}")
     _check_beside(f"state {name!r}", value, param, as_stored, is_loaded)
     if not _is_placed_like(value, param):
-        raise ValueError(f"state {name!r} is not distributed as the parameter is")
+        raise ValueError(f"state {name!r} is not placed as the parameter is")
     _check_modified(f"state {name!r}", value)
 
 
@@ -188,14 +188,14 @@ def _check_beside(
     as_stored: torch.dtype | None = None,
     is_loaded: bool = False,
 ) -> None:
-    """Raise for a tensor of a parameter's shape that does not fit it otherwise."""
+    """Raise for a tensor that does not fit a parameter of the same shape."""
     is_number = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == as_stored
     if not is_number or tensor.is_complex() != param.is_complex():
         raise TypeError(
             f"the parameter has dtype {param.dtype} but {name} has dtype {tensor.dtype}"
         )
     _check_layout(name, tensor)
-    # What is loaded is moved; but a meta tensor has no values to move.
+    # Loaded tensors are moved to the device; but a meta tensor has no values to move.
     is_elsewhere = tensor.is_meta != param.is_meta if is_loaded else tensor.device != param.device
     if is_elsewhere:
         raise ValueError(f"the parameter is on {param.device} but {name} is on {tensor.device}")
@@ -216,7 +216,7 @@ def _check_modified(name: str, tensor: Tensor) -> None:
     """Raise for a tensor that cannot be modified in place."""
     _check_memory(name, tensor)
     if tensor.is_conj():
-        raise RuntimeError(f"{name} is conjugated lazily: resolve_conj() makes it its own")
+        raise RuntimeError(f"{name} is a lazily conjugated view; pass resolve_conj() of it")
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name} is an inference tensor, which cannot be modified outside of inference mode"
@@ -251,7 +251,7 @@ def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> lis
     with_grad = [member for member in members if member.grad is not None]
     if is_tracing():
         for member in with_grad:
-            member.param.detach()  # an error, before states are made, where no real one is taken
+            member.param.detach()  # raises if the tracer takes no real tensors
     rule = optimizer._rule_of(group)
     numbers = zip(call.scalars._fields, call.scalars, strict=True)
     unknown = [*find_unknown_numbers(group, rule), *(n for n in numbers if not has_value(n[1]))]

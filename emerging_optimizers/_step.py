@@ -44,7 +44,7 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
     Returns:
         The ``found_inf`` of a ``GradScaler``, if there is one: if it is not 0, nothing has changed.
     """
-    # None first: whether something is a Tensor takes a call to find out.
+    # `is None` first: `isinstance` is a call.
     if grad_multiplier is not None:
         grad_multiplier = _read_multiplier(grad_multiplier)
     if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
             if not found_inf.is_cuda and read(found_inf, 0.0) != 0.0:
                 return found_inf
         else:
-            found_inf = None  # of a GradScaler that found no gradients, their sum: 0
+            found_inf = None  # a GradScaler without gradients passes the sum of no tensors, 0
     groups = list(optimizer.param_groups)
     positions = []
     num_params = 0
@@ -74,7 +74,7 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
         has_state_dtypes = has_state_dtypes or group["state_dtype"] is not None
         are_rates_floats = are_rates_floats and type(group["lr"]) is float
     if not are_rates_floats:
-        # Those of DTensors once, by all processes, whatever is then left to each of them.
+        # DTensors are gathered here, by all processes: what remains may differ between them.
         groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
         has_tensors = True
     if has_state_dtypes:
@@ -85,8 +85,8 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
     rules = _rules_of_one_call(optimizer, groups) if has_values and native is not None else None
     found: Any = None
     if native is not None and rules is not None and optimizer.state:
-        # Here, for the layers below take as long as five small parameters do. Nothing is done
-        # where any are left.
+        # Called here, for the functions below take as long as five small parameters. If any
+        # parameters remain, nothing is done.
         try:
             found = native.step(optimizer.state, groups, positions, rules, scalars, None, False)
         except (TypeError, ValueError) as error:
@@ -150,14 +150,14 @@ def _rules_of_one_call(
 
 
 def has_native_step(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
-    """Return whether there may be a native step for a group."""
+    """Return whether a group's parameters can have a native step."""
     if native is None or optimizer._rule_of(group).native is None:
         return False
     if group["fused"] is not None and not group["fused"]:
         return False
     if hook_of(optimizer, group) is None:
         return True
-    # A hook modifies weights after the update. Those of 16 bits would be rounded twice.
+    # A hook modifies weights after the update; 16-bit weights would be rounded twice.
     return all(has_master(group, p) or p.dtype not in HALF for p in group["params"])
 
 
@@ -166,20 +166,20 @@ def _communicates(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
     return hook_of(optimizer, group) is not None and not has_native_step(optimizer, group)
 
 
-# ---- more than one native call -------------------------------------------------------------------
+# ---- when one native call is not enough ----------------------------------------------------------
 
 
 def _prepare_all(call: StepCall) -> Left:
-    """Leave all parameters to the fallback, where there are no values to compute with."""
+    """Leave all parameters to the fallback, which needs no values."""
     _check_groups(call.optimizer)
     return {i: prepare(call, i) for i in range(len(call.groups))}
 
 
 def _step_by_group(call: StepCall) -> Left:
-    """Update by one native call the groups that have a native step."""
+    """Update the groups that have a native step by one native call."""
     optimizer, groups, positions, _ = call
     for i, group in enumerate(groups):
-        check_flags(optimizer, group, f"param_groups[{i}]")  # which say what else is checked
+        check_flags(optimizer, group, f"param_groups[{i}]")  # first: they decide what follows
     chosen = []
     left: Left = {}
     are_native = [has_native_step(optimizer, group) for group in groups]
@@ -216,10 +216,10 @@ def _step_by_group(call: StepCall) -> Left:
 
 
 def _settle_order(call: StepCall, left: Mapping[int, Collection[int]]) -> set[Place]:
-    """Check which tensors share memory where the fallback updates some of the parameters.
+    """Check which tensors share memory, if the fallback updates some of the parameters.
 
     Returns:
-        What else has to be left to the fallback, after those. Its states are complete.
+        Further parameters that the fallback must update, after those. Their states are complete.
     """
     if not any(left.values()):
         return set()  # the native step does it
@@ -237,15 +237,13 @@ def _step_rest(
     found: Sequence[Collection[int]] | None,
     grads: list[list[Tensor | None]] | None = None,
 ) -> Left:
-    """Call the native step, after one that has done nothing, or as the first.
-
-    Missing states are made, and gradients are brought to where parameters are.
+    """Complete states, place gradients as their parameters are, and call the native step.
 
     Args:
         call: The call of ``step``, with the groups that have a native step.
-        found: For each group, the indices of the parameters that kept the native call from doing
-            anything. None: all.
-        grads: For each group, what that call was given as the parameters' gradients.
+        found: For each group, the indices of parameters that an earlier native call, which did
+            nothing, could not update. None: there was no call, and all may need it.
+        grads: The parameters' gradients, if not all groups' and parameters' own.
     """
     optimizer, groups = call.optimizer, call.groups
     if found is None:
@@ -285,7 +283,7 @@ def _check_groups(optimizer: BaseOptimizer) -> None:
 
 
 def _explain(optimizer: BaseOptimizer, error: Exception) -> NoReturn:
-    """Raise what the native step has raised, with the name of the parameter or group if found."""
+    """Raise the native step's error, with the parameter's or the group's name if it is found."""
     try:
         for i, group in enumerate(optimizer.param_groups):
             check_group(optimizer, group, f"param_groups[{i}]")
@@ -301,7 +299,7 @@ def _raise_no_native_step(
 ) -> NoReturn:
     raise RuntimeError(
         f"fused=True, but {type(optimizer).__name__} has no native step for"
-        f" {param_name(optimizer, group, min(indices))}; fused=None takes one where there is one"
+        f" {param_name(optimizer, group, min(indices))}; fused=None uses PyTorch operations there"
     )
 
 
@@ -318,7 +316,7 @@ def _before_native(call: StepCall, are_native: Sequence[bool]) -> _Kept:
     if hook is None:
         return []
     for i, group in enumerate(call.groups):
-        # Where lr is 0, not even a product with 1 is for a parameter's bits.
+        # With lr = 0, not even a product with 1 may touch a parameter: it could change a NaN.
         if are_native[i] and hook_of(optimizer, group) and not _is_zero(group["lr"]):
             for member in members_of(optimizer, group):
                 if member.grad is not None or hook.joins(member.param):
@@ -333,11 +331,11 @@ def _after_native(call: StepCall, kept: _Kept, left: Left) -> None:
     optimizer = call.optimizer
     done = [(m, item) for i, m, item in kept if m.param_index not in left.get(i, ())]
     if done and optimizer._hook is not None:
-        # With the states that the step has made.
+        # The step may have created their states.
         members = [m._replace(state=optimizer.state.get(m.param, {})) for m, _ in done]
         after_update(optimizer._hook, optimizer._masters, members, [item for _, item in done])
 
 
 def _is_zero(lr: Any) -> bool:
-    """Return whether the host knows that a learning rate is 0."""
+    """Return whether a learning rate is 0, and known to the host."""
     return not (isinstance(lr, Tensor) and lr.is_cuda) and read(lr, HYPERPARAMETER) == 0.0

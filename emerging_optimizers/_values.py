@@ -1,6 +1,6 @@
-"""Numbers in tensors, which may have none: meta tensors, and those of a ``FakeTensorMode``.
+"""Numbers in tensors that may have no value: meta tensors, and those of a ``FakeTensorMode``.
 
-A step of such tensors makes the states that a real one makes, so that memory can be estimated.
+A step on such tensors creates the same states as a real step, so that memory can be estimated.
 """
 
 import sys
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-# What takes the place of a hyperparameter that has no value: in all domains, and such that nothing
-# is left out of a step because of it.
+# Used for a hyperparameter without a value. It is in all domains, and not 0, which would skip work.
 HYPERPARAMETER = 0.5
-# Those that tracers set, below which operations are no more than recorded.
+# The modes of tracers: under them, operations are only recorded.
 _TRACING_MODES = tuple(
     getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
 )
@@ -27,16 +26,16 @@ def is_tracing() -> bool:
 
 
 def is_fake(value: Any) -> bool:
-    """Return whether something is a tensor, or a wrapper of one, that a ``FakeTensorMode`` made."""
+    """Return whether something is a fake tensor, or a wrapper of one."""
     if type(value) in PLAIN_TYPES and not torch._is_functional_tensor(value):
         return False
-    # Where it was not imported, there can be none.
+    # Without this module, there are no fake tensors.
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and module.is_fake(value)
 
 
 def has_value(value: Any) -> bool:
-    """Return whether the value of a number is known, if it is a tensor at all."""
+    """Return whether a number has a value, which only tensors may lack."""
     if not isinstance(value, Tensor):
         return True
     if value.is_meta:
@@ -45,7 +44,7 @@ def has_value(value: Any) -> bool:
 
 
 def check_has_value(name: str, value: Any, param: Tensor) -> None:
-    """Raise for a tensor without a value that is to be used with a parameter that has values."""
+    """Raise for a tensor without a value, if the parameter has values."""
     if not has_value(value) and has_value(param):
         raise ValueError(
             f"{name} is a tensor without a value (of the meta device, or of a FakeTensorMode), but"
@@ -54,12 +53,12 @@ def check_has_value(name: str, value: Any, param: Tensor) -> None:
 
 
 def have_values(values: Iterable[Any]) -> bool:
-    """Return whether the values of all of these numbers are known."""
+    """Return whether all of these numbers have a value."""
     return all(map(has_value, values))
 
 
 def read(value: Any, otherwise: float) -> float:
-    """Return a number as a float, or `otherwise` where it is a tensor without a value."""
+    """Return a number as a float, or `otherwise` if it has no value."""
     if not isinstance(value, Tensor):
         return float(value)
     if not has_value(value):
@@ -77,7 +76,7 @@ def read(value: Any, otherwise: float) -> float:
 
 
 def items_of(value: Any) -> tuple[Any, ...] | None:
-    """Return what a sequence has; None where the object is none, as a number of numpy is not."""
+    """Return the items of a sequence; None for anything else, such as one of numpy's numbers."""
     if not hasattr(value, "__getitem__") or isinstance(value, (str, dict)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Weights: what an update is applied to, a parameter or the float32 master that its state keeps."""
+"""Weights: what updates apply to, a parameter or the float32 master in its state."""
 
 from typing import Any
 
@@ -21,28 +21,31 @@ class Masters:
         return torch.float32
 
     def new(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
-        """Return the ``master_param`` of a parameter with its present value, if it is to have one.
+        """Return a new ``master_param`` with the parameter's value, if it should have one.
 
         It may be the parameter itself.
         """
         return param.detach().to(torch.float32) if has_master(group, param) else None
 
     def is_computed(self, group: dict[str, Any], param: Tensor) -> bool:
-        """Return whether `read` has to compute the weight, as a new tensor."""
+        """Return whether `read` computes the weight, as a new tensor."""
         return False
 
     def read(self, member: Member) -> Tensor:
-        """Return a parameter's weight, this process's shard of it.
+        """Return this process's shard of a parameter's weight.
 
-        It is the memory of the master or of the parameter, unless it has to be computed.
+        It is a view of the master or of the parameter, unless it has to be computed.
         """
         master = master_of(member)
         return as_local(member.param if master is None else master)
 
     def write(self, member: Member, weight: Tensor, is_still: Tensor | None = None) -> None:
-        """Store a weight that `read` returned, once it was modified, and round it to the parameter.
+        """Store a modified weight that `read` returned, and round it to the parameter.
 
-        Where `is_still`, of one element, is true, the parameter is unchanged, bit for bit.
+        Args:
+            member: The parameter.
+            weight: The weight.
+            is_still: A tensor of one element. If it is true, nothing is stored.
         """
         if master_of(member) is not None:
             param = as_local(member.param)
@@ -55,7 +58,7 @@ def has_master(group: dict[str, Any], param: Tensor) -> bool:
 
 
 def master_of(member: Member) -> Tensor | None:
-    """Return the state that is a parameter's master, or the remainder of one."""
+    """Return a parameter's master, or the remainder of it, from its state."""
     return member.state.get(MASTER) if has_master(member.group, member.param) else None
 
 
@@ -64,7 +67,7 @@ def check_master_dtype(is_remainder: bool, master: Tensor) -> None:
         raise TypeError(
             f"a master_param has dtype {master.dtype}, but this optimizer stores"
             f" {'int16 remainders' if is_remainder else 'float32 masters'}:"
-            " store_param_remainders has to be as where it was saved"
+            " set store_param_remainders as it was when the state was saved"
         )
 
 

@@ -5,27 +5,10 @@ from typing import TypeVar
 
 from torch.optim import Optimizer
 
-from .scalar_optimizers import (
-    Adam,
-    AdamW,
-    AdEMAMix,
-    LaProp,
-    Lion,
-    Signum,
-    SimplifiedAdEMAMix,
-)
-
 _OptimizerClass = TypeVar("_OptimizerClass", bound=type[Optimizer])
 
-_CLASSES: dict[str, type[Optimizer]] = {
-    "adam": Adam,
-    "adamw": AdamW,
-    "ademamix": AdEMAMix,
-    "laprop": LaProp,
-    "lion": Lion,
-    "signum": Signum,
-    "sim_ademamix": SimplifiedAdEMAMix,
-}
+# In the order of registration. The optimizers of this package register themselves.
+_CLASSES: dict[str, type[Optimizer]] = {}
 
 
 def register_optimizer(name: str) -> Callable[[_OptimizerClass], _OptimizerClass]:
@@ -56,15 +39,25 @@ def register_optimizer(name: str) -> Callable[[_OptimizerClass], _OptimizerClass
     return register
 
 
+def get_optimizer_names() -> list[str]:
+    """Return all registered names, in alphabetical order.
+
+    Example:
+        >>> from emerging_optimizers.registry import get_optimizer_names
+        >>> "lion" in get_optimizer_names()
+        True
+    """
+    return sorted(_CLASSES)
+
+
 def get_optimizer_cls(name: str) -> type[Optimizer]:
     """Return the class that is registered under a name.
 
     Args:
-        name: "adam", "adamw", "ademamix", "laprop", "lion", "signum", "sim_ademamix", or one that
-            was registered.
+        name: The name, such as "adamw". The error for an unknown name lists all.
 
     Raises:
-        ValueError: No class has the name.
+        ValueError: No class is registered under the name.
 
     Example:
         >>> from emerging_optimizers.registry import get_optimizer_cls
@@ -72,5 +65,7 @@ def get_optimizer_cls(name: str) -> type[Optimizer]:
         'Lion'
     """
     if name not in _CLASSES:
-        raise ValueError(f"no optimizer is named {name!r}; there are {', '.join(sorted(_CLASSES))}")
+        raise ValueError(
+            f"no optimizer is named {name!r}; there are {', '.join(get_optimizer_names())}"
+        )
     return _CLASSES[name]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import METHODS, SETUPS, VARIANTS, make_grads, make_params
+from optimizers import MEGATRON, METHODS, SETUPS, VARIANTS, make_grads, make_params
 from processes import launch
 from torch import Tensor, nn
 from torch.distributed import checkpoint
@@ -108,8 +108,7 @@ def _cases() -> dict[str, Case]:
     add("Signum, tensor lr", Signum, lr=torch.tensor(0.01), nesterov=True)
 
     remainders = {"master_weights": True, "store_param_remainders": True}
-    for name in ("FusedAdam", "AdEMAMix", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix"):
-        make = getattr(megatron, name)
+    for name, make in MEGATRON.items():
         add(f"megatron.{name}", make, weight_decay=0.1)
         add(f"megatron.{name}, masters", make, half, master_weights=True)
         add(f"megatron.{name}, remainders", make, half, **remainders)

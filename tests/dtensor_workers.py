@@ -118,7 +118,7 @@ def without_native() -> AbstractContextManager[Any]:
 def update_dtensors(rank: int, folder: Path) -> None:
     """The functions on DTensors: bits as on one process, placements of the states."""
     for rule in RULES.values():
-        case = rule.usual | ({"use_shape_scaling": True} if rule.name == "signum" else {})
+        case = rule.usual | ({"use_shape_scaling": True} if rule.has_shape_scaling else {})
         for way in (nullcontext, without_native):
             for form in ("list", "single", "out", "out is grad"):
                 for otherwise in (False, True):
@@ -225,7 +225,7 @@ def refuse_dtensors(rule: Rule) -> None:
     states = [other] * len(rule.states)
     with pytest.raises(ValueError, match=f"^{rule.states[0]} is on "):
         rule.function(grad, *states, **rule.usual)
-    if rule.name == "signum":
+    if rule.has_shape_scaling:
         flat = place(torch.rand(4), line, [Shard(0)])
         with pytest.raises(ValueError, match="grad has 1 dim"):
             rule.function(flat, flat.clone(), **rule.usual, use_shape_scaling=True)

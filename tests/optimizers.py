@@ -11,16 +11,7 @@ from oracle import RULES, Array, Rule
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import (
-    Adam,
-    AdamW,
-    AdEMAMix,
-    LaProp,
-    Lion,
-    ScalarOptimizer,
-    Signum,
-    SimplifiedAdEMAMix,
-)
+from emerging_optimizers import ScalarOptimizer, megatron, scalar_optimizers
 
 METHODS = ("decoupled", "independent", "l2", "palm")
 
@@ -46,59 +37,26 @@ class Setup:
         return self.name
 
 
-def _setup(
-    cls: type[ScalarOptimizer], rule: str, case: Mapping[str, Any], name: str = "", **arguments: Any
-) -> Setup:
-    return Setup(f"{cls.__name__} {name}".strip(), cls, RULES[rule], case, arguments)
-
-
-_ADAM = {"betas": (0.9, 0.999), "correct_bias": True, "use_nesterov": False, "eps": 1e-8}
-_ADEMAMIX = {
-    "betas": (0.9, 0.999, 0.9999),
-    "eps": 1e-8,
-    "correct_bias": True,
-    "alpha": 5.0,
-    "num_beta_slow_warmup_steps": None,
-    "num_alpha_warmup_steps": None,
-}
-_SIM = {
-    "betas": (0.9999, 0.999),
-    "eps": 1e-8,
-    "correct_bias": True,
-    "alpha": 2.0,
-    "num_beta_fast_warmup_steps": None,
-    "min_beta_fast": 0.9,
-}
-_LAPROP = {"betas": (0.9, 0.999), "correct_bias": True, "eps": 1e-8}
-_SIGNUM = {"momentum_beta": 0.9, "correct_bias": True, "use_nesterov": False}
-_WARM = {"num_beta_slow_warmup_steps": 3, "num_alpha_warmup_steps": 4, "alpha": 2.0}
-_SIM_WARM = {"num_beta_fast_warmup_steps": 3, "min_beta_fast": 0.5, "alpha": 1.0}
-
-# One of each class, with its defaults.
-SETUPS = [
-    _setup(Adam, "adam", _ADAM),
-    _setup(AdamW, "adam", _ADAM),
-    _setup(AdEMAMix, "ademamix", _ADEMAMIX),
-    _setup(LaProp, "laprop", _LAPROP),
-    _setup(Lion, "lion", {"momentum_beta": 0.9, "momentum_beta2": 0.99}),
-    _setup(Signum, "signum", _SIGNUM),
-    _setup(SimplifiedAdEMAMix, "sim_ademamix", _SIM),
+_ALL = [
+    Setup(
+        f"{row.cls} {row.label}".strip(),
+        getattr(scalar_optimizers, row.cls),
+        rule,
+        row.case,
+        row.arguments,
+    )
+    for rule in RULES.values()
+    for row in rule.optimizers
 ]
-VARIANTS = [
-    _setup(Adam, "adam", _ADAM | {"use_nesterov": True}, "nesterov", nesterov=True),
-    _setup(Adam, "adam", _ADAM | {"correct_bias": False}, "uncorrected", correct_bias=False),
-    _setup(AdEMAMix, "ademamix", _ADEMAMIX | _WARM, "warm-up", **_WARM),
-    _setup(LaProp, "laprop", _LAPROP | {"correct_bias": False}, "uncorrected", correct_bias=False),
-    _setup(Signum, "signum", _SIGNUM | {"use_nesterov": True}, "nesterov", nesterov=True),
-    _setup(
-        Signum,
-        "signum",
-        _SIGNUM | {"use_shape_scaling": True},
-        "shape scaling",
-        use_shape_scaling=True,
-    ),
-    _setup(SimplifiedAdEMAMix, "sim_ademamix", _SIM | _SIM_WARM, "warm-up", **_SIM_WARM),
-]
+# One of each class, with its defaults; and others.
+SETUPS = [setup for setup in _ALL if not setup.arguments]
+VARIANTS = [setup for setup in _ALL if setup.arguments]
+# The classes for Megatron-Core, by name.
+MEGATRON: dict[str, type[megatron.MegatronMixin]] = {
+    name: getattr(megatron, name)
+    for name in megatron.__all__
+    if name[0].isupper() and name != "MegatronMixin"
+}
 every_optimizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
 every_variant = pytest.mark.parametrize("setup", SETUPS + VARIANTS, ids=str)
 
@@ -120,7 +78,7 @@ class Trajectory:
 
     def step(self, grad: Array) -> None:
         self.count += 1
-        step = {} if self.setup.rule.name == "lion" else {"step": self.count}
+        step = {"step": self.count} if self.setup.rule.has_step else {}
         if self.method == "l2":
             grad = grad + self.weight_decay * self.param
         expected = self.setup.rule.oracle(grad, *self.states, **self.setup.case, **step)

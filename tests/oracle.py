@@ -1,14 +1,15 @@
-"""The six rules in float64, and the table of rules that the other tests are crossed with.
+"""The rules in float64, and the table of rules that the other tests are crossed with.
 
 The formulas are written from the papers' equations, in their order, on NumPy arrays: they share
-nothing with the compiled rules or with the plain PyTorch formulas that they judge. Each is
+nothing with the compiled rules or with the PyTorch formulas that they judge. Each is
 evaluated twice, on the operands and on their absolute values; the second is the *size of the terms*
 in which the error of a sum is measured, so that cancellation is not held against the arithmetic.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,15 +237,36 @@ def signum(
 
 
 @dataclass(frozen=True)
+class Optimizer:
+    """An optimizer class, and the hyperparameters that its rule's oracle takes for it.
+
+    Args:
+        cls: The name of the class.
+        case: The hyperparameters, but for `step`. Without arguments, they test its defaults.
+        label: What `arguments` are about.
+        arguments: Arguments of the class that differ from its defaults.
+    """
+
+    cls: str
+    case: Mapping[str, Any]
+    label: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Rule:
     """A row of the table: a public function, what it should compute, and how it may be called.
 
     Args:
         name: Stem of everything that belongs to the rule.
         function: The public function.
-        oracle: The same in float64: ``oracle(grad, *states, **case)``.
-        states: Names of the states, in order.
+        oracle: The same in float64: ``oracle(grad, *states, **case)``. Its keyword-only arguments
+            are the hyperparameters, in the order in which the function takes them.
+        states: Names of the states, in order. One that ends in ``_sq`` is never negative.
         cases: Hyperparameters as keyword arguments. The first case is the usual one.
+        optimizers: The optimizer classes, each with its defaults, and then with other arguments.
+        is_sign: Whether the update is a sign.
+        same_as: A hyperparameter that may be None, and the one whose value it then takes.
     """
 
     name: str
@@ -252,17 +274,44 @@ class Rule:
     oracle: Callable[..., Expected]
     states: tuple[str, ...]
     cases: Mapping[str, dict[str, Any]]
+    optimizers: Sequence[Optimizer] = ()
+    is_sign: bool = False
+    same_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def usual(self) -> dict[str, Any]:
         return next(iter(self.cases.values()))
 
     @property
-    def is_sign(self) -> bool:
-        return self.name in ("lion", "signum")
+    def hyperparameters(self) -> list[str]:
+        return inspect.getfullargspec(self.oracle).kwonlyargs
+
+    @property
+    def has_step(self) -> bool:
+        return "step" in self.hyperparameters
+
+    @property
+    def has_shape_scaling(self) -> bool:
+        return "use_shape_scaling" in self.hyperparameters
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The hyperparameters that the public function has defaults for."""
+        return dict(inspect.getfullargspec(self.oracle).kwonlydefaults or {})
+
+    def complete(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """A case with values for all hyperparameters, as formulas and operators take it."""
+        values = self.defaults | dict(case)
+        same = {a: values[b] for a, b in self.same_as.items() if values[a] is None}
+        return values | same
 
     def __str__(self) -> str:
         return self.name
+
+
+def is_square(state: str) -> bool:
+    """Whether a state of this name averages squares, and is never negative."""
+    return state.endswith("_sq")
 
 
 def needs_matrix(case: Mapping[str, Any]) -> bool:
@@ -270,10 +319,15 @@ def needs_matrix(case: Mapping[str, Any]) -> bool:
 
 
 def _rule(
-    name: str, oracle: Callable[..., Expected], states: str, cases: Mapping[str, dict[str, Any]]
+    name: str,
+    oracle: Callable[..., Expected],
+    states: str,
+    cases: Mapping[str, dict[str, Any]],
+    optimizers: Sequence[Optimizer],
+    **others: Any,
 ) -> Rule:
     function = getattr(scalar_optimizers, f"calculate_{name}_update")
-    return Rule(name, function, oracle, tuple(states.split()), cases)
+    return Rule(name, function, oracle, tuple(states.split()), cases, optimizers, **others)
 
 
 _ADAM = {
@@ -304,6 +358,30 @@ _SIM_ADEMAMIX = {
 _LAPROP = {"correct_bias": True, "betas": (0.9, 0.999), "step": 10, "eps": 1e-8}
 _SIGNUM = {"momentum_beta": 0.9, "correct_bias": True, "use_nesterov": False, "step": 10}
 
+_ADAM_DEFAULTS = {"betas": (0.9, 0.999), "correct_bias": True, "use_nesterov": False, "eps": 1e-8}
+_ADEMAMIX_DEFAULTS = {
+    "betas": (0.9, 0.999, 0.9999),
+    "eps": 1e-8,
+    "correct_bias": True,
+    "alpha": 5.0,
+    "num_beta_slow_warmup_steps": None,
+    "num_alpha_warmup_steps": None,
+}
+_SIM_DEFAULTS = {
+    "betas": (0.9999, 0.999),
+    "eps": 1e-8,
+    "correct_bias": True,
+    "alpha": 2.0,
+    "num_beta_fast_warmup_steps": None,
+    "min_beta_fast": 0.9,
+}
+_LAPROP_DEFAULTS = {"betas": (0.9, 0.999), "correct_bias": True, "eps": 1e-8}
+_SIGNUM_DEFAULTS = {"momentum_beta": 0.9, "correct_bias": True, "use_nesterov": False}
+_UNCORRECTED = {"correct_bias": False}
+_WARM_UP = {"num_beta_slow_warmup_steps": 3, "num_alpha_warmup_steps": 4, "alpha": 2.0}
+_SIM_WARM_UP = {"num_beta_fast_warmup_steps": 3, "min_beta_fast": 0.5, "alpha": 1.0}
+_SCALED = {"use_shape_scaling": True}
+
 _TABLE = [
     _rule(
         "adam",
@@ -323,6 +401,14 @@ _TABLE = [
             "nesterov zero betas": _ADAM | {"use_nesterov": True, "betas": (0.0, 0.0)},
             "betas near 1": _ADAM | {"betas": (0.9999, 0.99999), "step": 2, "eps": 1e-15},
         },
+        [
+            Optimizer("Adam", _ADAM_DEFAULTS),
+            Optimizer("AdamW", _ADAM_DEFAULTS),
+            Optimizer(
+                "Adam", _ADAM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
+            ),
+            Optimizer("Adam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+        ],
     ),
     _rule(
         "ademamix",
@@ -351,6 +437,10 @@ _TABLE = [
             "negative alpha": _ADEMAMIX | {"alpha": -3.5},
             "zero alpha": _ADEMAMIX | {"alpha": 0.0},
         },
+        [
+            Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS),
+            Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS | _WARM_UP, "warm-up", _WARM_UP),
+        ],
     ),
     _rule(
         "sim_ademamix",
@@ -371,6 +461,10 @@ _TABLE = [
             "negative alpha": _SIM_ADEMAMIX | {"alpha": -3.5},
             "zero alpha": _SIM_ADEMAMIX | {"alpha": 0.0},
         },
+        [
+            Optimizer("SimplifiedAdEMAMix", _SIM_DEFAULTS),
+            Optimizer("SimplifiedAdEMAMix", _SIM_DEFAULTS | _SIM_WARM_UP, "warm-up", _SIM_WARM_UP),
+        ],
     ),
     _rule(
         "laprop",
@@ -386,6 +480,10 @@ _TABLE = [
             "zero betas": _LAPROP | {"betas": (0.0, 0.0)},
             "zero first beta": _LAPROP | {"betas": (0.0, 0.99), "eps": 1e-3},
         },
+        [
+            Optimizer("LaProp", _LAPROP_DEFAULTS),
+            Optimizer("LaProp", _LAPROP_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+        ],
     ),
     _rule(
         "lion",
@@ -398,6 +496,9 @@ _TABLE = [
             "zero betas": {"momentum_beta": 0.0, "momentum_beta2": 0.0},
             "betas near 1": {"momentum_beta": 0.9999, "momentum_beta2": 0.99999},
         },
+        [Optimizer("Lion", {"momentum_beta": 0.9, "momentum_beta2": 0.99})],
+        is_sign=True,
+        same_as={"momentum_beta2": "momentum_beta"},
     ),
     _rule(
         "signum",
@@ -416,6 +517,14 @@ _TABLE = [
             "shape scaling": _SIGNUM | {"use_shape_scaling": True},
             "nesterov shape scaling": _SIGNUM | {"use_nesterov": True, "use_shape_scaling": True},
         },
+        [
+            Optimizer("Signum", _SIGNUM_DEFAULTS),
+            Optimizer(
+                "Signum", _SIGNUM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
+            ),
+            Optimizer("Signum", _SIGNUM_DEFAULTS | _SCALED, "shape scaling", _SCALED),
+        ],
+        is_sign=True,
     ),
 ]
 

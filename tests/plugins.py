@@ -1,5 +1,7 @@
 """Compiles rules to shared libraries, as the package's are compiled."""
 
+import dataclasses
+import re
 import subprocess
 import sysconfig
 from collections.abc import Sequence
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-from test_plain import complete, rule_of
+from test_plain import rule_of
 
 from emerging_optimizers import _build
 from emerging_optimizers._native import native
@@ -16,15 +18,6 @@ from emerging_optimizers._rule import Rule
 _TESTS = Path(__file__).parent
 CSRC = _TESTS.parent / "csrc"
 IS_EMULATED = native is not None and native.__name__ == "emulated_cuda"
-# The structs of the package's rules.
-STRUCTS = {
-    "adam": "Adam",
-    "ademamix": "AdEMAMix",
-    "laprop": "LaProp",
-    "lion": "Lion",
-    "signum": "Signum",
-    "sim_ademamix": "SimplifiedAdEMAMix",
-}
 _KERNELS = """
 #include "enqueue_on_host.h"
 #define EMOPT_CUDA_WITH(Rule, Epilogue, Real)                                                 \\
@@ -78,7 +71,7 @@ def library_path(folder: Path, name: str) -> Path:
 def load_copies(folder: Path) -> dict[str, Rule]:
     """Compile the package's rules under other names; return them by their usual names."""
     headers = []
-    for name in STRUCTS:
+    for name in oracle.RULES:
         text = (CSRC / "rules" / f"{name}.h").read_text()
         assert text.count(f'kName = "{name}"') == 1
         header = folder / f"copy_of_{name}.h"
@@ -86,11 +79,21 @@ def load_copies(folder: Path) -> dict[str, Rule]:
         headers.append(header.name)
     # Not -O3, to save time; the bits do not depend on it.
     path = library_path(folder, "copies")
-    compile_rules(headers, list(STRUCTS.values()), path, "-O1", has_kernels=IS_EMULATED)
+    structs = [struct_of(name) for name in oracle.RULES]
+    compile_rules(headers, structs, path, "-O1", has_kernels=IS_EMULATED)
     assert native is not None
-    for struct in STRUCTS.values():
+    for struct in structs:
         native._load_rule(str(path), struct)
-    return {name: plugin_of(rule_of(name)) for name in STRUCTS}
+    return {name: plugin_of(rule_of(name)) for name in oracle.RULES}
+
+
+def struct_of(name: str) -> str:
+    """Return the struct of a rule, as its header names it."""
+    text = (CSRC / "rules" / f"{name}.h").read_text()
+    (struct,) = re.findall(
+        rf'struct (\w+) {{\s*static constexpr const char\* kName = "{name}";', text
+    )
+    return str(struct)
 
 
 def plugin_of(rule: Rule) -> Rule:
@@ -102,7 +105,7 @@ def as_row(plugin: Rule, row: oracle.Rule) -> oracle.Rule:
     enter = plugin.entry_point()
 
     def function(*tensors: Any, out: Any = None, **case: Any) -> Any:
-        values = complete(case, row)
+        values = row.complete(case)
         return enter(*tensors, *(values[name] for name in plugin.options), out)
 
-    return oracle.Rule(row.name, function, row.oracle, row.states, row.cases)
+    return dataclasses.replace(row, function=function)

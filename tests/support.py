@@ -12,7 +12,7 @@ import interpreters
 import numpy as np
 import pytest
 import torch
-from oracle import RULES, Array, Expected, Rule, Value
+from oracle import RULES, Array, Expected, Rule, Value, is_square
 from torch import Tensor
 
 import emerging_optimizers
@@ -152,7 +152,7 @@ def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> 
     states = []
     for name, dtype in zip(rule.states, mix.of(rule), strict=True):
         state = normal() * magnitude
-        if name == "exp_avg_sq":
+        if is_square(name):
             state = (state * state).clamp_(max=torch.finfo(_F16).max / 2)
             state.view(-1)[5::13] = 0
         else:
@@ -172,7 +172,7 @@ def with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
     for name, tensor in zip(("grad", *rule.states), operands, strict=True):
         specials = torch.tensor(_SPECIALS, dtype=torch.float64).to(tensor.dtype)
         chosen = specials[torch.randint(len(specials), tensor.shape, generator=generator)]
-        if name == "exp_avg_sq":
+        if is_square(name):
             chosen = chosen.abs()
         is_special = torch.rand(tensor.shape, generator=generator) < 0.2
         tensor.copy_(torch.where(is_special, chosen, tensor))

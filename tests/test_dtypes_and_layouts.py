@@ -228,5 +228,5 @@ def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
 def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
     param.grad = torch.ones(3, dtype=torch.complex64)
-    with pytest.raises(RuntimeError, match="the parameter is conjugated lazily"):
+    with pytest.raises(RuntimeError, match="the parameter is a lazily conjugated view"):
         setup.make([param], fused=fused).step()

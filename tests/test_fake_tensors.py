@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import SETUPS, VARIANTS, assert_same, contents, make_params, run
+from optimizers import MEGATRON, SETUPS, VARIANTS, assert_same, contents, make_params, run
 from oracle import Rule
 from support import MIXES, Mix, Operands, call, every_rule, make_operands
 from test_plain import needs_native
@@ -23,10 +23,6 @@ Make = Callable[..., torch.optim.Optimizer]
 # Each class, and each option that changes how a class steps.
 MAKES: dict[str, Make] = {str(setup): setup.make for setup in [*SETUPS, *VARIANTS]}
 MAKES["LaProp frob"] = lambda p, **options: LaProp(p, frob_normalize=True, **options)
-MEGATRON: dict[str, Make] = {
-    name: getattr(megatron, name)
-    for name in ("AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix")
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "fused": {"fused": True},

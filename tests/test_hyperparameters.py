@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from optimizers import SETUPS, assert_same, contents, make_params, run, set_grads
+from optimizers import MEGATRON, SETUPS, assert_same, contents, make_params, run, set_grads
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
@@ -20,11 +20,7 @@ from emerging_optimizers._checkpoint import KEPT_ON_LOAD
 from emerging_optimizers._hyperparameters import Beta
 from emerging_optimizers._rule import Rule
 
-MEGATRON = [getattr(megatron, name) for name in megatron.__all__ if name[0].isupper()]
-CLASSES = [
-    *(setup.cls for setup in SETUPS),
-    *(cls for cls in MEGATRON if cls is not megatron.MegatronMixin),
-]
+CLASSES = [*(setup.cls for setup in SETUPS), *MEGATRON.values()]
 NAN = math.nan
 NO_OPTIONS = ("bias_correction", "foreach", "state_dtype")  # of the classes in `megatron`
 TEXT = "; convert it with float()"

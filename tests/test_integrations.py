@@ -130,14 +130,12 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 
 
 def _scheduled(setup: Setup, group: dict[str, Any]) -> Setup:
-    """The setup with the current betas or momentum of a group."""
-    if "momentum" in group:
-        now = {"momentum_beta": group["momentum"]}
-    elif "betas" in setup.case:
-        now = {"betas": tuple(group["betas"])}
-    else:
-        now = dict(zip(("momentum_beta", "momentum_beta2"), group["betas"], strict=True))
-    return dataclasses.replace(setup, case={**setup.case, **now})
+    """The setup with the current hyperparameters of a group."""
+    now = {}
+    for name in setup.case:
+        key = setup.cls._renamed.get(name, name)
+        now[name] = group[key] if isinstance(key, str) else group[key[0]][key[1]]
+    return dataclasses.replace(setup, case=now)
 
 
 @every_optimizer

@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import SETUPS, assert_same, contents, make_params, set_grads
+from optimizers import MEGATRON, SETUPS, assert_same, contents, make_params, set_grads
 from torch import Tensor
 
 from emerging_optimizers import AdamW, LaProp, ScalarOptimizer, Signum, megatron
 from emerging_optimizers._native import native
 
-NAMES = [name for name in megatron.__all__ if name[0].isupper() and name != "MegatronMixin"]
-CLASSES: list[Any] = [
-    *(setup.cls for setup in SETUPS),
-    *(getattr(megatron, name) for name in NAMES),
-]
+CLASSES: list[Any] = [*(setup.cls for setup in SETUPS), *MEGATRON.values()]
 every_class = pytest.mark.parametrize(
     "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
 )
@@ -246,7 +242,7 @@ def test_no_native_step(cls: Any, named: bool) -> None:
     before = contents(optimizer)
     set_param(torch.ones(3, 8)[:, ::2])(optimizer, None)
     label = "param_groups[1]['params'][1]" + (" ('encoder.weight')" if named else "")
-    message = f"fused=True, but {cls.__name__} has no native step for {label}; fused=None takes"
+    message = f"fused=True, but {cls.__name__} has no native step for {label}; fused=None uses"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
         optimizer.step()
     assert_same(contents(optimizer)[: len(before) // 3 * 2], before[: len(before) // 3 * 2])

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from optimizers import SETUPS, VARIANTS, Setup
-from oracle import RULES
+from oracle import RULES, is_square
 from support import to_numpy
 from torch.nn import Parameter
 
 from emerging_optimizers import Adam, megatron
 
-HAS_SQUARE = [s for s in SETUPS + VARIANTS if s.states[-1] == "exp_avg_sq"]
+HAS_SQUARE = [s for s in SETUPS + VARIANTS if is_square(s.states[-1])]
 every_square = pytest.mark.parametrize("setup", HAS_SQUARE, ids=str)
 
 
-@pytest.mark.parametrize("name", [n for n, r in RULES.items() if r.states[-1] == "exp_avg_sq"])
+@pytest.mark.parametrize("name", [n for n, r in RULES.items() if is_square(r.states[-1])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_of_a_large_gradient(name: str, dtype: torch.dtype) -> None:
     """The state is finite if the weighted square is; the first update has size 1."""

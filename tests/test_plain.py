@@ -10,17 +10,17 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from oracle import RULES, Rule
+from oracle import RULES, Rule, is_square
 from support import (
     DTYPES,
     LAYOUT_SHAPE,
     LAYOUTS,
     MIXES,
-    Case,
     Layout,
     Mix,
     Operands,
@@ -54,14 +54,6 @@ def formula_of(rule: Rule) -> Callable[..., Tensor]:
     return rule_of(rule.name).formula
 
 
-def complete(case: Case, rule: Rule) -> dict[str, Any]:
-    """A case with the public function's defaults, as formulas and operators need it."""
-    values = {"use_shape_scaling": False} | dict(case) if rule.name == "signum" else dict(case)
-    if values.get("momentum_beta2", 0) is None:
-        values["momentum_beta2"] = values["momentum_beta"]
-    return values
-
-
 # ---- the formulas --------------------------------------------------------------------------------
 
 
@@ -71,7 +63,7 @@ def test_formula(rule: Rule, case_name: str, dtype: torch.dtype) -> None:
     case = rule.cases[case_name]
     operands = make_operands(rule, (5, 670), Mix(dtype, (dtype, dtype, dtype)))
     before = operands.clone()
-    update = formula_of(rule)(*operands, **complete(case, rule))
+    update = formula_of(rule)(*operands, **rule.complete(case))
     assert_close_to_oracle(rule, case, before, update, operands.states, case_name)
     assert_equal_bits(operands.grad, before.grad, "grad")
 
@@ -111,14 +103,14 @@ def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
                 ]
             else:
                 updates = [out] if isinstance(out, Tensor) else list(out)
-            values = complete(case, rule)
+            values = rule.complete(case)
             options = [values[name] for name in hyperparameters]
             operator.redispatch(elsewhere, updates, *lists, *options)
             if out is not None:
                 return out
             return updates[0] if is_single else updates
 
-        return Rule(rule.name, function, rule.oracle, rule.states, rule.cases)
+        return replace(rule, function=function)
 
     return through_the_dispatcher
 
@@ -190,7 +182,7 @@ def test_fallback_specials(rule: Rule, mix: Mix, fallback: Fallback) -> None:
         grids = torch.meshgrid(*[specials] * (1 + len(rule.states)), indexing="ij")
         grad, *states = (grid.reshape(7, -1).clone() for grid in grids)
         states = [
-            (state.abs() if name == "exp_avg_sq" else state).to(dtype)
+            (state.abs() if is_square(name) else state).to(dtype)
             for name, state, dtype in zip(rule.states, states, mix.of(rule), strict=True)
         ]
         operands = Operands(grad.to(mix.grad), states)

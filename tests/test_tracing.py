@@ -46,11 +46,10 @@ def call_with_out(rule: Rule) -> Callable[..., Tensor]:
 
 def call_operator(rule: Rule) -> Callable[..., Tensor]:
     operator = getattr(torch.ops.emerging_optimizers, f"{rule.name}_update_")
-    options = {"use_shape_scaling": False} if rule.name == "signum" else {}
 
     def function(grad: Tensor, *states: Tensor) -> Tensor:
         update = torch.empty_like(grad)
-        operator([update], [grad], *([state] for state in states), **rule.usual, **options)
+        operator([update], [grad], *([state] for state in states), **rule.complete(rule.usual))
         return update
 
     return function

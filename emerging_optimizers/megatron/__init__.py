@@ -4,18 +4,10 @@
 rules' classes take their own arguments and those of :class:`MegatronMixin`.
 """
 
+from . import optimizers
 from .mixin import MegatronMixin
-from .optimizers import AdEMAMix, FusedAdam, LaProp, Lion, Signum, SimplifiedAdEMAMix
+from .optimizers import *  # noqa: F403
 from .remainders import merge_master, split_master
 
-__all__ = [
-    "AdEMAMix",
-    "FusedAdam",
-    "LaProp",
-    "Lion",
-    "MegatronMixin",
-    "Signum",
-    "SimplifiedAdEMAMix",
-    "merge_master",
-    "split_master",
-]
+__all__ = ["MegatronMixin", "merge_master", "split_master"]
+__all__ += optimizers.__all__

@@ -1,7 +1,6 @@
-"""The ``step`` of a group of :mod:`emerging_optimizers.megatron`, which counts for its parameters.
+"""The ``step`` of a group, which counts for all of its parameters; their counters follow it.
 
-It is an int as long as the host counts, and an int32 tensor on a device where counters are there.
-The parameters' counters follow it.
+It is an int, or an int32 tensor if steps are counted on a device.
 """
 
 from typing import Any
@@ -28,10 +27,10 @@ from .._values import check_has_value, read
 
 
 class GroupSteps(Counters):
-    """Counts the steps of a group; the counters in states follow."""
+    """Counts the steps of a group; the counters in its parameters' states follow."""
 
     def start(self, group: dict[str, Any]) -> Any:
-        """Return the count of a parameter whose state has none."""
+        """Return the count for a parameter whose state has no counter."""
         step = group.get("step")
         return 0 if is_absent(step) or _is_on_device(step) else step
 
@@ -42,7 +41,7 @@ class GroupSteps(Counters):
         return "step" in group and super().is_needed(group, rule)
 
     def may_have_begun(self, group: dict[str, Any]) -> bool:
-        """Return whether a group's states may be of earlier steps, so that none may be missing."""
+        """Return whether a group's states may be from earlier steps, and must be complete."""
         # Before the first step, Megatron-Core gives parameters an exp_avg and an exp_avg_sq.
         step = group.get("step", 0)
         return isinstance(step, Tensor) or step != 0
@@ -61,10 +60,10 @@ class GroupSteps(Counters):
             counter.fill_(step)
 
     def take_group_step(self, optimizer: torch.optim.Optimizer, members: list[Member]) -> None:
-        """Leave counters alone: `place` lets them follow the group."""
+        """Do nothing: `place` sets the counters to the group's step."""
 
     def settle(self, group: dict[str, Any], rule: GroupRule, states: list[dict[str, Any]]) -> None:
-        """Take the group's step from the loaded states, if it has none; remove their counters."""
+        """Set the group's step from the loaded states, if it has none; remove their counters."""
         begun = [state for state in states if is_begun(state, rule)]
         step = group.pop("step", None)
         if is_absent(step):
@@ -73,7 +72,7 @@ class GroupSteps(Counters):
             return
         group["step"] = int(read(step, 1))
         for state in begun:
-            # Megatron-Core copies what is in a state, and has no step to copy.
+            # Megatron-Core copies all that a state has, but has no step to copy.
             state.pop("step", None)
 
 
@@ -88,14 +87,14 @@ def _is_on_device(step: Any) -> bool:
 
 
 def read_steps(optimizer: BaseOptimizer, found_inf: Any) -> None:
-    """Bring all groups' steps into one of the two forms, and counters on devices up to them.
+    """Make all groups' steps ints or tensors on devices, and let counters on devices follow.
 
     Args:
-        optimizer: Its groups' steps may be whatever was put there.
-        found_inf: What a ``GradScaler`` says, if there is one.
+        optimizer: The optimizer. Users may have set its groups' steps to anything.
+        found_inf: The ``found_inf`` of a ``GradScaler``, or None.
     """
     if found_inf is None and all(map(_is_settled, optimizer.param_groups)):
-        return  # mostly so
+        return  # the usual case
     for i, group in enumerate(optimizer.param_groups):
         check_flags(optimizer, group, f"param_groups[{i}]")
     is_decided_there = isinstance(found_inf, Tensor) and found_inf.is_cuda
@@ -119,7 +118,7 @@ def read_steps(optimizer: BaseOptimizer, found_inf: Any) -> None:
 
 
 def count(optimizer: BaseOptimizer, found_inf: Tensor | None) -> None:
-    """Count a step of all groups, but for one that ``found_inf`` makes them skip."""
+    """Count a step of all groups, unless ``found_inf`` skipped it."""
     is_on_host = found_inf is None or not found_inf.is_cuda
     for group in optimizer.param_groups:
         step = group["step"]
@@ -134,12 +133,12 @@ def count(optimizer: BaseOptimizer, found_inf: Tensor | None) -> None:
             group["step"] = step + 1
             if is_on_host and has_native_step(optimizer, group):
                 continue
-            # The native step has counted for none of them, or not for those without a gradient.
+            # The native step has advanced no counters, or not those without a gradient.
             follow(optimizer, group, group["params"])
 
 
 def follow(optimizer: BaseOptimizer, group: dict[str, Any], params: list[Tensor]) -> None:
-    """Set parameters' counters to their group's step, where that is."""
+    """Set parameters' counters to their group's step, without moving them."""
     step = group["step"]
     counters = []
     for param in params:
@@ -162,7 +161,7 @@ def _is_settled(group: dict[str, Any]) -> bool:
 
 
 def _read(optimizer: BaseOptimizer, index: int, group: dict[str, Any]) -> Any:
-    """Return what a group's step says, or else the largest of its parameters' counters."""
+    """Return a group's step, or the largest of its parameters' counters if it is None."""
     step = group.get("step")
     if not is_absent(step):
         name = f"param_groups[{index}]['step']"
@@ -185,18 +184,18 @@ def _read(optimizer: BaseOptimizer, index: int, group: dict[str, Any]) -> Any:
 
 
 def _device_of(group: dict[str, Any], found_inf: Tensor | None) -> torch.device | None:
-    """Return where a group is counted, if not on the host."""
+    """Return the device that counts a group's steps; None for the host."""
     if group["params"]:
         device: torch.device = group["params"][0].device
         return device if device.type == "cuda" else None
-    # Its parameters are on other processes' devices, which count there.
+    # The group's parameters are in other processes, which count on their devices.
     if found_inf is not None:
         return found_inf.device
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def finish_state_dict(optimizer: BaseOptimizer, saved: dict[str, Any]) -> None:
-    """Put into a state dict what its groups' steps say: as ints, and as a counter of each state."""
+    """Write the groups' steps into a state dict: as ints, and as a counter in each state."""
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         step = group.get("step")
         if is_absent(step):

@@ -1,4 +1,4 @@
-"""What Megatron-Core expects of an optimizer, beside what ``torch.optim`` does."""
+"""What Megatron-Core expects of an optimizer beyond ``torch.optim``."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,44 +22,45 @@ from .remainders import Remainders, stores_remainder
 
 
 class MegatronMixin(ScalarOptimizer):
-    """What Megatron-Core expects of an optimizer, beside what ``torch.optim`` does.
+    """What Megatron-Core expects of an optimizer beyond ``torch.optim``.
 
-    Its distributed optimizer gives each process a part of a flat buffer: the parameters are then
-    views at any offset, which replace those that the optimizer was made with. Nothing is kept
-    between steps, so parameters, gradients and states may be replaced, and moved, at any time.
+    Megatron-Core's distributed optimizer gives each process a shard of a flat buffer. The
+    parameters are then views at any offset, and replace those that the optimizer was created
+    with. Nothing is cached between steps: parameters, gradients and states may be replaced or moved
+    at any time.
 
-    As in TransformerEngine, a group's ``step`` counts the steps of all its parameters, also of
-    those that have no gradient or are on other processes. It goes up by 1 at each step that no
-    ``found_inf`` skips, and may be set: to a number, or to None for the largest ``step`` of the
-    parameters' states. It is an int or, where steps are counted on a device, a tensor there. The
-    counters in states follow it; after a load, they are left out until the next step.
+    As in TransformerEngine, a group's ``step`` counts the steps of all its parameters, including
+    those without a gradient and those on other processes. Each step adds 1, unless ``found_inf``
+    skips it. You may set it to a number, or to None for the largest ``step`` in the states of its
+    parameters. It is an int, or a tensor if steps are counted on a device. The counters in the
+    states follow it at the next step; loading removes them until then.
 
-    A step makes the states of all parameters before it looks for gradients. So a master is the
-    value that its parameter had at the optimizer's first step, whether there was a gradient or not.
+    A step first completes the states of all parameters, with or without a gradient. So a master has
+    the value that its parameter had at the optimizer's first step.
 
     Args:
         params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
             optimizer.
-        *arguments: The rule's own.
-        master_weights: Keep a float32 master of each bfloat16 or float16 parameter in its state,
-            as ``master_param``; a float32 parameter is its own.
-        master_weight_dtype: ``torch.float32``; others are refused.
+        *arguments: Positional arguments of the rule's optimizer.
+        master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
+            state, as ``master_param``. A float32 parameter is its own master.
+        master_weight_dtype: Only ``torch.float32`` is supported.
         exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow``): ``torch.float32``,
-            ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. Others, such as
-            ``torch.uint8`` for FP8, are refused.
-        exp_avg_sq_dtype: That of ``exp_avg_sq``, likewise; of no effect where there is none.
-        use_decoupled_grad: Gradients are ``param.decoupled_grad``, of any floating-point dtype,
-            instead of ``param.grad``.
-        store_param_remainders: ``master_param`` of a bfloat16 parameter is the int16 remainder that
-            :func:`split_master` leaves. No effect without `master_weights`.
-        set_grad_none: Deprecated: what ``zero_grad`` does without an argument.
-        **options: The rule's own, and `maximize`, `fused` and `capturable` of
-            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. ``capturable=True``
-            also leaves it to the step to apply a ``GradScaler``'s numbers, as in TransformerEngine.
+            ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. FP8
+            (``torch.uint8``) is not supported.
+        exp_avg_sq_dtype: The dtype of ``exp_avg_sq``, if the rule has that state.
+        use_decoupled_grad: Read gradients, of any floating-point dtype, from
+            ``param.decoupled_grad`` instead of ``param.grad``.
+        store_param_remainders: Store as ``master_param`` of a bfloat16 parameter only the int16
+            remainder that :func:`split_master` leaves. No effect without `master_weights`.
+        set_grad_none: Deprecated. The default of ``zero_grad``'s argument.
+        **options: Keyword arguments of the rule's optimizer, including `maximize`, `fused` and
+            `capturable` of :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. As in
+            TransformerEngine, ``capturable=True`` also leaves it to ``step`` to apply a
+            ``GradScaler``'s scale and ``found_inf``.
 
     Raises:
-        ValueError: A dtype that is refused, named by its argument, or a hyperparameter out of
-            range.
+        ValueError: A dtype that is not supported, or a hyperparameter out of range.
     """
 
     _makes_all_states = True
@@ -106,7 +107,7 @@ class MegatronMixin(ScalarOptimizer):
         self.defaults["set_grad_none"] = set_grad_none
         if set_grad_none is not None:
             warnings.warn(
-                f"{type(self).__name__}(set_grad_none=...) is deprecated: say"
+                f"{type(self).__name__}(set_grad_none=...) is deprecated: use"
                 " zero_grad(set_to_none=...)",
                 DeprecationWarning,
                 stacklevel=3,
@@ -118,12 +119,15 @@ class MegatronMixin(ScalarOptimizer):
     # ---- states, one by one ----------------------------------------------------------------------
 
     def initialize_state(self, param: Tensor, store_param_remainders: bool | None = None) -> None:
-        """Give a parameter new states.
+        """Replace a parameter's state by a new one.
 
         Args:
-            param: One of the optimizer's.
-            store_param_remainders: Whether its ``master_param`` is a remainder. None: what the
-                optimizer was made with says; so must anything else.
+            param: One of the optimizer's parameters.
+            store_param_remainders: Whether its ``master_param`` is a remainder. Must be None, or
+                what the optimizer was created with.
+
+        Raises:
+            ValueError: Another value than the optimizer was created with.
         """
         group, index = self._place_of(param)
         is_remainder = stores_remainder(group, param)
@@ -139,12 +143,15 @@ class MegatronMixin(ScalarOptimizer):
     def get_unscaled_state(
         self, param: Tensor, state_name: str, skip_unscale: bool = False
     ) -> Tensor:
-        """Return a state as float32; counters, and remainders, as they are.
+        """Return one of a parameter's states as float32; counters and remainders as they are.
 
         Args:
-            param: One of the optimizer's.
+            param: One of the optimizer's parameters.
             state_name: The state's key.
-            skip_unscale: Return it as it is stored.
+            skip_unscale: Return the state in the dtype that it is stored in.
+
+        Raises:
+            KeyError: The parameter has no such state.
         """
         state = self.state.get(param, {})
         if state_name not in state:
@@ -159,15 +166,20 @@ class MegatronMixin(ScalarOptimizer):
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
-        """Write a state, rounded to the dtype that it is stored in.
+        """Set one of a parameter's states, rounded to the dtype that it is stored in.
 
         Args:
-            param: One of the optimizer's.
-            state_name: The state's key. If the parameter has no such state yet, it gets those that
-                it lacks.
-            unscaled_state: What ``get_unscaled_state`` returned. A remainder may come as float32,
-                too, but not a master where there is a remainder, or the other way round. What is no
-                tensor is no state and left: Megatron-Core 0.16 passes whether there is padding.
+            param: One of the optimizer's parameters.
+            state_name: The state's key. If the parameter does not have the state yet, its missing
+                states are created.
+            unscaled_state: What ``get_unscaled_state`` returned. A remainder may also be float32; a
+                master is refused where a remainder is stored, and vice versa. Anything but a tensor
+                is ignored: Megatron-Core 0.16 passes its padding flags, too.
+
+        Raises:
+            KeyError: The optimizer has no such state.
+            ValueError: A tensor of another shape.
+            TypeError: A master for a remainder, or a remainder for a master.
         """
         if not isinstance(unscaled_state, Tensor):
             return
@@ -195,7 +207,7 @@ class MegatronMixin(ScalarOptimizer):
         store(value, unscaled_state)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
-        """Give a group's parameters the states that they lack."""
+        """Create the missing states of a group's parameters."""
         for member in members_of(self, group):
             if not skip_non_grad_params or member.grad is not None:
                 complete(self, member)
@@ -208,24 +220,27 @@ class MegatronMixin(ScalarOptimizer):
         raise ValueError("the parameter is in none of the optimizer's groups")
 
     def _complete(self, group: dict[str, Any], index: int) -> dict[str, Any]:
-        """Give a parameter the states that it lacks; return all of them."""
+        """Create a parameter's missing states; return its state."""
         (member,) = members_of(self, group, [index])
         return complete(self, member).state
 
     # ---- gradients -------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Remove the gradients, ``decoupled_grad`` where those are used, or fill them with zeros.
+        """Set the gradients to None or to zero; of a group with `use_decoupled_grad`, those.
 
         Args:
-            set_to_none: Remove them. None: as `set_grad_none` said, or else True.
+            set_to_none: Set them to None. Defaults to `set_grad_none`, or else to True.
+
+        Raises:
+            ValueError: Another value than `set_grad_none`.
         """
         set_grad_none = self.defaults.get("set_grad_none")
         if set_grad_none is not None:
             if set_to_none not in (None, set_grad_none):
                 raise ValueError(
-                    f"zero_grad(set_to_none={set_to_none}), but the optimizer was made with"
-                    f" set_grad_none={set_grad_none}"
+                    f"zero_grad(set_to_none={set_to_none}), but the optimizer was created"
+                    f" with set_grad_none={set_grad_none}"
                 )
             set_to_none = set_grad_none
         if set_to_none is None:

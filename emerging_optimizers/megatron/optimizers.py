@@ -1,4 +1,4 @@
-"""The rules' optimizers under the names that Megatron-Core uses."""
+"""The optimizers, under the names that Megatron-Core uses."""
 
 from typing import ClassVar
 
@@ -6,40 +6,45 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .. import scalar_optimizers as rules
+from .._docstrings import fill_docstring
 from .._hyperparameters import read_flag
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
+__all__ = ["AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix"]
 
+
+@fill_docstring
 class FusedAdam(MegatronMixin, rules.Adam):
     """Adam with the arguments of TransformerEngine's ``FusedAdam``; on any device.
 
-    Differences from it: states have no scales, so FP8 states and float16 masters are refused, and
-    float16 averages are stored as they are. Each parameter has a counter ``step`` in its state,
-    which its ``load_state_dict`` does not know: what is saved here has to lose it first. What it
-    saved loads here.
+    Differences from TransformerEngine's: states have no scales, so FP8 states and float16 masters
+    are not supported, and float16 averages are stored unscaled. Each parameter's state has a
+    counter ``step``, which TransformerEngine's ``load_state_dict`` does not accept: remove it from
+    a checkpoint first. TransformerEngine's checkpoints load here as they are.
 
     Args:
-        params: Parameters, named parameters or parameter groups.
+        params: {params}
         lr: Learning rate.
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
-        eps: Added to the denominator; not negative.
-        weight_decay: Strength of the weight decay.
-        amsgrad: Refused.
-        bias_correction: Divide averages by what a constant 1 would have brought them to by now.
-        adam_w_mode: Decoupled weight decay. False: decay is added to the gradient.
-        capturable: Keep counters and the learning rates, as tensors, on the parameters' devices,
-            where CUDA graphs can capture a step.
-        master_weights: Keep float32 masters; this and the following as in :class:`MegatronMixin`.
-        master_weight_dtype: The masters' dtype.
+        eps: {eps}
+        weight_decay: {weight_decay}
+        amsgrad: Not supported; True raises a ValueError.
+        bias_correction: {correct_bias}
+        adam_w_mode: Decoupled weight decay. False: weight decay is added to the gradient.
+        capturable: Keep step counters, and learning rates as tensors, on the parameters' devices,
+            so that CUDA graphs can capture the step.
+        master_weights: Keep float32 master weights; see :class:`MegatronMixin`, also for the
+            following.
+        master_weight_dtype: The dtype of masters.
         exp_avg_dtype: The dtype of ``exp_avg``.
         exp_avg_sq_dtype: The dtype of ``exp_avg_sq``.
-        use_decoupled_grad: Read ``param.decoupled_grad``.
-        store_param_remainders: Store 16 bits of each bfloat16 parameter's master.
+        use_decoupled_grad: Read gradients from ``param.decoupled_grad``.
+        store_param_remainders: Store only the low 16 bits of each bfloat16 parameter's master.
         set_grad_none: Deprecated.
 
     Raises:
-        ValueError: A dtype that is refused, `amsgrad`, or a hyperparameter out of range.
+        ValueError: A dtype that is not supported, `amsgrad`, or a hyperparameter out of range.
 
     Example:
         >>> import torch
@@ -102,7 +107,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
             store_param_remainders=store_param_remainders,
             set_grad_none=set_grad_none,
         )
-        # Their name for it is TransformerEngine's alone.
+        # Groups have it as `bias_correction`.
         for group in (self.defaults, *self.param_groups):
             del group["correct_bias"]
         for group in self.param_groups:
@@ -114,10 +119,10 @@ class FusedAdam(MegatronMixin, rules.Adam):
 
 
 class AdEMAMix(MegatronMixin, rules.AdEMAMix):
-    """:class:`~emerging_optimizers.scalar_optimizers.AdEMAMix` for Megatron.
+    """:class:`~emerging_optimizers.scalar_optimizers.AdEMAMix` for Megatron-Core.
 
-    Its fast average is the state ``exp_avg``, which Megatron looks for. For the arguments that are
-    common to all, see :class:`MegatronMixin`.
+    The fast average is the state ``exp_avg``, which Megatron-Core expects. For the arguments that
+    all classes share, see :class:`MegatronMixin`.
 
     Example:
         >>> import torch
@@ -134,16 +139,31 @@ class AdEMAMix(MegatronMixin, rules.AdEMAMix):
 
 
 class LaProp(MegatronMixin, rules.LaProp):
-    """:class:`~emerging_optimizers.scalar_optimizers.LaProp`, as :class:`MegatronMixin` says."""
+    """:class:`~emerging_optimizers.scalar_optimizers.LaProp` with :class:`MegatronMixin`."""
 
 
 class Lion(MegatronMixin, rules.Lion):
-    """:class:`~emerging_optimizers.scalar_optimizers.Lion`, as :class:`MegatronMixin` says."""
+    """:class:`~emerging_optimizers.scalar_optimizers.Lion` with :class:`MegatronMixin`."""
 
 
 class Signum(MegatronMixin, rules.Signum):
-    """:class:`~emerging_optimizers.scalar_optimizers.Signum`, as :class:`MegatronMixin` says."""
+    """:class:`~emerging_optimizers.scalar_optimizers.Signum` with :class:`MegatronMixin`."""
 
 
 class SimplifiedAdEMAMix(MegatronMixin, rules.SimplifiedAdEMAMix):
-    """The class of that name in ``scalar_optimizers``, as :class:`MegatronMixin` says."""
+    """``scalar_optimizers.SimplifiedAdEMAMix`` with :class:`MegatronMixin`."""
+
+
+def _derive(cls: type[rules.ScalarOptimizer]) -> type:
+    """Return the class for Megatron-Core of a rule that needs only the mix-in."""
+    text = f":class:`~{rules.__name__}.{cls.__name__}` with :class:`MegatronMixin`."
+    return type(cls.__name__, (MegatronMixin, cls), {"__module__": __name__, "__doc__": text})
+
+
+# Rules without a class above. Those are there for type checkers, or because they differ.
+_named = {cls._rule for cls in MegatronMixin.__subclasses__()}
+for _name in rules.__all__:
+    _cls = getattr(rules, _name)
+    if hasattr(_cls, "_rule") and _cls._rule not in _named:
+        globals()[_name] = _derive(_cls)
+        __all__.append(_name)

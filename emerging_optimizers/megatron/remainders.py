@@ -1,4 +1,4 @@
-"""Float32 masters of bfloat16 parameters, stored as the 16 bits that the parameter lacks."""
+"""Float32 masters of bfloat16 parameters, stored as the 16 bits that the parameters lack."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from .._weights import Masters, as_local, master_of
 def split_master(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Store a float32 master as a bfloat16 parameter and the 16 bits that this leaves.
 
-    The parameter gets the high 16 bits, plus 1 where the low ones are 0x8000 or more, so it is the
-    nearest to the master, and of two the one away from zero. The remainder gets the low 16 bits.
-    This is how TransformerEngine stores them.
+    The parameter gets the high 16 bits, plus 1 where the low 16 bits are 0x8000 or more: it is the
+    master, rounded to nearest, ties away from zero. The remainder gets the low 16 bits. This is
+    TransformerEngine's encoding.
 
     Args:
         master: A float32 tensor. Every NaN in it becomes 0x7FC00000.
@@ -49,7 +49,7 @@ def merge_master(param: Tensor, remainder: Tensor, master: Tensor | None = None)
     """
     if master is None:
         master = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-    # What the parameter has too much, where it was rounded up, is what makes a remainder negative.
+    # Where the parameter was rounded up, it has 1 too much, and the remainder is negative.
     bits = master.view(torch.int32)
     store(bits, param.view(torch.int16))
     bits.mul_(0x10000).add_(remainder.to(torch.int32))
@@ -57,14 +57,14 @@ def merge_master(param: Tensor, remainder: Tensor, master: Tensor | None = None)
 
 
 class Remainders(Masters):
-    """Masters, or what is left of them beside a bfloat16 parameter, in states."""
+    """Keeps masters in states; of bfloat16 parameters only the remainders, where a group asks."""
 
     def dtype(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
         """Return the dtype of a parameter's state ``master_param``."""
         return torch.int16 if stores_remainder(group, param) else super().dtype(group, param)
 
     def new(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
-        """Return the ``master_param`` of a parameter with its present value, if it is to have one.
+        """Return a new ``master_param`` with the parameter's value, if it should have one.
 
         A float32 parameter is its own master.
         """
@@ -75,18 +75,18 @@ class Remainders(Masters):
         return super().new(group, param)
 
     def is_computed(self, group: dict[str, Any], param: Tensor) -> bool:
-        """Return whether `read` has to compute the weight, as a new tensor."""
+        """Return whether `read` computes the weight, as a new tensor."""
         return stores_remainder(group, param)
 
     def read(self, member: Member) -> Tensor:
-        """Return a parameter's weight, this process's shard of it."""
+        """Return this process's shard of a parameter's weight."""
         remainder = master_of(member)
         if remainder is None or not stores_remainder(member.group, member.param):
             return super().read(member)
         return merge_master(as_local(member.param), as_local(remainder))
 
     def write(self, member: Member, weight: Tensor, is_still: Tensor | None = None) -> None:
-        """Store a weight that `read` returned, once it was modified."""
+        """Store a modified weight that `read` returned."""
         remainder = master_of(member)
         if remainder is None or not stores_remainder(member.group, member.param):
             return super().write(member, weight, is_still)

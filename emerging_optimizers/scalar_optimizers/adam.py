@@ -12,6 +12,7 @@ from .._hyperparameters import Beta, NonNegative, Step, read_flag
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
+from ..registry import register_optimizer
 
 
 def _adam(
@@ -107,6 +108,7 @@ def calculate_adam_update(
     return _call(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps, out)
 
 
+@register_optimizer("adam")
 @fill_docstring
 class Adam(ScalarOptimizer):
     r"""Adam, as a ``torch.optim`` optimizer.
@@ -244,6 +246,7 @@ def _with_method(group: dict[str, Any]) -> dict[str, Any]:
     return translated
 
 
+@register_optimizer("adamw")
 @fill_docstring
 class AdamW(Adam):
     r"""Adam with decoupled weight decay, as a ``torch.optim`` optimizer.

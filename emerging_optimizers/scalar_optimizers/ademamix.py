@@ -11,6 +11,7 @@ from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction, check_half_life, half_life_warmup, linear_warmup
+from ..registry import register_optimizer
 
 
 def _ademamix(
@@ -132,6 +133,7 @@ def calculate_ademamix_update(
     )
 
 
+@register_optimizer("ademamix")
 @fill_docstring
 class AdEMAMix(ScalarOptimizer):
     r"""AdEMAMix, as a ``torch.optim`` optimizer.

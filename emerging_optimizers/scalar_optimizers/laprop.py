@@ -12,6 +12,7 @@ from .._norms import KEEP_NORMS
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction
+from ..registry import register_optimizer
 
 
 def _laprop(
@@ -93,6 +94,7 @@ def calculate_laprop_update(
     return _call(grad, exp_avg, exp_avg_sq, correct_bias, betas, step, eps, out)
 
 
+@register_optimizer("laprop")
 @fill_docstring
 class LaProp(ScalarOptimizer):
     r"""LaProp, as a ``torch.optim`` optimizer.

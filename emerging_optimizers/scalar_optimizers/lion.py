@@ -11,6 +11,7 @@ from .._docstrings import fill_docstring
 from .._hyperparameters import Beta
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
+from ..registry import register_optimizer
 
 
 def _lion(
@@ -79,6 +80,7 @@ def calculate_lion_update(
     return _call(grad, exp_avg, momentum_beta, momentum_beta2, out)
 
 
+@register_optimizer("lion")
 @fill_docstring
 class Lion(ScalarOptimizer):
     r"""Lion, as a ``torch.optim`` optimizer.

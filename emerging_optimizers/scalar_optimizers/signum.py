@@ -12,6 +12,7 @@ from .._hyperparameters import Beta, Step
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule, shape_scale
 from .._schedules import bias_correction
+from ..registry import register_optimizer
 
 
 def _signum(
@@ -102,6 +103,7 @@ def calculate_signum_update(
     )
 
 
+@register_optimizer("signum")
 @fill_docstring
 class Signum(ScalarOptimizer):
     r"""Signum, as a ``torch.optim`` optimizer.

@@ -11,6 +11,7 @@ from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import Rule
 from .._schedules import bias_correction, check_half_life, half_life_warmup
+from ..registry import register_optimizer
 
 
 def _sim_ademamix(
@@ -129,6 +130,7 @@ def calculate_sim_ademamix_update(
     )
 
 
+@register_optimizer("sim_ademamix")
 @fill_docstring
 class SimplifiedAdEMAMix(ScalarOptimizer):
     r"""Simplified AdEMAMix, as a ``torch.optim`` optimizer.

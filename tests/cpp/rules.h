@@ -1,16 +1,13 @@
 // All rules, as types and as data.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <tuple>
 
 #include "engine/rule_info.h"
-#include "rules/adam.h"
-#include "rules/ademamix.h"
 #include "rules/all.h"
-#include "rules/laprop.h"
-#include "rules/lion.h"
-#include "rules/signum.h"
-#include "rules/sim_ademamix.h"
 
 #define EMOPT_DECLARE(Rule)                              \
   extern "C" const emopt::RuleInfo* emopt_rule_##Rule(); \
@@ -28,15 +25,55 @@ emopt::RuleInstance instance_of(const Rule& rule) {
 template <class Rule, class Epilogue>
 inline constexpr int kNumOperandsOf = emopt::kNumOperands<emopt::kNumStates<Rule>, Epilogue>;
 
-// Each rule, with its flags on and off.
+// A rule with the usual numbers in its hyperparameters. With `is_on`, all flags and warm-ups are
+// on; otherwise the first of several flags only.
+template <class Rule>
+struct UsualRule {
+  Rule rule{};
+  int num_flags = 0, num_warmups = 0;
+
+  explicit UsualRule(bool is_on) : is_on_(is_on) {
+    std::apply([this](const auto&... each) { (set(each), ...); }, Rule::hyperparameters());
+    if (!is_on && num_flags > 1) rule.*first_flag_ = true;
+  }
+
+ private:
+  const bool is_on_;
+  bool Rule::* first_flag_ = nullptr;
+  int num_betas_ = 0;
+
+  double next_beta() {
+    constexpr double kBetas[] = {0.9, 0.999, 0.9999};
+    return kBetas[num_betas_++ % 3];
+  }
+  void set(emopt::StepArgument) {}
+  void set(const emopt::Hyperparameter<Rule, double>& number) {
+    using emopt::Domain;
+    rule.*number.member = number.domain == Domain::kBeta  ? next_beta()
+                          : number.domain == Domain::kAny ? 2.0
+                                                          : 1e-8;
+  }
+  template <size_t kLength>
+  void set(const emopt::Hyperparameter<Rule, double[kLength]>& numbers) {
+    for (double& value : rule.*numbers.member) value = next_beta();
+  }
+  void set(const emopt::Hyperparameter<Rule, bool>& flag) {
+    if (num_flags++ == 0) first_flag_ = flag.member;
+    rule.*flag.member = is_on_;
+  }
+  void set(const emopt::Hyperparameter<Rule, int64_t>& warmup) {
+    rule.*warmup.member = is_on_ ? 10 * ++num_warmups : 0;
+  }
+};
+
+// Each rule, with its flags and warm-ups on and off.
 template <class Visit>
 void for_each_rule(Visit visit) {
-  for (const bool is_on : {true, false}) {
-    visit(emopt::Adam{{0.9, 0.999}, true, is_on, 1e-8});
-    visit(emopt::AdEMAMix{10, 20, {0.9, 0.999, 0.9999}, 1e-8, is_on, 5.0});
-    visit(emopt::LaProp{is_on, {0.9, 0.999}, 1e-8});
-    if (is_on) visit(emopt::Lion{0.9, 0.99});  // it has no flags
-    visit(emopt::Signum{0.9, true, is_on, false});
-    visit(emopt::SimplifiedAdEMAMix{is_on ? 10 : 0, 0.9, {0.9999, 0.999}, 1e-8, true, 2.0});
-  }
+  const auto visit_both = [&](auto on, const auto& off) {
+    visit(on.rule);
+    if (on.num_flags + on.num_warmups > 0) visit(off.rule);
+  };
+#define EMOPT_VISIT(Rule) visit_both(UsualRule<emopt::Rule>(true), UsualRule<emopt::Rule>(false));
+  EMOPT_FOR_EACH_RULE(EMOPT_VISIT)
+#undef EMOPT_VISIT
 }
