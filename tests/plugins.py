@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-from test_plain import rule_of
+from test_fallback import rule_of
 
 from emerging_optimizers import _build
 from emerging_optimizers._native import native

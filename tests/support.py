@@ -16,9 +16,11 @@ from oracle import RULES, Array, Expected, Rule, Value, is_square
 from torch import Tensor
 
 import emerging_optimizers
+from emerging_optimizers._native import native
 
 Case = Mapping[str, Any]
 
+needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
 every_rule = pytest.mark.parametrize("rule", list(RULES.values()), ids=str)
 every_case = pytest.mark.parametrize(
     ("rule", "case_name"),

@@ -95,7 +95,7 @@ def test_the_other_rules(bench: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_wrong_step_is_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_step_is_reported(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in any column of any tensor is reported."""
     steps = sys.modules["cuda_steps"]
     stepper = steps.OURS[0]

@@ -104,7 +104,7 @@ def test_groups_in_a_tuple(fused: bool | None) -> None:
 
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_numbers_are_read_before_parameters() -> None:
+def test_hyperparameters_are_read_before_parameters() -> None:
     """Reading a number may run Python code that removes a gradient."""
 
     class Removing:
@@ -125,7 +125,7 @@ def test_numbers_are_read_before_parameters() -> None:
 
 @every_optimizer
 @pytest.mark.parametrize("surplus", [-1, 1])
-def test_another_number_of_betas(setup: Setup, surplus: int, fused: bool | None) -> None:
+def test_wrong_number_of_betas(setup: Setup, surplus: int, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, fused=fused)
     group = optimizer.param_groups[0]
@@ -142,7 +142,7 @@ def test_another_number_of_betas(setup: Setup, surplus: int, fused: bool | None)
     assert_same(contents(optimizer), before)
 
 
-def test_groups_as_users_write_them(fused: bool | None) -> None:
+def test_params_of_a_group_in_a_tuple(fused: bool | None) -> None:
     params, others = make_params(), make_params()
     optimizer = AdamW(params, maximize=True, fused=fused)
     optimizer.param_groups[0]["params"] = tuple(params)

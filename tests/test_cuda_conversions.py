@@ -167,7 +167,7 @@ def test_a_step_widens_the_gradient(short: torch.dtype, offset: int) -> None:
 
 @every_short
 @every_way
-def test_one_short_type_becomes_the_other(short: torch.dtype, offset: int) -> None:
+def test_one_short_type_is_converted_to_the_other(short: torch.dtype, offset: int) -> None:
     grad = all_numbers(short)
     other = F16 if short == BF16 else BF16
     check(f"{short} to {other}", state_of(grad, other, offset), rounded(grad, other))
@@ -216,7 +216,7 @@ def test_a_parameter_is_rounded(short: torch.dtype, offset: int, master_weights:
 
 @every_short
 @every_way
-def test_a_parameter_that_loses_nothing_stays(short: torch.dtype, offset: int) -> None:
+def test_a_zero_update_keeps_the_parameter(short: torch.dtype, offset: int) -> None:
     values = all_numbers(short)
     for device in ("cpu", "cuda"):
         param = Parameter(cut(values, device, offset))

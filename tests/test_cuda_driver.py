@@ -107,7 +107,7 @@ def test_the_driver_itself(tmp_path: Path, simulated: list[str]) -> None:
     assert not any("name" in line for line in lines)  # nothing was timed
 
 
-def test_only_what_exceeds_the_spread_counts(
+def test_differences_within_the_spread_do_not_count(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
 ) -> None:
     also = [
@@ -134,7 +134,9 @@ def test_only_what_exceeds_the_spread_counts(
     assert variants["fails"]["status"].startswith("failed with exit status 2")
 
 
-def test_seconds_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[str, str]) -> None:
+def test_the_time_limit_is_kept(
+    tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
+) -> None:
     """A variant that hangs is stopped early enough for the last run of the shipped constants."""
     begin = time.monotonic()
     also = ["hangs=EMOPT_THEN=sleep 60", "later=EMOPT_MICROSECONDS=2"]
@@ -149,7 +151,7 @@ def test_seconds_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[st
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_what_it_had(
+def test_a_killed_run_keeps_its_results(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str], number: int
 ) -> None:
     command = [sys.executable, str(DRIVE), "--output", str(tmp_path), *simulated]
@@ -191,7 +193,7 @@ def test_programs_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[s
     assert len([path for path in program.parent.iterdir() if not path.suffix]) == 2
 
 
-def test_the_shipped_numbers_must_be_right(
+def test_the_shipped_constants_must_be_right(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
 ) -> None:
     compiler = Path(fake["CXX"])
@@ -205,7 +207,7 @@ def test_the_shipped_numbers_must_be_right(
     drive(tmp_path, "--simulate", *elsewhere, "--build-only", "--only", wanted=1, **fake)
 
 
-def test_the_options_are_the_package_s(tmp_path: Path, fake: Mapping[str, str]) -> None:
+def test_compiler_options_and_duplicates(tmp_path: Path, fake: Mapping[str, str]) -> None:
     """Compiles for this machine's GPU only, and leaves out variants equal to an earlier one."""
     folder = tmp_path / "bin"
     folder.mkdir()

@@ -358,7 +358,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_synchronisation_is_noticed() -> None:
+def test_synchronisation_is_detected() -> None:
     number = torch.ones((), device="cuda")
     for wait in (number.item, number.cpu, lambda: float(number)):
         with pytest.raises(RuntimeError), no_synchronisation():

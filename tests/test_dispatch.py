@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 import torch
 from oracle import RULES, Rule
-from support import MIXES, Operands, assert_equal_bits, call, every_rule, make_operands
-from test_plain import needs_native
+from support import (
+    MIXES,
+    Operands,
+    assert_equal_bits,
+    call,
+    every_rule,
+    make_operands,
+    needs_native,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,7 +71,7 @@ def is_dispatched(rule: Rule, operands: Any, case: Any = None, out: Any = None) 
 
 @every_rule
 @pytest.mark.parametrize("count", [None, 1, 300], ids=["single", "one", "many"])
-def test_ordinary_calls_go_around_it(rule: Rule, count: int | None) -> None:
+def test_ordinary_calls_bypass_it(rule: Rule, count: int | None) -> None:
     operands = operands_of(rule, count or 1)
     assert not is_dispatched(rule, operands if count else operands[0])
     out = [torch.empty(2, 3) for _ in operands]
@@ -82,7 +89,7 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_modes_that_it_has_no_part_in(name: str) -> None:
+def test_modes_that_do_not_need_it(name: str) -> None:
     operands = operands_of(ADAM)
     out = [torch.empty(2, 3) for _ in operands]
     with CONTEXTS[name]():
@@ -209,7 +216,7 @@ def test_a_subclass_as_the_step() -> None:
 
 
 @pytest.mark.parametrize("position", [None, 0, COUNT - 1])
-def test_gradients_that_it_resolves(position: int | None) -> None:
+def test_lazy_gradients(position: int | None) -> None:
     """Lazily negated gradients, and gradients without memory."""
     lazy = torch.complex(torch.rand(2, 3), torch.rand(2, 3)).conj().imag
     assert lazy.is_neg()

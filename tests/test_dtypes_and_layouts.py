@@ -197,7 +197,7 @@ def test_shape_scaling_of_an_empty_matrix(fused: bool | None) -> None:
     assert not torch.equal(params[1], make_params([(0, 0), (3, 4)])[1])
 
 
-def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
+def test_dtypes_and_layouts_of_gradients(fused: bool | None) -> None:
     grads = {
         "bfloat16": torch.tensor([[1.0, -2.0, 3.0]] * 2).bfloat16(),
         "float64": torch.tensor([[1.0, -2.0, 3.0]] * 2).double(),
@@ -225,7 +225,7 @@ def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
 
 
 @every_optimizer
-def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
+def test_lazily_conjugated_parameters_are_rejected(setup: Setup, fused: bool | None) -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
     param.grad = torch.ones(3, dtype=torch.complex64)
     with pytest.raises(RuntimeError, match="the parameter is a lazily conjugated view"):

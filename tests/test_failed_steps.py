@@ -157,7 +157,7 @@ _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
 
 @pytest.mark.real
 @pytest.mark.parametrize("what", _BREAKING)
-def test_errors_change_no_other_parameter_either(what: str, fused: bool | None) -> None:
+def test_errors_change_no_other_parameter(what: str, fused: bool | None) -> None:
     """Neither parameters before it in the step, in any group, nor those after it change."""
     params = make_params([(3, 4)] * 5)
     groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:4]}]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from optimizers import MEGATRON, SETUPS, VARIANTS, assert_same, contents, make_params, run
 from oracle import Rule
-from support import MIXES, Mix, Operands, call, every_rule, make_operands
-from test_plain import needs_native
+from support import MIXES, Mix, Operands, call, every_rule, make_operands, needs_native
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -399,7 +398,7 @@ class TwoLayers(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "no mode"])
 @pytest.mark.parametrize("fused", [None, False, True])
-def test_the_memory_that_is_estimated(fused: bool | None, device: str) -> None:
+def test_estimated_memory(fused: bool | None, device: str) -> None:
     if fused and _rule.native is None:
         pytest.skip("there are no native kernels")
 

@@ -115,7 +115,7 @@ rules_with_betas = pytest.mark.parametrize(
     ],
     ids=lambda step: f"{type(step).__name__}-{step}",
 )
-def test_step_may_be_any_whole_number(rule: Rule, step: Any) -> None:
+def test_step_may_be_any_integer(rule: Rule, step: Any) -> None:
     operands = make_operands(rule, (3, 50), HALF_GRAD)
     wanted_operands = operands.clone()
     # A case in which the step affects the result of every rule.
@@ -152,7 +152,7 @@ def test_numpy_scalars(rule: Rule) -> None:
 
 
 @every_rule
-def test_arguments_are_left_alone(rule: Rule) -> None:
+def test_arguments_are_not_modified(rule: Rule) -> None:
     positions = [make_operands(rule, (3, i), FLOAT32, i) for i in range(4)]
     grads = [position.grad for position in positions]
     states = [[position.states[i] for position in positions] for i in range(len(rule.states))]

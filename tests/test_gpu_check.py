@@ -83,7 +83,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{stage.limit} s" in line for stage, line in zip(STAGES, lines, strict=True))
 
 
-def test_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: "torch finds no GPU")
     assert gpu_check.main(["--output", str(tmp_path / "none")]) == 3
     assert not (tmp_path / "none").exists()
@@ -195,7 +195,7 @@ def test_programs_of_the_other_stages(tmp_path: Path, monkeypatch: pytest.Monkey
     subprocess.run([*driver, "--list"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_tools_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages, "find_program", lambda name: None)
     monkeypatch.setattr(gpu_stages, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
@@ -208,7 +208,7 @@ def test_tools_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert outcome.summary, stage.name
 
 
-def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
     kept, left_out = gpu_tests._without_missing(gpu_stages.TESTS["tests-functions"])
     assert "tests/test_functions.py" in kept
@@ -216,7 +216,7 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out == ["left out test_properties.py: hypothesis is not installed"]
 
 
-def test_a_missed_target_fails_nothing(tmp_path: Path) -> None:
+def test_a_missed_target_is_no_failure(tmp_path: Path) -> None:
     class Measured(Recorded):
         def run(self, command: Sequence[str], **environment: str) -> Any:
             target = {"rule": "adam", "target": "copy", "wanted": 0.9, "measured": {"median": 0.51}}

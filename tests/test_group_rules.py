@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import assert_same, contents, make_params, run
-from test_plain import needs_native
+from support import needs_native
 from torch import Tensor, nn
 
 from emerging_optimizers import _rule, _step
@@ -151,7 +151,7 @@ def test_groups_step_in_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_native
-def test_groups_that_share_a_gradient_with_a_parameter_wait() -> None:
+def test_gradient_that_is_a_parameter_of_another_group() -> None:
     """A gradient that is another rule's parameter is read in the order of the groups."""
     shared = torch.arange(1.0, 7.0)
     first, second = nn.Parameter(torch.ones(6)), nn.Parameter(shared)
@@ -213,7 +213,7 @@ def test_errors_name_the_group(fused: bool | None) -> None:
         )
 
 
-def test_an_incomplete_state_is_of_the_groups_rule() -> None:
+def test_incomplete_state_of_a_group() -> None:
     optimizer = Chosen(make_groups(("lion", "ademamix")))
     run_chosen(optimizer, [1])
     saved = optimizer.state_dict()
@@ -223,7 +223,7 @@ def test_an_incomplete_state_is_of_the_groups_rule() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_state_dtype_is_of_the_groups_rule() -> None:
+def test_state_dtype_of_a_group() -> None:
     """Each group has the states of its rule, not of the class's rule."""
     dtypes = {"exp_avg_slow": torch.bfloat16}
     groups = make_groups(("lion", "ademamix"))

@@ -230,7 +230,7 @@ def test_set_later(cls: Any, fused: bool | None) -> None:
 
 
 @every_class
-def test_in_what_is_loaded(cls: Any) -> None:
+def test_in_a_loaded_state_dict(cls: Any) -> None:
     optimizer, _ = make(cls)
     before, saved = contents(optimizer), optimizer.state_dict()
     groups = copy.deepcopy([{**g, "params": []} for g in optimizer.param_groups])
@@ -247,7 +247,7 @@ def test_in_what_is_loaded(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
-def test_what_does_not_go_together_later(fused: bool | None) -> None:
+def test_conflicts_set_later(fused: bool | None) -> None:
     optimizer, _ = make(AdamW, fused)
     before = contents(optimizer)
     group = optimizer.param_groups[1]
@@ -273,7 +273,7 @@ def test_what_does_not_go_together_later(fused: bool | None) -> None:
 
 @pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None:
+def test_invalid_multiplier(begun: bool, fused: bool | None) -> None:
     params = make_params()
     optimizer = AdamW(params, fused=fused)
     run(optimizer, params, [1] if begun else [])
@@ -286,7 +286,7 @@ def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None
         assert_same(contents(optimizer), before)
 
 
-def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
+def test_lr_that_requires_grad() -> None:
     params, others = make_params(), make_params()
     optimizer = AdamW(params, lr=torch.tensor(0.25, requires_grad=True))
     run(optimizer, params, [1])
@@ -295,7 +295,7 @@ def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("value", ["no", 1, "True"])
-def test_flags_of_constructors_alone(value: Any) -> None:
+def test_flags_of_constructors(value: Any) -> None:
     def message(name: str, expected: str = "a bool") -> str:
         return f"^{name} must be {expected}, not {type(value).__name__} \\({value!r}\\)"
 
@@ -357,9 +357,7 @@ def test_flags_of_numpy_become_bools() -> None:
 
 
 @pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam])
-def test_numpys_false_that_is_set_later_is_the_fallback(
-    cls: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numpy_false_selects_the_fallback(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []
     monkeypatch.setattr(_fallback_step, "_update", lambda *_: steps.append(None))
     params = make_params()
@@ -370,7 +368,7 @@ def test_numpys_false_that_is_set_later_is_the_fallback(
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "__setstate__"])
-def test_flags_that_were_saved_as_numbers(how: str) -> None:
+def test_flags_saved_as_numbers(how: str) -> None:
     """torch.optim and earlier versions accept and save 1 for True."""
     params, others = make_params(), make_params()
     optimizer, other = Adam(params, maximize=True), Adam(others)
@@ -442,7 +440,7 @@ class Renamed(Lion):
         ScalarOptimizer.__init__(self, params, {**shared, "alpha": 0.9, "eps": 0.5, **given}, {})
 
 
-def test_a_rules_domains_are_its_own() -> None:
+def test_domains_of_other_rules() -> None:
     param = torch.nn.Parameter(torch.zeros(2))
     optimizer = HeavyBall([param], momentum=2.0)
     for _ in range(2):
@@ -462,7 +460,7 @@ def test_a_rules_domains_are_its_own() -> None:
 @pytest.mark.parametrize("is_added", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("ours", [Adam, AdamW])
-def test_a_group_that_says_how_weights_decay(
+def test_decoupled_weight_decay_in_a_group(
     ours: Any, decoupled: bool, is_added: bool, fused: bool | None
 ) -> None:
     """A group may have the key, as in torch.optim."""
@@ -481,7 +479,7 @@ def test_a_group_that_says_how_weights_decay(
     torch.testing.assert_close(*found)
 
 
-def test_groups_with_what_is_not_supported() -> None:
+def test_unsupported_options_in_a_group() -> None:
     optimizer = Adam(make_params())
     for options, error, message in (
         ({"amsgrad": True}, ValueError, "amsgrad=True is not supported"),

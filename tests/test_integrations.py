@@ -141,7 +141,7 @@ def _scheduled(setup: Setup, group: dict[str, Any]) -> Setup:
 @every_optimizer
 @pytest.mark.parametrize("scheduler_name", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
-def test_what_a_scheduler_sets_is_used(
+def test_values_set_by_schedulers_are_used(
     setup: Setup, scheduler_name: str, tensor_lr: bool, fused: bool | None
 ) -> None:
     params = make_params()

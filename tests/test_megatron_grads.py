@@ -114,7 +114,7 @@ def test_parameters_that_require_gradients(store_param_remainders: bool) -> None
 
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_the_native_steps_gradients_and_names_are_checked() -> None:
+def test_the_native_step_checks_gradients_and_names() -> None:
     optimizer = FusedAdam(make_params(F32), **AWARE)
     run(optimizer, [1])
     assert native is not None

@@ -75,7 +75,7 @@ def test_remainders_of_any_shape(shape: tuple[int, ...]) -> None:
     check_split(np.arange(0x3F807FF0, 0x3F807FF0 + count, dtype=np.uint32), shape)
 
 
-def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
+def test_parameters_are_rounded_to_nearest_with_ties_away_from_zero() -> None:
     master = torch.tensor([1.00390625, -1.00390625, 3.4e38, -0.0, 1e-45])
     param, remainder = torch.empty(5, dtype=BF16), torch.empty(5, dtype=torch.int16)
     split_master(master, param, remainder)
@@ -88,7 +88,7 @@ def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
 @every_class
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
-def test_remainders_are_as_good_as_masters(
+def test_remainders_match_masters(
     cls: Any, fused: bool | None, dtype: torch.dtype, device: str
 ) -> None:
     def make(store: bool) -> Any:
@@ -114,7 +114,7 @@ def test_remainders_are_as_good_as_masters(
 
 @devices
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_native_step_creates_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(megatron, "merge_master")
     monkeypatch.delattr(megatron, "split_master")
     for use_decoupled_grad in (True, False):
@@ -128,7 +128,7 @@ def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
-def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
+def test_lr_0_keeps_parameters_and_remainders(fused: bool | None) -> None:
     """With a learning rate of 0, parameters and remainders are unchanged, NaNs included."""
     optimizer = FusedAdam(make_params(sizes=[40]), store_param_remainders=True, **AWARE)
     run(optimizer, [1])
@@ -143,7 +143,7 @@ def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
     assert torch.equal(remainder, before[1])
 
 
-def test_a_wrong_gradient_changes_nothing_where_remainders_are_stored() -> None:
+def test_a_wrong_gradient_changes_nothing() -> None:
     params = make_params(sizes=(3, 4))
     optimizer = FusedAdam(params, store_param_remainders=True, **AWARE)
     run(optimizer, [1])
@@ -156,7 +156,7 @@ def test_a_wrong_gradient_changes_nothing_where_remainders_are_stored() -> None:
 
 
 @devices
-def test_remainders_of_a_capturable_one(device: str) -> None:
+def test_capturable(device: str) -> None:
     whole, stored = (
         FusedAdam(
             make_params(device=device), capturable=True, store_param_remainders=store, **AWARE
@@ -182,7 +182,7 @@ def make_normalized(store_param_remainders: bool, fused: bool | None, sizes: Any
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
-def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
+def test_laprop_keeps_the_norms_of_split_masters(fused: bool | None) -> None:
     whole, stored = (make_normalized(store, fused, (50, 60)) for store in (False, True))
     norms = [master.float().norm() for master in make_params(sizes=(50, 60))]
     for optimizer in (whole, stored):
@@ -192,7 +192,7 @@ def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
         torch.testing.assert_close(master.norm(), norm)
 
 
-def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_laprop_merges_few_masters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make_normalized(True, None, [40] * 10)
     run(optimizer, [1])
     alive: set[int] = set()
@@ -212,7 +212,7 @@ def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch)
     assert 0 < most <= 2
 
 
-def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
+def test_scaling_by_1_keeps_the_bits() -> None:
     optimizer = make_normalized(True, None, [3])
     run(optimizer, [1])
     (group,) = optimizer.param_groups
@@ -230,7 +230,7 @@ def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
 
 @pytest.mark.parametrize("cls", [FusedAdam, megatron.LaProp])
 @pytest.mark.parametrize("store", [False, True])
-def test_masters_that_are_stored_otherwise_than_before(cls: Any, store: bool) -> None:
+def test_storage_cannot_change_between_steps(cls: Any, store: bool) -> None:
     optimizer = cls(make_params(), store_param_remainders=store, **AWARE)
     run(optimizer, [1])
     before = [tensor.clone() for tensor in contents(optimizer)]
@@ -243,7 +243,7 @@ def test_masters_that_are_stored_otherwise_than_before(cls: Any, store: bool) ->
     assert_same([t.float() for t in contents(optimizer)], [t.float() for t in before])
 
 
-def test_plain_optimizers_do_not_take_remainders() -> None:
+def test_other_optimizers_reject_remainders() -> None:
     saved = FusedAdam(make_params(), store_param_remainders=True, **AWARE)
     run(saved, [1])
     other = Adam(make_params(), master_weights=True)

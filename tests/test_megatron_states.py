@@ -41,7 +41,7 @@ def test_names(cls: Any) -> None:
     )
 
 
-def test_ademamix_under_other_names_is_the_same() -> None:
+def test_ademamix_with_other_names() -> None:
     params, others = make_params(F32), make_params(F32)
     options = {**OPTIONS, "num_beta_slow_warmup_steps": 3}
     optimizer = megatron.AdEMAMix(params, use_decoupled_grad=True, **options)
@@ -59,7 +59,7 @@ def test_ademamix_under_other_names_is_the_same() -> None:
 
 @every_class
 @pytest.mark.parametrize("how", ["initialize_state", "_init_group", "by hand"])
-def test_states_made_without_gradients(cls: Any, how: str) -> None:
+def test_states_created_without_gradients(cls: Any, how: str) -> None:
     params, others = make_params(), make_params()
     optimizer, other = cls(params, **AWARE), cls(others, **AWARE)
     if how == "initialize_state":
@@ -83,7 +83,7 @@ def test_states_made_without_gradients(cls: Any, how: str) -> None:
     assert_same(params, others)
 
 
-def test_initialize_state_starts_anew() -> None:
+def test_initialize_state_resets() -> None:
     params = make_params()
     optimizer = FusedAdam(params, store_param_remainders=True, **AWARE)
     run(optimizer, [1, 2])

@@ -79,7 +79,7 @@ def names_of(optimizer: Any, **options: Any) -> set[str]:
 @every_class
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("number", [100, 100.0, "tensor", "device tensor"], ids=str)
-def test_a_step_that_is_set_counts(
+def test_a_step_can_be_set(
     cls: Any, number: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
     if number == "device tensor" and device == "cpu":
@@ -118,7 +118,7 @@ def test_bias_correction_uses_it(fused: bool | None) -> None:
 @devices
 @every_class
 @pytest.mark.parametrize("capturable", [False, True])
-def test_parameters_without_a_gradient_do_not_lag_behind(
+def test_parameters_without_a_gradient_follow(
     cls: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
     params, others = make_params(device), make_params(device)
@@ -143,9 +143,7 @@ def test_parameters_without_a_gradient_do_not_lag_behind(
 @ways
 @devices
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_that_found_inf_skips_is_not_counted(
-    capturable: bool, device: str, fused: bool | None
-) -> None:
+def test_skipped_steps_are_not_counted(capturable: bool, device: str, fused: bool | None) -> None:
     params, others = make_params(device), make_params(device)
     optimizer = make(megatron.FusedAdam, params, fused, capturable=capturable)
     other = make(megatron.FusedAdam, others, fused)
@@ -166,7 +164,7 @@ def test_a_step_that_found_inf_skips_is_not_counted(
 
 @ways
 @every_class
-def test_none_is_absent(cls: Any, fused: bool | None) -> None:
+def test_step_of_none(cls: Any, fused: bool | None) -> None:
     """A step of None is absent: the largest counter of the parameters is used."""
     params, others = make_params(), make_params()
     optimizer, other = make(cls, params, fused), make(cls, others, fused)
@@ -197,7 +195,7 @@ def test_none_is_absent(cls: Any, fused: bool | None) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
+def test_invalid_steps(step: Any, error: Any, fused: bool | None) -> None:
     params = make_params()
     optimizer = make(megatron.FusedAdam, params, fused)
     run(optimizer, [1])
@@ -218,7 +216,7 @@ def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
 
 @ways
 @pytest.mark.parametrize("counter", ["3", torch.tensor(-1.0), torch.tensor(3.0, device="meta")])
-def test_what_is_no_counter_where_the_largest_counts(counter: Any, fused: bool | None) -> None:
+def test_invalid_counters(counter: Any, fused: bool | None) -> None:
     params = make_params()
     optimizer = make(megatron.FusedAdam, params, fused)
     run(optimizer, [1])
@@ -268,7 +266,7 @@ def test_a_top_level_optimizer_continues() -> None:
 @ways
 @every_class
 @pytest.mark.parametrize("options", [{}, MASTERS, STORED], ids=["", "masters", "remainders"])
-def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> None:
+def test_a_step_creates_all_states(cls: Any, options: Any, fused: bool | None) -> None:
     """Like TransformerEngine's, a step creates states before it checks for gradients."""
     params, others = make_params(dtype=BF16), make_params(dtype=BF16)
     optimizer = make(cls, params, fused, **options)
@@ -293,7 +291,7 @@ def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> 
 
 @ways
 @every_class
-def test_dummy_steps_make_states(cls: Any, fused: bool | None) -> None:
+def test_dummy_steps_create_states(cls: Any, fused: bool | None) -> None:
     """Those of Megatron-Core, and those of torch, which set ``.grad``, not `decoupled_grad`."""
     params = [nn.Parameter(p) for p in make_params()]
     optimizer = make(cls, params, fused)
@@ -336,7 +334,7 @@ def test_torchs_tools_find_all_states(cls: Any, flat: bool, fused: bool | None) 
 
 
 @ways
-def test_top_level_optimizers_make_those_of_gradients(fused: bool | None) -> None:
+def test_top_level_optimizers_create_states_for_gradients(fused: bool | None) -> None:
     """As in torch.optim, without a gradient there are no states."""
     params = make_params()
     optimizer = AdamW(params, fused=fused)

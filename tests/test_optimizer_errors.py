@@ -155,13 +155,13 @@ def culprit(cls: Any, fused: bool | None, what: str, named: bool) -> None:
 @every_path
 @named_or_not
 @pytest.mark.parametrize("what", ROWS)
-def test_the_culprit_is_named(fused: bool | None, what: str, named: bool) -> None:
+def test_the_parameter_is_named(fused: bool | None, what: str, named: bool) -> None:
     culprit(AdamW, fused, what, named)
 
 
 @every_class
 @pytest.mark.parametrize("what", ["sparse gradient", "other shape", "state's shape"])
-def test_the_culprit_of_every_class(cls: Any, what: str) -> None:
+def test_every_class_names_the_parameter(cls: Any, what: str) -> None:
     for fused in (False, None):
         culprit(cls, fused, what, named=True)
 
@@ -212,7 +212,7 @@ def test_gradients_of_every_kind(name: str, fused: bool | None, what: str) -> No
 @pytest.mark.parametrize("cls", [AdamW, LaProp, megatron.FusedAdam])
 @every_path
 @named_or_not
-def test_what_is_no_tensor(cls: Any, fused: bool | None, named: bool) -> None:
+def test_gradients_that_are_no_tensors(cls: Any, fused: bool | None, named: bool) -> None:
     optimizer = make(cls, fused, named)
     before = contents(optimizer)
     params = optimizer.param_groups[1]["params"]

@@ -70,7 +70,7 @@ PLACES = {
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
-def test_shared_memory_is_refused(
+def test_shared_memory_is_rejected(
     path: str,  # noqa: F811
     make: Callable[[], tuple[Tensor, Tensor]],
     places: tuple[tuple[str, int], tuple[str, int]],
@@ -150,7 +150,7 @@ def test_empty_tensors_never_alias(path: str) -> None:  # noqa: F811
     LION.function(grads, states, 0.9, out=[torch.empty(20), buffer[5:5]])
 
 
-def test_many_columns_are_decided_at_once(path: str) -> None:  # noqa: F811
+def test_many_columns_are_decided_quickly(path: str) -> None:  # noqa: F811
     n = 400
     matrices = [torch.rand(7, n) for _ in range(3)]
     grads, states, outs = ([*m.T] for m in matrices)
@@ -162,7 +162,7 @@ def test_many_columns_are_decided_at_once(path: str) -> None:  # noqa: F811
         LION.function(grads, states, 0.9, out=outs)
 
 
-def test_huge_views_are_decided_at_once(path: str) -> None:  # noqa: F811
+def test_huge_views_are_decided_quickly(path: str) -> None:  # noqa: F811
     # Views of 2^31 elements and more on few bytes: a list of their elements would take gigabytes.
     tiny = torch.rand(8)
     for shape, strides in [((2**31, 2), (0, 1)), ((2**16, 2**16), (0, 0)), ((1, 2**33), (1, 0))]:
@@ -171,7 +171,7 @@ def test_huge_views_are_decided_at_once(path: str) -> None:  # noqa: F811
             LION.function(huge, huge, 0.9, out=huge)
 
 
-def test_what_takes_too_long_is_refused(
+def test_undecided_overlaps_are_rejected(
     path: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -80,7 +80,7 @@ def _copies(operands: list[Operands]) -> list[Operands]:
 
 
 @given(calls())
-def test_any_list_is_right_and_equals_its_parts(drawn: tuple[Rule, str, list[Operands]]) -> None:
+def test_any_list_is_right_and_equals_single_calls(drawn: tuple[Rule, str, list[Operands]]) -> None:
     rule, case_name, operands = drawn
     case = rule.cases[case_name]
     alone = _copies(operands)

@@ -24,8 +24,8 @@ from support import (
     every_rule,
     lay_out,
     make_operands,
+    needs_native,
 )
-from test_plain import needs_native
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -190,7 +190,7 @@ def test_tracers(rule: oracle.Rule, copied_rows: dict[str, oracle.Rule]) -> None
     assert call(copied, rule.usual, meta).is_meta
 
 
-def test_errors_are_the_rules(copied_rows: dict[str, oracle.Rule]) -> None:
+def test_errors_match_those_of_the_rules(copied_rows: dict[str, oracle.Rule]) -> None:
     adam = copied_rows["adam"]
     operands = make_operands(adam, (3, 5), MIXES["float32"])
     with pytest.raises(ValueError, match=r"betas\[1\] is 1; expected 0 <= betas\[1\] < 1"):
@@ -414,7 +414,7 @@ def test_a_library_of_other_headers(libraries: dict[str, str]) -> None:
 
 
 @pytest.mark.once
-def test_a_name_that_is_taken(libraries: dict[str, str]) -> None:
+def test_a_name_in_use(libraries: dict[str, str]) -> None:
     assert native is not None
     function = native.lion_update
     for _ in range(2):

@@ -157,7 +157,7 @@ def test_groups_that_hold_dtypes_load(state_dtype: Any) -> None:
     assert_same(contents(other), contents(optimizer))
 
 
-def test_torch_continues_where_dtypes_are_text() -> None:
+def test_torch_continues_with_dtypes_as_text() -> None:
     ours, theirs = make_params(), make_params()
     optimizer = AdamW(ours, state_dtype=F32, lr=0.05)
     run(optimizer, ours, [1, 2])
@@ -199,7 +199,7 @@ class _Defaults:
 @pytest.mark.parametrize("is_set", [False, True], ids=["context", "set"])
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("make", [*MAKERS, _make_for_megatron])
-def test_no_default_changes_states(make: Any, fused: bool | None, is_set: bool) -> None:
+def test_states_do_not_depend_on_defaults(make: Any, fused: bool | None, is_set: bool) -> None:
     if make is _make_for_megatron:  # its learning rates are also tensors
         make = lambda params: megatron.FusedAdam(params, capturable=True)  # noqa: E731
     params, others = make_params(dtype=BF16), make_params(dtype=BF16)
@@ -235,7 +235,7 @@ def test_no_default_changes_states(make: Any, fused: bool | None, is_set: bool) 
 
 
 @pytest.mark.parametrize("cls", MEGATRON)
-def test_a_step_that_is_saved_without_one(cls: Any) -> None:
+def test_states_created_before_the_first_step(cls: Any) -> None:
     """States created before the first step get their step from the group."""
     optimizer = cls(make_params())
     optimizer.initialize_state(optimizer.param_groups[0]["params"][0])

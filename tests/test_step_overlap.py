@@ -52,7 +52,7 @@ STATES: dict[str, Setting] = {
 
 @every_fused
 @pytest.mark.parametrize("case", STATES)
-def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> None:
+def test_states_that_share_memory_are_rejected(case: str, fused: bool | None) -> None:
     params = [parameter(torch.randn(3, 5)) for _ in range(2)]
     optimizer = AdamW([{"params": [p]} for p in params], fused=fused)
     optimizer.step()
@@ -71,7 +71,7 @@ def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> 
 # Even a master at the address of its parameter: a float32 parameter is its own master.
 @pytest.mark.parametrize("first", [0, 3], ids=lambda first: f"parameter from {first}")
 @every_fused
-def test_a_master_that_its_parameter_lies_in_is_refused(fused: bool | None, first: int) -> None:
+def test_a_parameter_inside_its_master_is_rejected(fused: bool | None, first: int) -> None:
     memory = torch.randn(5)
     param = parameter(memory.view(torch.bfloat16)[first : first + 5])
     optimizer = AdamW([param], fused=fused, master_weights=True)
@@ -85,7 +85,7 @@ def test_a_master_that_its_parameter_lies_in_is_refused(fused: bool | None, firs
 
 
 @pytest.mark.parametrize("cls", [FusedAdam, MegatronLion])
-def test_remainders_in_their_parameter_are_refused(cls: Any) -> None:
+def test_remainders_inside_their_parameter_are_rejected(cls: Any) -> None:
     param = parameter(torch.randn(5).bfloat16())
     optimizer = cls([param], lr=0.01, master_weights=True, store_param_remainders=True)
     optimizer.step()
@@ -132,7 +132,7 @@ OBJECTS: dict[str, Callable[[list[Any], Any], None]] = {
         for case in OBJECTS
     ],
 )
-def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
+def test_shared_objects_are_rejected(case: str, fused: bool | None) -> None:
     if case == "NumPy" and torch.get_default_device().type != "cpu":
         pytest.skip("for tensors on the CPU")
     params = [parameter(torch.randn(15)) for _ in range(2)]
@@ -146,7 +146,7 @@ def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
 
 @every_fused
 @pytest.mark.parametrize("cls", [AdamW, FusedAdam])
-def test_a_gradient_with_gaps_that_a_state_lies_in(cls: Any, fused: bool | None) -> None:
+def test_a_state_inside_a_gradient_with_gaps(cls: Any, fused: bool | None) -> None:
     """A native step reads a copy of a gradient with gaps."""
     memory = torch.randn(30)
     param = parameter(torch.randn(15), memory[::2])
@@ -161,7 +161,7 @@ def test_a_gradient_with_gaps_that_a_state_lies_in(cls: Any, fused: bool | None)
 
 
 @pytest.mark.parametrize("fused", [None, False])
-def test_conjugated_gradients_that_a_state_lies_in(fused: bool | None) -> None:
+def test_a_state_inside_a_conjugated_gradient(fused: bool | None) -> None:
     memory = torch.randn(15, dtype=torch.complex64)
     param = parameter(torch.randn(15, dtype=torch.complex64), memory.conj())
     optimizer = AdamW([param], fused=fused)
@@ -174,7 +174,7 @@ def test_conjugated_gradients_that_a_state_lies_in(fused: bool | None) -> None:
 
 
 @pytest.mark.parametrize("fused", [None, False])
-def test_a_gradient_with_gaps_that_an_earlier_parameter_lies_in(fused: bool | None) -> None:
+def test_an_earlier_parameter_inside_a_gradient_with_gaps(fused: bool | None) -> None:
     """The gradient is read when its parameter is stepped."""
     found = []
     for is_together in (True, False):
@@ -193,7 +193,7 @@ def test_a_gradient_with_gaps_that_an_earlier_parameter_lies_in(fused: bool | No
 
 
 @every_fused
-def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
+def test_states_that_overlap_partly_are_rejected(fused: bool | None) -> None:
     named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]
     optimizer = Lion(named, fused=fused)
     optimizer.step()
@@ -216,7 +216,7 @@ def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
 
 
 @every_fused
-def test_masters_that_share_memory_are_refused(fused: bool | None) -> None:
+def test_masters_that_share_memory_are_rejected(fused: bool | None) -> None:
     params = [parameter(torch.randn(20).bfloat16()) for _ in range(2)]
     optimizer = AdamW(params, master_weights=True, fused=fused)
     optimizer.step()
@@ -259,9 +259,7 @@ def step_thrice(optimizers: Sequence[ScalarOptimizer]) -> None:
 @pytest.mark.parametrize("num_groups", ["one group", "groups"])
 @pytest.mark.parametrize("kind", PARAMS)
 @pytest.mark.parametrize("cls", [AdamW, SimplifiedAdEMAMix], ids=lambda c: c.__name__)
-def test_parameters_are_stepped_in_their_order(
-    cls: Any, kind: str, num_groups: str, fused: bool | None
-) -> None:
+def test_parameters_step_in_order(cls: Any, kind: str, num_groups: str, fused: bool | None) -> None:
     start, noise = torch.randn(100), torch.randn(100)
     results = []
     for is_together in (False, True):
@@ -323,7 +321,9 @@ def test_large_parameters(fused: bool | None) -> None:
 
 @every_fused
 @pytest.mark.parametrize("is_decoupled", [False, True], ids=["grad", "decoupled_grad"])
-def test_a_parameter_as_another_ones_gradient(is_decoupled: bool, fused: bool | None) -> None:
+def test_a_parameter_that_is_the_gradient_of_another(
+    is_decoupled: bool, fused: bool | None
+) -> None:
     name = "decoupled_grad" if is_decoupled else "grad"
     # Of several threads' shares each.
     start, noise = torch.randn(2, 2, 200_000)
@@ -397,7 +397,7 @@ def test_columns_as_states_share_nothing(fused: bool | None) -> None:
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("fused", [None, False])
-def test_a_parameter_that_is_there_twice(fused: bool | None) -> None:
+def test_a_parameter_twice_in_a_group(fused: bool | None) -> None:
     noise, start = torch.randn(20), torch.randn(20)
     param, other = parameter(start.clone(), noise), parameter(start.clone(), noise)
     optimizer, once = AdamW([param, param], fused=fused), AdamW([other], fused=fused)
@@ -429,7 +429,7 @@ def test_a_parameter_that_is_in_two_groups(fused: bool | None) -> None:
 
 
 @every_fused
-def test_counters_of_a_step_that_several_share(fused: bool | None) -> None:
+def test_shared_counters(fused: bool | None) -> None:
     params = [parameter(torch.randn(20)) for _ in range(3)]
     optimizer = AdamW(params, fused=fused)
     optimizer.step()

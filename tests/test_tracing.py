@@ -8,8 +8,15 @@ import pytest
 import torch
 from optimizers import Setup, assert_same, contents, every_optimizer, make_params, set_grads
 from oracle import RULES, Rule
-from support import MIXES, Operands, assert_equal_bits, call, every_rule, make_operands
-from test_plain import needs_native
+from support import (
+    MIXES,
+    Operands,
+    assert_equal_bits,
+    call,
+    every_rule,
+    make_operands,
+    needs_native,
+)
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 

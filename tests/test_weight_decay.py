@@ -125,7 +125,7 @@ def test_no_decay_changes_no_bit(method: str, dtype: torch.dtype, fused: bool | 
 
 @pytest.mark.parametrize("method", SHRINKING)
 @every_type
-def test_all_is_lost(method: str, dtype: torch.dtype, fused: bool | None) -> None:
+def test_fractions_of_1_and_more(method: str, dtype: torch.dtype, fused: bool | None) -> None:
     """A fraction of 1 leaves only the update; a larger one flips the weight's sign."""
     finite = [x for x in SPECIAL if math.isfinite(x) and abs(x) < 65504]
     _, after, moved = _step_of_signs(finite, 1.0, method, dtype, fused=fused)
@@ -134,7 +134,7 @@ def test_all_is_lost(method: str, dtype: torch.dtype, fused: bool | None) -> Non
     assert torch.equal(after, -0.5 * before - moved)
 
 
-def test_remainders_are_masters(fused: bool | None) -> None:
+def test_remainders_decay_like_masters(fused: bool | None) -> None:
     """Split and float32 masters decay bit-identically."""
     results = []
     for store in (False, True):
@@ -151,7 +151,7 @@ def test_remainders_are_masters(fused: bool | None) -> None:
     assert_same(results[1], results[0])
 
 
-def test_lr_of_0_takes_nothing(fused: bool | None) -> None:
+def test_lr_0_does_not_decay(fused: bool | None) -> None:
     params = make_params()
     before = [p.detach().clone() for p in params]
     optimizer = Lion(

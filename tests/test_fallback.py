@@ -41,8 +41,6 @@ from torch import Tensor
 from emerging_optimizers import _rule
 from emerging_optimizers._native import native
 
-needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
-
 
 def rule_of(name: str) -> _rule.Rule:
     module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
@@ -241,8 +239,8 @@ with warnings.catch_warnings(record=True) as caught:
 seen = [(w.category.__name__, str(w.message)) for w in caught]
 from emerging_optimizers._native import native, reason
 assert native is None
-import test_plain
-calls = test_plain.check_public_functions()
+import test_fallback
+calls = test_fallback.check_public_functions()
 print(json.dumps({"warnings": seen, "reason": reason, "calls": calls}))
 """
 
