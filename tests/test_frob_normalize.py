@@ -59,7 +59,7 @@ def test_frob_normalize_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(params, others, rtol=1e-6, atol=1e-7)
 
 
-def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
+def test_master_of_a_parameter_that_became_float32(fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
     optimizer = LaProp(params, lr=0.1, master_weights=True, frob_normalize=True, fused=fused)
     run(optimizer, params, [1])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.on_devices("tests-optimizers")
 
 @pytest.mark.real
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_what_is_left_costs_one_more_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fallback_parameter_costs_one_more_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params([(3, 4)] * 3)
     params[1] = Parameter(torch.ones(3, 8)[:, ::2])
     optimizer = Adam(params)
