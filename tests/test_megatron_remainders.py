@@ -23,7 +23,7 @@ from optimizers import assert_same, contents
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import Adam, megatron
+from emerging_optimizers import Adam, _states, megatron
 from emerging_optimizers._base import members_of
 from emerging_optimizers._hooks import after_update, before_update
 from emerging_optimizers._native import native
@@ -190,6 +190,24 @@ def test_laprop_keeps_the_norms_of_split_masters(fused: bool | None) -> None:
     assert_same(masters(stored), masters(whole))
     for master, norm in zip(masters(stored), norms, strict=True):
         torch.testing.assert_close(master.norm(), norm)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+def test_a_remainder_is_checked_once_a_step(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = make_normalized(True, fused, [40] * 3)
+    run(optimizer, [1])
+    checked = []
+    check = _states.check_tensor
+
+    def recorded(*arguments: Any) -> None:
+        checked.append(arguments[2])
+        check(*arguments)
+
+    monkeypatch.setattr(_states, "check_tensor", recorded)
+    run(optimizer, [2])
+    assert checked == ["master_param"] * 3
 
 
 def test_laprop_merges_few_masters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
