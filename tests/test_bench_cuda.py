@@ -44,7 +44,11 @@ class HostGenerator(torch.Generator):
 
 
 def on_the_host(function: Any) -> Any:
-    return lambda *args, device, **kwargs: function(*args, device="cpu", **kwargs).to(device)
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        values = function(*args, device="cpu", **kwargs)
+        return values.to(device or torch.get_default_device())
+
+    return made
 
 
 def make_suite(bench: Any) -> Any:
