@@ -129,7 +129,7 @@ def test_row_of_the_oracle(name: str) -> None:
     rule = next(cls._rule for cls in CLASSES.values() if cls._rule.name == name)
     row = RULES[name]
     assert row.states == rule.states
-    assert row.hyperparameters == rule.options
+    assert row.hyperparameters == rule.hyperparameter_names
     signature = inspect.signature(row.function)
     assert list(signature.parameters) == ["grad", *row.states, *row.hyperparameters, "out"]
     defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
