@@ -107,6 +107,7 @@ gpu-check:  ## Build, test and measure on this machine's GPU, with the installed
 chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary AdamW
 
 clean:  ## Remove everything that was built, and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

@@ -106,6 +106,6 @@ def as_row(plugin: Rule, row: oracle.Rule) -> oracle.Rule:
 
     def function(*tensors: Any, out: Any = None, **case: Any) -> Any:
         values = row.complete(case)
-        return enter(*tensors, *(values[name] for name in plugin.options), out)
+        return enter(*tensors, *(values[name] for name in plugin.hyperparameter_names), out)
 
     return dataclasses.replace(row, function=function)

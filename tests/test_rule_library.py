@@ -253,12 +253,14 @@ def _tensors(rule: Rule, dtype: torch.dtype = torch.float32) -> tuple[Tensor, li
 
 
 def _enter(rule: Rule, grad: Any, states: list[Any], step: Any, out: Any = None) -> Any:
-    numbers = [step if name == "step" else OPTIONS[rule.name][name] for name in rule.options]
+    numbers = [
+        step if name == "step" else OPTIONS[rule.name][name] for name in rule.hyperparameter_names
+    ]
     return rule.entry_point()(grad, *states, *numbers, out)
 
 
 def _by_the_formula(rule: Rule, grad: Tensor, states: list[Tensor], step: int) -> Tensor:
-    step_option = {"step": step} if "step" in rule.options else {}
+    step_option = {"step": step} if "step" in rule.hyperparameter_names else {}
     wide = [state.double() for state in states]
     update = rule.formula(grad.double(), *wide, **OPTIONS[rule.name], **step_option)
     for state, value in zip(states, wide, strict=True):
