@@ -32,9 +32,11 @@ every_square = pytest.mark.parametrize("setup", HAS_SQUARE, ids=str)
 def test_state_of_a_large_gradient(name: str, dtype: torch.dtype) -> None:
     """The state is finite if the weighted square is; the first update has size 1."""
     rule = RULES[name]
-    grad = torch.tensor([1e20, -3e20, 5e20, 1.0]).to(dtype)
-    states = [torch.zeros(4) for _ in rule.states]
     case = rule.usual | ({"step": 1} if rule.has_step else {})
+    weight = rule.oracle(np.ones(1), *(np.zeros(1) for _ in rule.states), **case).states[-1].value
+    largest = (torch.finfo(torch.float32).max / 2 / weight.item()) ** 0.5
+    grad = torch.tensor([0.25 * largest, -0.75 * largest, largest, 1.0]).to(dtype)
+    states = [torch.zeros(4) for _ in rule.states]
     update = rule.function(grad, *states, **case)
     zeros = [np.zeros(4) for _ in rule.states]
     wanted = rule.oracle(to_numpy(grad), *zeros, **case)
