@@ -1,9 +1,10 @@
 """Native multi-tensor kernels for element-wise optimizers, as a PyTorch extension."""
 
-from ._config import __version__, explain_import_error, show_config
+from ._distribution import __version__, explain_import_error
 
 try:
     from . import scalar_optimizers
+    from ._config import show_config
     from .scalar_optimizers import *  # noqa: F403
 except ImportError as error:
     raise explain_import_error(error) from error

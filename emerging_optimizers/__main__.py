@@ -1,5 +1,5 @@
-"""``python -m emerging_optimizers`` prints what this installation is made of."""
+"""``python -m emerging_optimizers`` prints what is installed and in use."""
 
-from . import show_config
+from ._config import show_config
 
 show_config()

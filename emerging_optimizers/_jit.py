@@ -6,7 +6,6 @@ this off (_native.py).
 """
 
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import os
@@ -17,15 +16,14 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import torch
 
-from . import _build, _build_output, _library
-from ._config import __version__
+from . import _build, _build_output, _compile, _file_lock, _library
+from ._distribution import __version__
 
 _NAME = "emerging_optimizers_native"
 _SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
@@ -87,9 +85,9 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
     library, fault = _kept(folder)
     if library is not None and not fault:
         return _load(library)
-    lack = _lack()
-    if lack is not None:
-        reason, remedy = lack
+    missing = _compile.missing_tool()
+    if missing is not None:
+        reason, remedy = missing
         raise BuildError(f"{library} {fault}, and {reason}" if fault else reason, remedy)
     log = folder / "error.txt"
     before = _time_of(log)
@@ -99,7 +97,7 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
             file = stack.enter_context((folder / "lock").open("a"))
         except OSError as error:
             raise _no_room(folder, error) from error
-        lock = stack.enter_context(_locked(file, limit))
+        lock = _acquire(file, limit)
         library, fault = _kept(folder)
         if library is not None and not fault:
             return _load(library)
@@ -113,37 +111,40 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
             # A build that was killed leaves its folder, with torch's lock file, for which torch
             # would wait for ever; and its compilers, which may still be writing there. So each
             # build has its own.
-            _remove_killed(folder, lock.is_held)
+            _remove_killed(folder, lock.error is None)
             build = Path(tempfile.mkdtemp(prefix=_prefix(), dir=folder))
         except OSError as error:
             raise _no_room(folder, error) from error
         try:
-            return _compile(recipe, folder, build, log)
+            return _build_module(recipe, folder, build, log)
         finally:
             shutil.rmtree(build, ignore_errors=True)
 
 
-def _lack() -> tuple[str, str] | None:
-    """Say what a build would lack, and what to do."""
-    if not _build.has_compiler():
-        return (
-            f"there is no C++ compiler ({_build.compiler()}) to build them with",
-            "Install one, or name it in CXX, and they are compiled at the next import",
+def _acquire(file: TextIO, limit: float) -> _file_lock.Attempt:
+    """Lock a file; where the file system has no locks, each process builds for itself."""
+    try:
+        attempt = _file_lock.acquire(
+            file,
+            limit,
+            lambda: _say(
+                f"another process compiles the native kernels; waiting for it ({file.name})"
+            ),
         )
-    if shutil.which("ninja", path=_path()) is None:
-        return (
-            "there is no ninja to build them with",
-            "Install it (`pip install ninja`), and they are compiled at the next import",
+    except TimeoutError:
+        raise BuildError(
+            f"another process holds {file.name} for more than {limit:g} seconds",
+            "End that process, or wait for it, and import again",
+        ) from None
+    if attempt.error is not None:
+        _say(
+            f"{file.name} cannot be locked ({attempt.error.strerror}); other processes may"
+            " compile, too"
         )
-    return None
+    return attempt
 
 
-def _path() -> str:
-    """Return the PATH, with the ninja of a virtual environment that is not activated."""
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-
-
-def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> ModuleType:
+def _build_module(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> ModuleType:
     """Compile in a folder of this process, and put the library into the one where it is kept."""
     # For a torch without CUDA nothing is missing.
     lack = torch.version.cuda and recipe.why_no_cuda
@@ -153,31 +154,8 @@ def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> Mod
         f" (into {folder}; EMERGING_OPTIMIZERS_JIT=0 does without)"
         + (f", without CUDA kernels: {lack}" if lack else "")
     )
-    from torch.utils import cpp_extension  # takes a quarter of a second
-
-    environment = {
-        "PATH": _path(),
-        "LC_ALL": "C",  # for messages in English
-        "NINJA_STATUS": "[%f/%t] ",
-        # The compiler says what it cannot compile; torch's guess by its name only disturbs.
-        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
-    }
-    if recipe.architectures:
-        environment["TORCH_CUDA_ARCH_LIST"] = recipe.architectures
     try:
-        with (
-            _environment(environment),
-            _environment(_build.compiler_variables(build / "compilers")),
-            _without_lock(cpp_extension),
-        ):
-            module: ModuleType = cpp_extension.load(
-                _NAME,
-                [str(source) for source in recipe.sources],
-                extra_cflags=recipe.cxx_args,
-                extra_cuda_cflags=recipe.nvcc_args,
-                extra_ldflags=recipe.link_args,
-                build_directory=str(build),
-            )
+        module = _compile.compile_module(_NAME, recipe, build)
     except Exception as error:
         text = _build_output.output_of(error)
         # Without locks, others may have built it meanwhile. What was linked here has been loaded.
@@ -196,23 +174,6 @@ def _compile(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> Mod
     except OSError as error:
         _say(f"what was compiled could not be kept in {folder} ({error})")
     return module
-
-
-@contextlib.contextmanager
-def _without_lock(cpp_extension: ModuleType) -> Iterator[None]:
-    """Keep torch from locking the build's folder, which is this process's alone.
-
-    From 2.14 on it takes a lock of the file system, which may have none.
-    """
-    lock = getattr(cpp_extension, "FileLock", None)
-    if lock is None:
-        yield
-        return
-    vars(cpp_extension)["FileLock"] = contextlib.nullcontext
-    try:
-        yield
-    finally:
-        vars(cpp_extension)["FileLock"] = lock
 
 
 def _failure(text: str, log: Path) -> BuildError:
@@ -321,78 +282,3 @@ def _time_of(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-class _Lock(NamedTuple):
-    """What became of the attempt to lock: without locks, each process builds for itself."""
-
-    is_held: bool
-    has_waited: bool
-
-
-@contextlib.contextmanager
-def _locked(file: TextIO, limit: float) -> Iterator[_Lock]:
-    """Hold the operating system's lock on a file, which ends with the process that holds it."""
-    deadline = time.monotonic() + limit
-    has_waited = False
-    while True:
-        try:
-            is_held = _try_lock(file.fileno())
-        except OSError as error:
-            _say(
-                f"{file.name} cannot be locked ({error.strerror}); other processes may compile, too"
-            )
-            yield _Lock(is_held=False, has_waited=has_waited)
-            return
-        if is_held:
-            break
-        if not has_waited:
-            _say(f"another process compiles the native kernels; waiting for it ({file.name})")
-            has_waited = True
-        if time.monotonic() > deadline:
-            raise BuildError(
-                f"another process holds {file.name} for more than {limit:g} seconds",
-                "End that process, or wait for it, and import again",
-            )
-        time.sleep(0.1)
-    yield _Lock(is_held=True, has_waited=has_waited)
-
-
-# Returns whether the file is locked now, rather than by another process. An OSError says that files
-# cannot be locked here, as on some network file systems.
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EDEADLK):
-                return False
-            raise
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True

@@ -12,7 +12,7 @@ from support import run_python, without_torchs_own
 from torch.utils import cpp_extension
 
 import emerging_optimizers
-from emerging_optimizers import _build, _config
+from emerging_optimizers import _build, _distribution
 from emerging_optimizers._native import native
 
 PACKAGE = Path(emerging_optimizers.__file__).parent
@@ -233,4 +233,4 @@ def test_clash_is_named_when_the_import_fails(site: Path) -> None:
 
 
 def test_no_clash_here() -> None:
-    assert _config.name_clash() is None
+    assert _distribution.name_clash() is None

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.on_devices("tests-functions")
 
 FLOAT32 = MIXES["float32"]
 HALF_GRAD = MIXES["bfloat16 grad, float32 states"]
-# Around the tile of 128 elements that dtypes other than the arithmetic's are computed in, twice
-# that, a page, and the share of work of one thread.
+# Around the tile of 128 elements in which other dtypes are converted, twice that, a page, and one
+# thread's share of the work.
 SIZES = (0, 1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 4095, 4096, 4097, 16383, 16384, 16385)
 
 
@@ -95,7 +95,7 @@ def test_thousand_small_tensors(rule: Rule) -> None:
 @every_rule
 @every_mix
 def test_many_steps(rule: Rule, mix: Mix) -> None:
-    # Each step starts from what the one before has stored.
+    # Each step continues from the stored states of the previous one.
     operands = make_operands(rule, (4, 50), mix)
     for step in range(1, 8):
         case = dict(rule.usual)

@@ -15,7 +15,7 @@ import torch
 from support import without_torchs_own
 from test_jit import MODULE, recipe_of
 
-from emerging_optimizers import _build, _jit, _library
+from emerging_optimizers import _build, _compile, _jit, _library
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts as compilers")
 
@@ -178,7 +178,7 @@ def test_compiler_that_fails(
 
 
 def test_ninja_that_is_missing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jit, "_path", lambda: str(source.parent))
+    monkeypatch.setattr(_compile, "_path", lambda: str(source.parent))
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), source.parent / "kept")
     assert caught.value.reason == "there is no ninja to build them with"
@@ -232,7 +232,7 @@ def test_build_without_locks(
         assert not killed.exists()
         return SimpleNamespace(answer=42)
 
-    monkeypatch.setattr(_jit, "_compile", build)
+    monkeypatch.setattr(_jit, "_build_module", build)
     assert _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path).answer == 42
     assert builds[0].parent == tmp_path
     assert not builds[0].exists()

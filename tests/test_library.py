@@ -154,7 +154,7 @@ def test_bad_library_is_removed(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
     FAULTS[spoilt][0](library)
-    monkeypatch.setattr(_jit, "_compile", lambda *_: not os.path.lexists(library))
+    monkeypatch.setattr(_jit, "_build_module", lambda *_: not os.path.lexists(library))
     assert _jit.load_once(recipe_of(tmp_path / "missing"), tmp_path) is True
 
 

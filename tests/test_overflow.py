@@ -19,7 +19,7 @@ every_square = pytest.mark.parametrize("setup", HAS_SQUARE, ids=str)
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if is_square(r.states[-1])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_of_a_large_gradient(name: str, dtype: torch.dtype) -> None:
-    """Where the weighted square is finite, so is the state; and the first update is of size 1."""
+    """The state is finite if the weighted square is; the first update has size 1."""
     rule = RULES[name]
     grad = torch.tensor([1e20, -3e20, 5e20, 1.0]).to(dtype)
     states = [torch.zeros(4) for _ in rule.states]
@@ -32,7 +32,7 @@ def test_state_of_a_large_gradient(name: str, dtype: torch.dtype) -> None:
 
 @every_square
 def test_elements_recover(setup: Setup, fused: bool | None) -> None:
-    """An element goes on as one in float64 does, where nothing overflows."""
+    """An element continues as in float64, where nothing overflows."""
     grads = torch.rand(300, 3) + 0.5
     grads[0], grads[120], grads[200] = 1e20, -1e20, 2.0
     params = [Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
@@ -51,12 +51,12 @@ def test_elements_recover(setup: Setup, fused: bool | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_torch(dtype: torch.dtype, fused: bool | None) -> None:
-    """As torch's do, elements move again once the large square has decayed."""
+    """As in torch, elements change again once the large square has decayed."""
     betas = (0.9, 0.5)
     grads = torch.randn(400, 50)
     grads[0, :10], grads[50, 10:20] = 2e19, -2e19
     ours = Parameter(torch.ones(50))
-    theirs = Parameter(torch.ones(50, device="cpu"))  # on CUDA, torch's overflows
+    theirs = Parameter(torch.ones(50, device="cpu"))  # on CUDA, torch's state overflows
     optimizer: Any = Adam([ours], lr=1e-2, betas=betas, fused=fused)
     if dtype != torch.float32:
         optimizer = megatron.FusedAdam([ours], lr=1e-2, betas=betas, use_decoupled_grad=True)
