@@ -5,20 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import make_grads
+from optimizers import MEGATRON, make_grads
 from torch import Tensor
 
-from emerging_optimizers import megatron
-from emerging_optimizers.megatron import FusedAdam, MegatronMixin, merge_master
+from emerging_optimizers.megatron import merge_master
 
-CLASSES: list[type[MegatronMixin]] = [
-    FusedAdam,
-    megatron.AdEMAMix,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
+CLASSES = list(MEGATRON.values())
 every_class = pytest.mark.parametrize("cls", CLASSES)
 devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")]

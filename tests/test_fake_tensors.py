@@ -123,7 +123,7 @@ def test_megatron(name: str, device: str, remainders: bool) -> None:
     real = make(params)
     run(real, params, [1, 2])
     assert described(fake) == described(real)
-    for key in ("exp_avg", "master_param"):
+    for key in (MEGATRON[name]._state_names[0], "master_param"):
         found = {state[key].dtype for state in fake.state.values()}
         assert found == {torch.int16 if remainders and key == "master_param" else torch.float32}
 

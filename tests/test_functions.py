@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import RULES, Rule
+from oracle import RULES, Rule, is_square
 from support import (
     LAYOUT_SHAPE,
     LAYOUTS,
@@ -114,7 +114,7 @@ def test_nan_and_infinity_pass_through(rule: Rule, mix: Mix) -> None:
         grids = torch.meshgrid(*[specials] * (1 + len(rule.states)), indexing="ij")
         grad, *states = (grid.reshape(7, -1).clone() for grid in grids)
         states = [
-            state.abs() if name == "exp_avg_sq" else state
+            state.abs() if is_square(name) else state
             for name, state in zip(rule.states, states, strict=True)
         ]
         dtypes = mix.of(rule)
@@ -122,15 +122,14 @@ def test_nan_and_infinity_pass_through(rule: Rule, mix: Mix) -> None:
         check_call(rule, case, Operands(grad.to(mix.grad), states), label=case_name)
 
 
-@pytest.mark.parametrize("name", ["lion", "signum"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.is_sign], ids=str)
 @every_mix
-def test_sign_of_zero_and_of_nan_is_zero(name: str, mix: Mix) -> None:
-    rule = RULES[name]
+def test_sign_of_zero_and_of_nan_is_zero(rule: Rule, mix: Mix) -> None:
     for value in (0.0, -0.0, math.nan):
         grad = torch.full((2, 300), value, dtype=mix.grad)
-        exp_avg = torch.full((2, 300), value, dtype=mix.of(rule)[0])
+        states = [torch.full((2, 300), value, dtype=dtype) for dtype in mix.of(rule)]
         for case in rule.cases.values():
-            update = call(rule, case, Operands(grad, [exp_avg.clone()]))
+            update = call(rule, case, Operands(grad, states).clone())
             assert_equal_bits(update.abs(), torch.zeros_like(update), f"{rule}: sign({value})")
 
 

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run, set_grads
+from optimizers import (
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_params,
+    one_cycle,
+    run,
+    set_grads,
+)
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -38,7 +47,7 @@ def test_lr_schedulers(setup: Setup, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, lr=torch.tensor(0.1), fused=fused)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(setup.make(make_params()), 0.1, total_steps=5)
+    cycle = one_cycle(setup.make(make_params()), 0.1, total_steps=5)
     for step in (1, 2):
         run(optimizer, params, [step])
         scheduler.step()
