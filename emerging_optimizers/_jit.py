@@ -1,4 +1,4 @@
-"""Builds the native kernels at the first import, where none are compiled that fit this torch.
+"""Builds the native kernels at the first import where no installed ones fit this torch.
 
 What was built is kept in torch's folder of extensions (TORCH_EXTENSIONS_DIR), in a folder of its
 own for all that it depends on, and loaded from there afterwards. EMERGING_OPTIMIZERS_JIT=0 switches
@@ -27,14 +27,14 @@ from ._distribution import __version__
 
 _NAME = "emerging_optimizers_native"
 _SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
-# Seconds that a process waits while others build; a build with CUDA takes minutes.
+# Seconds to wait while another process builds; a build with CUDA takes minutes.
 _LIMIT = 1800.0
-# Seconds after which a build's folder is left over, whoever made it.
+# Seconds after which a build folder is removed, even one of another machine.
 _DAY = 86400.0
 
 
 class BuildError(Exception):
-    """There are no native kernels: why, and what can be done about it."""
+    """The native kernels could not be built; carries the reason and the remedy."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason, remedy)
@@ -48,22 +48,22 @@ def load_module() -> ModuleType:
     Raises:
         BuildError: It cannot be built.
     """
-    # A library that was loaded and then refused has left its operators. A second registration of
-    # the same ones would end the process.
+    # A library that was loaded and then rejected leaves its operators registered. Registering
+    # them again would end the process.
     names = torch._C._dispatch_get_all_op_names()
     if any(name.startswith("emerging_optimizers::") for name in names):
         raise BuildError(
             "the operators of another build are loaded in this process", "Start a new process"
         )
     try:
-        # A warning of torch's tools must not end the build where warnings are errors.
+        # A warning from torch's tools must not fail the build where warnings are errors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             recipe = _build.recipe(_sources())
             return load_once(recipe, _folder(recipe))
     except BuildError:
         raise
-    except Exception as error:  # whatever it is, the package works without
+    except Exception as error:  # the package works without native kernels
         raise BuildError(
             f"they could not be compiled ({type(error).__name__}: {error})",
             "Fix that, and they are compiled at the next import",
@@ -71,12 +71,12 @@ def load_module() -> ModuleType:
 
 
 def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> ModuleType:
-    """Return the module that a folder is for; the first of all processes builds it.
+    """Return the module kept in a folder; the first process builds it.
 
     Args:
         recipe: How to build it.
-        folder: Where it is, or will be.
-        limit: Seconds to wait for another process that builds it.
+        folder: Where the module is kept.
+        limit: Seconds to wait while another process builds it.
 
     Raises:
         BuildError: It cannot be built.
@@ -101,16 +101,15 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
         library, fault = _kept(folder)
         if library is not None and not fault:
             return _load(library)
-        # Where many processes start at once, one failure is enough.
+        # Processes that waited report the builder's failure instead of repeating it.
         if lock.has_waited and _time_of(log) != before:
             raise _failure(log.read_text(errors="replace"), log)
         try:
             if library is not None:
                 _say(f"{library} {fault}; it is compiled again")
                 _remove(library)
-            # A build that was killed leaves its folder, with torch's lock file, for which torch
-            # would wait for ever; and its compilers, which may still be writing there. So each
-            # build has its own.
+            # Every build gets a new folder: a killed build leaves torch's lock file, on which torch
+            # would wait forever, and possibly compilers that are still writing.
             _remove_killed(folder, lock.error is None)
             build = Path(tempfile.mkdtemp(prefix=_prefix(), dir=folder))
         except OSError as error:
@@ -122,7 +121,7 @@ def load_once(recipe: _build.Recipe, folder: Path, limit: float = _LIMIT) -> Mod
 
 
 def _acquire(file: TextIO, limit: float) -> _file_lock.Attempt:
-    """Lock a file; where the file system has no locks, each process builds for itself."""
+    """Lock a file; where the file system has no locks, each process builds separately."""
     try:
         attempt = _file_lock.acquire(
             file,
@@ -145,8 +144,8 @@ def _acquire(file: TextIO, limit: float) -> _file_lock.Attempt:
 
 
 def _build_module(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -> ModuleType:
-    """Compile in a folder of this process, and put the library into the one where it is kept."""
-    # For a torch without CUDA nothing is missing.
+    """Compile in the folder `build`, then move the library to `folder`, where it is kept."""
+    # A torch without CUDA lacks nothing.
     lack = torch.version.cuda and recipe.why_no_cuda
     duration = "several minutes" if recipe.architectures else "about a minute"
     _say(
@@ -158,7 +157,8 @@ def _build_module(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -
         module = _compile.compile_module(_NAME, recipe, build)
     except Exception as error:
         text = _build_output.output_of(error)
-        # Without locks, others may have built it meanwhile. What was linked here has been loaded.
+        # Without locks, another process may have finished the build. A library that was linked here
+        # has been loaded already.
         library, fault = _kept(folder)
         if library is not None and not fault and not any(build.glob(f"{_NAME}*{_SUFFIX}")):
             return _load(library)
@@ -166,7 +166,7 @@ def _build_module(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -
             log.write_text(text)
         raise _failure(text, log) from error
     try:
-        # At once, and only now: what is there under this name is complete.
+        # Renamed only when complete, so that no process finds a partial library under this name.
         library = Path(str(module.__file__))
         _library.seal(library)
         module.__file__ = str(library.replace(folder / library.name))
@@ -177,7 +177,7 @@ def _build_module(recipe: _build.Recipe, folder: Path, build: Path, log: Path) -
 
 
 def _failure(text: str, log: Path) -> BuildError:
-    """Return the error of a build, by what it wrote."""
+    """Return the error for a build that failed with this output."""
     what = f"Fix what {log} says" if log.exists() else "Fix that"
     if _build_output.was_killed(text):
         what += " (MAX_JOBS=1 takes the least memory)"
@@ -196,7 +196,7 @@ def _no_room(folder: Path, error: OSError) -> BuildError:
 
 
 def _sources() -> Path:
-    """Return the folder of the sources: in an installed package, or beside it in the repository."""
+    """Return the source folder: in an installed package, or beside it in the repository."""
     package = Path(__file__).parent
     for folder in (package / "csrc", package.parent / "csrc"):
         if folder.is_dir():
@@ -205,7 +205,7 @@ def _sources() -> Path:
 
 
 def _folder(recipe: _build.Recipe) -> Path:
-    """Return the folder for all that a build depends on."""
+    """Return the folder of a build, named by a hash of everything that it depends on."""
     key = hashlib.sha256()
     python = sysconfig.get_config_var("EXT_SUFFIX")  # its version and the processor's architecture
     options = (recipe.cxx_args, recipe.nvcc_args, recipe.link_args, recipe.architectures)
@@ -228,7 +228,7 @@ def _folder(recipe: _build.Recipe) -> Path:
 
 
 def _kept(folder: Path) -> tuple[Path | None, str]:
-    """Return the library that is kept in a folder, if there is one, and what is wrong with it."""
+    """Return the library kept in a folder, if there is one, and what is wrong with it."""
     library, fault = None, ""
     for library in folder.glob(f"{_NAME}*{_SUFFIX}"):
         fault = _library.fault(library)
@@ -245,12 +245,12 @@ def _remove(library: Path) -> None:
 
 
 def _prefix() -> str:
-    """Return how the names of this machine's builds begin; locks may not reach another one."""
+    """Return the prefix of this machine's build folders; locks may not reach other machines."""
     return f"build-{platform.node()}-"
 
 
 def _remove_killed(folder: Path, is_locked: bool) -> None:
-    """Remove folders of builds that have ended without removing them."""
+    """Remove the folders of builds that were killed."""
     for build in folder.glob("build-*"):
         with contextlib.suppress(FileNotFoundError):
             is_old = time.time() - build.stat().st_mtime > _DAY

@@ -1,4 +1,4 @@
-"""The native kernels, where there are some that fit."""
+"""Finds the native kernels that fit this torch: installed, or built at the first import."""
 
 import contextlib
 import importlib
@@ -15,18 +15,18 @@ import torch
 from . import _library
 
 _NAME = f"{__package__}._C"
-# What stands in the library before the version of its torch (bindings/module.cpp).
+# The text before the torch version in the library (bindings/module.cpp).
 _BUILT_FOR = b"emerging_optimizers is built for torch "
 
 
 class _BrokenLibraryError(ImportError):
-    """The library that is installed cannot be loaded."""
+    """The installed library cannot be loaded."""
 
 
 def _compiled() -> ModuleType:
-    """Return the module that is installed; an ImportError says why there is none."""
+    """Return the installed module; raises an ImportError with the reason if there is none."""
     if _NAME not in sys.modules:
-        # In this folder only: an editable installation of another one offers its own.
+        # In this folder only: an editable installation elsewhere would offer its module.
         spec = PathFinder.find_spec(_NAME, [os.path.dirname(__file__)])
         if spec is None or spec.origin is None:
             raise ImportError("nothing is compiled")
@@ -34,7 +34,8 @@ def _compiled() -> ModuleType:
         if fault:
             raise _BrokenLibraryError(f"{spec.origin} {fault}; install the package again")
         version = _built_for(spec.origin)
-        # Before it is loaded: its code may be wrong for this torch, and its operators would stay.
+        # Checked before loading: the code may not fit this torch, and its operators would remain
+        # registered.
         if version.split(".")[:2] != torch.__version__.split(".")[:2]:
             raise ImportError(
                 f"compiled for torch {version}, but this is torch {torch.__version__}"
@@ -56,7 +57,7 @@ def _built_for(library: str) -> str:
 
 
 def _find() -> tuple[ModuleType | None, str]:
-    """Return the module, or why there is none."""
+    """Return the module, or None and the reason."""
     try:
         return _compiled(), ""
     except ImportError as error:
@@ -66,7 +67,7 @@ def _find() -> tuple[ModuleType | None, str]:
     if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
         reason += "; EMERGING_OPTIMIZERS_JIT=0"
     else:
-        from . import _jit  # most imports need nothing of it
+        from . import _jit  # most imports do not build
 
         try:
             module = _jit.load_module()
@@ -86,4 +87,4 @@ def _find() -> tuple[ModuleType | None, str]:
 
 native, reason = _find()
 if native is not None:
-    native.active_isa()  # a wrong EMERGING_OPTIMIZERS_ISA is an error now, not in the first step
+    native.active_isa()  # report a wrong EMERGING_OPTIMIZERS_ISA now, not in the first step

@@ -1,6 +1,7 @@
 """The documentation's code runs as it stands, and prints what it says; its pages are complete."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_links_to_files(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_every_module_is_in_the_design() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    modules = [
+        path.name
+        for folder in ("", "megatron")  # rules have files of the same kind
+        for path in (ROOT / "emerging_optimizers" / folder).glob("*.py")
+        if not path.name.startswith("__")
+    ]
+    assert [name for name in modules if f"`{name}`" not in page] == []
+
+
+def test_caption_of_the_chart() -> None:
+    """The README's chart was measured as its caption says."""
+    result = ROOT / "benchmarks" / "results" / "optimizers-cpu.json"
+    run = json.loads(result.read_text())["run"]
+    caption = re.findall(r"<sub>(.*?)</sub>", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    torch_version = ".".join(run["torch"].split(".")[:2])
+    for fact in (run["cpu"], f"{run['threads']} threads", f"torch {torch_version}"):
+        assert fact in " ".join(caption.split())
 
 
 # ---- error messages ------------------------------------------------------------------------------
