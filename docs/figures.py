@@ -84,7 +84,7 @@ def _missed(targets: list[dict[str, Any]]) -> str:
         for t in targets
         if not t["met"]
     ]
-    return _table(["how many times as long", "optimizer", "wanted", "measured"], rows)
+    return _table(["time relative to this package", "optimizer", "target", "measured"], rows)
 
 
 def _measured(target: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def _distributed(figures: list[dict[str, Any]]) -> str:
         for f in figures
         if f["who"] != f["compared_with"]
     ]
-    return _table(["of what", "who", "times as long", "as"], rows)
+    return _table(["case", "contender", "time ratio", "relative to"], rows)
 
 
 def _round(value: float) -> str:

@@ -183,5 +183,5 @@ def _refuse(
         )
     raise ValueError(
         f"{name(second)} shares memory with {name(first)}, and a state is modified in place; give"
-        " the state memory of its own (.clone())"
+        " the state separate memory (.clone())"
     )
