@@ -1,19 +1,19 @@
-# Every target works in a fresh clone: it makes a virtual environment in .venv, installs torch and
-# what else is needed there, and compiles the package. With PYTHON=... the environment of that
-# interpreter, which has torch already, is used instead.
+# Every target works in a fresh clone: it creates a virtual environment in .venv, installs torch and
+# the other requirements, and compiles the package. PYTHON=... uses the environment of that
+# interpreter instead, which must have torch.
 
 VENV ?= .venv
 # The torch to build and test against, as pip takes it: make test TORCH="torch==2.11.0"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
-# Each process imports torch and runs kernels with all threads: more than a few take longer. A file's
-# tests share what they build, so they stay in one process.
+# Each process imports torch and runs kernels with all threads, so more processes take longer. The
+# tests of a file share what they build, so they run in one process.
 PYTEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ifeq ($(origin PYTHON),undefined)
   PY := $(VENV)/bin/python
   BIN := $(VENV)/bin
-  # A new environment's worth of work whenever another torch is asked for.
+  # Another TORCH means a new environment.
   TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 else
   PY := $(PYTHON)
@@ -39,8 +39,8 @@ $(VENV)/.torch-%:
 	$(PY) -m pip install --quiet "setuptools>=77" ninja $(TORCH)
 	@rm -f $(VENV)/.torch-* && touch $@
 
-# The package is compiled against the torch that is there, so not in isolation; and in place, so for
-# one environment at a time: whatever was installed before no longer counts.
+# The package is compiled against the installed torch, hence without isolation, and in place, hence
+# for one environment at a time: other installations are out of date then.
 $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" ninja
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint,wheel]"
@@ -51,8 +51,8 @@ test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers
 python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 	$(PY) -m pytest $(PYTEST_PROCESSES) --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
 
-# The CUDA engine's code on the host, behind CUDA devices that PyTorch is made to believe in; for a
-# PyTorch that has CUDA itself, python-test and gpu-check use the real ones.
+# The CUDA engine's code, run on the host by emulated CUDA devices. With a CUDA build of PyTorch,
+# python-test and gpu-check use real devices instead.
 emulated-test: $(INSTALLED)  ## Run the CUDA engine's tests alone, on emulated devices
 	$(PY) -c "import torch; exit(torch.version.cuda is not None)" || exit 0; \
 	$(PY) -m pytest $(PYTEST_PROCESSES) --device emulated $$(grep -l "pytest.mark.on_devices(" tests/test_*.py)
@@ -69,7 +69,7 @@ lint: $(INSTALLED)  ## Check formatting, style, types and spelling
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/codespell
 
-# The package is there already: this adds what an extra of it names, and compiles nothing.
+# Install the requirements of an extra; the package is installed already.
 $(INSTALLED)-%: $(INSTALLED)
 	$(PY) -m pip install --quiet "emerging-optimizers-native[$*]"
 	@touch $@
@@ -79,7 +79,7 @@ docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code 
 	$(PY) -m sphinx -W --keep-going -q docs build/docs
 	$(PY) -m pytest -q tests/test_docs.py
 
-cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and read their code; needs no GPU
+cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and check their code; needs no GPU
 	$(PY) tools/cuda_check.py
 
 wheel: $(INSTALLED)  ## Build sdist and wheel for this torch into dist/, and check them
@@ -93,20 +93,21 @@ format: $(INSTALLED)  ## Format Python and C++
 demo: $(INSTALLED)  ## Train a small language model with each rule; table and curves in build/demo
 	$(PY) examples/train_char_lm.py --rule all --output build/demo
 
-bench: $(INSTALLED)  ## Measure functions and optimizers, distributed ones too; figures in build/
+bench: $(INSTALLED)  ## Measure functions and optimizers, also distributed; results in build/
 	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 
-# For a machine where nothing can be installed: only that interpreter's packages are used.
+# For machines without network: uses only the packages that are installed.
 # make gpu-check GPU_CHECK_ARGS="--only build,bits"
 GPU_CHECK_ARGS ?= --budget inf
-gpu-check:  ## Build, test and measure on this machine's GPU, with the packages that are there
+gpu-check:  ## Build, test and measure on this machine's GPU, with the installed packages
 	$(PY) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary AdamW
 
-clean:  ## Remove what was built, the virtual environment included
+clean:  ## Remove everything that was built, and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

@@ -77,7 +77,7 @@ def _rule(optimizer: type[ScalarOptimizer]) -> Rule:
     arguments = _ARGUMENTS.get(rule.name, {})
     group = optimizer([torch.zeros(1)], **arguments).param_groups[0]  # type: ignore[call-arg]
     options: dict[str, Any] = {}
-    for name in rule.options:
+    for name in rule.hyperparameter_names:
         key = optimizer._renamed.get(name, name)
         if name == "step":
             options[name] = 1000

@@ -24,7 +24,7 @@ class Counters:
 
     def is_needed(self, group: dict[str, Any], rule: GroupRule) -> bool:
         """Return whether a begun state must have a counter, since updates depend on it."""
-        return is_absent(group.get("step")) and "step" in rule.rule.options
+        return is_absent(group.get("step")) and "step" in rule.rule.hyperparameter_names
 
     def may_have_begun(self, group: dict[str, Any]) -> bool:
         """Return whether a group's states may be from earlier steps, and must be complete."""

@@ -94,7 +94,7 @@ def _read_constants(
     method = group["weight_decay_method"]
     return _GroupConstants(
         hyperparameters=hyperparameters,
-        has_step="step" in rule.rule.options,
+        has_step="step" in rule.rule.hyperparameter_names,
         scales_by_shape=scales_by_shape,
         lr=lr,
         grad_factor=_grad_factor(group, scalars),

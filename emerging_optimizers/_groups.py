@@ -60,7 +60,7 @@ def read_hyperparameters(group: Mapping[str, Any], rule: GroupRule) -> dict[str,
 
 def scales_by_shape(group: Mapping[str, Any], rule: GroupRule) -> bool:
     """Return whether the update of a matrix is scaled by its shape."""
-    if SHAPE_SCALING not in rule.rule.options:
+    if SHAPE_SCALING not in rule.rule.hyperparameter_names:
         return False
     return bool(read_hyperparameters(group, rule)[SHAPE_SCALING])
 
@@ -95,7 +95,7 @@ def check_group(
             values on a device may be read.
     """
     _, keys, _, rule = optimizer._rule_of(group)
-    options: dict[str, Any] = {"step": 1}
+    values: dict[str, Any] = {"step": 1}
     name = ""
     try:
         name = "lr"
@@ -105,12 +105,12 @@ def check_group(
             raise ValueError(f"Invalid {_TITLES[name]}: {group[name]}")
         name = "weight_decay_method"
         _check_method(group[name])
-        for option, key in zip(rule.hyperparameters, keys, strict=True):
+        for wanted, key in zip(rule.hyperparameters, keys, strict=True):
             name = key if isinstance(key, str) else key[0]
-            options[option.name] = read_hyperparameter(group, key, option)
-            _check_hyperparameter(optimizer, group, key, option, options[option.name])
+            values[wanted.name] = read_hyperparameter(group, key, wanted)
+            _check_hyperparameter(optimizer, group, key, wanted, values[wanted.name])
         name = ""
-        rule.check_together(options)
+        rule.check_together(values)
         for name in flags_of(optimizer, group):
             read_group_flag(group, name)
         name = ""
@@ -143,11 +143,10 @@ def check_state_dtypes(optimizer: BaseOptimizer, groups: Iterable[Mapping[str, A
 def flags_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> list[str]:
     """Return the keys of the flags that a group has."""
     _, keys, _, rule = optimizer._rule_of(group)
-    options = zip(rule.hyperparameters, keys, strict=True)
     names = [
         key
-        for option, key in options
-        if option.kind == "flag" and isinstance(key, str) and key in group
+        for wanted, key in zip(rule.hyperparameters, keys, strict=True)
+        if wanted.kind == "flag" and isinstance(key, str) and key in group
     ]
     others = (*_FLAGS, *optimizer._own_flags)
     return names + [name for name in others if name in group and name not in keys]
@@ -180,18 +179,18 @@ def _check_hyperparameter(
     optimizer: BaseOptimizer,
     group: Mapping[str, Any],
     key: GroupKey,
-    option: Hyperparameter,
+    wanted: Hyperparameter,
     value: Any,
 ) -> None:
-    if option.kind == "flag" or value is None:
+    if wanted.kind == "flag" or value is None:
         return
-    if isinstance(key, str) and option.kind != "numbers":
-        if not is_in_domain(value, option.domain):
+    if isinstance(key, str) and wanted.kind != "numbers":
+        if not is_in_domain(value, wanted.domain):
             raise ValueError(f"Invalid {_TITLES.get(key, key)}: {group[key]}")
         return
     name, first = (key, 0) if isinstance(key, str) else key[:2]
     for i, number in enumerate(value if isinstance(value, tuple) else (value,), first):
-        if not is_in_domain(number, option.domain):
+        if not is_in_domain(number, wanted.domain):
             title = optimizer._beta_title if name == "betas" else name
             raise ValueError(f"Invalid {title} at index {i}: {group[name][i]}")
 

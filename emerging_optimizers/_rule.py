@@ -78,13 +78,13 @@ class Rule:
         self._check = check
         parameters = inspect.signature(formula).parameters.values()
         self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
-        self._options = [
+        self._declared = [
             Hyperparameter.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
-        self.options = [option.name for option in self._options]
-        self.hyperparameters = [option for option in self._options if option.kind != "step"]
+        self.hyperparameter_names = [declared.name for declared in self._declared]
+        self.hyperparameters = [declared for declared in self._declared if declared.kind != "step"]
         # The compiled module's handle of the rule.
         self.native: Any = None if native is None else native.rules.get(name)
         self._operator: Any = None
@@ -108,7 +108,7 @@ class Rule:
             renamed: Where a group keeps a hyperparameter, if not under its name.
             state_names: The keys of a parameter's states, in the order of the formula.
         """
-        keys = tuple(renamed.get(option.name, option.name) for option in self.hyperparameters)
+        keys = tuple(renamed.get(declared.name, declared.name) for declared in self.hyperparameters)
         return GroupRule(self.native, keys, state_names, self)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
@@ -151,7 +151,7 @@ class Rule:
             _checks.read_operand(name, value, grads)
             for name, value in zip(self.states, arguments[1:num_tensors], strict=True)
         ]
-        options, step_tensor = self._read_options(arguments[num_tensors:-1])
+        values, step_tensor = self._read_hyperparameters(arguments[num_tensors:-1])
         if out is None:
             # Laid out as the first state, or as the gradient where a rule has no states.
             updates = _new_updates(grads, states[0] if states else grads)
@@ -160,44 +160,46 @@ class Rule:
             updates = _checks.read_operand("out", out, grads)
         operands = [grads, *states, updates]
         if native is not None and self._operator is not None and grads.tensors:
-            self._operate(operands, options, step_tensor)
+            self._operate(operands, values, step_tensor)
         elif any(_dtensor.is_dtensor(tensor) for o in operands for tensor in o.tensors):
-            self._apply_locally(self._apply, operands, options, step_tensor)
+            self._apply_locally(self._apply, operands, values, step_tensor)
         else:
-            self._apply(operands, options, step_tensor)
+            self._apply(operands, values, step_tensor)
         return out
 
-    def _read_options(self, values: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None]:
-        options: dict[str, Any] = {}
+    def _read_hyperparameters(
+        self, arguments: Sequence[Any]
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        values: dict[str, Any] = {}
         step_tensor = None
-        for option, value in zip(self._options, values, strict=True):
-            name = option.name
-            if option.kind != "step":
-                options[name] = option.read(name, value)
+        for declared, value in zip(self._declared, arguments, strict=True):
+            name = declared.name
+            if declared.kind != "step":
+                values[name] = declared.read(name, value)
             elif isinstance(value, Tensor):
-                options[name] = 0
+                values[name] = 0
                 step_tensor = value
             else:
-                options[name] = read_whole_number(name, value, "an int")
-        return options, step_tensor
+                values[name] = read_whole_number(name, value, "an int")
+        return values, step_tensor
 
-    def check_options(self, options: dict[str, Any]) -> None:
+    def check_hyperparameters(self, values: dict[str, Any]) -> None:
         """Raise for hyperparameters outside their domains."""
-        for option in self._options:
-            value = options[option.name]
-            if option.kind == "step":
-                check_step(value, options.get("correct_bias", False))
-            elif option.kind == "numbers":
+        for declared in self._declared:
+            value = values[declared.name]
+            if declared.kind == "step":
+                check_step(value, values.get("correct_bias", False))
+            elif declared.kind == "numbers":
                 for i, number in enumerate(value):
-                    check_domain(f"{option.name}[{i}]", number, option.domain)
-            elif option.kind != "flag" and value is not None:
-                check_domain(option.name, value, option.domain)
-        self.check_together(options)
+                    check_domain(f"{declared.name}[{i}]", number, declared.domain)
+            elif declared.kind != "flag" and value is not None:
+                check_domain(declared.name, value, declared.domain)
+        self.check_together(values)
 
-    def check_together(self, options: dict[str, Any]) -> None:
+    def check_together(self, values: dict[str, Any]) -> None:
         """Raise for hyperparameters that do not go together."""
         if self._check is not None:
-            self._check(**options)
+            self._check(**values)
 
     def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for other devices. Arguments are in the order of its schema."""
@@ -205,8 +207,8 @@ class Rule:
 
     def _operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for DTensors, likewise."""
-        operands, options = self._read_operator(arguments)
-        self._apply_locally(self._operate, operands, options, step_tensor)
+        operands, values = self._read_operator(arguments)
+        self._apply_locally(self._operate, operands, values, step_tensor)
 
     def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
         num_lists = 2 + len(self.states)
@@ -218,31 +220,31 @@ class Rule:
             Operand(name, tensors, is_single, name != "grad")
             for name, tensors in zip(names, (grads, *states, updates), strict=True)
         ]
-        return operands, dict(zip(self.options, arguments[num_lists:], strict=True))
+        return operands, dict(zip(self.hyperparameter_names, arguments[num_lists:], strict=True))
 
     def _operate(
-        self, operands: Sequence[Operand], options: dict[str, Any], step_tensor: Tensor | None
+        self, operands: Sequence[Operand], values: dict[str, Any], step_tensor: Tensor | None
     ) -> None:
         *lists, updates = (operand.tensors for operand in operands)
-        self._operator(updates, *lists, *options.values(), step_tensor=step_tensor)
+        self._operator(updates, *lists, *values.values(), step_tensor=step_tensor)
 
     def _apply_locally(
         self,
         apply: Callable[[Sequence[Operand], dict[str, Any], Tensor | None], None],
         operands: Sequence[Operand],
-        options: dict[str, Any],
+        values: dict[str, Any],
         step_tensor: Tensor | None,
     ) -> None:
         """Apply to the local tensors of DTensors."""
         grads = operands[0]
-        is_scaled = options.get("use_shape_scaling", False)
+        is_scaled = values.get("use_shape_scaling", False)
         if is_scaled:
             # Scaled below, by the shapes of the DTensors.
-            options = options | {"use_shape_scaling": False}
+            values = values | {"use_shape_scaling": False}
             for position in range(len(grads.tensors)):
                 _checks.check_is_matrix(grads, position)
         local = _dtensor.local_operands(operands)
-        apply(local, options, _dtensor.whole(step_tensor))
+        apply(local, values, _dtensor.whole(step_tensor))
         if is_scaled:
             lists = (operand.tensors for operand in local)
             for grad, *read, update in zip(grads.tensors, *lists, strict=True):
@@ -254,34 +256,34 @@ class Rule:
 
     @torch.no_grad()
     def _apply(
-        self, operands: Sequence[Operand], options: dict[str, Any], step_tensor: Tensor | None
+        self, operands: Sequence[Operand], values: dict[str, Any], step_tensor: Tensor | None
     ) -> None:
         if step_tensor is not None:
             _checks.check_step_device(step_tensor, operands[0])
             value = read_step_tensor(step_tensor)
-            options = options | {"step": read_whole_number("step", value, "an int")}
-        self.check_options(options)
-        _checks.check_operands(operands, options.get("use_shape_scaling", False))
+            values = values | {"step": read_whole_number("step", value, "an int")}
+        self.check_hyperparameters(values)
+        _checks.check_operands(operands, values.get("use_shape_scaling", False))
         lists = (operand.tensors for operand in operands)
         for grad, *states, update in zip(*lists, strict=True):
             if grad.numel() == 0:
                 continue
             if self._operator is not None and grad.device.type in self._native_devices:
                 row = [[tensor] for tensor in (update, grad, *states)]
-                self._operator(*row, *options.values())
+                self._operator(*row, *values.values())
             else:
-                self._apply_formula(update, grad, states, options)
+                self._apply_formula(update, grad, states, values)
 
     def _apply_formula(
-        self, update: Tensor, grad: Tensor, states: list[Tensor], options: dict[str, Any]
+        self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> None:
-        store(update, self.compute_update(grad, states, options))
+        store(update, self.compute_update(grad, states, values))
 
-    def compute_update(self, grad: Tensor, states: list[Tensor], options: dict[str, Any]) -> Tensor:
+    def compute_update(self, grad: Tensor, states: list[Tensor], values: dict[str, Any]) -> Tensor:
         """Apply the formula in float32 or float64, and return the update in that dtype."""
         real = _arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
-        update = self.formula(grad.to(real), *widened, **options)
+        update = self.formula(grad.to(real), *widened, **values)
         for state, wide in zip(states, widened, strict=True):
             if wide is not state:
                 store(state, wide)

@@ -25,7 +25,6 @@ from ._hyperparameters import read_number
 from ._members import Member, param_name
 from ._native import native
 from ._rounding import draw_seed
-from ._rule import GroupRule
 from ._states import check_master, prepare
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
@@ -62,29 +61,42 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
         else:
             found_inf = None  # a GradScaler without gradients passes the sum of no tensors, 0
     groups = list(optimizer.param_groups)
-    positions = []
+    positions, rules = [], []
     num_params = 0
     draws = has_state_dtypes = False
     are_rates_floats = True
-    has_tensors = not (grad_multiplier is None and grad_scale is None and found_inf is None)
+    is_one_call = native is not None
     for group in groups:
+        rule = optimizer._rule_of(group)
+        fused = group["fused"]
+        if rule[0] is None or (fused is not None and fused is not True):  # `rule.native`, faster
+            is_one_call = False
+        if group["stochastic_rounding"] is not False:
+            draws = True
+        if group["state_dtype"] is not None:
+            has_state_dtypes = True
+        if type(group["lr"]) is not float:
+            are_rates_floats = False
+        rules.append(rule)
         positions.append(num_params)
         num_params += len(group["params"])
-        draws = draws or group["stochastic_rounding"] is not False
-        has_state_dtypes = has_state_dtypes or group["state_dtype"] is not None
-        are_rates_floats = are_rates_floats and type(group["lr"]) is float
+    for flag in optimizer._slow_flags:
+        for group in groups:
+            if group[flag] is not False:
+                is_one_call = False
     if not are_rates_floats:
         # DTensors are gathered here, by all processes: what remains may differ between them.
         groups = [{**g, "lr": whole(g["lr"])} if is_dtensor(g["lr"]) else g for g in groups]
-        has_tensors = True
     if has_state_dtypes:
         check_state_dtypes(optimizer, groups)  # no native step reads them
     seed = 0 if not draws else _draw_seed(optimizer, groups)
     scalars = (grad_multiplier, grad_scale, found_inf, seed)
-    has_values = not has_tensors or have_values((*(group["lr"] for group in groups), *scalars))
-    rules = _rules_of_one_call(optimizer, groups) if has_values and native is not None else None
+    has_values = (
+        are_rates_floats and grad_multiplier is None and grad_scale is None and found_inf is None
+    ) or have_values((*(group["lr"] for group in groups), *scalars))
     found: Any = None
-    if native is not None and rules is not None and optimizer.state:
+    if is_one_call and has_values and optimizer.state:
+        assert native is not None
         # Called here, for the functions below take as long as five small parameters. If any
         # parameters remain, nothing is done.
         try:
@@ -97,7 +109,7 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
     with torch.no_grad():
         if not has_values:
             left = _prepare_all(call)
-        elif rules is not None:
+        elif is_one_call:
             left = _step_rest(call, found)
         else:
             left = _step_by_group(call)
@@ -128,25 +140,6 @@ def _draw_seed(optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]) -> in
     for i, group in enumerate(groups):
         check_flags(optimizer, group, f"param_groups[{i}]")  # before a seed is drawn
     return draw_seed() if any(group["stochastic_rounding"] for group in groups) else 0
-
-
-def _rules_of_one_call(
-    optimizer: BaseOptimizer, groups: Sequence[dict[str, Any]]
-) -> list[GroupRule] | None:
-    """Return groups' rules if their step may be one native call, and None if not."""
-    slow_flags = optimizer._slow_flags
-    rules = []
-    for group in groups:
-        if group["fused"] is not None and group["fused"] is not True:
-            return None
-        for flag in slow_flags:
-            if group[flag] is not False:
-                return None
-        rule = optimizer._rule_of(group)
-        if rule[0] is None:  # `native`, faster
-            return None
-        rules.append(rule)
-    return rules
 
 
 def has_native_step(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
@@ -331,8 +324,9 @@ def _after_native(call: StepCall, kept: _Kept, left: Left) -> None:
     optimizer = call.optimizer
     done = [(m, item) for i, m, item in kept if m.param_index not in left.get(i, ())]
     if done and optimizer._hook is not None:
-        # The step may have created their states.
-        members = [m._replace(state=optimizer.state.get(m.param, {})) for m, _ in done]
+        # The step may have created a state.
+        states = optimizer.state
+        members = [m if m.state else m._replace(state=states.get(m.param, {})) for m, _ in done]
         after_update(optimizer._hook, optimizer._masters, members, [item for _, item in done])
 
 

@@ -1,4 +1,4 @@
-"""What each process of a distributed test of mixed precision does."""
+"""Workers of the distributed tests of mixed precision."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ Trained = tuple[list[float], list[Tensor], set[float]]
 
 
 def train_with_fsdp1(rank: int, folder: Path, use_orig_params: str) -> None:
-    """An infinity on one process is a step that all of them skip, and a scale that all halve."""
+    """After an infinity in one process, all processes skip the step and halve the scale."""
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 
     def train(cls: Any, unscale: bool = False, **more: Any) -> Trained:
@@ -28,7 +28,7 @@ def train_with_fsdp1(rank: int, folder: Path, use_orig_params: str) -> None:
     wanted_scales, wanted, _ = train(torch.optim.AdamW)
     assert wanted_scales == [SCALE, SCALE / 2, SCALE / 2, SCALE / 4, SCALE / 4]
     for fused in (None, False, True):
-        # A fused step does not look at what other processes have found: that is unscale_'s.
+        # A fused step does not combine found_inf over processes: unscale_ does.
         scales, params, steps = train(AdamW, fused=fused, unscale=fused is True)
         assert scales == wanted_scales, (fused, scales)
         assert steps == {3.0}, (fused, steps)
@@ -48,7 +48,7 @@ def train_with_fsdp1(rank: int, folder: Path, use_orig_params: str) -> None:
 
 
 def _train(rank: int, make: Any, use_orig_params: bool, unscale: bool) -> Trained:
-    """Return the scales, the parameters as they are in one process, and the counts of steps."""
+    """Return the scales, the parameters gathered on each process, and the step counts."""
     torch.manual_seed(0)
     model = FullyShardedDataParallel(
         nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
@@ -62,7 +62,7 @@ def _train(rank: int, make: Any, use_orig_params: bool, unscale: bool) -> Traine
         generator = torch.Generator().manual_seed(2 * step + rank)
         loss = model(torch.randn(6, 4, generator=generator)).square().mean()
         scaler.scale(loss).backward()
-        # The ranks in turn.
+        # One rank after another.
         if step in (1, 3) and rank == step // 2:
             grads = [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()]
             grads[-1].view(-1)[0] = math.inf

@@ -1,9 +1,9 @@
-"""The optimizers whose checkpoints are kept in tests/checkpoints, and the program that wrote those.
+"""The optimizers whose checkpoints are in tests/checkpoints, and the program that writes them.
 
     python tests/checkpoint_cases.py tests/checkpoints/<name>.tar.gz
 
-Run it with the version of the package whose format is to be kept. Each later version has to load
-what it wrote, and to continue (test_old_checkpoints.py).
+Run it with the version of the package whose format is to be recorded. Every later version must load
+these checkpoints and continue from them (test_old_checkpoints.py).
 """
 
 import pickle
@@ -37,7 +37,7 @@ STEPS_AFTERWARDS = (4, 5)
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer with all arguments, and its parameters' dtype."""
+    """An optimizer, its arguments, and the dtype of its parameters."""
 
     name: str
     make: Callable[..., torch.optim.Optimizer]
@@ -166,7 +166,7 @@ def distributed_state(
 
 
 def distributed_folders(folder: Path, world_size: int) -> dict[tuple[str, bool], Path]:
-    """Where the checkpoint of each model, flat or not, is."""
+    """The folders of the checkpoints of the models, flat or not."""
     return {
         (name, flat): folder / f"{name.replace(' ', '_')}-{world_size}{'-flat' if flat else ''}"
         for name in MODEL_CASES
@@ -175,7 +175,7 @@ def distributed_folders(folder: Path, world_size: int) -> dict[tuple[str, bool],
 
 
 def write_distributed(rank: int, folder: Path, world_size: str) -> None:
-    """Save as one of several processes; or as the only one, where `world_size` is 1."""
+    """Save as one of `world_size` processes."""
     is_sharded = int(world_size) > 1
     for (name, flat), path in distributed_folders(folder, int(world_size)).items():
         model, optimizer = make_model(name, is_sharded)
@@ -184,7 +184,7 @@ def write_distributed(rank: int, folder: Path, world_size: str) -> None:
 
 
 def load_distributed(rank: int, folder: Path, world_size: str) -> None:
-    """Load what as many processes saved, and compare what comes after two more steps."""
+    """Load what the same number of processes saved, and compare the results of two more steps."""
     wanted = torch.load(folder / "continued.pt")
     for (name, flat), path in distributed_folders(folder, int(world_size)).items():
         model, optimizer = make_model(name, int(world_size) > 1)
@@ -212,7 +212,7 @@ def load_distributed(rank: int, folder: Path, world_size: str) -> None:
 
 
 def outcome(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """Copies of each parameter and its states, by name."""
+    """Return copies of all parameters and states, by name."""
     return [
         {"param": param.detach().clone()}
         | {
@@ -226,7 +226,7 @@ def outcome(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
 
 
 def write(folder: Path, names: Collection[str]) -> None:
-    """Write a folder with the checkpoints of the cases that are named."""
+    """Write the checkpoints of the named cases to a folder."""
     folder.mkdir(parents=True)
     saved, pickled = {}, {}
     for case in map(CASES.__getitem__, names):

@@ -5,7 +5,7 @@ import torch
 
 try:
     import hypothesis
-except ModuleNotFoundError:  # on a machine with a GPU where nothing can be installed
+except ModuleNotFoundError:  # optional on a machine with a GPU where nothing can be installed
     pass
 else:
     hypothesis.settings.register_profile(
@@ -13,10 +13,10 @@ else:
     )
     hypothesis.settings.load_profile("fixed")
 
-# Imported only where it is used, for what it imports, which may not be there.
+# It imports optional packages, so only the tests that use it do so.
 collect_ignore = ["megatron_core.py"]
 
-# A GPU; emulated devices are something else.
+# Real GPUs only, not emulated devices.
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _repeats_the_cpu(item: pytest.Item) -> bool:
-    """Tell a test that is the same whatever `--device` is."""
+    """Whether a test does the same whatever `--device` is."""
     fixtures = getattr(item, "fixturenames", ())
     is_for_the_cpu = "_no_other_device" in fixtures and item.get_closest_marker("cuda") is None
     return is_for_the_cpu or item.get_closest_marker("once") is not None
@@ -65,7 +65,7 @@ def _repeats_the_cpu(item: pytest.Item) -> bool:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """On a machine with a GPU, count a CUDA test that is skipped as failed."""
+    """On a machine with a GPU, count a skipped CUDA test as failed."""
     report = yield
     is_cuda = item.get_closest_marker("cuda") and not item.get_closest_marker("slow")
     if HAS_GPU and report.skipped and is_cuda:
@@ -81,7 +81,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Make tensors on the device under test, where a test names none; those for CUDA name it."""
+    """Make tensors on the device under test by default; tests for CUDA name their devices."""
     is_named = "cuda" in request.keywords
     if request.config.getoption("--device") == "cpu" and not is_named:
         yield
@@ -92,12 +92,12 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def _no_other_device(_default_device: None) -> Iterator[None]:
-    """Make tensors on the CPU, whatever `--device` is; tests for CUDA name it."""
+    """Make tensors on the CPU by default, whatever `--device` is."""
     with torch.device("cpu"):
         yield
 
 
-@pytest.fixture(params=[False, None], ids=["plain", "native where it can"])
+@pytest.fixture(params=[False, None], ids=["fallback", "native where possible"])
 def fused(request: pytest.FixtureRequest) -> bool | None:
-    """The argument of optimizers: the fallback, then native steps wherever possible."""
+    """The optimizers' argument: the fallback, then native steps where possible."""
     return request.param

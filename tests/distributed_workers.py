@@ -1,4 +1,4 @@
-"""What each process of a distributed test does: `processes.launch` names the function."""
+"""Workers of the distributed tests: functions that `processes.launch` runs in each process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emerging_optimizers import AdamW, LaProp
 
-# Each with a way to make it, whether it takes matrices only, and how exact it is.
+# By name: how to make it, whether it takes only matrices, and its tolerance.
 CASES: list[tuple[str, Callable[..., Any], bool, float]] = [
     (setup.name, setup.make, "scaling" in setup.name, 0.0)
     for setup in [*SETUPS, *(v for v in VARIANTS if "scaling" in v.name)]
@@ -34,12 +34,12 @@ def frob_normalized(params: Any, **arguments: Any) -> LaProp:
     return LaProp(params, frob_normalize=True, **arguments)
 
 
-# Its norms are sums over processes, in another order.
+# Its norms are sums over processes, in a different order.
 CASES.append(("LaProp frob_normalize", frob_normalized, False, 1e-6))
 
 
 class Block(nn.Module):
-    """A transformer's layer whose sizes no number of processes but 1 divides."""
+    """A transformer layer whose sizes are not divisible by any number of processes but 1."""
 
     def __init__(self, width: int, hidden: int, bias: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(11, width)
         self.blocks = nn.ModuleList([Block(width, hidden, bias)])
-        # One row: with several processes, all but one have nothing of it.
+        # One row: all processes but one have an empty shard of it.
         self.gate = nn.Linear(width, 1, bias=bias)
         self.head = nn.Linear(width, 11, bias=bias)
 
@@ -78,7 +78,7 @@ def make_model(bias: bool, **sizes: int) -> Transformer:
 
 
 def next_batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A sequence that counts on, so that there is something to learn."""
+    """A sequence that counts upwards, so that there is something to learn."""
     start = torch.Generator().manual_seed(1000 * step + rank)
     tokens = torch.randint(11, (4, 1), generator=start) + torch.arange(9)
     return tokens[:, :-1] % 11, tokens[:, 1:] % 11
@@ -99,7 +99,7 @@ def full(tensor: Any) -> Tensor:
 
 
 def shard(model: Transformer, kind: str) -> None:
-    """Distribute a model's parameters."""
+    """Shard a model's parameters."""
     world_size = dist.get_world_size()
     if kind == "2-D":
         mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("data", "tensor"))
@@ -118,7 +118,7 @@ def shard(model: Transformer, kind: str) -> None:
 
 
 def train_sharded(rank: int, folder: Path, kind: str) -> None:
-    """Train, and step a single process's parameters with the same, gathered gradients beside it."""
+    """Train shards, and unsharded parameters with the gathered gradients; compare the bits."""
     steps = 3 if kind == "2-D" else 6
     for name, make, is_of_matrices, tolerance in CASES:
         sizes = {"hidden": 12} if kind == "2-D" else {}
@@ -138,7 +138,7 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
             optimizer.step()
             reference.step()
             optimizer.zero_grad()
-        # Three steps are too few for every rule to learn: the bits are what counts.
+        # Three steps are too few for every rule to learn: only the bits are compared.
         assert kind == "2-D" or min(losses[1:]) < losses[0], (name, losses)
         for (label, p), q in zip(model.named_parameters(), others, strict=True):
             state, wanted = optimizer.state[p], reference.state[q]
@@ -160,8 +160,8 @@ def train_sharded(rank: int, folder: Path, kind: str) -> None:
 
 
 def train_replicas(rank: int, folder: Path, sharded_states: str) -> None:
-    """DDP: after 15 steps, all processes have the same bits."""
-    # Warns of its own use of torch.jit.
+    """DDP: after 15 steps, the parameters are bit-identical on all processes."""
+    # It warns about its use of torch.jit.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     for name, make, is_of_matrices, _ in CASES:
@@ -183,7 +183,7 @@ def train_replicas(rank: int, folder: Path, sharded_states: str) -> None:
 
 
 def set_recorded_grads(params: Sequence[Any], step: int) -> None:
-    """The same full gradients in each run, whatever the processes."""
+    """Set the same full gradients for any number of processes."""
     grads = make_grads([full(p) for p in params], step)
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
@@ -220,7 +220,7 @@ def save_checkpoints(rank: int, folder: Path) -> None:
 
 
 def resume_checkpoints(rank: int, folder: Path) -> None:
-    """Load, maybe with another number of processes, and go on as if nothing had happened."""
+    """Load, possibly with another number of processes, and continue as without interruption."""
     for name, make, is_of_matrices, tolerance in CHECKPOINTS:
         torch.manual_seed(1)
         model = Transformer(not is_of_matrices).to(dtype_of(name))
@@ -228,7 +228,7 @@ def resume_checkpoints(rank: int, folder: Path) -> None:
         shard(model, "float32")
         optimizer = make(model.parameters(), lr=0.02)
         before = [full(p).clone() for p in model.parameters()]
-        # Makes the states that are not there, by a step with lr 0.
+        # Creates missing states by a step with lr 0.
         weights, states = get_state_dict(model, optimizer)
         for p, old in zip(model.parameters(), before, strict=True):
             assert_equal_bits(full(p), old, f"{name}: moved by the making of states")

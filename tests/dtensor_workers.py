@@ -1,4 +1,4 @@
-"""What each process of a test of the functions on DTensors does."""
+"""Workers of the tests of the functions and optimizers on DTensors."""
 
 import functools
 import importlib
@@ -34,7 +34,7 @@ def meshes() -> tuple[DeviceMesh, DeviceMesh]:
 
 
 def place(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """Distribute what all processes have."""
+    """Distribute a tensor that all processes have."""
     return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None)
 
 
@@ -43,11 +43,11 @@ def part(tensor: Tensor) -> Tensor:
 
 
 class Placed:
-    """Lists of DTensors and a plain tensor, beside the same tensors on one process."""
+    """Lists of DTensors and one plain tensor, and the same tensors undistributed."""
 
     def __init__(self, rule: Rule, grads_placed_otherwise: bool = False) -> None:
         line, plane = meshes()
-        # The last one stays a plain tensor; of the one with one row, one process has nothing.
+        # The last one stays a plain tensor; one process has an empty shard of the one with one row.
         where: list[Any] = [
             (line, [Replicate()]),
             (line, [Shard(0)]),
@@ -86,7 +86,7 @@ class Placed:
         return list(self.whole)[1:-1]
 
     def call(self, rule: Rule, case: Case, form: str) -> tuple[list[Any], list[Tensor]]:
-        """Call on both; return the updates."""
+        """Call with both; return the updates."""
         results: list[Any] = []
         for lists in (self.placed, self.whole):
             *arguments, out = lists.values()
@@ -104,7 +104,7 @@ class Placed:
 
 
 def without_native() -> AbstractContextManager[Any]:
-    """Lead calls past the compiled module."""
+    """Use the fallback instead of the compiled module."""
     patches = [mock.patch.object(_rule, "native", None)]
     for name in RULES:
         module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
@@ -116,14 +116,14 @@ def without_native() -> AbstractContextManager[Any]:
 
 
 def update_dtensors(rank: int, folder: Path) -> None:
-    """The functions on DTensors: the bits of one process, placed as the states."""
+    """The functions on DTensors: bits as on one process, placements of the states."""
     for rule in RULES.values():
         case = rule.usual | ({"use_shape_scaling": True} if rule.has_shape_scaling else {})
         for way in (nullcontext, without_native):
             for form in ("list", "single", "out", "out is grad"):
                 for otherwise in (False, True):
                     if form == "out is grad" and otherwise:
-                        continue  # refused, below
+                        continue  # an error: see below
                     lists = Placed(rule, otherwise)
                     check_updates(rule, case, form, lists, way())
             if way is nullcontext or rule.name in ("adam", "signum"):
@@ -165,7 +165,7 @@ def check_updates(
 
 
 def refuse_dtensors(rule: Rule) -> None:
-    """Errors name the position, before anything is modified, in all processes alike."""
+    """All processes raise the same error, with the position, before anything is modified."""
     line, plane = meshes()
     state = rule.states[-1]
 
@@ -188,7 +188,7 @@ def refuse_dtensors(rule: Rule) -> None:
             f"{state}s[2] is on {plane} but grads[2] is on {line}",
         ),
         (
-            # Of the first rows, both processes have as many.
+            # Both processes have equally many of the first rows.
             replace(state, 3, lambda t: place(t[:, :2], line, [Shard(0)])),
             ValueError,
             f"{state}s[3] has shape (1, 2) but grads[3] has shape (1, 4)",
@@ -260,7 +260,7 @@ def call_the_operator() -> None:
 
 
 def pass_steps_their_numbers() -> None:
-    """A learning rate and a multiplier that are DTensors, of which a process may have a part."""
+    """The learning rate and the multiplier may be DTensors, replicated or partial."""
     rank = dist.get_rank()
     line = meshes()[0]
     lr = torch.tensor(0.125)
@@ -271,7 +271,7 @@ def pass_steps_their_numbers() -> None:
             optimizer, reference = (AdamW(params, lr=0.125, fused=fused) for params in lists)
             optimizer.param_groups[0]["lr"] = rate
             for step in range(3):
-                # Processes make states at different steps, for which they call once more.
+                # Processes create states at different steps, which takes one more call.
                 for param in (p for params in lists for p in params[: 1 + (step >= rank)]):
                     param.grad = torch.tensor([1.0, -2.0, 3.0])
                 optimizer.step(grad_multiplier=rate)
@@ -284,7 +284,7 @@ def pass_steps_their_numbers() -> None:
 
 
 def normalize_halved_masters() -> None:
-    """Of parameters of which there is no gradient yet, for which processes communicate, too."""
+    """With `frob_normalize` and remainders: processes communicate even without a gradient."""
     for fused in (None, False):
         lists = []
         optimizers = []
@@ -305,7 +305,7 @@ def normalize_halved_masters() -> None:
 
 
 def tell_autograd_of_steps() -> None:
-    """What a step modifies cannot be used for a backward pass that began before it."""
+    """Autograd notices that a step modified tensors saved for a backward pass."""
     for setup in SETUPS:
         for fused in (None, False):
             weight = nn.Parameter(place(torch.rand(3, 2), meshes()[0], [Shard(0)]))
@@ -323,7 +323,7 @@ def tell_autograd_of_steps() -> None:
 
 
 def step_dtensors(rank: int, folder: Path) -> None:
-    """Every optimizer on DTensors: the numbers of one process, and errors for wrong states."""
+    """Every optimizer on DTensors: results as on one process, and errors for wrong states."""
     line, plane = meshes()
     placed: list[list[Placement]] = [[Shard(0)], [Replicate()], [Shard(1)]]
     ways = (False, None if native is None else True)
@@ -340,7 +340,7 @@ def step_dtensors(rank: int, folder: Path) -> None:
             grads = make_grads(plain, step)
             for p, q, g, where in zip(params, plain, grads, placed, strict=True):
                 q.grad = g
-                # A gradient that is still to be summed, or is sharded otherwise.
+                # A gradient that is a partial sum, or sharded differently.
                 share = g if rank == 0 else torch.zeros_like(g)
                 p.grad = {
                     1: DTensor.from_local(share, line, [Partial()]),

@@ -1,8 +1,8 @@
-"""CUDA devices without a GPU, for tests: the CUDA engine's own code, run on the host.
+"""Emulated CUDA devices for tests without a GPU: the CUDA engine's code, run on the host.
 
-The package's compiled module is built once more with CUDA in it, where what a block of threads does
-runs on the host (tests/cpp/emulated_engine.cpp), and PyTorch is given CUDA devices whose memory is
-the host's (tests/cpp/emulated_device.cpp). There are no streams and no graphs.
+The package's module is compiled again with its CUDA parts, whose blocks of threads run on the host
+(tests/cpp/emulated_engine.cpp), and PyTorch gets CUDA devices whose memory is the host's
+(tests/cpp/emulated_device.cpp). There are no streams and no graphs.
 """
 
 import sys
@@ -18,7 +18,7 @@ _ARGS = ["-O1", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-ma
 
 
 def start() -> ModuleType:
-    """Build the module, and put it where the package looks for its own."""
+    """Build the module, and install it as the package's compiled module."""
     assert "emerging_optimizers" not in sys.modules, "too late: the package was imported"
     assert torch.version.cuda is None, "PyTorch has CUDA kernels of its own: use a real device"
     csrc = _ROOT / "csrc"
@@ -36,7 +36,7 @@ def start() -> ModuleType:
         build_directory=str(folder),
     )
     sys.modules["emerging_optimizers._C"] = module
-    # What PyTorch asks of its own CUDA modules before it makes a tensor, or prints one.
+    # PyTorch calls these before it makes or prints a CUDA tensor.
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
@@ -45,7 +45,7 @@ def start() -> ModuleType:
     deepcopy_of_storage = torch.Tensor.__deepcopy__
 
     def deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
-        if tensor.is_cuda and tensor.is_leaf:  # PyTorch makes no storage of a device it has not
+        if tensor.is_cuda and tensor.is_leaf:  # PyTorch cannot create storage on it
             return memo.setdefault(id(tensor), tensor.detach().clone())
         return deepcopy_of_storage(tensor, memo)
 

@@ -1,4 +1,4 @@
-"""Runs an example of several processes in processes that are there: see `processes.launch`."""
+"""Runs an example for several processes in those of `processes.launch`."""
 
 import runpy
 import sys
@@ -12,13 +12,13 @@ _EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_example(rank: int, folder: Path, script: str, *arguments: str) -> None:
-    """Run a script of the examples; what it prints is in the file `printed` of the folder."""
+    """Run an example script; its output goes to the file `printed` in the folder."""
     sys.path.insert(0, str(_EXAMPLES))
     sys.argv = [script, *arguments]
     joined = {"init_process_group": lambda _: None, "destroy_process_group": lambda: None}
     with (
         mock.patch.multiple(dist, **joined),
-        (folder / "printed").open("a") as file,  # of all processes: one prints
+        (folder / "printed").open("a") as file,  # from all processes: only one prints
         redirect_stdout(file),
     ):
         try:

@@ -1,4 +1,4 @@
-"""What each process of a distributed test does where something goes wrong."""
+"""Workers of the distributed tests of failures."""
 
 import copy
 import os
@@ -47,7 +47,7 @@ def be_killed(*arguments: Any, **keywords: Any) -> NoReturn:
 
 
 class Planner(DefaultSavePlanner):
-    """Is killed where as many tensors have been written."""
+    """Kills its process after it has written a given number of tensors."""
 
     def __init__(self, num_tensors: int) -> None:
         super().__init__()
@@ -96,12 +96,12 @@ def save_and_be_killed(rank: int, folder: Path, moment: str, killed: str) -> Non
 
 
 def resume_after_kills(rank: int, folder: Path) -> None:
-    """Each half-written checkpoint is refused, and the one before it goes on as if never saved."""
+    """An incomplete checkpoint is rejected, and the one before it continues."""
     for written in folder.iterdir():
         model, optimizer = train_for_checkpoints()
         weights, states = get_state_dict(model, optimizer)
         loaded = {"model": weights, "optimizer": states}
-        # How a user finds the last whole one.
+        # As a user finds the last complete one.
         assert [file.parent.name for file in written.glob("*/.metadata")] == ["step 2"], written
         assert (written / "step 3" / "__1_0.distcp").exists(), written
         with pytest.raises(CheckpointException, match="metadata"):
@@ -122,11 +122,11 @@ def resume_after_kills(rank: int, folder: Path) -> None:
 
 
 def without_parameters(rank: int, folder: Path) -> None:
-    # Warns of its own use of torch.jit.
+    # It warns about its use of torch.jit.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     for setup in SETUPS:
-        # One parameter for two processes.
+        # One parameter on two processes.
         weight, wanted = (nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
         optimizer = ZeroRedundancyOptimizer([weight], setup.make, lr=0.1)
         alone = setup.make([wanted], lr=0.1)
@@ -135,7 +135,7 @@ def without_parameters(rank: int, folder: Path) -> None:
             run_recorded(alone, [wanted], [step])
         assert_equal_bits(weight.detach(), wanted.detach(), str(setup))
 
-        # A process that has nothing of a model, with the loop of those that have.
+        # A process without parameters runs the same loop as the others.
         params = [nn.Parameter(torch.ones(3))] if rank == 0 else []
         own = setup.make([{"params": params}], lr=0.1)
         scaler = ShardedGradScaler("cpu", init_scale=4.0)
@@ -149,7 +149,7 @@ def without_parameters(rank: int, folder: Path) -> None:
         own.load_state_dict(own.state_dict())
         assert [state["step"].item() for state in own.state.values()] == [2.0] * len(params)
 
-        # With FSDP2, it has no row of any parameter.
+        # With FSDP2, its shard of every parameter is empty.
         mesh = init_device_mesh("cpu", (2,))
         row, wanted = (nn.Parameter(torch.arange(1.0, 4.0).view(1, 3)) for _ in range(2))
         row = nn.Parameter(distribute_tensor(row.detach(), mesh, [Shard(0)]))
@@ -163,7 +163,7 @@ def without_gradients(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for name, make, _, _ in CASES:
         for fused in (None, False):
-            # Elsewhere they have gradients: this process's rows stay, and all of them later move.
+            # Other processes have gradients: this one's rows do not change until it has some, too.
             value = torch.arange(1.0, 9.0).view(4, 2)
             weight = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
             other = nn.Parameter(distribute_tensor(value, mesh, [Shard(1)]))
@@ -181,7 +181,7 @@ def without_gradients(rank: int, folder: Path) -> None:
             run_recorded(optimizer, [weight, other], [2])
             assert optimizer.state[weight]["step"].item() == (2 if rank == 0 else 1)
 
-    # In replicas, a gradient that a process does not have is what the others do have.
+    # With DDP, parameters that one process does not use get their gradients from the others.
     for setup in SETUPS:
         model = DistributedDataParallel(Branches(), find_unused_parameters=True)
         optimizer = setup.make(model.parameters(), lr=0.1)
@@ -190,10 +190,10 @@ def without_gradients(rank: int, folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         assert_same_everywhere(model, str(setup))
-    # A GradScaler that has nothing to look at.
+    # A GradScaler without any gradient to check.
     for scaler in (torch.amp.GradScaler("cpu"), ShardedGradScaler("cpu")):
         weight = nn.Parameter(torch.ones(2))
-        # torch.amp's own way is an error here: it wants a gradient.
+        # torch.amp alone raises an error here, because there is no gradient.
         optimizer = AdamW([weight], lr=0.1, fused=True)
         if rank == 0:
             weight.grad = scaler.scale(torch.ones(2))
@@ -206,7 +206,7 @@ def without_gradients(rank: int, folder: Path) -> None:
 
 
 class Branches(nn.Module):
-    """A model that may use none of its layers but the last."""
+    """A model that can skip all layers but the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def assert_same_everywhere(model: nn.Module, label: str) -> None:
 
 
 def nan_on_one(rank: int, folder: Path) -> None:
-    """A NaN of one process is a step that all of them skip, and a scale that all of them halve."""
+    """After a NaN in one process, all processes skip the step and halve the scale."""
     for setup in SETUPS:
         for kind in ("DDP", "FSDP2", "shards"):
             for fused in (None, True):
@@ -243,7 +243,7 @@ def skip_with(setup: Setup, kind: str, rank: int, fused: bool | None) -> None:
     if kind == "FSDP2":
         shard(model, "float32")
     if kind == "shards":
-        # Of a kind that a GradScaler does not know: each process has other parameters.
+        # GradScaler does not know this kind of sharding: each process has different parameters.
         scaler = ShardedGradScaler("cpu", init_scale=8.0)
     params = list(model.parameters())
     optimizer = setup.make(params, lr=0.01, fused=fused)
@@ -256,9 +256,9 @@ def skip_with(setup: Setup, kind: str, rank: int, fused: bool | None) -> None:
             poison(params, kind)
         if is_bad and kind == "DDP":
             for p in params:
-                dist.all_reduce(p.grad)  # as its hooks had done with a NaN that the loss had
+                dist.all_reduce(p.grad)  # as the hooks would with a NaN in the loss
         if kind == "shards" and fused:
-            scaler.unscale_(optimizer)  # without it, only the infinities of this process are found
+            scaler.unscale_(optimizer)  # without it, only infinities of this process are found
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -280,7 +280,7 @@ def poison(params: list[nn.Parameter], kind: str) -> None:
 
 
 def other_orders(rank: int, folder: Path) -> None:
-    """Checkpoints know parameters by their names: an optimizer may have them in another order."""
+    """Checkpoints identify parameters by name: the optimizer may have them in another order."""
     for setup in SETUPS:
         results = []
         for reverse in (False, True):
@@ -320,10 +320,10 @@ def other_keys(rank: int, folder: Path) -> None:
 
         def saved(optimizer: Any = optimizer) -> dict[str, Any]:
             states = get_optimizer_state_dict(model, optimizer)
-            # Not the optimizer's own dictionaries and tensors.
+            # Copies, not the optimizer's dictionaries and tensors.
             return copy.deepcopy(states)
 
-        # Missing: the error names it, in all processes.
+        # A missing state: all processes raise an error that names it.
         states = saved()
         del states["state"]["head.weight"][last]
         with pytest.raises(ValueError, match=rf"\('head\.weight'\) has no '{last}'"):
@@ -333,7 +333,7 @@ def other_keys(rank: int, folder: Path) -> None:
         with pytest.raises(RuntimeError, match=r"head\.weight"):
             set_optimizer_state_dict(model, optimizer, states)
 
-        # What the checkpoint lacks, where that is what is loaded.
+        # A state that the checkpoint lacks, and that the load asks for.
         states = saved()
         path = folder / setup.name
         whole = {"optimizer": states}
@@ -342,7 +342,7 @@ def other_keys(rank: int, folder: Path) -> None:
         with pytest.raises(CheckpointException, match=rf"state\.head\.weight\.{last}"):
             checkpoint.load({"optimizer": saved()}, checkpoint_id=path)
 
-        # More than there is: kept, or left out; and the step is the one that it would have been.
+        # Additional entries are kept or left out, and do not change the next step.
         states = saved()
         states["state"]["head.weight"]["later"] = torch.ones(2)
         states["state"]["gone.weight"] = dict(states["state"]["head.weight"])

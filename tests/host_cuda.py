@@ -1,10 +1,9 @@
-"""CUDA as far as Megatron-Core asks for it, on the host.
+"""Runs Megatron-Core's CUDA code on the host.
 
-Megatron-Core makes its scalars and buffers on ``"cuda"``, asks for streams, and tells parameters by
-their type's name. All that an optimizer is asked for is the same on another device. So that its
-code runs without a GPU, what it asks of PyTorch gets the host's answer here: tensors are the host's
-and say that they are CUDA's, unless they were moved to the CPU, or come from such; and a stream is
-nothing.
+Megatron-Core makes its scalars and buffers on ``"cuda"``, uses streams, and checks the type names
+of parameters, but none of that changes what an optimizer does. To run it without a GPU, this module
+patches PyTorch: tensors for CUDA are host tensors that report a CUDA device, except those moved to
+the CPU and what derives from them; streams do nothing.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ _KEEP_DEVICE = (
 
 
 class _Stream:
-    """Does nothing, as all that is done on the host is done at once."""
+    """A stream that does nothing: operations on the host are synchronous."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -39,7 +38,7 @@ class _Stream:
 
 
 class _OnHost(TorchFunctionMode):
-    """Makes and moves tensors for CUDA on the host, and lets them say that they are CUDA's."""
+    """Makes tensors for CUDA on the host, and lets them report a CUDA device."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -70,7 +69,7 @@ def _is_cuda(value: Any) -> bool:
 
 @contextlib.contextmanager
 def cuda_on_host() -> Iterator[None]:
-    """Give code that asks for CUDA the host."""
+    """Run code for CUDA on the host."""
     replaced = {
         "current_device": lambda: "cpu",
         "current_stream": lambda *_: _Stream(),

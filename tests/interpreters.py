@@ -1,6 +1,6 @@
 """Fresh interpreters, forked from one that has imported torch and nothing else.
 
-Importing torch takes two seconds, and most code that tests run in an interpreter takes less.
+Importing torch takes two seconds, longer than most code that tests run in an interpreter.
 """
 
 import atexit
@@ -18,7 +18,7 @@ _TIMEOUT = 300
 
 @functools.cache
 def _server() -> "subprocess.Popen[str]":
-    """Start the interpreter that the others are forked from; it ends with this process."""
+    """Start the interpreter that the others are forked from. It ends with this process."""
     server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -31,7 +31,7 @@ def run(
 ) -> "subprocess.CompletedProcess[str]":
     """Run code as ``python -c`` does in a folder, with this PYTHONPATH and environment.
 
-    Of what Python reads from the environment when it starts, PYTHONWARNINGS alone is heeded.
+    Of the variables that Python reads at its start, only PYTHONWARNINGS has an effect.
     """
     server = _server()
     assert server.stdin is not None
@@ -53,7 +53,7 @@ def run(
 
 
 def _serve() -> str:
-    """Fork a process for each request; in that process, return the code that it has to run."""
+    """Fork a process for each request; in that process, return the code to run."""
     import signal
     import warnings
 

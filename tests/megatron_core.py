@@ -1,7 +1,7 @@
-"""Megatron-Core with the optimizers here in the place of TransformerEngine's; also in processes.
+"""Megatron-Core with these optimizers in place of TransformerEngine's, in one or more processes.
 
-Its distributed optimizer trains a small model whose full gradients are the same in each run,
-whatever the processes: so all runs have the same bits. Without a GPU, the host stands in for it.
+Its distributed optimizer trains a small model whose full gradients are the same for any number of
+processes, so all runs are bit-identical. Without a GPU, they run on the host.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from emerging_optimizers import megatron
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that there is no TransformerEngine, among others
+    warnings.simplefilter("ignore")  # such as the one about the missing TransformerEngine
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core import optimizer as core
     from megatron.core.distributed import (
@@ -40,7 +40,7 @@ CONFIG = TransformerConfig(
     num_layers=1, hidden_size=8, num_attention_heads=1, bf16=True, params_dtype=torch.bfloat16
 )
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "clip_grad": 0.0}
-# How parameters, masters and averages are stored; and what our optimizer then has, by itself.
+# How parameters, masters and averages are stored, and the same options for our optimizer alone.
 MODES: dict[str, dict[str, Any]] = {
     "masters by Megatron": {},
     "masters": {"use_precision_aware_optimizer": True, "store_param_remainders": False},
@@ -53,7 +53,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Model(MegatronModule):
-    """Some parameters, whose sizes no number of processes but 1 divides."""
+    """Parameters whose sizes are not divisible by any number of processes but 1."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(config=CONFIG)
@@ -65,7 +65,7 @@ class Model(MegatronModule):
 
 @contextlib.contextmanager
 def in_place_of_transformer_engine(cls: Any) -> Iterator[None]:
-    """Let Megatron-Core take a class for TransformerEngine's ``FusedAdam``."""
+    """Let Megatron-Core use a class as TransformerEngine's ``FusedAdam``."""
     package, pytorch, optimizers = (
         ModuleType(f"transformer_engine{name}") for name in ("", ".pytorch", ".pytorch.optimizers")
     )
@@ -97,7 +97,7 @@ def make_sharded(options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def make_plain(model: Any) -> Any:
-    """Return an optimizer of which each process has all."""
+    """Return an optimizer that is replicated on each process."""
     is_half = next(model.parameters()).dtype == torch.bfloat16
     return core.get_megatron_optimizer(core.OptimizerConfig(bf16=is_half, **OPTIONS), [model])
 
@@ -122,7 +122,7 @@ def recorded_grads(params: Sequence[Tensor], step: int) -> list[Tensor]:
 def reference(
     options: dict[str, Any], steps: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """The parameters as one optimizer without Megatron trains them."""
+    """The parameters that one optimizer without Megatron yields."""
     params = [p.detach() for p in Model(dtype).parameters()]
     optimizer = megatron.FusedAdam(
         params,
@@ -185,7 +185,7 @@ def save(folder: Path, kind: str = "fully_reshardable") -> None:
 
 
 def resume(folder: Path, kind: str = "fully_reshardable") -> None:
-    """Load what maybe another number of processes saved, and go on as if nothing had happened."""
+    """Load what any number of processes saved, and continue as without interruption."""
     for name, options in MODES.items():
         model, optimizer = make_sharded(options)
         read(model.module, optimizer, folder / name, kind)
@@ -197,7 +197,7 @@ def resume(folder: Path, kind: str = "fully_reshardable") -> None:
 
 @contextlib.contextmanager
 def in_megatron(on_host: bool) -> Iterator[None]:
-    """Be a process of Megatron-Core, which has our optimizer, on the host or a GPU."""
+    """Initialise a process of Megatron-Core with our optimizer, on the host or a GPU."""
     with contextlib.ExitStack() as stack:
         if on_host:
             stack.enter_context(cuda_on_host())
@@ -208,7 +208,7 @@ def in_megatron(on_host: bool) -> Iterator[None]:
 
 
 def resume_and_save(rank: int, folder: Path) -> None:
-    """Go on where another number of processes ended, and leave something for another number."""
+    """Continue from another number of processes, and save for yet another."""
     with in_megatron(on_host=True):
         resume(folder / "before")
         save(folder / "after")

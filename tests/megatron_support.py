@@ -1,38 +1,30 @@
-"""What the tests of `megatron` share."""
+"""Classes, parameters and gradients for the tests of `megatron`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from optimizers import make_grads
+from optimizers import MEGATRON, make_grads
 from torch import Tensor
 
-from emerging_optimizers import megatron
-from emerging_optimizers.megatron import FusedAdam, MegatronMixin, merge_master
+from emerging_optimizers.megatron import merge_master
 
-CLASSES: list[type[MegatronMixin]] = [
-    FusedAdam,
-    megatron.AdEMAMix,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
+CLASSES = list(MEGATRON.values())
 every_class = pytest.mark.parametrize("cls", CLASSES)
 devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")]
 )
 BF16, F32 = torch.bfloat16, torch.float32
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
-# How Megatron makes it where parameters are bfloat16: with masters, and gradients of their own.
+# As Megatron constructs it for bfloat16 parameters: with masters and decoupled gradients.
 AWARE: dict[str, Any] = {**OPTIONS, "master_weights": True, "use_decoupled_grad": True}
 
 
 def make_params(
     dtype: torch.dtype = BF16, device: str = "cpu", sizes: Sequence[int] = (37, 1, 0, 130)
 ) -> list[Tensor]:
-    """Vectors that are no parameters of a module, as shards are."""
+    """Flat tensors, no `nn.Parameter`, like Megatron's shards."""
     generator = torch.Generator("cpu").manual_seed(7)
     return [torch.randn(n, generator=generator).to(device, dtype) for n in sizes]
 
@@ -51,7 +43,7 @@ def run(optimizer: Any, steps: Sequence[int], dtype: torch.dtype = F32) -> None:
 
 
 def masters(optimizer: Any) -> list[Tensor]:
-    """The float32 masters, also where their remainders are stored."""
+    """The float32 masters, merged if only their remainders are stored."""
     found = []
     for param in (p for group in optimizer.param_groups for p in group["params"]):
         master = optimizer.get_unscaled_state(param, "master_param")

@@ -151,3 +151,16 @@ def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], label: str = ""
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether PyTorch's schedulers can cycle the momentum."""
+    return "betas" in optimizer.defaults or "momentum" in optimizer.defaults
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, max_lr: float, total_steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr, total_steps, cycle_momentum=has_momentum(optimizer)
+    )

@@ -266,6 +266,7 @@ class Rule:
         cases: Hyperparameters as keyword arguments. The first case is the usual one.
         optimizers: The optimizer classes, each with its defaults, and then with other arguments.
         is_sign: Whether the update is a sign.
+        normalises: Whether the averages are those of the normalised gradient.
         same_as: A hyperparameter that may be None, and the one whose value it then takes.
     """
 
@@ -276,6 +277,7 @@ class Rule:
     cases: Mapping[str, dict[str, Any]]
     optimizers: Sequence[Optimizer] = ()
     is_sign: bool = False
+    normalises: bool = False
     same_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -484,6 +486,7 @@ _TABLE = [
             Optimizer("LaProp", _LAPROP_DEFAULTS),
             Optimizer("LaProp", _LAPROP_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
         ],
+        normalises=True,
     ),
     _rule(
         "lion",

@@ -1,4 +1,4 @@
-"""Rules in shared libraries of their own, compiled as the package's are."""
+"""Compiles rules to shared libraries, as the package's are compiled."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-from test_plain import rule_of
+from test_fallback import rule_of
 
 from emerging_optimizers import _build
 from emerging_optimizers._native import native
@@ -39,13 +39,13 @@ def compile_rules(
     *arguments: str,
     has_kernels: bool = False,
 ) -> Path:
-    """Compile structs to a library; a ``subprocess.CalledProcessError`` has what is wrong.
+    """Compile structs to a library; a ``subprocess.CalledProcessError`` has the compiler's output.
 
     Args:
-        headers: What has the structs.
-        structs: The names of rules.
-        library: Where to put it.
-        *arguments: Options of the compiler, after the package's own.
+        headers: The headers that define the structs.
+        structs: The structs' names.
+        library: The path of the library.
+        *arguments: Compiler options, added to the package's.
         has_kernels: Add their CUDA kernels, for emulated devices.
     """
     lines = [f'#include "{name}"' for name in [*headers, "engine/rule_unit.h"]]
@@ -54,7 +54,7 @@ def compile_rules(
     lines += [f"EMOPT_RULE({struct})" for struct in structs]
     source = library.with_suffix(".cpp")
     source.write_text("\n".join([*lines, ""]))
-    # The emulated module is compiled without a stamp.
+    # The emulated module is compiled without a version stamp.
     stamp = [] if IS_EMULATED else [f"-DEMOPT_ABI={_build.abi(CSRC)}"]
     folders = [library.parent, CSRC, CSRC / "rules", _TESTS / "cpp"]
     command = ["c++", "-std=c++20", "-shared", "-fPIC", *_build.COMPILE_ARGS["unix"], *stamp]
@@ -69,7 +69,7 @@ def library_path(folder: Path, name: str) -> Path:
 
 
 def load_copies(folder: Path) -> dict[str, Rule]:
-    """Compile the package's rules, under other names, and return them by the usual ones."""
+    """Compile the package's rules under other names; return them by their usual names."""
     headers = []
     for name in oracle.RULES:
         text = (CSRC / "rules" / f"{name}.h").read_text()
@@ -77,7 +77,7 @@ def load_copies(folder: Path) -> dict[str, Rule]:
         header = folder / f"copy_of_{name}.h"
         header.write_text(text.replace(f'kName = "{name}"', f'kName = "plugin_{name}"'))
         headers.append(header.name)
-    # Not -O3, for time; that decides no bits.
+    # Not -O3, to save time; the bits do not depend on it.
     path = library_path(folder, "copies")
     structs = [struct_of(name) for name in oracle.RULES]
     compile_rules(headers, structs, path, "-O1", has_kernels=IS_EMULATED)
@@ -101,11 +101,11 @@ def plugin_of(rule: Rule) -> Rule:
 
 
 def as_row(plugin: Rule, row: oracle.Rule) -> oracle.Rule:
-    """Return a row of the table of rules whose function is a plug-in's."""
+    """Return a row of the table of rules with a plug-in's function."""
     enter = plugin.entry_point()
 
     def function(*tensors: Any, out: Any = None, **case: Any) -> Any:
         values = row.complete(case)
-        return enter(*tensors, *(values[name] for name in plugin.options), out)
+        return enter(*tensors, *(values[name] for name in plugin.hyperparameter_names), out)
 
     return dataclasses.replace(row, function=function)

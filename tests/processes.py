@@ -1,4 +1,4 @@
-"""Runs workers in several real processes that talk over gloo."""
+"""Runs workers in several processes that communicate over gloo."""
 
 import importlib
 import multiprocessing
@@ -14,7 +14,7 @@ from unittest import mock
 
 import emerging_optimizers
 
-# What all workers need is imported once, by a server that they are forked from.
+# A server imports what all workers need once; the workers are forked from it.
 _WORKERS = ["amp_workers", "distributed_workers", "dtensor_workers", "fault_workers"]
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload([*_WORKERS, "torch._dynamo"])
@@ -30,15 +30,15 @@ def launch(
 ) -> None:
     """Run a function in each of `world_size` processes.
 
-    All are killed where one fails or time is up; the error has what each of them wrote.
+    If one fails or the time is up, all are killed, and the error has the output of each.
 
     Args:
         worker: The function's name, after that of its module if this is not `distributed_workers`.
         world_size: Number of processes.
-        folder: Passed on, for files that outlive the processes.
-        *arguments: Passed on.
+        folder: Passed to the function, for files that outlive the processes.
+        *arguments: Passed to the function.
         timeout: Seconds.
-        killed: The one that has to end by SIGKILL; the others then must not finish.
+        killed: The process that must end by SIGKILL; the others must not finish then.
     """
     module, _, name = worker.rpartition(".")
     here = Path(__file__).parent
@@ -88,7 +88,7 @@ def _work(
     folder: str,
     *arguments: str,
 ) -> None:
-    """Be such a process: join the others, and call the function."""
+    """Join the process group, and call the function."""
     file = output.open("w")
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)

@@ -1,4 +1,4 @@
-"""What each process of a test of stochastic rounding on DTensors does."""
+"""Workers of the tests of stochastic rounding on DTensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def _params(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _make(kind: str, params: Sequence[Any], fused: bool | None) -> Any:
-    # Steps of less than half of the numbers' distance, so that all depends on the bits.
+    # Steps of less than half the spacing of the numbers, so that the random bits decide.
     if kind == "megatron":
         optimizer = megatron.FusedAdam(params, lr=1e-4, weight_decay=0.1)
         optimizer.param_groups[0].update(stochastic_rounding=True, fused=fused)
@@ -61,7 +61,7 @@ def _run(
 
 
 def round_shards(rank: int, folder: Path) -> None:
-    """The bits of one process where shards are contiguous, and other bits for each other shard."""
+    """Contiguous shards round as on one process; other shards use different random bits each."""
     count = dist.get_world_size()
     line = init_device_mesh("cpu", (count,))
     plane = init_device_mesh("cpu", (2, count // 2))
@@ -90,7 +90,7 @@ def round_shards(rank: int, folder: Path) -> None:
 
 
 def _drawn(param: Any, fused: bool | None) -> Tensor:
-    """Which of a process's elements one step with a fraction of 1/2 rounds up."""
+    """Which of a process's elements a step of half the spacing rounds up."""
     optimizer = Lion([param], lr=2.0**-8, weight_decay=0.0, stochastic_rounding=True, fused=fused)
     param.grad = -torch.ones_like(param)
     torch.manual_seed(3)
@@ -107,7 +107,7 @@ def _gathered(mine: Tensor) -> list[Tensor]:
 
 
 def draw_independently(line: DeviceMesh, plane: DeviceMesh, fused: bool | None) -> None:
-    """Shards of columns: those of one shard alike, those of others as different as at random."""
+    """Shards of columns: replicas round alike, different shards independently."""
     whole = torch.ones(64, 32, dtype=torch.bfloat16)
     drawn = _gathered(_drawn(_place(whole, line, [Shard(1)]), fused))
     for i, one in enumerate(drawn):
@@ -122,7 +122,7 @@ def draw_independently(line: DeviceMesh, plane: DeviceMesh, fused: bool | None) 
 
 
 def keep_the_order_of_memory(line: DeviceMesh, fused: bool | None) -> None:
-    """Of a transposed parameter, its columns are contiguous."""
+    """In a transposed parameter, shards of columns are contiguous, and round as such."""
     count, at = line.size(), line.get_local_rank()
     width = 32 // count
 

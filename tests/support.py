@@ -1,4 +1,4 @@
-"""What the tests of the update functions share: operands, calls, and what is a right answer."""
+"""Operands, calls and expected results for the tests of the update functions."""
 
 import math
 import os
@@ -16,9 +16,11 @@ from oracle import RULES, Array, Expected, Rule, Value, is_square
 from torch import Tensor
 
 import emerging_optimizers
+from emerging_optimizers._native import native
 
 Case = Mapping[str, Any]
 
+needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
 every_rule = pytest.mark.parametrize("rule", list(RULES.values()), ids=str)
 every_case = pytest.mark.parametrize(
     ("rule", "case_name"),
@@ -38,13 +40,13 @@ _F32, _F64, _BF16, _F16 = DTYPES
 
 @dataclass(frozen=True)
 class Mix:
-    """The dtypes of one position: the gradient's, and those of up to three states."""
+    """The dtypes at one position: the gradient's, and those of up to three states."""
 
     grad: torch.dtype
     states: tuple[torch.dtype, torch.dtype, torch.dtype]
 
     def of(self, rule: Rule) -> tuple[torch.dtype, ...]:
-        """The states' last ones, so that rules with few states meet the unusual ones."""
+        """The dtypes of a rule's states: the last ones, so that few states get mixes, too."""
         return self.states[-len(rule.states) :]
 
 
@@ -64,22 +66,22 @@ MIXES = {
 every_mix = pytest.mark.parametrize("mix", list(MIXES.values()), ids=list(MIXES))
 every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
-# The digits and the smallest exponent of normal numbers of each type.
+# The significant bits and the smallest normal exponent of each type.
 _FORMATS = {_F32: (24, -126), _F64: (53, -1022), _BF16: (8, -126), _F16: (11, -14)}
 
-# Error of the arithmetic in units of the terms' size.
+# The error of the arithmetic, relative to the size of the terms.
 _UNITS = {_F32: 6 * 2.0**-23, _F64: 256 * 2.0**-52}
 
 
 def ulp(values: Array, dtype: torch.dtype) -> Array:
-    """The distance of `dtype`'s numbers around each value; that of subnormals near 0."""
+    """The spacing of `dtype`'s numbers at each value; near 0, that of subnormals."""
     digits, lowest = _FORMATS[dtype]
     exponents = np.where(values == 0, lowest, np.frexp(values)[1] - 1)
     return np.ldexp(1.0, np.maximum(exponents, lowest) - (digits - 1))
 
 
 def overflow_threshold(dtype: torch.dtype) -> float:
-    """What rounds to infinity: from halfway between the largest number and the next power of 2."""
+    """The smallest value that rounds to infinity: half an ulp above the largest number."""
     largest = torch.finfo(dtype).max
     return largest + float(ulp(np.array(largest), dtype)) / 2
 
@@ -87,7 +89,7 @@ def overflow_threshold(dtype: torch.dtype) -> float:
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to `dtype` directly, to nearest even.
 
-    PyTorch's own conversion to a half type goes through float32, which rounds twice.
+    PyTorch converts float64 to a half type through float32, which rounds twice.
     """
     assert values.dtype == _F64
     if dtype == _F64:
@@ -99,13 +101,13 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = np.where(np.isfinite(exact), rounded, exact)
     beyond = np.isfinite(exact) & (np.abs(exact) >= overflow_threshold(dtype))
     rounded = np.where(beyond, np.copysign(np.inf, exact), np.copysign(rounded, exact))
-    # Exact from here on: each is a number of the type.
+    # From here on, all conversions are exact: each value is a number of the type.
     rounded = np.ascontiguousarray(rounded)
     return torch.from_numpy(rounded).reshape(values.shape).to(values.device, dtype)
 
 
 def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """What a position with operands of these dtypes is computed in."""
+    """The dtype in which a position with operands of these dtypes is computed."""
     return _F64 if _F64 in dtypes else _F32
 
 
@@ -114,7 +116,7 @@ def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 @dataclass
 class Operands:
-    """What one position of a call reads and modifies."""
+    """The tensors of a call at one position: a gradient, and states, which are modified."""
 
     grad: Tensor
     states: list[Tensor]
@@ -135,9 +137,9 @@ class Operands:
 
 
 def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> Operands:
-    """A gradient and states as training might bring them, and worse.
+    """A gradient and states as in training, with hard cases among them.
 
-    Both signs, eight decades, zeros in each operand, and averages that the gradient cancels.
+    Both signs, eight decades, zeros in each operand, and averages that cancel the gradient.
     """
     device = torch.get_default_device()
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -166,7 +168,7 @@ _SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-20, 3e3
 
 
 def with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
-    """Ordinary values, and NaN, infinities, zeros, subnormals and overflows in all places."""
+    """Ordinary values with NaN, infinities, zeros, subnormals and overflows in every operand."""
     operands = make_operands(rule, (3, 1367), mix, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in zip(("grad", *rule.states), operands, strict=True):
@@ -188,9 +190,9 @@ def call(rule: Rule, case: Case, operands: Operands | Sequence[Operands], out: A
     return rule.function(grads, *states, **case, out=out)
 
 
-# ---- the layouts that one position's operands can have -------------------------------------------
+# ---- layouts of the operands ---------------------------------------------------------------------
 
-# Each takes the values (dense, 4-D), the operand's index (0 is the gradient) and the last index.
+# Each takes dense 4-D values, the operand's index (0 is the gradient) and the last index.
 Layout = Callable[[Tensor, int, int], Tensor]
 
 
@@ -211,7 +213,7 @@ def _channels_last(values: Tensor, index: int, last: int) -> Tensor:
 
 
 def _one_channel(values: Tensor, index: int, last: int) -> Tensor:
-    """Strides that differ only where they do not matter."""
+    """Strides that differ only in a dimension of size 1."""
     values = values[:, :1].contiguous()
     return values if index == 0 else values.contiguous(memory_format=torch.channels_last)
 
@@ -282,7 +284,7 @@ def lay_out(operands: Operands, layout: Layout) -> Operands:
     return Operands(grad, states)
 
 
-# ---- right answers -------------------------------------------------------------------------------
+# ---- expected results ----------------------------------------------------------------------------
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -299,7 +301,7 @@ def expected_of(rule: Rule, case: Case, before: Operands) -> Expected:
 
 
 def assert_within(got: Tensor, expected: Value, arithmetic: torch.dtype, label: str) -> None:
-    """Assert that the error is that of the arithmetic, and of one rounding for a shorter type."""
+    """Assert an error within that of the arithmetic, plus one rounding to a shorter type."""
     found, (wanted, size) = to_numpy(got), expected
     assert found.shape == wanted.shape, f"{label}: shape {found.shape}, not {wanted.shape}"
     with np.errstate(all="ignore"):
@@ -325,7 +327,7 @@ def assert_within(got: Tensor, expected: Value, arithmetic: torch.dtype, label: 
 
 
 def _with_open_signs(got: Tensor, expected: Expected, arithmetic: torch.dtype) -> Value:
-    """The update's signs where the value before them is certain; elsewhere any sign will do."""
+    """The expected signs; where the float64 value is too close to 0, any sign is accepted."""
     assert expected.before_sign is not None
     value, size = expected.before_sign
     with np.errstate(all="ignore"):
@@ -344,7 +346,7 @@ def assert_close_to_oracle(
     states: Sequence[Tensor],
     label: str = "",
 ) -> None:
-    """Assert that the update and every state are what the float64 formula makes of `before`."""
+    """Assert that the update and every state agree with the float64 formula applied to `before`."""
     expected = expected_of(rule, case, before)
     arithmetic = arithmetic_dtype(before.dtypes)
     label = f"{rule} {label} {dict(case)}"
@@ -357,7 +359,7 @@ def assert_close_to_oracle(
 
 
 def has_equal_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors have the same bits, or a NaN each."""
+    """Where two tensors have the same bits, or both have a NaN."""
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     bits_a, bits_b = (t.detach().contiguous().view(integer) for t in (a, b))
     return (bits_a == bits_b) | (a.isnan() & b.isnan())
@@ -382,7 +384,7 @@ def assert_equal_results(
     wanted: tuple[Tensor, Operands],
     label: str = "",
 ) -> None:
-    """Assert that two calls gave the same bits: (update, operands) of each."""
+    """Assert that two calls, each as (update, operands), have the same bits."""
     (update, operands), (wanted_update, wanted_operands) = got, wanted
     assert_equal_bits(update, wanted_update, f"{rule} {label}: update")
     for name, state, other in zip(
@@ -392,7 +394,7 @@ def assert_equal_results(
 
 
 def _surroundings(tensor: Tensor, contents: Tensor) -> Tensor | None:
-    """The buffer that a view was cut from, with `contents` in the view's place."""
+    """A copy of the buffer under a view, with `contents` in place of the view."""
     base = tensor._base
     if base is None or 0 in tensor.stride():
         return None
@@ -409,7 +411,7 @@ def check_call(
     out: Any = None,
     label: str = "",
 ) -> Any:
-    """Call, and check everything that holds for every call; returns what the function returned."""
+    """Call a rule, check all that holds for every call, and return the updates."""
     is_single = isinstance(operands, Operands)
     positions: Sequence[Operands] = [operands] if isinstance(operands, Operands) else operands
     outs: Sequence[Tensor | None] = [None] * len(positions)
@@ -452,16 +454,16 @@ def check_call(
 
 
 def without_torchs_own(written: str) -> list[str]:
-    """Return the lines that a process wrote, less what a CUDA build of torch says without a GPU."""
+    """Return the lines of a process, except those of a CUDA build of torch without a GPU."""
     return [line for line in written.splitlines() if "No CUDA runtime is found" not in line]
 
 
 def run_python(
     code: str, package: Path | None = None, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run code in a fresh interpreter that finds these tests and this package, or a copy of it."""
+    """Run code in a fresh interpreter that finds the tests, and the package or a copy of it."""
     path = [str(package or Path(emerging_optimizers.__file__).parent.parent)]
     path += [str(Path(__file__).parent)]
-    # A copy is searched before the path.
+    # A copy takes precedence over the path.
     folder = package or Path.cwd()
     return interpreters.run(code, folder, os.pathsep.join(path), {**os.environ, **environment})

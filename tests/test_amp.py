@@ -1,4 +1,4 @@
-"""Who applies a ``GradScaler``'s numbers: the scaler before the step, or the step itself."""
+"""Whether ``GradScaler`` unscales gradients before a step, or the step does it."""
 
 import copy
 import io
@@ -98,7 +98,7 @@ def test_follows_the_groups() -> None:
     assert not handles_scaling(optimizer)
     optimizer.param_groups[1]["fused"] = True
     assert handles_scaling(optimizer)
-    optimizer.param_groups[0]["fused"] = 1  # as good as True elsewhere, but no such promise
+    optimizer.param_groups[0]["fused"] = 1  # truthy, but not True
     assert not handles_scaling(optimizer)
     del optimizer.param_groups[0]["fused"]
     assert not handles_scaling(optimizer)
@@ -110,7 +110,7 @@ def test_follows_the_groups() -> None:
 
 
 def _train(optimizer: torch.optim.Optimizer, overflows: dict[int, float]) -> Iterator[list[Tensor]]:
-    """Train with a scaler; yield, for each step, the gradients that a hook of ``step`` sees."""
+    """Train with a scaler; yield the gradients that a step hook sees in each step."""
     seen: list[Tensor] = []
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -132,7 +132,7 @@ def _train(optimizer: torch.optim.Optimizer, overflows: dict[int, float]) -> Ite
 
 @every_optimizer
 def test_the_scaler_unscales_and_skips(setup: Setup, fused: bool | None) -> None:
-    """Without fused=True, hooks see unscaled gradients, and a skipped step is none."""
+    """Without fused=True, hooks see unscaled gradients, and do not run for a skipped step."""
     params = make_params()
     others = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = setup.make(params, fused=fused)
@@ -170,7 +170,7 @@ def test_megatron_with_a_scaler(capturable: bool) -> None:
     params, others = make_params(), make_params()
     optimizer = megatron.FusedAdam(params, weight_decay=0.01, capturable=capturable)
     other = torch.optim.AdamW(others)
-    # The hooks of a step that skips itself run.
+    # Hooks also run for a step that skips itself.
     counts = [len(seen) for seen in _train(optimizer, {2: math.inf})]
     assert counts == ([2] * 5 if capturable else [2, 0, 2, 2, 2])
     for _ in _train(other, {2: math.inf}):

@@ -64,7 +64,7 @@ def test_backward_notices_a_modified_state(rule: Rule) -> None:
 @pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
 def test_leaves_that_require_grad(rule: Rule, layout: Layout) -> None:
     operands = lay_out(make_operands(rule, LAYOUT_SHAPE, HALF_GRAD), layout)
-    # `detach` makes leaves of views.
+    # `detach` turns views into leaves.
     grad, *states = (tensor.detach().requires_grad_() for tensor in operands)
     out = torch.empty(grad.shape, requires_grad=True)
     assert torch.is_grad_enabled()

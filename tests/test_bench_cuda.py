@@ -1,6 +1,6 @@
-"""``benchmarks/bench_cuda.py`` without a GPU: every case runs, and checks what it would time.
+"""``benchmarks/bench_cuda.py`` without a GPU: runs every case and its checks, but times nothing.
 
-On emulated devices, what is checked comes from the CUDA engine's code.
+On emulated devices, the results come from the CUDA engine's code.
 """
 
 import gc
@@ -25,24 +25,30 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     device = torch.get_default_device().type
     monkeypatch.setattr(bench_cuda.StandIn, "type", device)
-    if device != "cpu" and torch.version.cuda is None:  # emulated devices have no random numbers
+    if device != "cpu" and torch.version.cuda is None:  # emulated devices have no random generator
         monkeypatch.setattr(torch, "Generator", HostGenerator)
         for name in ("rand", "randn"):
             monkeypatch.setattr(torch, name, on_the_host(getattr(torch, name)))
-    monkeypatch.setattr(cuda_contenders, "_END", 3)  # less than the tensors, so both are cut
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # before each comparison: most of the time
+    # Smaller than the tensors, so that both of their ends are compared.
+    monkeypatch.setattr(cuda_contenders, "_END", 3)
+    # Called before each comparison, it would take most of the time.
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
     return bench_cuda
 
 
 class HostGenerator(torch.Generator):
-    """Of the host's random numbers, whatever device it is asked for."""
+    """A generator of the host, whatever device is requested."""
 
     def __new__(cls, device: str) -> "HostGenerator":
         return super().__new__(cls, "cpu")
 
 
 def on_the_host(function: Any) -> Any:
-    return lambda *args, device, **kwargs: function(*args, device="cpu", **kwargs).to(device)
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        values = function(*args, device="cpu", **kwargs)
+        return values.to(device or torch.get_default_device())
+
+    return made
 
 
 def make_suite(bench: Any) -> Any:
@@ -59,7 +65,7 @@ def test_every_case(bench: Any, tmp_path: Path) -> None:
             suite.run(case, rule)
         assert bench.report_case(suite, case) or case == "launches"
     assert suite.errors == {}
-    # Some of PyTorch's have no kernels for the CPU, or for emulated devices.
+    # Some of PyTorch's contenders have no kernels for the CPU or for emulated devices.
     assert all(where.startswith("adamw-") for where in suite.unavailable)
     file = tmp_path / "report.json"
     bench.write_json(file, suite.report({}))
@@ -93,8 +99,8 @@ def test_the_other_rules(bench: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_wrong_step_is_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever column of whichever storage is wrong."""
+def test_a_wrong_step_is_reported(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in any column of any tensor is reported."""
     steps = sys.modules["cuda_steps"]
     stepper = steps.OURS[0]
     prepare = stepper.prepare
@@ -105,7 +111,7 @@ def test_a_wrong_step_is_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> No
         for name, (tensor,) in zip(problem.names, problem.modified, strict=True):
 
             def spoil(step: Any, at: int, tensor: torch.Tensor = tensor) -> Any:
-                """A step that is wrong the last time that it is called."""
+                """Return a step whose last call is wrong."""
                 calls = iter(range(1, at + 1))
 
                 def wrong_step() -> None:
@@ -117,7 +123,7 @@ def test_a_wrong_step_is_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
             with pytest.raises(AssertionError, match=f": {name}: 1 of 15 elements differ"):
                 check(stepper, spoil(prepare(problem), at=3))
-            check(stepper, prepare(problem))  # the problem is as it was
+            check(stepper, prepare(problem))  # the problem is unchanged
 
             def prepare_wrong(one: Any, problem: Any = problem, spoil: Any = spoil) -> Any:
                 return spoil(prepare(one), at=1) if one is problem else prepare(one)

@@ -1,4 +1,4 @@
-"""The same bits whatever the list partition, thread count, memory alignment and instruction set."""
+"""Bits do not depend on list partition, thread count, memory alignment or instruction set."""
 
 import hashlib
 import json
@@ -34,10 +34,10 @@ needs_native = pytest.mark.skipif(native is None, reason="there are no native ke
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 
 _SMALL = (1, 127, 0, 4097, 129, 333, 128, 2, 1367, 16, 255)
-# Shares of a thread's work (16384 elements) are cut through the large ones.
+# The large ones span several threads' shares of 16384 elements.
 _LARGE = (1, 127, 0, 40000, 129, 16385, 4097, 128, 50001, 2, 16384)
 
-# Which mixes of dtypes the sizes meet.
+# The mixes of dtypes that the sizes are tested with.
 rotations = pytest.mark.parametrize("rotation", [0, 3, 6])
 
 
@@ -104,14 +104,14 @@ def test_number_of_threads(rule: Rule, rotation: int, num_threads: None) -> None
 
 
 def _busy_time_by_thread() -> dict[str, int]:
-    """CPU time of each thread of this process, in clock ticks."""
+    """The CPU time of each thread of this process, in clock ticks."""
     times = {}
     for task in os.listdir("/proc/self/task"):
         try:
             text = Path(f"/proc/self/task/{task}/stat").read_text()
         except OSError:  # the thread has ended
             continue
-        # The name, in parentheses, may hold spaces. User and system time are fields 14 and 15.
+        # The name, in parentheses, may contain spaces. User and system time are fields 14 and 15.
         fields = text.rpartition(")")[2].split()
         times[task] = int(fields[11]) + int(fields[12])
     return times
@@ -121,7 +121,7 @@ def _busy_time_by_thread() -> dict[str, int]:
 @needs_proc
 @every_rule
 def test_two_threads_do_the_work(rule: Rule, num_threads: None) -> None:
-    # The CPU time of threads tells, not the wall time: it does not depend on what else is running.
+    # Measures CPU time, which does not depend on what else is running, as wall time does.
     torch.set_num_threads(2)
     operands = make_operands(rule, (1 << 20,), MIXES["float32"])
     out = torch.empty(1 << 20)
@@ -139,7 +139,7 @@ def test_two_threads_do_the_work(rule: Rule, num_threads: None) -> None:
 @needs_native
 @needs_proc
 def test_one_openmp_runtime_is_loaded() -> None:
-    # A second one would bring a second pool of threads, deaf to torch.set_num_threads.
+    # A second one would have its own thread pool, which ignores torch.set_num_threads.
     done = run_python(
         "import torch\n"
         "from oracle import RULES\n"
@@ -171,7 +171,7 @@ def test_memory_alignment(rule: Rule, mix: Mix) -> None:
         original = aligned.clone()
         update = call(rule, rule.usual, aligned)
         for offset in range(17):
-            for stagger in (0, 1, 5):  # all operands alike, and each otherwise
+            for stagger in (0, 1, 5):  # all operands alike, and each different
                 grad, *states = (
                     _at_offset(tensor, (offset + i * stagger) % 17)
                     for i, tensor in enumerate(original)
@@ -187,7 +187,7 @@ def test_memory_alignment(rule: Rule, mix: Mix) -> None:
 
 
 def _digest(tensors: list[Tensor]) -> str:
-    """A hash of all bits; of a NaN, only that it is one."""
+    """A hash of all bits; all NaNs count as the same."""
     digest = hashlib.sha256()
     for tensor in tensors:
         canonical = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor)
@@ -206,7 +206,7 @@ def _digest_of_case(rule: Rule, case: Case, original: Operands) -> str:
 
 
 def digests() -> dict[str, str]:
-    """A hash of the results of each rule, case and mix of dtypes."""
+    """Hashes of the results of each rule, case and mix of dtypes."""
     found = {}
     for rule in RULES.values():
         for seed, (mix_name, mix) in enumerate(MIXES.items()):
@@ -230,7 +230,7 @@ print(json.dumps({"isa": native and native.active_isa(), "digests": test_bits.di
 @needs_native
 def test_instruction_sets(num_threads: None) -> None:
     assert native is not None
-    torch.set_num_threads(1)  # small tensors gain nothing from more
+    torch.set_num_threads(1)  # more threads gain nothing with small tensors
     supported = native.supported_isas()
     assert native.active_isa() in supported
     assert set(supported) <= set(native.compiled_isas())
@@ -246,7 +246,7 @@ def test_instruction_sets(num_threads: None) -> None:
 
 @needs_native
 def test_unknown_instruction_set_is_an_error() -> None:
-    # Not a silent change of speed: whoever forces an instruction set wants that one.
+    # Falling back silently would change the speed: whoever forces an instruction set wants it.
     done = run_python("import emerging_optimizers", EMERGING_OPTIMIZERS_ISA="nonsense")
     assert "EMERGING_OPTIMIZERS_ISA" in done.stderr
     assert "nonsense" in done.stderr

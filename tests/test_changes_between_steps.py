@@ -59,7 +59,7 @@ def test_data_swapped(setup: Setup, fused: bool | None) -> None:
     run(optimizer, params, [1])
     run(other, others, [1])
     for param in params:
-        param.data = param.data.t().contiguous().t()  # other memory, laid out otherwise
+        param.data = param.data.t().contiguous().t()  # other memory, in another layout
     run(optimizer, params, [2, 3])
     run(other, others, [2, 3])
     if fused is False:
@@ -104,8 +104,8 @@ def test_groups_in_a_tuple(fused: bool | None) -> None:
 
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_numbers_are_read_before_parameters() -> None:
-    """Even where reading one lets other Python code run, which removes a gradient."""
+def test_hyperparameters_are_read_before_parameters() -> None:
+    """Reading a number may run Python code that removes a gradient."""
 
     class Removing:
         def __float__(self) -> float:
@@ -125,7 +125,7 @@ def test_numbers_are_read_before_parameters() -> None:
 
 @every_optimizer
 @pytest.mark.parametrize("surplus", [-1, 1])
-def test_another_number_of_betas(setup: Setup, surplus: int, fused: bool | None) -> None:
+def test_wrong_number_of_betas(setup: Setup, surplus: int, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, fused=fused)
     group = optimizer.param_groups[0]
@@ -142,7 +142,7 @@ def test_another_number_of_betas(setup: Setup, surplus: int, fused: bool | None)
     assert_same(contents(optimizer), before)
 
 
-def test_groups_as_users_write_them(fused: bool | None) -> None:
+def test_params_of_a_group_in_a_tuple(fused: bool | None) -> None:
     params, others = make_params(), make_params()
     optimizer = AdamW(params, maximize=True, fused=fused)
     optimizer.param_groups[0]["params"] = tuple(params)

@@ -61,7 +61,7 @@ def test_loaded_dtypes(setup: Setup, saved: torch.dtype, fused: bool | None) -> 
         run(other, other.param_groups[0]["params"], [2])
 
 
-def test_what_is_no_state_is_loaded_as_it_was_saved(fused: bool | None) -> None:
+def test_additional_entries_load_unchanged(fused: bool | None) -> None:
     params = make_params()
     optimizer = AdamW(params, state_dtype=torch.bfloat16, fused=fused)
     run(optimizer, params, [1])

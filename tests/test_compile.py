@@ -1,4 +1,4 @@
-"""The operators inside PyTorch: opcheck, torch.compile, torch.export, and the dispatcher's keys."""
+"""The operators in PyTorch: opcheck, torch.compile, torch.export, dispatch keys."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Compiling warns of what torch itself still uses.
+# Compiling raises warnings about code of torch itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -29,7 +29,7 @@ def _fresh_compiler() -> None:
 
 
 def make_lists(rule: Rule) -> list[list[Tensor]]:
-    """The gradients, then each state's list."""
+    """The list of gradients, then the list of each state."""
     shapes = ((5, 3), (7,), (2, 3, 4))
     return [[torch.rand(shape) - (i == 0) * 0.5 for shape in shapes] for i in range(_count(rule))]
 
@@ -57,7 +57,7 @@ def arguments(rule: Rule, requires_grad: bool) -> tuple[list[Any], dict[str, Any
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-# Dynamo reads the gradients of tensors that are no leaves, from torch 2.14 on.
+# From torch 2.14 on, Dynamo reads the gradients of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck(rule: Rule, requires_grad: bool) -> None:
     args, kwargs = arguments(rule, requires_grad)
@@ -146,7 +146,7 @@ def test_errors_keep_their_type_when_compiled(rule: Rule) -> None:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
-    """Of this process alone."""
+    """A mesh of this process alone."""
     store = tmp_path_factory.mktemp("mesh") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -162,7 +162,7 @@ def test_compiled_on_dtensors(rule: Rule, mesh: DeviceMesh) -> None:
         [distribute_tensor(t.clone(), mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
         for tensors in wholes
     ]
-    # Redistributed, in the graph; and a position of plain tensors.
+    # Redistribution inside the graph, and a position of plain tensors.
     lists[0][1] = DTensor.from_local(wholes[0][1].clone(), mesh, [Partial()])
     for tensors, whole in zip(lists, wholes, strict=True):
         tensors[2] = whole[2].clone()
@@ -191,8 +191,8 @@ def test_fake_tensors(rule: Rule) -> None:
         assert [u.shape for u in updates] == [t.shape for t in lists[0]]
 
 
-def test_negative_views_and_zero_tensors_are_read_as_what_they_are(rule: Rule) -> None:
-    """Tensors whose memory does not hold their values reach the kernels resolved."""
+def test_negative_views_and_zero_tensors(rule: Rule) -> None:
+    """Lazy negations and zero tensors are resolved before they reach the kernels."""
     grad = torch.complex(torch.rand(6), torch.rand(6)).conj().imag
     assert grad.is_neg()
     states = [torch.rand(6) for _ in rule.states]
@@ -204,7 +204,7 @@ def test_negative_views_and_zero_tensors_are_read_as_what_they_are(rule: Rule) -
         assert_equal_lists(mine, others)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # before torch 2.13, each does
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # before torch 2.13
 def test_profiler_sees_the_operator(rule: Rule) -> None:
     with torch.profiler.profile() as profile:
         rule.function(*make_lists(rule), **rule.usual)
@@ -212,7 +212,7 @@ def test_profiler_sees_the_operator(rule: Rule) -> None:
 
 
 def test_operator_releases_the_gil(rule: Rule) -> None:
-    """Another Python thread runs on while a large call computes."""
+    """Another Python thread runs while a large call computes."""
     import threading
 
     large = [[torch.rand(4 << 20)] for _ in range(_count(rule))]

@@ -1,4 +1,4 @@
-"""On CUDA devices: the CPU's bits, whatever the call, and what only these devices have.
+"""The update functions on CUDA devices: the CPU's bits, and streams, graphs and device steps.
 
 Without a GPU, most of it runs on emulated devices: ``pytest --device emulated``.
 """
@@ -26,6 +26,7 @@ from support import (
     make_operands,
     with_specials,
 )
+from test_fallback import rule_of
 from torch import Tensor
 
 from emerging_optimizers._native import native
@@ -33,7 +34,7 @@ from emerging_optimizers._native import native
 pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 FLOAT32 = MIXES["float32"]
-# Around what a thread holds, half a tile, a tile and a chunk of the engine.
+# Around the elements of a thread, half a tile, a tile and a chunk of the engine.
 SIZES = (0, 1, 7, 8, 9, 15, 17, 1023, 1025, 2047, 2048, 2049, 8191, 8192, 8193, 20001)
 
 rules_with_step = pytest.mark.parametrize(
@@ -42,7 +43,7 @@ rules_with_step = pytest.mark.parametrize(
 
 
 def to(operands: Operands, device: str) -> Operands:
-    """Copies on another device, of the same strides and at the same offsets."""
+    """Copies on another device, with the same strides and offsets."""
 
     def copy(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
@@ -74,7 +75,7 @@ def devices() -> list[str]:
 
 
 def test_kernels_are_compiled_in() -> None:
-    # Else the plain formulas are what the tests below pass with.
+    # Otherwise the tests below would pass with the fallback.
     assert native is not None
     assert native.cuda_architectures
 
@@ -224,12 +225,13 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert_equal_bits(got[whole * period :], one[: numel - whole * period], "the last elements")
 
 
-# ---- a step that only the device knows -----------------------------------------------------------
+# ---- a step on the device ------------------------------------------------------------------------
 
 
 @rules_with_step
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 def test_step_on_the_device(rule: Rule, dtype: torch.dtype) -> None:
+    warmups = [h.name for h in rule_of(rule.name).hyperparameters if h.kind == "warm-up"]
     for case_name, case in rule.cases.items():
         if "step" not in case:
             continue
@@ -242,11 +244,11 @@ def test_step_on_the_device(rule: Rule, dtype: torch.dtype) -> None:
             update = call(rule, case | {"step": step}, there)
             there = to(there, "cpu")
             assert step.item() == value
-            # The half-life's logarithm and power are the libraries': they may differ by a last bit.
+            # The half-life's log and pow come from math libraries, and may differ in the last bit.
             label = f"{case_name}, step {value}"
             expected_case = case | {"step": value}
             assert_close_to_oracle(rule, expected_case, before, update.cpu(), there.states, label)
-            if not any("warmup" in name and case[name] for name in case):
+            if not any(case[name] for name in warmups):
                 assert_equal_results(rule, (update.cpu(), there), (wanted, here), label)
 
 
@@ -350,7 +352,7 @@ def test_side_stream(rule: Rule) -> None:
 @every_rule
 @pytest.mark.parametrize("layout", ["contiguous", "strided slices"])
 def test_captured_graph_advances_by_itself(rule: Rule, layout: str) -> None:
-    """With its step on the device and new gradients in place, a replay is the next step."""
+    """With the step on the device and gradients updated in place, a replay is the next step."""
     has_step = "step" in rule.usual
     step = torch.zeros((), dtype=torch.int64, device="cuda")
     case = rule.usual | ({"step": step} if has_step else {})
@@ -362,7 +364,7 @@ def test_captured_graph_advances_by_itself(rule: Rule, layout: str) -> None:
     eager = [position.clone() for position in positions]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm up on copies
+    with torch.cuda.stream(side):  # warm up with copies
         warm = [position.clone() for position in positions]
         call(rule, rule.usual, warm, out=[torch.empty_like(out) for out in outs])
     torch.cuda.current_stream().wait_stream(side)
@@ -440,7 +442,7 @@ def test_compiled(rule: Rule, mode: str) -> None:
 
     for position in compiled:
         for state in position.states:
-            torch._dynamo.mark_static_address(state)  # else no graph may write to it
+            torch._dynamo.mark_static_address(state)  # otherwise, no graph could write to it
     torch._dynamo.utils.counters.clear()
     function = torch.compile(train, fullgraph=True, mode=mode)
     for number in range(1, 5):

@@ -21,8 +21,8 @@ BLOCKS = "#define EMOPT_BLOCKS 4"
 LAST = "    held.step_and_store(launch, setup, place);\n"
 RETURN = "  if (setup.is_skipped || !next.has_any()) return;\n"
 SHARED = "      const uint32_t i = threadIdx.x;\n"
-# What is replaced in a file, and what is found; of faults that do not hide each other, some at a
-# time.
+# For each fault: the file, the text to replace, its replacement, and the expected finding. Faults
+# that do not mask each other are planted together.
 FAULTS = {
     "narrow vectors, contraction, another access, single elements that are widened": (
         (

@@ -1,12 +1,12 @@
 """Conversions between the 16-bit types and the types of the arithmetic, on CUDA devices.
 
-Each operand of a kernel has its conversions: a gradient is read; an update, a state, a parameter
-and the parameter of a master weight are rounded. So each is brought every number of a 16-bit type,
-or every one near which rounding to it changes, through public functions with hyperparameters for
-which the formula gives back what it takes. Bits are those of the number rounded once, to nearest
-even; of a NaN, that it is one.
+Each operand of a kernel is converted by separate code: gradients are widened; updates, states,
+parameters and the parameters of master weights are rounded. Each conversion is tested with every
+number of a 16-bit type, or with all numbers around its rounding boundaries, through public
+functions whose hyperparameters make the formula the identity. Expected are the bits of the number
+rounded once, to nearest even; for a NaN, any NaN.
 
-Without a GPU, they run on emulated devices: ``pytest --device emulated``.
+Without a GPU, the tests run on emulated devices: ``pytest --device emulated``.
 """
 
 import functools
@@ -24,31 +24,31 @@ from emerging_optimizers.scalar_optimizers import calculate_adam_update, calcula
 pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# 1 as a float32, and allowed since it is less as a float64.
+# Rounds to 1 in float32, but is a valid beta, because it is less in float64.
 ALMOST_1 = 1 - 2.0**-53
 
 every_short = pytest.mark.parametrize("short", [BF16, F16], ids=str)
 every_wide = pytest.mark.parametrize("wide", [F32, F64], ids=str)
-# Vectors of the operands' elements, or each element by itself.
+# Vectors of elements, or single elements.
 every_way = pytest.mark.parametrize("offset", [0, 1], ids=["vectors", "elements"])
 
 
 @functools.cache
 def all_numbers(short: torch.dtype) -> Tensor:
-    """Every number of a 16-bit type, the NaNs among them."""
+    """Every number of a 16-bit type, including the NaNs."""
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(short)
 
 
 @functools.cache
 def near_boundaries(short: torch.dtype, wide: torch.dtype) -> Tensor:
-    """Every number of a 16-bit type, what lies halfway between two, and what is beside these.
+    """Every number of a 16-bit type, all midpoints, and the neighbours of both.
 
-    Beside is one unit in the last place of `wide`; of float64 also one of float32, and a distance
-    at which rounding to float32 first would make it a midpoint.
+    The neighbours are one ulp of `wide` away; in float64 also one ulp of float32, and as close that
+    rounding to float32 first would yield the midpoint.
     """
     numbers = all_numbers(short).double()
     numbers = numbers[numbers.isfinite()].unique()  # sorted; one of the two zeros
-    # What would come next has infinity in its place.
+    # Beyond the largest number, the next boundary is that of infinity.
     following = 2 * overflow_threshold(short) - torch.finfo(short).max
     ends = torch.tensor([following], dtype=F64)
     numbers = torch.cat([-ends, numbers, ends])
@@ -63,7 +63,7 @@ def near_boundaries(short: torch.dtype, wide: torch.dtype) -> Tensor:
         beside += [exact * (1 + 2.0**-40), exact * (1 - 2.0**-40)]
     largest = torch.finfo(wide).max
     others = [0.0, -0.0, math.inf, -math.inf, math.nan, largest, -largest]
-    others += [torch.finfo(F32).smallest_normal, 2.0**-149, -(2.0**-149)]  # float32's, the last
+    others += [torch.finfo(F32).smallest_normal, 2.0**-149, -(2.0**-149)]  # the last ulp of float32
     if wide == F64:
         others += [5e-324, -5e-324, 1e-60, -1e-60, 1e300, -1e300]
         others += [s * 2.0**128 * (1 + d) for s in (1, -1) for d in (-(2.0**-25), 0.0, 2.0**-30)]
@@ -71,7 +71,7 @@ def near_boundaries(short: torch.dtype, wide: torch.dtype) -> Tensor:
 
 
 def _nans(wide: torch.dtype) -> Tensor:
-    """NaNs whose first or last bits alone say so: those that rounding could make infinite."""
+    """NaNs with only the lowest, only the highest or all bits of the mantissa set."""
     integer, mantissa = (torch.int32, 23) if wide == F32 else (torch.int64, 52)
     bits = torch.iinfo(integer)
     infinity = bits.max - (2**mantissa - 1)
@@ -80,12 +80,12 @@ def _nans(wide: torch.dtype) -> Tensor:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the right answer; PyTorch's own conversion from float64 rounds twice."""
+    """Return the expected result; PyTorch's conversion from float64 would round twice."""
     return round_once(values.double(), dtype)
 
 
 def test_right_answers() -> None:
-    """What is expected below is what PyTorch makes of float32 on the CPU."""
+    """For float32, the expected results are those of PyTorch on the CPU."""
     for short in (BF16, F16):
         values = near_boundaries(short, F32)
         assert_equal_bits(rounded(values, short), values.to(short), f"to {short}")
@@ -97,7 +97,7 @@ def test_right_answers() -> None:
 
 
 def cut(values: Tensor, device: str, offset: int = 0) -> Tensor:
-    """A copy of values, from an element of a buffer on."""
+    """A copy of values that starts at an element of a buffer."""
     buffer = torch.zeros(offset + values.numel(), dtype=values.dtype, device=device)
     return buffer[offset:].copy_(values)
 
@@ -107,7 +107,7 @@ def check(label: str, results: dict[str, Tensor], wanted: Tensor) -> None:
         assert_equal_bits(result.cpu(), wanted, f"{label}, on {device}")
 
 
-# A gradient becomes the state, whose old value, of -0, changes no bit of it.
+# The gradient becomes the state; the old state, -0, does not change it.
 def state_of(grad: Tensor, dtype: torch.dtype, offset: int) -> dict[str, Tensor]:
     results = {}
     for device in ("cpu", "cuda"):
@@ -117,7 +117,7 @@ def state_of(grad: Tensor, dtype: torch.dtype, offset: int) -> dict[str, Tensor]
     return results
 
 
-# A state becomes the update: the gradient, of -0, adds nothing, and the denominator is 1.
+# The state becomes the update: the gradient, -0, adds nothing, and the denominator is 1.
 def update_of(exp_avg: Tensor, dtype: torch.dtype, offset: int) -> dict[str, Tensor]:
     results = {}
     for device in ("cpu", "cuda"):
@@ -158,7 +158,7 @@ def test_a_step_widens_the_gradient(short: torch.dtype, offset: int) -> None:
         param = Parameter(torch.zeros(grad.shape, dtype=short, device=device))
         param.grad = cut(grad, device, offset)
         optimizer = Lion([param], lr=0.0, betas=(0.0, 0.0), fused=True, state_dtype=F32)
-        optimizer.step()  # makes the state
+        optimizer.step()  # creates the state
         state = optimizer.state[param]["exp_avg"].fill_(-0.0)
         optimizer.step()
         assert_equal_bits(state.cpu(), grad.float(), f"{short}, on {device}")
@@ -167,7 +167,7 @@ def test_a_step_widens_the_gradient(short: torch.dtype, offset: int) -> None:
 
 @every_short
 @every_way
-def test_one_short_type_becomes_the_other(short: torch.dtype, offset: int) -> None:
+def test_one_short_type_is_converted_to_the_other(short: torch.dtype, offset: int) -> None:
     grad = all_numbers(short)
     other = F16 if short == BF16 else BF16
     check(f"{short} to {other}", state_of(grad, other, offset), rounded(grad, other))
@@ -195,14 +195,14 @@ def test_an_update_is_rounded(short: torch.dtype, offset: int) -> None:
 @every_way
 @pytest.mark.parametrize("master_weights", [False, True])
 def test_a_parameter_is_rounded(short: torch.dtype, offset: int, master_weights: bool) -> None:
-    """A weight of -0 loses the update: the state, as in `update_of`."""
+    """A weight of -0 minus the update, which is the state, as in `update_of`."""
     values = near_boundaries(short, F32)
     for device in ("cpu", "cuda"):
         param = Parameter(cut(torch.full(values.shape, -0.0, dtype=short), device, offset))
         optimizer = _adam(param, master_weights)
         with torch.device(device):
             param.grad = torch.full_like(param, -0.0)
-            optimizer.step()  # makes the states
+            optimizer.step()  # creates the states
         param.data.fill_(-0.0)
         state = optimizer.state[param]
         state["exp_avg"].copy_(-values)
@@ -216,7 +216,7 @@ def test_a_parameter_is_rounded(short: torch.dtype, offset: int, master_weights:
 
 @every_short
 @every_way
-def test_a_parameter_that_loses_nothing_stays(short: torch.dtype, offset: int) -> None:
+def test_a_zero_update_keeps_the_parameter(short: torch.dtype, offset: int) -> None:
     values = all_numbers(short)
     for device in ("cpu", "cuda"):
         param = Parameter(cut(values, device, offset))
@@ -238,13 +238,13 @@ def _adam(param: Parameter, master_weights: bool = False) -> Adam:
     )
 
 
-# ---- every float32 there is ----------------------------------------------------------------------
+# ---- every float32 number ------------------------------------------------------------------------
 
 
 @pytest.mark.real
 @every_short
 def test_every_float32_is_rounded(short: torch.dtype) -> None:
-    """As by PyTorch on the device, too; near boundaries, `test_a_state_is_rounded` has the bits."""
+    """Compares with PyTorch on the device; `test_a_state_is_rounded` tests the boundaries."""
     count = 2**26
     exp_avg = torch.empty(count, dtype=short, device="cuda")
     update = torch.empty_like(exp_avg)

@@ -1,7 +1,7 @@
-"""The driver that compares the CUDA kernel's numbers, without a GPU.
+"""The driver that compares tuning constants of the CUDA kernel, without a GPU.
 
-Once with the driver compiled for the host; else with a compiler that only writes a script, which
-prints what a driver would.
+One test compiles the driver for the host; the others use a fake compiler that writes a script with
+a driver's output.
 """
 
 import json
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DRIVE = ROOT / "benchmarks" / "cuda" / "drive.py"
 
-# What it "compiles" takes 1 and 1.02 us in turn, or EMOPT_MICROSECONDS, and then does EMOPT_THEN.
+# Its "programs" take 1 and 1.02 us in turn, or EMOPT_MICROSECONDS, and then run EMOPT_THEN.
 COMPILER = r"""#!/bin/sh
 time='1.0$(($(wc -l < "$0.runs") % 2 * 2))'
 for word in "$@"; do
@@ -49,7 +49,7 @@ chmod +x "$program"
 
 
 def drive(output: Path, *arguments: str, wanted: int = 0, **variables: str) -> str:
-    """Run drive.py; return what it printed."""
+    """Run drive.py; return its output."""
     done = subprocess.run(
         [sys.executable, str(DRIVE), "--output", str(output), *arguments],
         capture_output=True,
@@ -87,7 +87,7 @@ def test_the_driver_itself(tmp_path: Path, simulated: list[str]) -> None:
     log = tmp_path / "runs" / "00-shipped.jsonl"
     checks = [line for line in map(json.loads, log.read_text().splitlines()) if "check" in line]
     assert {line["wrong"] for line in checks} == {""}
-    assert len(checks) == 9 * 3 + 6 * 2  # mixes of dtypes and places of numbers, by the epilogue
+    assert len(checks) == 9 * 3 + 6 * 2  # mixes of dtypes and locations of numbers, by epilogue
     lines = shipped["runs"][0]
     assert {"copy/kernel", "copy/driver", "nothing", "apply/float32/64M/apart"} <= lines.keys()
     assert {"apply/float32/gpt2/counters", "store/float16/64M"} <= lines.keys()
@@ -107,7 +107,7 @@ def test_the_driver_itself(tmp_path: Path, simulated: list[str]) -> None:
     assert not any("name" in line for line in lines)  # nothing was timed
 
 
-def test_only_what_exceeds_the_spread_counts(
+def test_differences_within_the_spread_do_not_count(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
 ) -> None:
     also = [
@@ -117,14 +117,14 @@ def test_only_what_exceeds_the_spread_counts(
     also += ["broken=EMOPT_BROKEN=1", "dies=EMOPT_THEN=kill -9 $$", "fails=EMOPT_THEN=exit 2"]
     text = drive(tmp_path, *simulated, "--only", "--also", *also, **fake)
     variants = variants_of(tmp_path)
-    assert len(variants["much"]["runs"]) == 3  # again, since it is better
+    assert len(variants["much"]["runs"]) == 3  # again, because it is better
     assert len(variants["little"]["runs"]) == len(variants["slow"]["runs"]) == 1
     assert len(variants["shipped"]["runs"]) == 5
     assert variants["shipped"]["build"]["kernels"] == [
         {"kernel": "apply float32 4096 device", "registers": 77, "spilled": 12}
     ]
     rows = {row.split()[0]: row.split()[1:] for row in text.rpartition("mean gain")[2].splitlines()}
-    assert rows["much"] == ["1", "0", "+13.3%"]  # of a median of 1.02
+    assert rows["much"] == ["1", "0", "+13.3%"]  # with a median of 1.02
     assert rows["little"] == ["0", "0", "+1.0%"]
     assert rows["slow"] == ["0", "1", "-15.0%"]
     assert rows["better"][:2] == ["with", "much:"]
@@ -134,8 +134,10 @@ def test_only_what_exceeds_the_spread_counts(
     assert variants["fails"]["status"].startswith("failed with exit status 2")
 
 
-def test_seconds_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[str, str]) -> None:
-    """A variant that hangs is stopped in time for the last run of the shipped numbers."""
+def test_the_time_limit_is_kept(
+    tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
+) -> None:
+    """A variant that hangs is stopped early enough for the last run of the shipped constants."""
     begin = time.monotonic()
     also = ["hangs=EMOPT_THEN=sleep 60", "later=EMOPT_MICROSECONDS=2"]
     text = drive(tmp_path, *simulated, "--seconds", "3", "--only", "--also", *also, **fake)
@@ -149,7 +151,7 @@ def test_seconds_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[st
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_what_it_had(
+def test_a_killed_run_keeps_its_results(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str], number: int
 ) -> None:
     command = [sys.executable, str(DRIVE), "--output", str(tmp_path), *simulated]
@@ -191,7 +193,7 @@ def test_programs_are_kept(tmp_path: Path, simulated: list[str], fake: Mapping[s
     assert len([path for path in program.parent.iterdir() if not path.suffix]) == 2
 
 
-def test_the_shipped_numbers_must_be_right(
+def test_the_shipped_constants_must_be_right(
     tmp_path: Path, simulated: list[str], fake: Mapping[str, str]
 ) -> None:
     compiler = Path(fake["CXX"])
@@ -205,8 +207,8 @@ def test_the_shipped_numbers_must_be_right(
     drive(tmp_path, "--simulate", *elsewhere, "--build-only", "--only", wanted=1, **fake)
 
 
-def test_the_options_are_the_package_s(tmp_path: Path, fake: Mapping[str, str]) -> None:
-    """For this machine's GPU alone; variants that are the same as an earlier one are left out."""
+def test_compiler_options_and_duplicates(tmp_path: Path, fake: Mapping[str, str]) -> None:
+    """Compiles for this machine's GPU only, and leaves out variants equal to an earlier one."""
     folder = tmp_path / "bin"
     folder.mkdir()
     Path(fake["CXX"]).rename(folder / "nvcc")

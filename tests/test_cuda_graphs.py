@@ -1,7 +1,7 @@
-"""CUDA graphs of a thousand tensors, whose launches are the large ones, and steps on other streams.
+"""CUDA graphs of a thousand tensors, which take large launches, and steps on other streams.
 
-A graph keeps a launch's arguments, up to 32 KB of them; those of a replay must be the ones that
-were captured, long after the call that made them.
+A graph keeps a launch's arguments, up to 32 KB: a replay must use those that were captured, long
+after the call that created them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ every_way = pytest.mark.parametrize(
 
 
 def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return the graph of what a function does, which is not done yet."""
+    """Capture a function in a graph, without running it."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -39,7 +39,7 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def on_a_side_stream(function: Callable[[], object]) -> None:
-    """Call on another stream, after what is enqueued, and before what will be."""
+    """Call on another stream, ordered after earlier work and before later work."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -59,7 +59,7 @@ def copies(positions: Sequence[Operands]) -> list[Operands]:
 
 
 def of_all(rule: Rule, updates: Sequence[Tensor], positions: Sequence[Operands]) -> list[Tensor]:
-    """Return the updates in one tensor, and the states, to be compared."""
+    """Return all updates and states as one tensor each, for comparisons."""
     states = ([p.states[i] for p in positions] for i in range(len(rule.states)))
     return [torch.cat(list(tensors)) for tensors in (updates, *states)]
 
@@ -67,7 +67,7 @@ def of_all(rule: Rule, updates: Sequence[Tensor], positions: Sequence[Operands])
 @every_rule
 @pytest.mark.parametrize("mix", ["float32", "bfloat16 grad, float32 states"])
 def test_a_call(rule: Rule, mix: str) -> None:
-    """Each replay is the next step, of the gradients that are there by then."""
+    """Each replay is the next step, with the current gradients."""
     positions = make_positions(rule, mix)
     eager = copies(positions)
     outs = [torch.empty_like(position.grad) for position in positions]
@@ -95,7 +95,7 @@ def test_a_call(rule: Rule, mix: str) -> None:
 
 @pytest.mark.parametrize("rule", [RULES["adam"], RULES["lion"]], ids=str)
 def test_a_graph_keeps_its_arguments(rule: Rule) -> None:
-    """Whatever other calls launch, and free, before a replay."""
+    """Other calls launch kernels and free memory before a replay."""
     positions = make_positions(rule, "float32")
     others, eager = copies(positions), copies(positions)
     outs = [torch.empty_like(position.grad) for position in positions]
@@ -110,7 +110,7 @@ def test_a_graph_keeps_its_arguments(rule: Rule) -> None:
 
 
 def _optimizer(setup: Setup, storage: str, **options: Any) -> ScalarOptimizer:
-    """Return an optimizer of a thousand parameters, all with gradients."""
+    """Return an optimizer of a thousand parameters with gradients."""
     steps = make_run(setup, storage, weight_decay=0.1, **options)
     generator = torch.Generator().manual_seed(7)
     params = [
@@ -122,7 +122,7 @@ def _optimizer(setup: Setup, storage: str, **options: Any) -> ScalarOptimizer:
 
 
 def _all_of(optimizer: ScalarOptimizer) -> list[Tensor]:
-    """Return all parameters and states in one tensor of each dtype, to be compared."""
+    """Return all parameters and states as one tensor per dtype, for comparisons."""
     tensors = [tensor.reshape(-1) for tensor in contents(optimizer)]
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
     return [torch.cat([t for t in tensors if t.dtype == dtype]) for dtype in dtypes]
@@ -136,14 +136,14 @@ def _set_grads(optimizer: ScalarOptimizer, step: int) -> None:
 
 
 def _step(optimizer: ScalarOptimizer) -> None:
-    torch.default_generator.manual_seed(1)  # a graph keeps the seed that its capture draws
+    torch.default_generator.manual_seed(1)  # a graph keeps the seed drawn at capture
     optimizer.step()
 
 
 @every_optimizer
 @every_way
 def test_a_step(setup: Setup, storage: str) -> None:
-    """Each replay is the next step, of the gradients and the learning rate that are there."""
+    """Each replay is the next step, with the current gradients and learning rate."""
     optimizers = [
         _optimizer(setup, storage, lr=torch.tensor(0.02, device="cuda"), capturable=True)
         for _ in range(2)
@@ -151,7 +151,7 @@ def test_a_step(setup: Setup, storage: str) -> None:
     eager, graphed = optimizers
     for optimizer in optimizers:
         _set_grads(optimizer, 1)
-    on_a_side_stream(lambda: _step(graphed))  # makes the states
+    on_a_side_stream(lambda: _step(graphed))  # creates the states
     _step(eager)
     before = _all_of(graphed)
     assert_same(before, _all_of(eager), "the first step")
@@ -169,7 +169,7 @@ def test_a_step(setup: Setup, storage: str) -> None:
 
 @every_optimizer
 def test_a_skipped_step(setup: Setup) -> None:
-    """A ``GradScaler``'s numbers are read at each replay, by all of the launches."""
+    """All launches read a ``GradScaler``'s numbers anew at each replay."""
     optimizers = [_optimizer(setup, "bfloat16, masters", capturable=True) for _ in range(2)]
     eager, graphed = optimizers
     found_inf = torch.zeros((), device="cuda")
@@ -200,7 +200,7 @@ def test_a_skipped_step(setup: Setup) -> None:
 @every_way
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_on_a_side_stream(setup: Setup, storage: str, capturable: bool) -> None:
-    """What the stream has been told to do before it is what the step finds."""
+    """A step sees the results of earlier work on its stream."""
     steps = make_run(setup, storage, capturable=capturable)
     torch.manual_seed(0)
     params = [
@@ -229,7 +229,7 @@ def test_a_step_on_a_side_stream(setup: Setup, storage: str, capturable: bool) -
 
 @every_optimizer
 def test_numbers_that_a_side_stream_writes(setup: Setup) -> None:
-    """The learning rate, the multiplier and a ``GradScaler``'s numbers, on the device."""
+    """A learning rate, a multiplier and a ``GradScaler``'s numbers on the device."""
     written: Mapping[str, float] = {"grad_multiplier": 0.3, "grad_scale": 8.0, "found_inf": 0.0}
     steps = make_run(setup, "float32")
     params = [Parameter(torch.randn(3, 700))]

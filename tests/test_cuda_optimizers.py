@@ -1,4 +1,4 @@
-"""The optimizers' steps on CUDA devices: the CPU's bits, and nothing that the host waits for.
+"""The optimizers' steps on CUDA devices: the CPU's bits, without synchronisation.
 
 Without a GPU, most of it runs on emulated devices: ``pytest --device emulated``.
 """
@@ -36,19 +36,19 @@ pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
 
 _LAPROP = next(setup for setup in SETUPS if setup.cls is LaProp)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# Less than a vector, nothing, more than a tile, more than a chunk. Matrices, for shape scaling.
+# Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling.
 SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70))
 
 
 @dataclass
 class Run:
-    """Some steps of an optimizer, to be taken on one device or another.
+    """Steps of an optimizer that can be taken on any device.
 
     Attributes:
         setup: The optimizer.
-        dtype: Of parameters and gradients.
-        options: What the optimizer is constructed with.
-        numbers: What a step is passed: ``grad_multiplier``, and a ``GradScaler``'s attributes.
+        dtype: The dtype of parameters and gradients.
+        options: The optimizer's arguments.
+        numbers: The ``grad_multiplier`` of each step, and the attributes a ``GradScaler`` sets.
         steps: The numbers of the steps.
     """
 
@@ -71,7 +71,7 @@ class Run:
 
 
 def step_with(optimizer: ScalarOptimizer, grad_multiplier: Any = None, **attributes: Any) -> None:
-    """Step, with attributes that a ``GradScaler`` would set for the duration of the call."""
+    """Step with the attributes that a ``GradScaler`` sets for the duration of the call."""
     vars(optimizer).update(attributes)
     optimizer.step(grad_multiplier=grad_multiplier)
     for name in attributes:
@@ -94,7 +94,7 @@ def counters(optimizer: ScalarOptimizer) -> list[Tensor]:
 
 # ---- the CPU's bits ------------------------------------------------------------------------------
 
-# How parameters and states are stored, by the optimizer's states.
+# The options that decide how parameters and states are stored.
 STORAGE: dict[str, tuple[torch.dtype, Callable[[tuple[str, ...]], dict[str, Any]]]] = {
     "float32": (F32, lambda _: {}),
     "float64": (F64, lambda _: {}),
@@ -109,7 +109,7 @@ STORAGE: dict[str, tuple[torch.dtype, Callable[[tuple[str, ...]], dict[str, Any]
     "float16, stochastic": (F16, lambda _: {"stochastic_rounding": True}),
 }
 every_storage = pytest.mark.parametrize("storage", STORAGE)
-# One of each way through a launch.
+# One for each path through a launch.
 every_way = pytest.mark.parametrize("storage", ["float32", "mixed states", "bfloat16, stochastic"])
 every_case = pytest.mark.parametrize(
     ("setup", "storage"),
@@ -123,14 +123,14 @@ every_case = pytest.mark.parametrize(
 
 def make_run(setup: Setup, storage: str, **options: Any) -> Run:
     dtype, stored = STORAGE[storage]
-    # So large that a wrong rate or decay shows in half precision, too.
+    # So large that a wrong learning rate or decay shows even in half precision.
     return Run(setup, dtype, {"lr": 0.02, "fused": True, **stored(setup.states), **options})
 
 
 @every_case
 @pytest.mark.parametrize("capturable", [False, True])
 def test_bits_of_the_cpu(setup: Setup, storage: str, capturable: bool) -> None:
-    # The half-life's logarithm and power are then the device's library's.
+    # The half-life's log and pow then come from the device's math library.
     is_computed_there = capturable or "stochastic" in storage
     is_open = "warm-up" in setup.name and is_computed_there and torch.version.cuda is not None
     for method in METHODS:
@@ -144,7 +144,7 @@ def test_bits_of_the_cpu(setup: Setup, storage: str, capturable: bool) -> None:
 
 
 def _cut(values: Sequence[Tensor], offset: int, device: str) -> tuple[Tensor, list[Tensor]]:
-    """Copies of tensors, one after the other in a buffer that has more elements around them."""
+    """Copies of tensors, one after another in a buffer with further elements around them."""
     sizes = [offset, *(value.numel() for value in values), 5]
     buffer = torch.full((sum(sizes),), 7.0, dtype=values[0].dtype, device=device)
     parts = buffer.split(sizes)[1:-1]
@@ -176,7 +176,7 @@ def test_views_into_flat_buffers(setup: Setup, storage: str, offsets: tuple[int,
 @every_optimizer
 @pytest.mark.parametrize("capturable", [False, True])
 def test_devices_and_steps_in_one_group(setup: Setup, capturable: bool) -> None:
-    """Each parameter as on the CPU, wherever the others are and whatever their step is."""
+    """Each parameter steps as on the CPU, whatever the devices and steps of the others."""
     options: dict[str, Any] = {"fused": True, "capturable": capturable, "weight_decay": 0.1}
     others = make_params([(3, 700)] * 7)
     places = [devices()[i % len(devices())] for i in range(len(others))]
@@ -217,7 +217,7 @@ def test_counters_that_become_capturable(setup: Setup) -> None:
     assert_same_as_on_cpu(optimizer, other)
 
 
-# ---- numbers that only the device knows ----------------------------------------------------------
+# ---- numbers on the device -----------------------------------------------------------------------
 
 NUMBERS = {"lr": 0.0123, "grad_multiplier": 0.3, "grad_scale": 1024.0, "found_inf": 0.0}
 
@@ -282,7 +282,7 @@ def test_overflow_changes_nothing(setup: Setup, storage: str) -> None:
             assert_same(on_cpu(optimizer), before)
         assert all(counter.is_cuda for counter in counters(optimizer))
     assert_same_as_on_cpu(optimizer, other)
-    # For good: without a number on the device, too.
+    # It stays unchanged without numbers on the device, too.
     for tensors, o, device in ((params, optimizer, "cuda"), (others, other, "cpu")):
         with torch.device(device):
             run(o, tensors, [6])
@@ -326,11 +326,11 @@ def test_params_of_the_cpu_with_numbers_on_the_device(setup: Setup, overflow: bo
     assert {c.item() for c in counters(optimizer)} == {0.0 if overflow else 2.0}
 
 
-# ---- what the host does not wait for -------------------------------------------------------------
+# ---- no synchronisation --------------------------------------------------------------------------
 
 
 class _NoTransfers(TorchDispatchMode):
-    """Refuses operations that read a CUDA tensor on the host, or have tensors of both."""
+    """Rejects operations that read a CUDA tensor on the host, or mix both devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -344,7 +344,7 @@ class _NoTransfers(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Raise where the host waits for a device."""
+    """Raise an error if the host waits for a device."""
     if torch.version.cuda is None:
         with _NoTransfers():
             yield
@@ -358,7 +358,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_synchronisation_is_noticed() -> None:
+def test_synchronisation_is_detected() -> None:
     number = torch.ones((), device="cuda")
     for wait in (number.item, number.cpu, lambda: float(number)):
         with pytest.raises(RuntimeError), no_synchronisation():
@@ -379,7 +379,7 @@ def test_no_synchronisation(setup: Setup, storage: str) -> None:
     ):
         steps = make_run(setup, storage, **options)
         steps.numbers = numbers
-        optimizer = steps.on("cuda")  # the first step makes the states
+        optimizer = steps.on("cuda")  # the first step creates the states
         before = contents(optimizer)
         with no_synchronisation():
             step_with(optimizer, **numbers)
@@ -403,7 +403,7 @@ def test_frob_normalize(storage: str) -> None:
         optimizer.step()
     other.step()
     torch.testing.assert_close(on_cpu(optimizer), contents(other))
-    # Nor does a parameter that does not move take on its master's value.
+    # Nor is a parameter that does not change overwritten by its master.
     (group,) = optimizer.param_groups
     group["lr"] = torch.zeros((), device="cuda")
     with torch.no_grad():
@@ -431,7 +431,7 @@ def test_grad_scaler_end_to_end(setup: Setup) -> None:
             assert params[0].grad is not None
             params[0].grad.view(-1)[1] = torch.inf
         before = contents(optimizer)
-        # The first one makes the states, and what the scaler copies to devices.
+        # The first step creates the states, and the scaler's copies on devices.
         with contextlib.nullcontext() if step == 1 else no_synchronisation():
             scaler.step(optimizer)
             scaler.update()
@@ -450,7 +450,7 @@ def test_grad_scaler_end_to_end(setup: Setup) -> None:
 @every_variant
 @every_way
 def test_captured_graph(setup: Setup, storage: str) -> None:
-    """A replay is the next step, of the gradients and the learning rate that are there by then."""
+    """A replay is the next step, with the current gradients and learning rate."""
     optimizers = [
         make_run(setup, storage, lr=torch.tensor(0.02, device="cuda")).on("cuda", capturable=True)
         for _ in range(2)
@@ -458,7 +458,7 @@ def test_captured_graph(setup: Setup, storage: str) -> None:
     eager, graphed = optimizers
 
     def step_with_seed(optimizer: ScalarOptimizer) -> None:
-        torch.manual_seed(1)  # a graph keeps the seed that was drawn at its capture
+        torch.manual_seed(1)  # a graph keeps the seed drawn at capture
         optimizer.step()
 
     side = torch.cuda.Stream()

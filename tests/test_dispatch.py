@@ -1,7 +1,7 @@
-"""Which eager calls go through PyTorch's dispatcher: those that it has something to do for.
+"""Which eager calls go through PyTorch's dispatcher: only those that need it.
 
-A kernel that only marks updates takes the place of an operator's native one. The dispatcher calls
-it; a call that goes around the dispatcher computes.
+A kernel that only marks updates replaces an operator's native one. Calls through the dispatcher
+mark their updates; calls that bypass it compute them.
 """
 
 import contextlib
@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 import torch
 from oracle import RULES, Rule
-from support import MIXES, Operands, assert_equal_bits, call, every_rule, make_operands
-from test_plain import needs_native
+from support import (
+    MIXES,
+    Operands,
+    assert_equal_bits,
+    call,
+    every_rule,
+    make_operands,
+    needs_native,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +44,7 @@ def mark(updates: list[Tensor], *arguments: Any, **options: Any) -> None:
 
 @contextlib.contextmanager
 def marking_kernel(rule: Rule) -> Iterator[None]:
-    """Let the dispatcher mark updates in place of computing them."""
+    """Let the dispatcher mark updates instead of computing them."""
     with torch.library._scoped_library("emerging_optimizers", "IMPL") as library:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
@@ -64,7 +71,7 @@ def is_dispatched(rule: Rule, operands: Any, case: Any = None, out: Any = None) 
 
 @every_rule
 @pytest.mark.parametrize("count", [None, 1, 300], ids=["single", "one", "many"])
-def test_ordinary_calls_go_around_it(rule: Rule, count: int | None) -> None:
+def test_ordinary_calls_bypass_it(rule: Rule, count: int | None) -> None:
     operands = operands_of(rule, count or 1)
     assert not is_dispatched(rule, operands if count else operands[0])
     out = [torch.empty(2, 3) for _ in operands]
@@ -82,7 +89,7 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_modes_that_it_has_no_part_in(name: str) -> None:
+def test_modes_that_do_not_need_it(name: str) -> None:
     operands = operands_of(ADAM)
     out = [torch.empty(2, 3) for _ in operands]
     with CONTEXTS[name]():
@@ -90,7 +97,7 @@ def test_modes_that_it_has_no_part_in(name: str) -> None:
 
 
 def test_ordinary_tensors_of_all_kinds() -> None:
-    grad = torch.rand(2, 3, requires_grad=True) * 2  # with a history
+    grad = torch.rand(2, 3, requires_grad=True) * 2  # with autograd history
     states = [nn.Parameter(torch.rand(2, 3)), torch.rand(2, 6)[:, ::2]]
     for operands in (Operands(grad, states), Operands(grad.half(), [*states[:1], grad.data * 2])):
         assert not is_dispatched(ADAM, operands)
@@ -103,7 +110,7 @@ def test_ordinary_tensors_of_all_kinds() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """Notes each operator."""
+    """Records each operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +124,7 @@ class Seen(TorchDispatchMode):
 
 
 class Wrapped(Tensor):
-    """A subclass whose operations Python sees: they are those of the tensor inside."""
+    """A subclass that handles operations in Python, by those of a wrapped tensor."""
 
     inner: Tensor
     names: list[str] = []  # noqa: RUF012
@@ -159,7 +166,7 @@ def test_profilers(rule: Rule) -> None:
         got = results(rule, operands_of(rule))
     for a, b in zip(got, wanted, strict=True):
         assert_equal_bits(a, b, "under a profiler")
-    # No profiler is left over.
+    # No profiler is active any more.
     assert not is_dispatched(rule, operands_of(rule))
 
 
@@ -209,8 +216,8 @@ def test_a_subclass_as_the_step() -> None:
 
 
 @pytest.mark.parametrize("position", [None, 0, COUNT - 1])
-def test_gradients_that_it_resolves(position: int | None) -> None:
-    """Of memory that does not hold their values, and of no memory."""
+def test_lazy_gradients(position: int | None) -> None:
+    """Lazily negated gradients, and gradients without memory."""
     lazy = torch.complex(torch.rand(2, 3), torch.rand(2, 3)).conj().imag
     assert lazy.is_neg()
     for grad in (lazy, torch._efficientzerotensor(2, 3)):
@@ -227,7 +234,7 @@ def test_gradients_that_it_resolves(position: int | None) -> None:
 
 
 def test_inference_tensors_beside_others() -> None:
-    """One may be read, but not modified, outside of inference mode."""
+    """Outside inference mode, an inference tensor may be read, but not modified."""
     with torch.inference_mode():
         grad, state = torch.rand(2, 3), torch.rand(2, 3)
         assert is_dispatched(ADAM, Operands(grad, [state.clone(), state.clone()]))
@@ -271,7 +278,7 @@ def test_vmap(rule: Rule) -> None:
 
 @every_rule
 def test_functionalize(rule: Rule) -> None:
-    """PyTorch's own makes no functional form of operators with lists; torch.compile's does."""
+    """torch.func.functionalize rejects operators with lists, and nothing changes."""
     operands = operands_of(rule, 1)[0]
     before = operands.clone()
     with pytest.raises(RuntimeError, match="emerging_optimizers"):
@@ -282,7 +289,7 @@ def test_functionalize(rule: Rule) -> None:
 
 @every_rule
 def test_derivatives(rule: Rule) -> None:
-    """An update is no function to differentiate: no gradient goes through it."""
+    """Updates are not differentiable: no gradient flows through them."""
     operands, same = operands_of(rule, 1)[0], operands_of(rule, 1)[0]
     wanted = call(rule, rule.usual, same)
 

@@ -37,7 +37,7 @@ def test_optimizers_on_dtensors(tmp_path: Path) -> None:
     launch("dtensor_workers.step_dtensors", 2, tmp_path)
 
 
-# Which process is killed, by when.
+# Which process is killed, and when.
 MOMENTS = {
     "before its first tensor": 1,
     "amid its tensors": 1,

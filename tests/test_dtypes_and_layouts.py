@@ -1,4 +1,4 @@
-"""Optimizers of parameters of every dtype, shape and layout, and of their gradients."""
+"""Optimizers with parameters and gradients of every dtype, shape and layout."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_half_params_are_rounded_once(setup: Setup, dtype: torch.dtype, fused: b
         values = [trajectory.param, *trajectory.states]
         for tensor, value in zip([param, *(state[s] for s in setup.states)], values, strict=True):
             assert tensor.dtype == dtype
-            # Values that lie next to a midpoint may go either way after float32 arithmetic.
+            # After float32 arithmetic, values close to a midpoint may round either way.
             nearest = round_once(torch.tensor(value), dtype)
             assert (tensor == nearest).double().mean() > 0.8
             assert_near(tensor, value, 2 * torch.finfo(dtype).eps)
@@ -71,7 +71,7 @@ def test_layouts(setup: Setup, layout: str, fused: bool | None) -> None:
     is_dense = laid_out[0].stride() == torch.empty_like(laid_out[0]).stride()
     if fused is False or is_dense:
         assert_same(contents(optimizers[1]), contents(optimizers[0]), layout)
-    else:  # in plain operations, while the other one takes the native step
+    else:  # the fallback, while the other one takes the native step
         torch.testing.assert_close(laid_out[0], plain[0])
     for name in setup.states:
         state = optimizers[1].state[laid_out[0]][name]
@@ -110,7 +110,7 @@ def test_complex(setup: Setup, method: str, fused: bool | None) -> None:
             assert param.grad is not None
             real.grad = torch.view_as_real(param.grad).clone()
             if step == 2:
-                param.grad = param.grad.conj().resolve_conj().conj()  # a lazy conjugation
+                param.grad = param.grad.conj().resolve_conj().conj()  # lazily conjugated
                 assert param.grad.is_conj()
         optimizer.step()
         other.step()
@@ -197,7 +197,7 @@ def test_shape_scaling_of_an_empty_matrix(fused: bool | None) -> None:
     assert not torch.equal(params[1], make_params([(0, 0), (3, 4)])[1])
 
 
-def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
+def test_dtypes_and_layouts_of_gradients(fused: bool | None) -> None:
     grads = {
         "bfloat16": torch.tensor([[1.0, -2.0, 3.0]] * 2).bfloat16(),
         "float64": torch.tensor([[1.0, -2.0, 3.0]] * 2).double(),
@@ -211,7 +211,7 @@ def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
         optimizer = AdamW(params, lr=0.1, fused=fused)
         other = AdamW(others, lr=0.1, fused=fused)
         if fused is None and native is not None:
-            optimizer.param_groups[0]["fused"] = True  # where it can, that is everywhere here
+            optimizer.param_groups[0]["fused"] = True  # native steps are possible for all of them
         params[0].grad_dtype = None  # type: ignore[attr-defined]
         for _ in range(2):
             params[0].grad = grad
@@ -225,7 +225,7 @@ def test_gradients_that_are_stored_otherwise(fused: bool | None) -> None:
 
 
 @every_optimizer
-def test_lazily_conjugated_parameters_are_refused(setup: Setup, fused: bool | None) -> None:
+def test_lazily_conjugated_parameters_are_rejected(setup: Setup, fused: bool | None) -> None:
     param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
     param.grad = torch.ones(3, dtype=torch.complex64)
     with pytest.raises(RuntimeError, match="the parameter is a lazily conjugated view"):

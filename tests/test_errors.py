@@ -1,7 +1,7 @@
-"""Bad input: each row of the specification's table, on each way into a rule.
+"""Bad input of the update functions: the messages, and that no tensor changes.
 
-The messages are asserted word for word, once for the native checks and once for those that guard
-the plain PyTorch path, and in each case nothing may have been written to any tensor of the call.
+Messages are compared word for word, with the native checks and with those of the fallback. No
+tensor of the call may have changed.
 """
 
 import importlib
@@ -20,10 +20,10 @@ from emerging_optimizers import _rule
 Lists = dict[str, list[Tensor]]
 
 
-@pytest.fixture(params=["native", "plain"])
+@pytest.fixture(params=["native", "fallback"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lead calls past the native kernels and their checks, for `plain`."""
-    if request.param == "plain":
+    """Use the fallback and its checks instead of the native ones, for `fallback`."""
+    if request.param == "fallback":
         monkeypatch.setattr(_rule, "native", None)
         for name in RULES:
             module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
@@ -50,7 +50,7 @@ def call(rule: Rule, lists: dict[str, Any], single: bool = False, **changes: Any
 
 
 def bits(tensor: Tensor) -> bytes:
-    """The whole storage, whatever the tensor's layout: neighbours of a view must not change."""
+    """All bytes of the storage: the elements around a view must not change either."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return b""
     return bytes(tensor.untyped_storage())
@@ -72,8 +72,8 @@ def assert_refused(
 
 # ---- tensors -------------------------------------------------------------------------------------
 #
-# A row is what it changes in four positions of lists, the error, and its message, in which {state}
-# is the rule's last state. Position 2 or 3 is wrong, so that earlier positions could be lost.
+# A row: a function that changes one of four positions, the error, and its message, in which {state}
+# is the rule's last state. Position 2 or 3 is invalid: earlier positions could have been updated.
 
 
 def change(name: str, position: int, value: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
@@ -199,7 +199,7 @@ def test_tensors(path: str, rule: Rule, row: str) -> None:
 
 
 def test_first_state_is_named_where_there_is_no_out(path: str, rule: Rule) -> None:
-    """New updates are made to fit the first state; the user did not pass them."""
+    """Without `out`, updates are created like the first state, so the message names that."""
     name = rule.states[0]
     for wrong, error, message in [
         (torch.rand(4, 3), ValueError, "{name} has shape (4, 3) but {grad} has shape (3, 4)"),
@@ -304,7 +304,7 @@ def test_shape_scaling_of_empty_matrices(path: str) -> None:
 
 
 def test_different_devices(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the plain path's check, with a tensor that claims another device."""
+    """The fallback's check, with a tensor that reports another device."""
 
     class Elsewhere(Tensor):
         device = torch.device("xpu")
@@ -319,7 +319,7 @@ def test_different_devices(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_allowed_aliases(path: str, rule: Rule) -> None:
-    """Empty tensors never alias, a gradient may serve twice, `out` may be `grad`."""
+    """Empty tensors never alias, gradients may repeat, and `out` may be `grad`."""
     lists = make_lists(rule)
     empty = torch.empty(0, 4)
     for tensors in lists.values():
@@ -511,7 +511,7 @@ def test_scalars_are_checked_without_tensors(path: str) -> None:
 
 
 def test_operators_check_scalars_too() -> None:
-    """Calls through torch.ops do not pass the wrappers."""
+    """Calls through torch.ops bypass the Python wrappers."""
     lists = make_lists(ADAM)
     with pytest.raises(ValueError, match=re.escape("betas has 3 values; expected 2")):
         torch.ops.emerging_optimizers.adam_update_(
@@ -548,7 +548,7 @@ def test_zero_warmup_steps_are_none(path: str) -> None:
     rule = RULES["ademamix"]
     lists = make_lists(rule)
     others = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
-    # With no steps to warm up over, a beta this close to 1 is allowed.
+    # Without warm-up steps, a beta this close to 1 is valid.
     changes = {"betas": (0.9, 0.999, 1 - 1e-9)}
     zero = {"num_beta_slow_warmup_steps": 0, "num_alpha_warmup_steps": 0}
     none = {"num_beta_slow_warmup_steps": None, "num_alpha_warmup_steps": None}

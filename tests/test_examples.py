@@ -1,4 +1,4 @@
-"""The examples run from a shell and leave what they say they leave."""
+"""The examples run from a shell, and write the files that they announce."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
-    # Where everything is meant to be installed, a missing part is a failure.
+    # In CI everything must be installed: a missing package is a failure.
     bool(missing) and not os.environ.get("CI"),
     reason=f"the demo extra is not installed ({' and '.join(missing)} missing)",
 )
@@ -32,7 +32,7 @@ def with_root_on_path():
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-# Twelve steps a rule are timed, not 42.
+# Twelve steps per rule are timed instead of 42.
 FASTER = """
 import sys
 sys.path.insert(0, "examples")
@@ -45,7 +45,7 @@ sys.exit(train_char_lm.main())
 
 
 def run_example(output, *arguments):
-    """Run it from a shell."""
+    """Run an example from a shell."""
     return subprocess.run(
         [sys.executable, "examples/train_char_lm.py", *arguments, "--output", str(output)],
         cwd=ROOT,
@@ -69,13 +69,13 @@ def run_distributed(world_size, script, *arguments):
     try:
         out, err = process.communicate(timeout=180)
     finally:
-        process.terminate()  # torchrun then ends the processes that it started
+        process.terminate()  # torchrun then stops the processes that it started
         process.wait(timeout=60)
     return SimpleNamespace(status=process.returncode, out=out, err=err)
 
 
 def run_in_processes(world_size, folder, script, *arguments):
-    """Run it as torchrun does, in processes that have imported torch; return what they printed."""
+    """Run an example as torchrun does, in prepared processes; return the output."""
     launch("example_workers.run_example", world_size, folder, script, *arguments)
     return (folder / "printed").read_text()
 
@@ -93,7 +93,7 @@ def check_outputs(output, done, rules, steps):
         assert (row["torch_fused_ms_per_step"] is not None) == (row["rule"] == "adam")
     assert report["machine"]["threads"] == 1
     assert report["model"]["tensors"] >= 100
-    # A character costs less to guess, the more of those before it are known.
+    # The more context a character has, the lower its loss.
     assert report["held_out_baselines"]["bigram"] < report["held_out_baselines"]["unigram"] < 4
     assert (output / "loss.png").read_bytes().startswith(PNG_SIGNATURE)
 
@@ -131,11 +131,11 @@ def test_fsdp2_resumes_with_another_number_of_processes(tmp_path):
     losses = [float(loss) for loss in re.findall(r"^step .* loss (.*)$", whole, re.MULTILINE)]
     assert losses[-1] < losses[0]
     shutil.rmtree(checkpoints / "step-000004")
-    (checkpoints / "step-000003").mkdir()  # as one that was not finished
+    (checkpoints / "step-000003").mkdir()  # like an incomplete checkpoint
     rest = run_distributed(1, "fsdp2_char_lm.py", *arguments, "--resume")
     assert rest.status == 0, rest.err
     assert f"loaded {checkpoints / 'step-000002'}\nstep    3" in rest.out
-    # The sum of two processes' gradients is rounded otherwise than that of one.
+    # The sum of two processes' gradients is rounded differently.
     last, resumed = (
         float(re.search(r"held-out loss ([\d.]+)", text)[1]) for text in (whole, rest.out)
     )
@@ -144,7 +144,7 @@ def test_fsdp2_resumes_with_another_number_of_processes(tmp_path):
 
 def test_megatron_shards(tmp_path):
     out = run_in_processes(3, tmp_path, "megatron_shards.py", "--steps", "2")
-    # Not where a parameter begins, nor at a multiple of 16 bytes.
+    # Neither at the start of a parameter nor at a multiple of 16 bytes.
     assert "process 1: from element 381,539," in out
     sharded, of_one = re.findall(r"^(?:sharded|one process): +(\w{16})$", out, re.MULTILINE)
     assert sharded == of_one

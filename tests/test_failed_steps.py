@@ -60,7 +60,6 @@ def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
         assert_same(contents(optimizer)[:-1], before[:-1])
 
 
-# What is wrong with one of several parameters, and the error that says so.
 def _replaced_state(make: Callable[[Tensor], Any], name: str = "exp_avg") -> Breaking:
     def apply(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, Any]) -> None:
         optimizer.state[param][name] = make(optimizer.state[param][name])
@@ -99,6 +98,7 @@ def _free_grad(optimizer: ScalarOptimizer, param: Parameter, group: dict[str, An
     _free(param.grad)
 
 
+# What breaks one of several parameters, and the error that reports it.
 _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
     "expanded param": (_expand, ValueError, "the parameter overlaps itself"),
     "freed param": (_free_param, ValueError, "the parameter has no memory"),
@@ -157,8 +157,8 @@ _BREAKING: dict[str, tuple[Breaking, type[Exception], str]] = {
 
 @pytest.mark.real
 @pytest.mark.parametrize("what", _BREAKING)
-def test_errors_change_no_other_parameter_either(what: str, fused: bool | None) -> None:
-    """Neither one that comes before in the step, in its group or in another one, nor one after."""
+def test_errors_change_no_other_parameter(what: str, fused: bool | None) -> None:
+    """Neither parameters before it in the step, in any group, nor those after it change."""
     params = make_params([(3, 4)] * 5)
     groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:4]}]
     optimizer = AdamW([*groups, {"params": params[4:]}], lr=0.1, fused=fused)

@@ -1,4 +1,4 @@
-"""Tensors without values: a step, or an update, does with them all that it does but compute."""
+"""Fake and meta tensors: steps and updates do with them all but compute values."""
 
 import contextlib
 import copy
@@ -10,8 +10,7 @@ import pytest
 import torch
 from optimizers import MEGATRON, SETUPS, VARIANTS, assert_same, contents, make_params, run
 from oracle import Rule
-from support import MIXES, Mix, Operands, call, every_rule, make_operands
-from test_plain import needs_native
+from support import MIXES, Mix, Operands, call, every_rule, make_operands, needs_native
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -20,7 +19,7 @@ from emerging_optimizers import AdamW, LaProp, _rule, _step, megatron
 
 BF16 = torch.bfloat16
 Make = Callable[..., torch.optim.Optimizer]
-# Of each class, and of what changes how a class steps.
+# Each class, and each option that changes how a class steps.
 MAKES: dict[str, Make] = {str(setup): setup.make for setup in [*SETUPS, *VARIANTS]}
 MAKES["LaProp frob"] = lambda p, **options: LaProp(p, frob_normalize=True, **options)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -47,7 +46,7 @@ def fill_grads(params: Any) -> None:
 
 
 def described(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What there is for each parameter, but for devices and values."""
+    """The states of each parameter, without devices and values."""
     return [
         {
             key: (value.dtype, value.shape, value.stride())
@@ -60,7 +59,7 @@ def described(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def simulate(make: Make, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Take two steps of parameters that were made in the mode."""
+    """Take two steps with fake parameters."""
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in SHAPES]
         optimizer = make(params)
@@ -93,7 +92,7 @@ def test_states_of_each_option(make: Make, name: str, device: str) -> None:
 
 
 def check_states(make: Make, name: str, device: str) -> None:
-    """The states are those of a real step."""
+    """Compare the states with those of a real step."""
     if name == "fused" and _rule.native is None:
         pytest.skip("there are no native kernels")
     options = OPTIONS[name]
@@ -124,7 +123,7 @@ def test_megatron(name: str, device: str, remainders: bool) -> None:
     real = make(params)
     run(real, params, [1, 2])
     assert described(fake) == described(real)
-    for key in ("exp_avg", "master_param"):
+    for key in (MEGATRON[name]._state_names[0], "master_param"):
         found = {state[key].dtype for state in fake.state.values()}
         assert found == {torch.int16 if remainders and key == "master_param" else torch.float32}
 
@@ -142,7 +141,7 @@ def test_numbers_without_values(make: Make, fused: bool | None, device: str) -> 
         for _ in range(2):
             fill_grads(params)
             optimizer.step(grad_multiplier=torch.full((1,), 0.5, device=device))
-    # Whether it is skipped is not known: it may not be.
+    # Whether the step is skipped is unknown, so it must be taken.
     state = dict(optimizer.state[param])
     assert state.pop("step").numel() == 1
     assert [tuple(value.shape) for value in state.values()] == [(3, 4)] * len(state)
@@ -151,7 +150,7 @@ def test_numbers_without_values(make: Make, fused: bool | None, device: str) -> 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_a_known_constant(found: float) -> None:
-    """``torch.tensor`` in the mode has a value: a step that is to be skipped is."""
+    """In the mode, ``torch.tensor`` makes a tensor with a known value, which can skip a step."""
     with FakeTensorMode():
         params = [nn.Parameter(torch.empty(3))]
         optimizer: Any = AdamW(params, lr=torch.tensor(0.25))
@@ -197,7 +196,7 @@ def sorted_like(state: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("fused", [None, False])
 def test_real_parameters_in_the_mode(fused: bool | None, begun: bool) -> None:
-    """An error of torch's, and nothing is changed."""
+    """torch raises an error, and nothing changes."""
     params = make_params()
     optimizer = AdamW(params, fused=fused)
     run(optimizer, params, [1] if begun else [])
@@ -232,7 +231,7 @@ def test_meta_parameters(make: Make, fused: bool | None, capturable: bool) -> No
 def test_real_parameters_beside_a_number_without_a_value(
     name: str, begun: bool, fused: bool | None, make: Make
 ) -> None:
-    """A real parameter is not stepped by what takes the place of such a number."""
+    """A real parameter is not updated with a placeholder for such a number."""
     params = make_params()
     optimizer = make(params, lr=0.1, fused=fused)
     run(optimizer, params, [1] if begun else [])
@@ -280,7 +279,7 @@ def test_real_parameters_beside_a_hyperparameter_without_a_value(
 def test_real_parameters_beside_tensors_without_values(
     what: str, fused: bool | None, cls: Any
 ) -> None:
-    """Also a count is not what takes the place of a number."""
+    """Counters are not advanced with a placeholder either."""
     params = make_params()
     optimizer = cls([{"params": params, "fused": fused}])
     run(optimizer, params, [1, 2])
@@ -389,7 +388,7 @@ def test_state_dicts(make: Make, device: str) -> None:
 
 
 class TwoLayers(nn.Module):
-    """Of parameters that are not initialised: PyTorch cannot do that to fake CUDA tensors."""
+    """Uninitialised parameters: PyTorch cannot initialise fake CUDA tensors."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -399,12 +398,12 @@ class TwoLayers(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "no mode"])
 @pytest.mark.parametrize("fused", [None, False, True])
-def test_the_memory_that_is_estimated(fused: bool | None, device: str) -> None:
+def test_estimated_memory(fused: bool | None, device: str) -> None:
     if fused and _rule.native is None:
         pytest.skip("there are no native kernels")
 
     def estimate(make: Make) -> tuple[int, int]:
-        """Return the bytes of the states, and those of all at the peak."""
+        """Return the bytes of the states, and the peak of all bytes."""
         mode: Any = contextlib.nullcontext() if device == "no mode" else FakeTensorMode()
         where = "cpu" if device == "no mode" else device
         with mode, MemTracker() as tracker:
@@ -421,7 +420,7 @@ def test_the_memory_that_is_estimated(fused: bool | None, device: str) -> None:
 
     states, peak = estimate(lambda p: AdamW(p, fused=fused))
     wanted_states, wanted_peak = estimate(lambda p: torch.optim.AdamW(p, fused=fused))
-    assert abs(states - wanted_states) <= 1024  # the counters, where one has them on the device
+    assert abs(states - wanted_states) <= 1024  # the counters, if they are on the device
     num_elements = 128 * 64 + 16 * 128
     assert states - 2 * 4 * num_elements in range(0, 4096)
     assert peak <= 1.5 * wanted_peak

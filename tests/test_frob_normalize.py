@@ -2,14 +2,16 @@
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
-from optimizers import make_params, run
+from optimizers import assert_same, make_params, run
 from support import assert_equal_bits, every_half
 
-from emerging_optimizers import LaProp, _fallback_step
+from emerging_optimizers import AdamW, LaProp, _fallback_step
 from emerging_optimizers._native import native
+from emerging_optimizers._norms import KEEP_NORMS
 
 pytestmark = pytest.mark.on_devices("tests-optimizers")
 
@@ -59,7 +61,7 @@ def test_frob_normalize_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(params, others, rtol=1e-6, atol=1e-7)
 
 
-def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
+def test_master_of_a_parameter_that_became_float32(fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
     optimizer = LaProp(params, lr=0.1, master_weights=True, frob_normalize=True, fused=fused)
     run(optimizer, params, [1])
@@ -68,3 +70,35 @@ def test_a_master_that_is_of_no_use_any_more(fused: bool | None) -> None:
     before = [p.detach().clone() for p in params]
     run(optimizer, params, [2])
     assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+class NormalizedAdamW(AdamW):
+    """Another rule with LaProp's hook."""
+
+    _hook = KEEP_NORMS
+
+    def __init__(self, params: Any, frob_normalize: bool = True, **options: Any) -> None:
+        super().__init__(params, lr=0.1, weight_decay=0.1, **options)
+        for group in (self.defaults, *self.param_groups):
+            group["frob_normalize"] = frob_normalize
+
+
+def test_the_hook_fits_any_rule(fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = NormalizedAdamW(params, fused=fused), AdamW(others, 0.1, weight_decay=0.1)
+    for step in (1, 2, 3):
+        norms = [p.detach().double().norm() for p in others]
+        run(optimizer, params, [step])
+        run(other, others, [step])
+        with torch.no_grad():
+            for param, norm in zip(others, norms, strict=True):
+                param.mul_(norm / param.double().norm())
+    torch.testing.assert_close(params, others, rtol=1e-6, atol=1e-7)
+
+
+def test_a_group_without_the_flag_is_not_normalized(fused: bool | None) -> None:
+    params, others = make_params(), make_params()
+    optimizer = NormalizedAdamW(params, frob_normalize=False, fused=fused)
+    run(optimizer, params, [1, 2])
+    run(AdamW(others, 0.1, weight_decay=0.1, fused=fused), others, [1, 2])
+    assert_same([p.detach() for p in params], [p.detach() for p in others])

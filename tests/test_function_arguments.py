@@ -83,8 +83,8 @@ def test_out_is_the_list_of_gradients(rule: Rule) -> None:
 @every_rule
 def test_out_is_keyword_only(rule: Rule) -> None:
     operands = make_operands(rule, (3,), FLOAT32)
-    arguments = {"alpha": 2.0, "momentum_beta2": None, "use_shape_scaling": False} | rule.usual
-    # The dictionary's order is not the signature's: fill all positional places by name first.
+    arguments = rule.defaults | rule.usual
+    # The dictionary is not in the order of the signature: look up all positional arguments by name.
     names = rule.function.__code__.co_varnames[: rule.function.__code__.co_argcount]
     values = [arguments[name] for name in names[1 + len(rule.states) :]]
     rule.function(*operands, *values)
@@ -93,7 +93,7 @@ def test_out_is_keyword_only(rule: Rule) -> None:
 
 
 rules_with_step = pytest.mark.parametrize(
-    "rule", [rule for rule in RULES.values() if "step" in rule.usual], ids=str
+    "rule", [rule for rule in RULES.values() if rule.has_step], ids=str
 )
 rules_with_betas = pytest.mark.parametrize(
     "rule", [rule for rule in RULES.values() if "betas" in rule.usual], ids=str
@@ -115,11 +115,11 @@ rules_with_betas = pytest.mark.parametrize(
     ],
     ids=lambda step: f"{type(step).__name__}-{step}",
 )
-def test_step_may_be_any_whole_number(rule: Rule, step: Any) -> None:
+def test_step_may_be_any_integer(rule: Rule, step: Any) -> None:
     operands = make_operands(rule, (3, 50), HALF_GRAD)
     wanted_operands = operands.clone()
-    # A case in which the step matters to every rule.
-    case = rule.cases["nesterov"] if rule.name in ("adam", "signum") else rule.usual
+    # A case in which the step affects the result of every rule.
+    case = rule.cases.get("nesterov", rule.usual)
     wanted = call(rule, case | {"step": 3}, wanted_operands)
     update = call(rule, case | {"step": step}, operands)
     assert_equal_results(rule, (update, operands), (wanted, wanted_operands))
@@ -152,7 +152,7 @@ def test_numpy_scalars(rule: Rule) -> None:
 
 
 @every_rule
-def test_arguments_are_left_alone(rule: Rule) -> None:
+def test_arguments_are_not_modified(rule: Rule) -> None:
     positions = [make_operands(rule, (3, i), FLOAT32, i) for i in range(4)]
     grads = [position.grad for position in positions]
     states = [[position.states[i] for position in positions] for i in range(len(rule.states))]
@@ -166,13 +166,10 @@ def test_arguments_are_left_alone(rule: Rule) -> None:
 
 @every_rule
 def test_defaults(rule: Rule) -> None:
-    defaults = {"alpha": 2, "momentum_beta2": None, "use_shape_scaling": False}
-    explicit = {key: value for key, value in rule.usual.items() if key not in defaults}
+    explicit = {key: value for key, value in rule.usual.items() if key not in rule.defaults}
     operands = make_operands(rule, (3, 50), FLOAT32)
     wanted_operands = operands.clone()
-    names = rule.function.__code__.co_varnames
-    used = {key: value for key, value in defaults.items() if key in names}
-    wanted = call(rule, explicit | used, wanted_operands)
+    wanted = call(rule, explicit | rule.defaults, wanted_operands)
     update = call(rule, explicit, operands)
     assert_equal_results(rule, (update, operands), (wanted, wanted_operands))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import RULES, Rule
+from oracle import RULES, Rule, is_square
 from support import (
     LAYOUT_SHAPE,
     LAYOUTS,
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.on_devices("tests-functions")
 
 FLOAT32 = MIXES["float32"]
 HALF_GRAD = MIXES["bfloat16 grad, float32 states"]
-# Around the tile of 128 elements that dtypes other than the arithmetic's are computed in, twice
-# that, a page, and the share of work of one thread.
+# Around the tile of 128 elements in which other dtypes are converted, twice that, a page, and one
+# thread's share of the work.
 SIZES = (0, 1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 4095, 4096, 4097, 16383, 16384, 16385)
 
 
@@ -95,7 +95,7 @@ def test_thousand_small_tensors(rule: Rule) -> None:
 @every_rule
 @every_mix
 def test_many_steps(rule: Rule, mix: Mix) -> None:
-    # Each step starts from what the one before has stored.
+    # Each step continues from the stored states of the previous one.
     operands = make_operands(rule, (4, 50), mix)
     for step in range(1, 8):
         case = dict(rule.usual)
@@ -114,7 +114,7 @@ def test_nan_and_infinity_pass_through(rule: Rule, mix: Mix) -> None:
         grids = torch.meshgrid(*[specials] * (1 + len(rule.states)), indexing="ij")
         grad, *states = (grid.reshape(7, -1).clone() for grid in grids)
         states = [
-            state.abs() if name == "exp_avg_sq" else state
+            state.abs() if is_square(name) else state
             for name, state in zip(rule.states, states, strict=True)
         ]
         dtypes = mix.of(rule)
@@ -122,15 +122,14 @@ def test_nan_and_infinity_pass_through(rule: Rule, mix: Mix) -> None:
         check_call(rule, case, Operands(grad.to(mix.grad), states), label=case_name)
 
 
-@pytest.mark.parametrize("name", ["lion", "signum"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.is_sign], ids=str)
 @every_mix
-def test_sign_of_zero_and_of_nan_is_zero(name: str, mix: Mix) -> None:
-    rule = RULES[name]
+def test_sign_of_zero_and_of_nan_is_zero(rule: Rule, mix: Mix) -> None:
     for value in (0.0, -0.0, math.nan):
         grad = torch.full((2, 300), value, dtype=mix.grad)
-        exp_avg = torch.full((2, 300), value, dtype=mix.of(rule)[0])
+        states = [torch.full((2, 300), value, dtype=dtype) for dtype in mix.of(rule)]
         for case in rule.cases.values():
-            update = call(rule, case, Operands(grad, [exp_avg.clone()]))
+            update = call(rule, case, Operands(grad, states).clone())
             assert_equal_bits(update.abs(), torch.zeros_like(update), f"{rule}: sign({value})")
 
 

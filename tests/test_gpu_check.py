@@ -1,4 +1,4 @@
-"""The check on a GPU, without one: its command line, and what it makes of stages that go wrong."""
+"""The GPU check without a GPU: its command line, its stages, and failures of all kinds."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from gpu_tests import DELIBERATE, Outcome, judge, run_tests
 ROOT = Path(__file__).parent.parent
 
 NAMES = [stage.name for stage in STAGES]
-# Why tests of the stages are skipped where something is missing.
+# Why tests of the stages are skipped if something is missing.
 MISSING = re.compile(
     r"(there are )?no native kernels|there is no CUDA device|not on emulated devices"
     r"|torch's test utilities need it"
@@ -48,7 +48,7 @@ def report_of(output: Path) -> dict[str, Any]:
 
 
 def commands() -> list[str]:
-    """Every command line that the documentation has."""
+    """All command lines in the documentation."""
     pages = [gpu_check.__doc__ or "", (ROOT / "CONTRIBUTING.md").read_text()]
     pages += [page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]]
     found = re.findall(r"python tools/gpu_check\.py([^#`\n|]*)", "\n".join(pages))
@@ -83,13 +83,13 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{stage.limit} s" in line for stage, line in zip(STAGES, lines, strict=True))
 
 
-def test_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: "torch finds no GPU")
     assert gpu_check.main(["--output", str(tmp_path / "none")]) == 3
     assert not (tmp_path / "none").exists()
 
 
-# ---- the stages' own commands --------------------------------------------------------------------
+# ---- the commands of the stages ------------------------------------------------------------------
 
 
 def test_each_stage_fits_a_call() -> None:
@@ -130,7 +130,7 @@ def test_marked_files_name_a_stage() -> None:
 
 
 def test_each_reason_to_skip_is_classified() -> None:
-    """A new one is deliberate, or says that something is missing: which one is decided here."""
+    """Each reason is either deliberate, or says that something is missing."""
     files = {
         argument.partition("::")[0]
         for arguments in gpu_stages.TESTS.values()
@@ -149,7 +149,7 @@ def test_each_reason_to_skip_is_classified() -> None:
 
 
 class Recorded(Session):
-    """Keeps commands, and runs none."""
+    """Records commands instead of running them."""
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
@@ -195,7 +195,7 @@ def test_programs_of_the_other_stages(tmp_path: Path, monkeypatch: pytest.Monkey
     subprocess.run([*driver, "--list"], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_tools_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages, "find_program", lambda name: None)
     monkeypatch.setattr(gpu_stages, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
@@ -208,7 +208,7 @@ def test_tools_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert outcome.summary, stage.name
 
 
-def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
     kept, left_out = gpu_tests._without_missing(gpu_stages.TESTS["tests-functions"])
     assert "tests/test_functions.py" in kept
@@ -216,7 +216,7 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left_out == ["left out test_properties.py: hypothesis is not installed"]
 
 
-def test_a_missed_target_fails_nothing(tmp_path: Path) -> None:
+def test_a_missed_target_is_no_failure(tmp_path: Path) -> None:
     class Measured(Recorded):
         def run(self, command: Sequence[str], **environment: str) -> Any:
             target = {"rule": "adam", "target": "copy", "wanted": 0.9, "measured": {"median": 0.51}}
@@ -229,7 +229,7 @@ def test_a_missed_target_fails_nothing(tmp_path: Path) -> None:
     assert outcome.details["missed"] == ["MISSED: adam: copy 0.9: 0.51"]
 
 
-# ---- tests that go wrong -------------------------------------------------------------------------
+# ---- tests that fail -----------------------------------------------------------------------------
 
 
 def run_file(
@@ -239,7 +239,7 @@ def run_file(
     broken: str | None = None,
     session: Session | None = None,
 ) -> Outcome:
-    """Run a file of tests, and perhaps a broken one, as a stage does."""
+    """Run a test file, and optionally a broken one, as a stage does."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     files = [tmp_path / "test_it.py"]
     files[0].write_text(f"import os, time, pytest\n{text}")
@@ -290,7 +290,7 @@ def test_g(leaking): pass
 
 
 def test_crashes_cost_one_test_each(tmp_path: Path) -> None:
-    """After an illegal access, each later test of the process would fail."""
+    """After an illegal access, all later tests of the process would fail."""
     outcome = run_file(
         tmp_path,
         """
@@ -329,7 +329,7 @@ def test_a(i):
 
 
 def test_a_stage_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was finished stays, although the test ignores the interrupt."""
+    """Finished outcomes are kept, even if the test ignores the interrupt."""
     signals = ((signal.SIGINT, 0.2), (signal.SIGTERM, 0.2), (signal.SIGKILL, 5.0))
     monkeypatch.setattr(gpu_processes, "SIGNALS", signals)
 
@@ -380,12 +380,12 @@ def test_outcomes_are_those_of_the_last_run(tmp_path: Path) -> None:
         gpu_recorder.append(path, stage, "start", test="test_a")
         gpu_recorder.append(path, stage, "end", test="test_a", outcome=outcome, message="")
     with path.open("a") as file:
-        file.write('{"stage": "it", "event": "sta')  # cut by a kill
+        file.write('{"stage": "it", "event": "sta')  # cut off by a kill
     outcome = judge(gpu_recorder.lines_of("it", gpu_recorder.read(path)))
     assert (outcome.status, outcome.summary) == ("passed", "1 passed")
 
 
-# ---- stages that go wrong ------------------------------------------------------------------------
+# ---- stages that fail ----------------------------------------------------------------------------
 
 
 def passes(session: Session) -> Outcome:
@@ -435,7 +435,7 @@ def test_outcomes_are_kept_and_stages_go_on(stages: Any, tmp_path: Path) -> None
     assert report["bench"]["summary"].startswith("no time: ")
     assert report["build"]["gpu"] == "Simulated"
     assert "fine" in (tmp_path / "log.txt").read_text()
-    # The same folder again: what is not run is kept, what has passed is not repeated.
+    # Again with the same folder: outcomes are kept, and passed stages are not repeated.
     stages(
         Stage("build", "", 9, raises, None),
         Stage("bits", "", 9, passes),
@@ -468,7 +468,7 @@ def test_a_failed_build(stages: Any, tmp_path: Path) -> None:
         "first-import": ("not run", "the stage wheel failed"),
     }
     assert "broken" in report_of(tmp_path)["build"]["details"]["tail"]
-    # A later call knows it as well.
+    # A later call remembers it.
     assert gpu_check.main(["--output", str(tmp_path), "--only", "bits"]) == 5
 
 
@@ -530,7 +530,7 @@ def test_a_killed_check(tmp_path: Path, number: signal.Signals) -> None:
         why = "the check was interrupted (SIGTERM)"
     else:
         assert status == -9
-        # The next call finds out.
+        # The next call notices.
         done = subprocess.run([*command, "--only", "build"], env=environment, check=False)
         assert done.returncode == 0
         why = "the check was killed"
@@ -539,7 +539,7 @@ def test_a_killed_check(tmp_path: Path, number: signal.Signals) -> None:
     assert report["tests-cuda"]["status"] == "interrupted"
     assert report["tests-cuda"]["summary"] == f"{why}; 1 passed, 1 cut short"
     assert names(report["tests-cuda"]["details"]["cut_short"]) == ["test_b"]
-    # And it can go on.
+    # It can be resumed.
     (tmp_path / "go on").touch()
     assert subprocess.run([*command, "--resume"], env=environment, check=False).returncode == 0
     report = report_of(tmp_path)

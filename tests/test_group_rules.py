@@ -1,4 +1,4 @@
-"""Classes that choose their rule by group: groups of different rules step in one call."""
+"""Classes that choose a rule per group: groups of different rules step in one call."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import assert_same, contents, make_params, run
-from test_plain import needs_native
+from support import needs_native
 from torch import Tensor, nn
 
 from emerging_optimizers import _rule, _step
@@ -22,7 +22,7 @@ RULES: dict[str, type[ScalarOptimizer]] = {
     "lion": Lion,
     "ademamix": AdEMAMix,
 }
-# Each rule's options, as its class and as a group of `Chosen` has them.
+# Each rule's options, for its class and for a group of `Chosen`.
 OPTIONS: dict[str, dict[str, Any]] = {
     "adam": {"betas": (0.8, 0.95), "eps": 1e-6},
     "laprop": {"betas": (0.7, 0.99), "eps": 1e-7},
@@ -38,7 +38,7 @@ every_way = pytest.mark.parametrize("fused", [None, False, pytest.param(True, ma
 
 
 class Chosen(ScalarOptimizer):
-    """Steps each group by the rule that its key ``rule`` names."""
+    """Steps each group with the rule that its key ``rule`` names."""
 
     _rule = Adam._rule
     _renamed = Adam._renamed
@@ -74,7 +74,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def step_alone(
     names: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, **options: Any
 ) -> list[Tensor]:
-    """What an optimizer of each group's class makes of the group."""
+    """Step each group with an optimizer of its class."""
     found = []
     for name in names:
         arguments = {"lr": 1e-2, "weight_decay": 0.1, "weight_decay_method": "decoupled"}
@@ -86,7 +86,7 @@ def step_alone(
 
 
 def run_alike(optimizer: torch.optim.Optimizer, groups: Any, steps: Sequence[int]) -> None:
-    """Step with the same gradients in each group."""
+    """Take steps with the same gradients in each group."""
 
     def before_step(step: int) -> None:
         for params in groups[1:]:
@@ -142,7 +142,7 @@ def test_groups_step_in_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None
             return left
 
     optimizer = Chosen(make_groups(OTHER_STATES))
-    run_chosen(optimizer, [1])  # which makes the states
+    run_chosen(optimizer, [1])  # which creates the states
     monkeypatch.setattr(_step, "native", Counted())
     run_chosen(optimizer, [2, 3])
     assert calls == [(len(OTHER_STATES), None)] * 2
@@ -151,8 +151,8 @@ def test_groups_step_in_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_native
-def test_groups_that_share_a_gradient_with_a_parameter_wait() -> None:
-    """A gradient that is another rule's parameter is read before that is written, or after."""
+def test_gradient_that_is_a_parameter_of_another_group() -> None:
+    """A gradient that is another rule's parameter is read in the order of the groups."""
     shared = torch.arange(1.0, 7.0)
     first, second = nn.Parameter(torch.ones(6)), nn.Parameter(shared)
 
@@ -178,7 +178,7 @@ def test_groups_that_share_a_gradient_with_a_parameter_wait() -> None:
 def test_state_dicts(names: Sequence[str], fused: bool | None) -> None:
     optimizer = Chosen(make_groups(names), fused=fused)
     run_chosen(optimizer, range(1, 3))
-    # The rules that are loaded decide: the other's groups had none.
+    # The loaded rules decide: the groups of `other` had none.
     other = Chosen([{"params": make_params(SHAPES)} for _ in names], fused=fused)
     with torch.no_grad():
         for mine, param in zip(params_of(other), params_of(optimizer), strict=True):
@@ -194,7 +194,7 @@ def test_errors_name_the_group(fused: bool | None) -> None:
     optimizer = Chosen(make_groups(OTHER_STATES), fused=fused)
     run_chosen(optimizer, [1])
     before = contents(optimizer)
-    # Three numbers, of a rule that takes two; and two, of a rule that takes three.
+    # Three betas for a rule that takes two, and two for a rule that takes three.
     for index, betas, wrong in [
         (0, (0.9, 0.99, 0.999), r"betas has 3 values; expected 2 \(param_groups\[0\]"),
         (2, (0.9, 0.99), r"betas has 2 values; expected 3 \(param_groups\[2\]"),
@@ -213,7 +213,7 @@ def test_errors_name_the_group(fused: bool | None) -> None:
         )
 
 
-def test_an_incomplete_state_is_of_the_groups_rule() -> None:
+def test_incomplete_state_of_a_group() -> None:
     optimizer = Chosen(make_groups(("lion", "ademamix")))
     run_chosen(optimizer, [1])
     saved = optimizer.state_dict()
@@ -223,8 +223,8 @@ def test_an_incomplete_state_is_of_the_groups_rule() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_state_dtype_is_of_the_groups_rule() -> None:
-    """Each group's states are those of its rule, whatever the class's own rule has."""
+def test_state_dtype_of_a_group() -> None:
+    """Each group has the states of its rule, not of the class's rule."""
     dtypes = {"exp_avg_slow": torch.bfloat16}
     groups = make_groups(("lion", "ademamix"))
     groups[1]["state_dtype"] = dtypes

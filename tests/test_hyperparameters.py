@@ -1,4 +1,4 @@
-"""Wrong hyperparameters are refused wherever they come from, before anything is changed."""
+"""Invalid hyperparameters are rejected wherever they come from, before anything is changed."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ TEXT = "; convert it with float()"
 YAML = "; YAML reads 1e-4 as text: write 1.0e-4, or convert it with float()"
 
 
-# By key: wrong values, each with its error and the message up to where the group is named.
+# By key: invalid values, each with its error and the message up to the group's name.
 Rows = Mapping[str, list[tuple[Any, type[Exception], str]]]
 
 
@@ -187,7 +187,7 @@ every_class = pytest.mark.parametrize(
 
 
 def make(cls: Any, fused: bool | None = None) -> tuple[ScalarOptimizer, list[Any]]:
-    """An optimizer of two groups that has done a step."""
+    """An optimizer with two groups, after one step."""
     params = make_params([(3, 4), (5, 2)])
     optimizer = cls([{"params": params[:1], "fused": fused}, {"params": params[1:]}])
     for group in optimizer.param_groups:
@@ -214,7 +214,7 @@ def test_in_the_constructor_and_in_an_added_group(cls: Any) -> None:
 
 
 @every_class
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_set_later(cls: Any, fused: bool | None) -> None:
     optimizer, _ = make(cls, fused)
     before, rng = contents(optimizer), torch.get_rng_state()
@@ -230,7 +230,7 @@ def test_set_later(cls: Any, fused: bool | None) -> None:
 
 
 @every_class
-def test_in_what_is_loaded(cls: Any) -> None:
+def test_in_a_loaded_state_dict(cls: Any) -> None:
     optimizer, _ = make(cls)
     before, saved = contents(optimizer), optimizer.state_dict()
     groups = copy.deepcopy([{**g, "params": []} for g in optimizer.param_groups])
@@ -246,8 +246,8 @@ def test_in_what_is_loaded(cls: Any) -> None:
     assert_same(contents(optimizer), before)
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
-def test_what_does_not_go_together_later(fused: bool | None) -> None:
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
+def test_conflicts_set_later(fused: bool | None) -> None:
     optimizer, _ = make(AdamW, fused)
     before = contents(optimizer)
     group = optimizer.param_groups[1]
@@ -271,9 +271,9 @@ def test_what_does_not_go_together_later(fused: bool | None) -> None:
     assert_same(contents(optimizer), before)
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None:
+def test_invalid_multiplier(begun: bool, fused: bool | None) -> None:
     params = make_params()
     optimizer = AdamW(params, fused=fused)
     run(optimizer, params, [1] if begun else [])
@@ -286,7 +286,7 @@ def test_a_multiplier_that_is_no_number(begun: bool, fused: bool | None) -> None
         assert_same(contents(optimizer), before)
 
 
-def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
+def test_lr_that_requires_grad() -> None:
     params, others = make_params(), make_params()
     optimizer = AdamW(params, lr=torch.tensor(0.25, requires_grad=True))
     run(optimizer, params, [1])
@@ -295,7 +295,7 @@ def test_a_rate_that_requires_grad_is_read_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("value", ["no", 1, "True"])
-def test_flags_of_constructors_alone(value: Any) -> None:
+def test_flags_of_constructors(value: Any) -> None:
     def message(name: str, expected: str = "a bool") -> str:
         return f"^{name} must be {expected}, not {type(value).__name__} \\({value!r}\\)"
 
@@ -313,7 +313,7 @@ def test_flags_of_constructors_alone(value: Any) -> None:
 # ---- what is accepted ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_numbers_of_other_types(fused: bool | None) -> None:
     wanted = make_params()
     run(AdamW(wanted, 0.125, (0.5, 0.75), 0.25, 0.5, fused=fused), wanted, [1, 2])
@@ -342,7 +342,7 @@ def test_bools_are_numbers_as_for_torch() -> None:
 
 
 def test_flags_of_numpy_become_bools() -> None:
-    """State dicts may hold no others."""
+    """State dicts must not contain NumPy's."""
     flags: Any = {"maximize": np.True_, "nesterov": np.bool_(True), "fused": np.False_}
     params, others = make_params(), make_params()
     optimizer = Adam(params, **flags)
@@ -357,9 +357,7 @@ def test_flags_of_numpy_become_bools() -> None:
 
 
 @pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam])
-def test_numpys_false_that_is_set_later_is_the_fallback(
-    cls: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numpy_false_selects_the_fallback(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []
     monkeypatch.setattr(_fallback_step, "_update", lambda *_: steps.append(None))
     params = make_params()
@@ -370,8 +368,8 @@ def test_numpys_false_that_is_set_later_is_the_fallback(
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "__setstate__"])
-def test_flags_that_were_saved_as_numbers(how: str) -> None:
-    """torch.optim and earlier versions take 1 for True, and save it so."""
+def test_flags_saved_as_numbers(how: str) -> None:
+    """torch.optim and earlier versions accept and save 1 for True."""
     params, others = make_params(), make_params()
     optimizer, other = Adam(params, maximize=True), Adam(others)
     run(optimizer, params, [1])
@@ -398,9 +396,9 @@ def test_flags_that_were_saved_as_numbers(how: str) -> None:
     assert_same(contents(other), contents(optimizer))
 
 
-@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where it can"])
+@pytest.mark.parametrize("fused", [False, None], ids=["fallback", "native where possible"])
 def test_a_schedule_down_to_zero(fused: bool | None) -> None:
-    """Its sums end a rounding error below 0; a checkpoint of that step loads, too."""
+    """It ends a rounding error below 0; a checkpoint of that step loads, too."""
     params = make_params()
     optimizer = AdamW(params, lr=1e-3, fused=fused)
     schedule = LinearLR(optimizer, start_factor=0.4, end_factor=0.0, total_iters=7)
@@ -415,7 +413,7 @@ def test_a_schedule_down_to_zero(fused: bool | None) -> None:
     assert optimizer.param_groups[0]["lr"] < 0
 
 
-# ---- rules of others -----------------------------------------------------------------------------
+# ---- other rules ---------------------------------------------------------------------------------
 
 
 def _heavy_ball(grad: Tensor, exp_avg: Tensor, momentum: float, alpha: Beta) -> Tensor:
@@ -423,7 +421,7 @@ def _heavy_ball(grad: Tensor, exp_avg: Tensor, momentum: float, alpha: Beta) -> 
 
 
 class HeavyBall(ScalarOptimizer):
-    """Its momentum is any number, as Signum's is not; its alpha less than 1, as AdEMAMix's."""
+    """Accepts any momentum, unlike Signum, and only an alpha below 1, unlike AdEMAMix."""
 
     _rule = Rule("heavy_ball", _heavy_ball)
 
@@ -433,7 +431,7 @@ class HeavyBall(ScalarOptimizer):
 
 
 class Renamed(Lion):
-    """Lion's betas under the names that other rules have for other things."""
+    """Names Lion's betas as other rules name other hyperparameters."""
 
     _renamed: ClassVar = {"momentum_beta": "alpha", "momentum_beta2": "eps"}
 
@@ -442,13 +440,13 @@ class Renamed(Lion):
         ScalarOptimizer.__init__(self, params, {**shared, "alpha": 0.9, "eps": 0.5, **given}, {})
 
 
-def test_a_rules_domains_are_its_own() -> None:
+def test_domains_of_other_rules() -> None:
     param = torch.nn.Parameter(torch.zeros(2))
     optimizer = HeavyBall([param], momentum=2.0)
     for _ in range(2):
         param.grad = torch.tensor([1.0, -2.0])
         optimizer.step()
-    # Averages of 1 and then 2 * 1 + 1 times the gradient, halved by alpha and again by lr.
+    # Momenta of 1 and then 2 * 1 + 1 times the gradient, times alpha = lr = 1 / 2.
     assert param.tolist() == [-1.0, 2.0]
     optimizer.param_groups[0]["momentum"] = NAN
     refused(ValueError, "Invalid momentum: nan", " (param_groups[0]['momentum'])", optimizer.step)
@@ -462,10 +460,10 @@ def test_a_rules_domains_are_its_own() -> None:
 @pytest.mark.parametrize("is_added", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("ours", [Adam, AdamW])
-def test_a_group_that_says_how_weights_decay(
+def test_decoupled_weight_decay_in_a_group(
     ours: Any, decoupled: bool, is_added: bool, fused: bool | None
 ) -> None:
-    """As in torch.optim, where a group may have the key."""
+    """A group may have the key, as in torch.optim."""
     found: list[Any] = []
     for cls in (ours, getattr(torch.optim, ours.__name__)):
         params = make_params()
@@ -481,7 +479,7 @@ def test_a_group_that_says_how_weights_decay(
     torch.testing.assert_close(*found)
 
 
-def test_groups_with_what_is_not_supported() -> None:
+def test_unsupported_options_in_a_group() -> None:
     optimizer = Adam(make_params())
     for options, error, message in (
         ({"amsgrad": True}, ValueError, "amsgrad=True is not supported"),

@@ -33,15 +33,14 @@ from emerging_optimizers.scalar_optimizers import (
 
 pytestmark = pytest.mark.on_devices("tests-functions")
 
-# Beside the rules' own error, that of the optimizer that is compared with, and what both make of
-# the steps before.
+# Covers the errors of both optimizers, and those that the previous steps add.
 _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 float_dtypes = pytest.mark.parametrize("dtype", list(_TOLERANCE), ids=str)
 
 
 def _gradients(steps: int, dtype: torch.dtype) -> Tensor:
-    """Of one sign at each element, so that averages do not cancel and relative errors are small."""
+    """Gradients with a constant sign per element, so that averages do not cancel."""
     device = torch.get_default_device()
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(1)
@@ -68,7 +67,7 @@ def test_ademamix_without_its_slow_average_is_adam(
     grad, (fast, slow, square) = operands.grad, operands.states
     exp_avg, exp_avg_sq = fast.clone(), square.clone()
     if torch.float64 in operands.dtypes:
-        # Adam, without the slow average, is to compute in the same type.
+        # Adam, which has no slow average, must compute in the same type.
         grad = grad.double()
     update = calculate_ademamix_update(
         grad,
@@ -92,8 +91,8 @@ def test_ademamix_without_its_slow_average_is_adam(
 
 
 def test_ademamix_starts_as_adam() -> None:
-    # Alpha rises from 0 and the slow beta from the fast one; after a billionth of both warm-ups,
-    # the half-lives are still those of the start, up to a billionth of the final ones' thousands.
+    # Alpha rises from 0 and the slow beta from the fast one. After a billionth of both warm-ups,
+    # they still have their initial values, to about a millionth.
     grad = make_operands(RULES["adam"], (50,), MIXES["float64"]).grad
     fast, slow, square = (torch.zeros_like(grad) for _ in range(3))
     exp_avg, exp_avg_sq = torch.zeros_like(grad), torch.zeros_like(grad)
@@ -113,7 +112,7 @@ def test_laprop_without_momentum_is_rmsprop(dtype: torch.dtype) -> None:
     rmsprop = torch.optim.RMSprop([parameter], lr=1.0, alpha=0.99, eps=1e-6)
     exp_avg, exp_avg_sq = torch.zeros(37, dtype=dtype), torch.zeros(37, dtype=dtype)
     for step, grad in enumerate(_gradients(20, dtype), start=1):
-        # From zero and with a learning rate of 1, the parameter becomes minus the update.
+        # With a parameter of 0 and a learning rate of 1, the parameter becomes minus the update.
         parameter.data.zero_()
         parameter.grad = grad.clone()
         rmsprop.step()
@@ -146,8 +145,7 @@ def test_adam_is_that_of_torch(dtype: torch.dtype) -> None:
 
 @float_dtypes
 def test_nesterov_adam_is_nadam_without_its_schedule(dtype: torch.dtype) -> None:
-    # NAdam with a momentum decay of 0 would still halve its momentum's schedule; so by hand, from
-    # the two terms that NAdam adds.
+    # torch's NAdam cannot switch its momentum schedule off, so this adds NAdam's two terms by hand.
     beta1, beta2, eps = 0.9, 0.99, 1e-6
     exp_avg, exp_avg_sq = torch.zeros(37, dtype=dtype), torch.zeros(37, dtype=dtype)
     momentum = torch.zeros(37, dtype=torch.float64)
@@ -168,7 +166,7 @@ def test_nesterov_adam_is_nadam_without_its_schedule(dtype: torch.dtype) -> None
 
 @float_dtypes
 def test_nesterov_signum_looks_ahead_as_nesterov_adam_does(dtype: torch.dtype) -> None:
-    # With beta2 = 0 and no correction, Adam only normalises what Signum takes the sign of.
+    # With beta2 = 0 and no bias correction, Adam normalises the value whose sign Signum takes.
     signum, adam = (make_operands(RULES[n], (999,), MIXES["float64"]) for n in ("signum", "adam"))
     exp_avg, exp_avg_sq = signum.states[0].clone(), torch.ones_like(adam.grad)
     for step in (1, 2, 10):
@@ -184,8 +182,8 @@ def test_nesterov_signum_looks_ahead_as_nesterov_adam_does(dtype: torch.dtype) -
 @every_mix
 @pytest.mark.parametrize("correct_bias", [True, False])
 def test_lion_with_one_beta_is_signum(mix: Mix, correct_bias: bool) -> None:
-    # Lion takes the sign of b m + (1 - b) g, which is the momentum that Signum takes the sign of;
-    # a positive divisor does not change a sign. Both take it before the momentum is rounded.
+    # Lion takes the sign of b m + (1 - b) g, which is Signum's momentum up to a positive factor.
+    # Both take the sign before the momentum is rounded.
     lion = make_operands(RULES["lion"], (5, 67), mix)
     signum = lion.clone()
     for step in range(1, 6):
@@ -200,13 +198,13 @@ def test_lion_with_one_beta_is_signum(mix: Mix, correct_bias: bool) -> None:
 
 @every_mix
 def test_lion_momentum_is_that_of_nesterov_signum(mix: Mix) -> None:
-    # Looking ahead changes the update only.
+    # Nesterov momentum changes only the update.
     lion = make_operands(RULES["lion"], (5, 67), mix)
     signum = lion.clone()
     update = calculate_lion_update(lion.grad, lion.states[0], 0.9)
     signum_update = calculate_signum_update(signum.grad, signum.states[0], 0.9, False, True, 1)
     assert_equal_bits(lion.states[0], signum.states[0], "exp_avg")
-    # Where gradient and momentum agree, so do all sums of the two with positive weights.
+    # If gradient and momentum have the same sign, so has any sum with positive weights.
     grad, exp_avg = signum.grad.double(), lion.states[0].double()
     agree = (grad.sign() == exp_avg.sign()) & (update != 0)
     assert agree.any()
@@ -225,7 +223,7 @@ def test_shape_scaling_is_a_factor(mix: Mix) -> None:
 @float_dtypes
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
 def test_sim_ademamix_without_its_gradient_is_adam(dtype: torch.dtype, beta: float) -> None:
-    # Its momentum is Adam's average over (1 - beta), which the bias correction takes out.
+    # Its momentum is Adam's average / (1 - beta), a factor that the bias correction removes.
     exp_avg, exp_avg_sq, momentum, momentum_sq = (torch.zeros(37, dtype=dtype) for _ in range(4))
     for step, grad in enumerate(_gradients(20, dtype), start=1):
         adam_update = calculate_adam_update(
@@ -274,7 +272,7 @@ def test_negated_operands_negate_the_update(rule: Rule, mix: Mix) -> None:
     for case_name, case in rule.cases.items():
         one, other = operands.clone(), negated.clone()
         update, negated_update = call(rule, case, one), call(rule, case, other)
-        # A sum that is exactly 0 has no sign to change; adding 0 makes every zero positive.
+        # A sum of exactly 0 is positive either way; adding 0 makes every zero positive.
         assert_equal_bits(negated_update.neg() + 0.0, update + 0.0, f"{rule} {case_name}: update")
         for name, state, mirrored in zip(rule.states, one.states, other.states, strict=True):
             mirrored = mirrored if is_square(name) else mirrored.neg()

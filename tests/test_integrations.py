@@ -1,7 +1,7 @@
-"""The optimizers inside what training is done with: compiled steps, schedulers, scalers, trainers.
+"""The optimizers with torch.compile, schedulers, gradient scalers and trainers.
 
-Each test trains something tiny on the CPU, and once more by other means: by hand, with an optimizer
-of torch, in float64.
+Each test trains a tiny model on the CPU, and compares with a reference: a loop written by hand, an
+optimizer of torch, or float64.
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
+    has_momentum,
     make_grads,
     make_params,
+    one_cycle,
     set_grads,
 )
 from support import assert_equal_bits, to_numpy
@@ -33,7 +35,7 @@ from torch.optim import lr_scheduler
 
 from emerging_optimizers import AdamW, Lion
 
-# What other packages still use.
+# Raised by other packages.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -45,7 +47,7 @@ mse = nn.functional.mse_loss
 
 @pytest.fixture(autouse=True)
 def _one_thread_of_the_cpu(_default_device: None) -> Iterator[None]:
-    """Keep off other devices, and off threads, which on a busy machine wait for each other."""
+    """Use one thread of the CPU: on a busy machine, threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.device("cpu"):
@@ -54,7 +56,7 @@ def _one_thread_of_the_cpu(_default_device: None) -> Iterator[None]:
 
 
 def import_or_skip(name: str) -> Any:
-    """Import a package of the test extra; where everything is meant to be there, or fail."""
+    """Import a package of the test extra, or skip; in CI, a missing one is an error."""
     return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
 
 
@@ -76,10 +78,10 @@ def make_batches(count: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("cls", [AdamW, Lion])
-# Dynamo reads the gradients of tensors that are no leaves.
+# Dynamo reads the gradients of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_step_with_a_schedule(cls: Any) -> None:
-    """What changes between steps, the learning rate included, compiles nothing anew."""
+    """Changes between steps, such as the learning rate, cause no recompilation."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     counts = []
@@ -123,14 +125,14 @@ def _warm_up_and_decay(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRSched
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda i: 1 / (1 + i)),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4, eta_min=1e-3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=8),
+    "OneCycleLR": lambda o: one_cycle(o, 0.05, total_steps=8),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
     "SequentialLR": _warm_up_and_decay,
 }
 
 
 def _scheduled(setup: Setup, group: dict[str, Any]) -> Setup:
-    """The setup with the hyperparameters that a group has now."""
+    """The setup with the current hyperparameters of a group."""
     now = {}
     for name in setup.case:
         key = setup.cls._renamed.get(name, name)
@@ -141,7 +143,7 @@ def _scheduled(setup: Setup, group: dict[str, Any]) -> Setup:
 @every_optimizer
 @pytest.mark.parametrize("scheduler_name", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
-def test_what_a_scheduler_sets_is_used(
+def test_values_set_by_schedulers_are_used(
     setup: Setup, scheduler_name: str, tensor_lr: bool, fused: bool | None
 ) -> None:
     params = make_params()
@@ -167,7 +169,7 @@ def test_what_a_scheduler_sets_is_used(
         )
     rates, cases = (set(values) for values in zip(*seen, strict=True))
     assert len(rates) > 2
-    assert (len(cases) > 2) == (scheduler_name == "OneCycleLR")
+    assert (len(cases) > 2) == (scheduler_name == "OneCycleLR" and has_momentum(optimizer))
     assert not tensor_lr or group["lr"] is lr
 
 
@@ -178,7 +180,7 @@ SCALE = 2.0**12
 
 
 def _forward(model: nn.Module, i: int, batch: Batch) -> Tensor:
-    """The loss with float16 activations, whose gradients overflow in one of the steps."""
+    """The loss with float16 activations; its gradients overflow in one step."""
     x, y = batch
     with torch.autocast("cpu", dtype=torch.float16):
         output = model(x)
@@ -224,11 +226,11 @@ def test_grad_scaler_over_autocast(setup: Setup, clip: str | None, fused: bool |
         return setup.make(params, lr=0.01, weight_decay=0.1, fused=fused)
 
     optimizer, scales = _train_with_scaler(make, clip)
-    # Halved by the overflow, doubled after four steps without one.
+    # Halved by the overflow, and doubled after four steps without one.
     assert scales == [SCALE] * 3 + [SCALE / 2] * 4 + [SCALE]
     assert {state["step"].item() for state in optimizer.state.values()} == {7}
 
-    # By hand. A scale that is a power of 2 leaves no trace, as long as nothing underflows.
+    # By hand. A scale that is a power of 2 does not change the bits, unless something underflows.
     model = make_model()
     other = make(model.parameters())
     for i, batch in enumerate(make_batches(8)):
@@ -265,10 +267,10 @@ def test_grad_scaler_beside_torch(
 
 @every_optimizer
 def test_grad_scaler_over_float16_params(setup: Setup) -> None:
-    """Gradients in float16 are unscaled by the step itself, on the way to float32 masters."""
+    """The step unscales float16 gradients, in the float32 arithmetic of the masters."""
     model = make_model().half()
     copies = [nn.Parameter(p.detach().float()) for p in model.parameters()]
-    # Without fused=True, torch's GradScaler refuses to unscale float16.
+    # Without fused=True, torch's GradScaler would reject float16 gradients.
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "fused": True}
     optimizer = setup.make(
         model.parameters(), master_weights=True, state_dtype=torch.float32, **options
@@ -304,13 +306,13 @@ def test_grad_scaler_over_float16_params(setup: Setup) -> None:
 @pytest.mark.parametrize("method", ["decoupled", "l2"])
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 def test_clipping(setup: Setup, method: str, norm_type: float, fused: bool | None) -> None:
-    """In place, or by a multiplier that leaves the gradients as they are."""
+    """Clipping in place, and with a multiplier that leaves the gradients unchanged."""
     params, others = make_params(), make_params()
     options = {"lr": 0.01, "weight_decay": 0.1, "weight_decay_method": method, "fused": fused}
     optimizer, other = setup.make(params, **options), setup.make(others, **options)
     coefficients = []
     for step in range(1, 8):
-        # Now short, now long.
+        # Some are clipped, some are not.
         grads = [grad * 10.0 ** (step % 3 - 1) for grad in make_grads(params, step)]
         for p, q, grad in zip(params, others, grads, strict=True):
             p.grad, q.grad = grad.clone(), grad.clone()
@@ -332,20 +334,20 @@ def test_clipping(setup: Setup, method: str, norm_type: float, fused: bool | Non
 
 @pytest.fixture
 def accelerate() -> Iterator[Any]:
-    # This and transformers leave settings in the environment, such as the precision.
+    # accelerate and transformers leave settings in the environment, such as the precision.
     with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"):
         module = import_or_skip("accelerate")
-        # They collect garbage now and then, which takes long with all that torch brings along.
+        # They call gc.collect, which is slow with the many objects of torch.
         gc.freeze()
         yield module
         gc.unfreeze()
-    # What an Accelerator was made with belongs to the process.
+    # The settings of an Accelerator are global.
     module.state.AcceleratorState._reset_state(True)
     module.state.GradientState._reset_state()
 
 
 class _Accelerated:
-    """A model and all that trains it, prepared."""
+    """A prepared model, optimizer and scheduler."""
 
     def __init__(self, accelerator: Any, setup: Setup, model: nn.Module, **options: Any) -> None:
         optimizer = setup.make(model.parameters(), lr=0.01, weight_decay=0.1, **options)
@@ -428,11 +430,11 @@ def test_accelerate_continues_from_a_saved_state(
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_accelerate_sees_a_skipped_step(accelerate: Any, clip: bool, fused: bool | None) -> None:
-    """A scheduler does not advance with it."""
+    """The scheduler does not advance with a skipped step."""
 
     def train(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[Any], list[Tensor]]:
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
-        # Accelerator makes a scaler for GPUs only.
+        # Accelerator creates a scaler only for GPUs.
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         accelerator.native_amp = True
         model = make_model()
@@ -478,9 +480,9 @@ def _make_trainer(
     dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> Any:
-    """A Trainer that teaches 16 lines to a language model of one small layer.
+    """A Trainer for a language model with one small layer, and 16 lines of data.
 
-    It makes the optimizer from a class and arguments, or takes one that is made here.
+    It constructs the optimizer from a class and arguments, or is given one.
     """
     config = transformers.LlamaConfig(
         vocab_size=16,
@@ -539,7 +541,7 @@ def test_trainer_resumes_from_a_checkpoint(
     losses, norms = _logged(trainer, "loss"), _logged(trainer, "grad_norm")
     assert len(losses) == 12
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
-    assert min(norms) > 0.25  # that is, each was clipped
+    assert min(norms) > 0.25  # so each was clipped
 
     resumed = _make_trainer(transformers, tmp_path / "resumed", make, seed=2, dtype=dtype)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
@@ -553,7 +555,7 @@ def test_trainer_resumes_from_a_checkpoint(
 def test_trainer_beside_an_optimizer_of_torch(
     transformers: Any, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    # A large eps, so that rounding does not decide which way the smallest gradients point.
+    # A large eps, so that rounding does not decide the direction of the smallest gradients.
     options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-4}
     ours = _make_trainer(transformers, tmp_path, lambda p: AdamW(p, **options), **arguments)
     theirs = _make_trainer(
@@ -573,7 +575,7 @@ def test_trainer_beside_an_optimizer_of_torch(
 
 @every_optimizer
 def test_trainer_makes_the_optimizer(transformers: Any, setup: Setup, tmp_path: Path) -> None:
-    """Its groups are those that decay, and the vectors, which do not."""
+    """One of its groups has weight decay; the other one, with the vectors, has none."""
 
     def make(params: Any) -> torch.optim.Optimizer:
         params = list(params)

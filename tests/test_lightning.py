@@ -13,12 +13,12 @@ from torch.optim import lr_scheduler
 
 from emerging_optimizers import AdamW
 
-OVERFLOW = 2  # the step of each epoch, of those with float16, whose gradients overflow
+OVERFLOW = 2  # the step of each epoch whose gradients overflow in float16
 
 Make = Callable[..., torch.optim.Optimizer]
 
 
-# Lightning warns of what others deprecate, of numbers of workers, of loggers that could be there.
+# Lightning warns about deprecations of other packages, numbers of workers and missing loggers.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -34,14 +34,14 @@ def _on_cpu(_default_device: None) -> Iterator[None]:
 
 
 class Run:
-    """A model and the Trainer that trains it, three steps an epoch."""
+    """A model and its Trainer, with three steps per epoch."""
 
     def __init__(
         self, lightning: Any, make: Make, precision: str = "32-true", clip: float | None = None
     ) -> None:
         run = self
         self.lightning, self.precision, self.clip = lightning, precision, clip
-        self.grads: list[list[Tensor]] = []  # what the hook sees, by step
+        self.grads: list[list[Tensor]] = []  # what the hook sees, per step
 
         class Module(lightning.LightningModule):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Run:
     def fit(self, max_epochs: int, **options: Any) -> Any:
         lightning = self.lightning
         if self.precision == "16-mixed":
-            # Trainer makes a scaler for GPUs only.
+            # Trainer creates a scaler only for GPUs.
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
             plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
             how: dict[str, Any] = {"plugins": [plugin]}
@@ -109,9 +109,9 @@ def test_beside_torch(
     # A last bit may decide how an activation is rounded.
     tolerance = 1e-6 if precision == "32-true" else 1e-4
     torch.testing.assert_close(run.params, other.params, rtol=0, atol=tolerance)
-    num_skipped = 2 if precision == "16-mixed" else 0  # one in each epoch
+    num_skipped = 2 if precision == "16-mixed" else 0  # one per epoch
     assert {state["step"].item() for state in optimizer.state.values()} == {6 - num_skipped}
-    # Unscaled, and before they are clipped.
+    # Unscaled, and not clipped yet.
     first, others_first = run.grads[0], other.grads[0]
     assert_same(first, others_first)
     alone = make_model()
@@ -122,7 +122,7 @@ def test_beside_torch(
 
 
 def test_a_fused_step_with_a_scaler(lightning: Any) -> None:
-    """As with torch's: hooks see scaled gradients, and nothing may clip them."""
+    """As with torch's optimizers, hooks see scaled gradients, and clipping is an error."""
     runs = []
     for cls in (AdamW, torch.optim.AdamW):
 

@@ -1,4 +1,4 @@
-"""State dicts that are rejected change nothing; what a state lacks is found, or an error."""
+"""Rejected state dicts change nothing; missing entries are completed, or an error."""
 
 import copy
 from collections.abc import Callable
@@ -28,7 +28,7 @@ REMAINDERS = {"master_weights": True, "store_param_remainders": True}
 
 
 def snapshot(optimizer: Any) -> tuple[Any, ...]:
-    """All that a load could change: keys, values, and which tensors there are."""
+    """Everything that a load could change: keys, values and the identity of tensors."""
     groups = [
         {k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in groups_of(optimizer)
     ]
@@ -43,7 +43,7 @@ def groups_of(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def assert_rejected(make: Callable[[Any], Any], dtype: torch.dtype, load: Any, error: Any) -> None:
-    """Compare to an optimizer that has never tried to load."""
+    """Compare with an optimizer that has not tried to load."""
     params, others = make_params(dtype=dtype), make_params(dtype=dtype)
     optimizer, other = make(params), make(others)
     run(optimizer, params, [1, 2])
@@ -205,7 +205,7 @@ def test_a_load_that_copies_ends_sharing(fused: bool | None) -> None:
 @ways
 @pytest.mark.parametrize("cls", [AdamW, megatron.Lion])
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-def test_a_parameter_that_is_there_twice(cls: Any, fused: bool | None) -> None:
+def test_duplicate_parameters(cls: Any, fused: bool | None) -> None:
     found = []
     for loads in (False, True):
         params = make_params()
@@ -236,8 +236,8 @@ def test_masters_of_the_other_kind_are_rejected(stores: bool, fused: bool | None
     assert_rejected(make, BF16, load, (TypeError, rf"{FIRST}.*set store_param_remainders"))
 
 
-def test_other_errors_change_nothing_either() -> None:
-    """Of a class's own checks, of torch, and of ``__setstate__``."""
+def test_other_errors_change_nothing() -> None:
+    """Errors of a subclass, of torch and of ``__setstate__``."""
 
     def amsgrad(optimizer: Any) -> None:
         optimizer.load_state_dict(torch.optim.Adam(make_params(), amsgrad=True, lr=7).state_dict())
@@ -262,7 +262,7 @@ def test_other_errors_change_nothing_either() -> None:
             assert_rejected(megatron.FusedAdam, F32, load, error)
 
 
-def test_a_name_is_in_the_error() -> None:
+def test_errors_contain_the_parameter_name() -> None:
     optimizer = AdamW([("a", make_params()[0]), ("b", make_params()[1])])
     run(optimizer, optimizer.param_groups[0]["params"], [1])
     saved = copy.deepcopy(optimizer.state_dict())
@@ -271,7 +271,7 @@ def test_a_name_is_in_the_error() -> None:
         optimizer.load_state_dict(saved)
 
 
-# ---- a step that is missing ----------------------------------------------------------------------
+# ---- missing steps -------------------------------------------------------------------------------
 
 
 @pytest.mark.once
@@ -279,8 +279,8 @@ def test_a_name_is_in_the_error() -> None:
 @every_optimizer
 @pytest.mark.parametrize("absent", [None, torch.tensor(9.0, device="meta")], ids=["None", "meta"])
 @pytest.mark.parametrize("step", [2, 2.0, torch.tensor(2), torch.tensor([2.0])], ids=repr)
-def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool | None) -> None:
-    """As apex and TransformerEngine save it."""
+def test_step_of_a_group(setup: Setup, step: Any, absent: Any, fused: bool | None) -> None:
+    """apex and TransformerEngine save the step in the group."""
     params = make_params()
     optimizer = setup.make(params, fused=fused)
     run(optimizer, params, [1, 2])
@@ -291,7 +291,7 @@ def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool 
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = setup.make(others, fused=fused)
     other.load_state_dict(saved)
-    assert "step" not in other.param_groups[0]  # it would go stale
+    assert "step" not in other.param_groups[0]  # it would become stale
     run(optimizer, params, [3, 4])
     run(other, others, [3, 4])
     assert_bits(other, optimizer)
@@ -301,7 +301,7 @@ def test_a_groups_step_counts(setup: Setup, step: Any, absent: Any, fused: bool 
 @ways
 @every_optimizer
 @pytest.mark.parametrize("how", ["loaded", "by hand"])
-def test_no_step_at_all(setup: Setup, how: str, fused: bool | None) -> None:
+def test_no_step(setup: Setup, how: str, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, fused=fused)
     run(optimizer, params, [1, 2])
@@ -319,7 +319,7 @@ def test_no_step_at_all(setup: Setup, how: str, fused: bool | None) -> None:
             other.state[param] = dict(state)
         run(other, others, [3])
 
-    if setup.cls is Lion:
+    if not setup.rule.has_step:
         run(optimizer, params, [3])
         go_on()
         assert_same(others, params)
@@ -341,7 +341,7 @@ def test_no_step_at_all(setup: Setup, how: str, fused: bool | None) -> None:
 
 @ways
 @every_optimizer
-def test_a_state_that_is_missing_at_a_step(setup: Setup, fused: bool | None) -> None:
+def test_missing_state_at_a_step(setup: Setup, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make([{"params": [p]} for p in params], fused=fused)
     run(optimizer, params, [1])
@@ -358,8 +358,8 @@ def test_a_state_that_is_missing_at_a_step(setup: Setup, fused: bool | None) -> 
 
 @ways
 @every_optimizer
-def test_a_parameter_without_a_state_starts_anew(setup: Setup, fused: bool | None) -> None:
-    """As in torch: one that was frozen until now."""
+def test_parameter_without_states(setup: Setup, fused: bool | None) -> None:
+    """As in torch, a parameter that was frozen so far starts from new states."""
     params, others = make_params(), make_params()
     optimizer = setup.make(params, fused=fused)
     run(optimizer, params, [1, 2])
@@ -378,7 +378,7 @@ def test_a_parameter_without_a_state_starts_anew(setup: Setup, fused: bool | Non
 
 @pytest.mark.parametrize("absent", [None, torch.tensor(9, device="meta")], ids=["None", "meta"])
 @pytest.mark.parametrize("cls", MEGATRON)
-def test_a_megatron_groups_step_that_is_absent(cls: Any, absent: Any) -> None:
+def test_absent_step_of_a_megatron_group(cls: Any, absent: Any) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, [1, 2])
@@ -405,7 +405,7 @@ def test_a_megatron_groups_step_that_is_absent(cls: Any, absent: Any) -> None:
 
 
 def _sharing(param: Tensor) -> Tensor:
-    """A float32 tensor of the parameter's shape, in the same memory."""
+    """A float32 tensor of the parameter's shape that shares its memory."""
     buffer = torch.zeros(2 * param.numel(), dtype=BF16)
     buffer[: param.numel()] = param.detach().flatten()
     param.data = buffer[: param.numel()].view(param.shape)
@@ -427,7 +427,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 @ways
 @pytest.mark.parametrize("absent", [None, {}], ids=repr)
 @pytest.mark.parametrize("how", ["loaded", "by hand", "loaded, remainder", "by hand, remainder"])
-def test_an_absent_master_is_made_anew(how: str, absent: Any, fused: bool | None) -> None:
+def test_missing_master_is_created(how: str, absent: Any, fused: bool | None) -> None:
     def make(params: Any) -> Any:
         if "remainder" in how:
             return megatron.FusedAdam([{"params": params, "fused": fused}], lr=1e-3, **REMAINDERS)
@@ -469,7 +469,7 @@ def test_an_absent_master_is_made_anew(how: str, absent: Any, fused: bool | None
     ],
 )
 @pytest.mark.parametrize("how", ["loaded", "by hand"])
-def test_what_is_no_master_is_rejected(how: str, wrong: str, fused: bool | None) -> None:
+def test_invalid_masters_are_rejected(how: str, wrong: str, fused: bool | None) -> None:
     if wrong == "sharing" and how == "by hand":
         pytest.skip("found with all other memory that is shared, in test_overlap.py")
     params = make_params(dtype=BF16)
@@ -498,7 +498,7 @@ def test_what_is_no_master_is_rejected(how: str, wrong: str, fused: bool | None)
 
 
 @ways
-def test_a_master_where_remainders_are_stored(fused: bool | None) -> None:
+def test_wrong_masters_with_remainders(fused: bool | None) -> None:
     params = make_params(dtype=BF16)
     optimizer = megatron.FusedAdam([{"params": params, "fused": fused}], **REMAINDERS)
     run(optimizer, params, [1])

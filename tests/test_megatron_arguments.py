@@ -1,4 +1,4 @@
-"""The arguments of TransformerEngine's FusedAdam, and what they mean."""
+"""FusedAdam takes TransformerEngine's arguments, with the same meaning."""
 
 import inspect
 from typing import Any
@@ -53,7 +53,7 @@ def test_the_constructor_of_transformer_engine() -> None:
 
 @pytest.mark.parametrize("adam_w_mode", [True, False])
 @pytest.mark.parametrize("bias_correction", [True, False])
-def test_its_arguments_are_adams(adam_w_mode: bool, bias_correction: bool) -> None:
+def test_arguments_correspond_to_those_of_adam(adam_w_mode: bool, bias_correction: bool) -> None:
     params, others = make_params(F32), make_params(F32)
     optimizer = FusedAdam(
         params,
@@ -77,8 +77,8 @@ def test_its_arguments_are_adams(adam_w_mode: bool, bias_correction: bool) -> No
     assert_same(contents(optimizer), contents(other))
 
 
-def test_a_group_has_the_names_of_transformer_engine() -> None:
-    """Also as Megatron's hybrid optimizer makes one: of groups that hold everything."""
+def test_groups_have_the_keys_of_transformer_engine() -> None:
+    """Also for groups that have all keys, as Megatron's hybrid optimizer passes them."""
     group = {"params": make_params(), "bias_correction": False, "lr": 0.5, "pin_cpu_grads": True}
     optimizer = FusedAdam([group, {"params": make_params(F32)}])
     optimizer.add_param_group({"params": make_params(sizes=(3,)), "bias_correction": False})
@@ -88,20 +88,20 @@ def test_a_group_has_the_names_of_transformer_engine() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 1e-3, 1e-3]
 
 
-def test_amsgrad_is_refused() -> None:
+def test_amsgrad_is_rejected() -> None:
     with pytest.raises(ValueError, match="amsgrad=True is not supported"):
         FusedAdam(make_params(), amsgrad=True)
 
 
 @pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float64])
-def test_a_dtype_that_is_refused_is_named(name: str, dtype: torch.dtype) -> None:
+def test_unsupported_dtypes_are_named(name: str, dtype: torch.dtype) -> None:
     expected = f"^{name}={dtype} is not supported; expected torch.float32"
     with pytest.raises(ValueError, match=expected):
         FusedAdam(make_params(), **{name: dtype})  # type: ignore[arg-type]
 
 
-def test_half_masters_are_refused() -> None:
+def test_half_masters_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"^master_weight_dtype=torch\.float16 is not supported"):
         FusedAdam(make_params(), master_weights=True, master_weight_dtype=torch.float16)
 
@@ -118,7 +118,7 @@ def test_dtypes_of_states(cls: Any, dtype: torch.dtype) -> None:
 
 
 @devices
-def test_a_capturable_one_has_tensors_for_learning_rates(device: str) -> None:
+def test_capturable_learning_rates_are_tensors(device: str) -> None:
     params = make_params(F32, device)
     optimizer = FusedAdam([{"params": params[:2]}, {"params": params[2:]}], lr=0.5, capturable=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -127,7 +127,7 @@ def test_a_capturable_one_has_tensors_for_learning_rates(device: str) -> None:
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    # Not read by the host, where it is on a device.
+    # On a device, the host does not read it.
     assert [int(group["step"]) for group in optimizer.param_groups] == [1, 1]
     assert {type(group["step"]) for group in optimizer.state_dict()["param_groups"]} == {int}
     assert all(rate.device == params[0].device for rate in rates)

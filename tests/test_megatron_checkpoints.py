@@ -1,4 +1,4 @@
-"""Optimizers of `megatron` continue from what was saved, and their groups count the steps."""
+"""Optimizers of `megatron` continue from checkpoints, with the steps of their groups."""
 
 import copy
 import io
@@ -30,8 +30,8 @@ pytestmark = [
 
 
 @every_class
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
-def test_a_groups_step_is_its_parameters(cls: Any, fused: bool | None) -> None:
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+def test_step_of_a_group_is_that_of_its_parameters(cls: Any, fused: bool | None) -> None:
     first, second = make_params(), make_params()
     groups = [{"params": first, "fused": fused}, {"params": second, "fused": fused}]
     optimizer = cls(groups, **AWARE)
@@ -50,8 +50,8 @@ def test_a_groups_step_is_its_parameters(cls: Any, fused: bool | None) -> None:
 @every_class
 @devices
 @pytest.mark.parametrize("capturable", [False, True])
-def test_steps_of_a_group_that_is_elsewhere(cls: Any, device: str, capturable: bool) -> None:
-    """A process that has none of a group's parameters saves the step that others go on from."""
+def test_step_of_a_group_without_local_parameters(cls: Any, device: str, capturable: bool) -> None:
+    """A process without parameters of a group saves the step that the others continue from."""
 
     def make(*groups: list[Tensor]) -> Any:
         options = {**OPTIONS, "use_decoupled_grad": True, "capturable": capturable}
@@ -86,7 +86,7 @@ def test_steps_of_a_group_that_is_elsewhere(cls: Any, device: str, capturable: b
 
 @devices
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_group_that_has_lost_its_parameters_counts_alone(device: str, capturable: bool) -> None:
+def test_a_group_counts_after_losing_its_parameters(device: str, capturable: bool) -> None:
     params = make_params(F32, device)
     groups = [{"params": params}, {"params": []}]
     optimizer = FusedAdam(groups, use_decoupled_grad=True, capturable=capturable, **OPTIONS)
@@ -98,8 +98,8 @@ def test_a_group_that_has_lost_its_parameters_counts_alone(device: str, capturab
     assert [int(first["step"]), int(second["step"])] == [4, 4]
 
 
-def test_a_groups_step_counts_where_parameters_differ() -> None:
-    """Older versions saved a step of each parameter, and their largest as the group's."""
+def test_step_of_a_group_takes_precedence() -> None:
+    """Older versions saved a step for each parameter, and the largest one in the group."""
     params, others = make_params(), make_params()
     optimizer, other = FusedAdam(params, **AWARE), FusedAdam(others, **AWARE)
     run(optimizer, [1, 2, 3])
@@ -114,7 +114,7 @@ def test_a_groups_step_counts_where_parameters_differ() -> None:
 
 
 def saved_by_transformer_engine(optimizer: Any) -> dict[str, Any]:
-    """A state dict as TransformerEngine's optimizer saves it: one step a group, float32 states."""
+    """A state dict like TransformerEngine's: one step per group, and float32 states."""
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         kept = ("lr", "bias_correction", "betas", "eps", "weight_decay", "params", "step")
@@ -152,8 +152,8 @@ def test_a_checkpoint_of_transformer_engine(
 
 
 @every_class
-def test_a_loaded_groups_step_is_right(cls: Any) -> None:
-    """Megatron takes a step with zeros to make states, loads groups, and then each state."""
+def test_loaded_step_of_a_group(cls: Any) -> None:
+    """Megatron creates states by a step with zeros, loads the groups, and then copies states."""
     params, others = make_params(F32), make_params(F32)
     options = {**OPTIONS, "use_decoupled_grad": True}
     optimizer, other = cls(params, **options), cls(others, **options)
@@ -165,7 +165,7 @@ def test_a_loaded_groups_step_is_right(cls: Any) -> None:
     saved["param_groups"][0]["step"] = 3
     optimizer.load_state_dict(saved)
     for param, same in zip(params, others, strict=True):
-        # It copies what there is, and has no step to copy.
+        # It copies into existing states, and has no step to copy.
         wanted = {"param": same, **other.state[same]}
         del wanted["step"]
         for name, value in {"param": param, **optimizer.state[param]}.items():
@@ -185,7 +185,7 @@ def sorted_contents(optimizer: Any) -> list[Tensor]:
 
 @every_class
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "state dict"])
-def test_copies_go_on(cls: Any, how: str) -> None:
+def test_copies_continue(cls: Any, how: str) -> None:
     optimizer = cls(make_params(), store_param_remainders=True, **AWARE)
     run(optimizer, [1, 2])
     if how == "pickle":
@@ -205,8 +205,8 @@ def test_copies_go_on(cls: Any, how: str) -> None:
     assert other.param_groups[0]["step"] == 3
 
 
-def test_what_is_stored_how_is_not_loaded() -> None:
-    """A loaded group says how to go on, but not what this optimizer reads and stores."""
+def test_storage_options_are_not_loaded() -> None:
+    """Loading changes the hyperparameters of a group, but not which tensors it reads and stores."""
     params = make_params()
     optimizer = FusedAdam(params, **AWARE)
     run(optimizer, [1])

@@ -1,8 +1,8 @@
-"""The optimizers inside of Megatron-Core, as released.
+"""The optimizers in a released Megatron-Core.
 
-Without a GPU, the host stands in for it (host_cuda.py): Megatron-Core makes scalars and buffers on
-``"cuda"``, asks for streams, and takes no parameters but those whose type is one of CUDA's. On a
-machine with a GPU, the tests marked `real` run the same on it, in one process with NCCL.
+Without a GPU, Megatron-Core's CUDA code runs on the host (host_cuda.py): it creates scalars and
+buffers on ``"cuda"``, uses streams, and accepts only parameters of CUDA types. On a machine with a
+GPU, the tests marked `real` do the same on it, in one process with NCCL.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from support import assert_equal_bits
 
 from emerging_optimizers.megatron import FusedAdam
 
-# What Megatron-Core, and what it uses of PyTorch, warn of.
+# Raised by Megatron-Core, and by the parts of PyTorch that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 where = pytest.mark.parametrize(
@@ -30,7 +30,7 @@ where = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def _megatron() -> None:
-    """Skip where it is not installed; where everything is meant to be there, fail."""
+    """Skip if it is not installed; in CI, fail."""
     if not os.environ.get("CI"):
         pytest.importorskip("megatron.core")
 
@@ -42,7 +42,7 @@ def core() -> Any:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, core: Any, tmp_path: Path) -> Iterator[str]:
-    """Be the one process of Megatron-Core, on this device."""
+    """Initialise Megatron-Core with one process on this device."""
     is_host = request.param == "host"
     torch.distributed.init_process_group(
         "gloo" if is_host else "nccl",
@@ -59,8 +59,8 @@ def device(request: pytest.FixtureRequest, core: Any, tmp_path: Path) -> Iterato
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @where
-def test_plain(core: Any, dtype: torch.dtype, device: str) -> None:
-    """Each process has all parameters; where those are bfloat16, Megatron keeps the masters."""
+def test_replicated(core: Any, dtype: torch.dtype, device: str) -> None:
+    """Replicated optimizers; with bfloat16 parameters, Megatron keeps the masters."""
     model = core.Model(dtype).to(device)
     optimizer = core.make_plain(model)
     for inner in optimizer.chained_optimizers:
@@ -71,8 +71,8 @@ def test_plain(core: Any, dtype: torch.dtype, device: str) -> None:
 
 
 @where
-def test_plain_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
-    """Its states are made without gradients, and one step is saved for all of them."""
+def test_replicated_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
+    """Megatron creates states without gradients, and saves one step for all of them."""
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
         folder.mkdir()
@@ -89,7 +89,7 @@ def test_plain_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
 
 @where
 def test_offloaded(core: Any, device: str) -> None:
-    """A part of the states is on the CPU, in Megatron's hybrid optimizer."""
+    """Megatron's hybrid optimizer keeps some states on the CPU."""
     options = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
     model, optimizer = core.make_sharded(options)
     hybrid = optimizer.chained_optimizers[0].optimizer
@@ -130,12 +130,12 @@ def test_hybrid_device_optimizer(core: Any, overlap: bool, device: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    # In Megatron-Core 0.16, "fully_sharded_model_space" is no more: its tensors refuse to be that.
+    # Megatron-Core 0.16 no longer supports "fully_sharded_model_space": its tensors raise an error.
     ["fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter"],
 )
 @where
 def test_distributed_optimizer(core: Any, kind: str, device: str, tmp_path: Path) -> None:
-    """With each of its kinds of checkpoints; fully reshardable ones are resharded below."""
+    """With each checkpoint format; another test below reshards."""
     core.save(tmp_path, kind)
     core.resume(tmp_path, kind)
 
@@ -144,7 +144,7 @@ def test_distributed_optimizer(core: Any, kind: str, device: str, tmp_path: Path
 def test_without_transformer_engine(
     core: Any, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Megatron then asks each state for its step, also before it loads: there have to be some."""
+    """Megatron then reads a step from each state, even before it loads, so states must have one."""
     for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"):
         monkeypatch.setattr(core.distrib_optimizer, name, False)
     for kind in ("fully_reshardable", "dp_reshardable"):
@@ -160,7 +160,7 @@ def test_without_transformer_engine(
 
 @where
 def test_moved_to_the_cpu_and_back(core: Any, device: str) -> None:
-    """Where Megatron keeps the masters. (Shards are views, which moving cuts off from a buffer.)"""
+    """With Megatron's masters. (Moving would detach shards, which are views, from their buffer.)"""
     model, optimizer = core.make_sharded({})
     core.train(model, optimizer, [1, 2])
     optimizer.offload_to_cpu()
@@ -171,7 +171,7 @@ def test_moved_to_the_cpu_and_back(core: Any, device: str) -> None:
 
 @pytest.mark.parametrize("device", ["host"], indirect=True)
 def test_resharded_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
-    """One process saves, three go on and save, over gloo, with odd boundaries; one goes on."""
+    """One process saves; three continue over gloo, with odd boundaries, and save; one continues."""
     core.save(tmp_path / "before")
     launch("megatron_core.resume_and_save", 3, tmp_path)
     core.resume(tmp_path / "after")

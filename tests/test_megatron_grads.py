@@ -30,11 +30,11 @@ pytestmark = [
 @devices
 @every_class
 @pytest.mark.parametrize("grad_dtype", [F32, BF16])
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 def test_decoupled_gradients(
     cls: Any, grad_dtype: torch.dtype, fused: bool | None, device: str
 ) -> None:
-    """They are read in place of ``.grad``, whatever that is; where there is none, nothing moves."""
+    """They are read instead of ``.grad``; parameters without one do not change."""
     params, others = make_params(device=device), make_params(device=device)
     optimizer = cls([{"params": params, "fused": fused}], **AWARE)
     other = cls([{"params": others, "fused": fused}], master_weights=True, **OPTIONS)
@@ -89,7 +89,7 @@ def test_zero_grad(set_grad_none: bool | None, set_to_none: bool | None, decoupl
 
 @pytest.mark.parametrize("store_param_remainders", [False, True], ids=["masters", "remainders"])
 def test_parameters_that_require_gradients(store_param_remainders: bool) -> None:
-    """Leaves, and views of leaves, which Megatron makes of float32 parameters' shards."""
+    """Leaves, and views of leaves: Megatron's shards of float32 parameters."""
 
     def make(requires_grad: bool) -> Any:
         params = [p.requires_grad_(requires_grad) for p in make_params()]
@@ -114,7 +114,7 @@ def test_parameters_that_require_gradients(store_param_remainders: bool) -> None
 
 
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_the_native_steps_gradients_and_names_are_checked() -> None:
+def test_the_native_step_checks_gradients_and_names() -> None:
     optimizer = FusedAdam(make_params(F32), **AWARE)
     run(optimizer, [1])
     assert native is not None

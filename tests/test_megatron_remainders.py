@@ -23,7 +23,7 @@ from optimizers import assert_same, contents
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import Adam, megatron
+from emerging_optimizers import Adam, _states, megatron
 from emerging_optimizers._base import members_of
 from emerging_optimizers._hooks import after_update, before_update
 from emerging_optimizers._native import native
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def check_split(bits: "np.ndarray[Any, np.dtype[np.uint32]]", shape: Any = -1) -> None:
-    """Split float32 numbers of these bits, and put them together again."""
+    """Split float32 numbers with these bits, and merge them again."""
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     whole = np.where(is_nan, np.uint32(0x7FC00000), bits)
     high, low = whole >> 16, whole & 0xFFFF
@@ -56,7 +56,7 @@ def check_split(bits: "np.ndarray[Any, np.dtype[np.uint32]]", shape: Any = -1) -
 
 
 def test_remainders_of_every_exponent() -> None:
-    """Both signs, all exponents: subnormals, infinities and NaNs; ties, and their neighbours."""
+    """Both signs and all exponents, with ties and their neighbours."""
     low = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF]
     high = [0, 1, 2, 0x3F, 0x40, 0x7E, 0x7F]
     mantissas = [h << 16 | x for h in high for x in low]
@@ -75,7 +75,7 @@ def test_remainders_of_any_shape(shape: tuple[int, ...]) -> None:
     check_split(np.arange(0x3F807FF0, 0x3F807FF0 + count, dtype=np.uint32), shape)
 
 
-def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
+def test_parameters_are_rounded_to_nearest_with_ties_away_from_zero() -> None:
     master = torch.tensor([1.00390625, -1.00390625, 3.4e38, -0.0, 1e-45])
     param, remainder = torch.empty(5, dtype=BF16), torch.empty(5, dtype=torch.int16)
     split_master(master, param, remainder)
@@ -86,13 +86,13 @@ def test_a_stored_parameter_is_the_nearest_and_away_from_zero_at_ties() -> None:
 
 @devices
 @every_class
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
-def test_remainders_are_as_good_as_masters(
+def test_remainders_match_masters(
     cls: Any, fused: bool | None, dtype: torch.dtype, device: str
 ) -> None:
     def make(store: bool) -> Any:
-        # On a GPU, the plain path steps remainders beside float64: so masters, here.
+        # On a GPU, float64 gradients with remainders take the fallback: compare with that.
         is_plain = dtype == torch.float64 and device != "cpu" and not store
         groups = [
             {"params": params, "fused": False if is_plain else fused}
@@ -114,7 +114,7 @@ def test_remainders_are_as_good_as_masters(
 
 @devices
 @pytest.mark.skipif(native is None, reason="no native kernels")
-def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_native_step_creates_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(megatron, "merge_master")
     monkeypatch.delattr(megatron, "split_master")
     for use_decoupled_grad in (True, False):
@@ -127,9 +127,9 @@ def test_the_native_step_makes_no_masters(device: str, monkeypatch: pytest.Monke
         assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
-def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
-    """Where the learning rate is 0, be they NaNs of any kind."""
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+def test_lr_0_keeps_parameters_and_remainders(fused: bool | None) -> None:
+    """With a learning rate of 0, parameters and remainders are unchanged, NaNs included."""
     optimizer = FusedAdam(make_params(sizes=[40]), store_param_remainders=True, **AWARE)
     run(optimizer, [1])
     (param,) = optimizer.param_groups[0]["params"]
@@ -143,7 +143,7 @@ def test_masters_that_do_not_move_keep_their_halves(fused: bool | None) -> None:
     assert torch.equal(remainder, before[1])
 
 
-def test_a_wrong_gradient_changes_nothing_where_remainders_are_stored() -> None:
+def test_a_wrong_gradient_changes_nothing() -> None:
     params = make_params(sizes=(3, 4))
     optimizer = FusedAdam(params, store_param_remainders=True, **AWARE)
     run(optimizer, [1])
@@ -156,7 +156,7 @@ def test_a_wrong_gradient_changes_nothing_where_remainders_are_stored() -> None:
 
 
 @devices
-def test_remainders_of_a_capturable_one(device: str) -> None:
+def test_capturable(device: str) -> None:
     whole, stored = (
         FusedAdam(
             make_params(device=device), capturable=True, store_param_remainders=store, **AWARE
@@ -181,8 +181,8 @@ def make_normalized(store_param_remainders: bool, fused: bool | None, sizes: Any
     )
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["native", "plain"])
-def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+def test_laprop_keeps_the_norms_of_split_masters(fused: bool | None) -> None:
     whole, stored = (make_normalized(store, fused, (50, 60)) for store in (False, True))
     norms = [master.float().norm() for master in make_params(sizes=(50, 60))]
     for optimizer in (whole, stored):
@@ -192,7 +192,25 @@ def test_laprop_keeps_the_norms_of_halved_masters(fused: bool | None) -> None:
         torch.testing.assert_close(master.norm(), norm)
 
 
-def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
+def test_a_remainder_is_checked_once_a_step(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = make_normalized(True, fused, [40] * 3)
+    run(optimizer, [1])
+    checked = []
+    check = _states.check_tensor
+
+    def recorded(*arguments: Any) -> None:
+        checked.append(arguments[2])
+        check(*arguments)
+
+    monkeypatch.setattr(_states, "check_tensor", recorded)
+    run(optimizer, [2])
+    assert checked == ["master_param"] * 3
+
+
+def test_laprop_merges_few_masters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = make_normalized(True, None, [40] * 10)
     run(optimizer, [1])
     alive: set[int] = set()
@@ -212,7 +230,7 @@ def test_laprop_needs_no_memory_for_all_masters(monkeypatch: pytest.MonkeyPatch)
     assert 0 < most <= 2
 
 
-def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
+def test_scaling_by_1_keeps_the_bits() -> None:
     optimizer = make_normalized(True, None, [3])
     run(optimizer, [1])
     (group,) = optimizer.param_groups
@@ -230,7 +248,7 @@ def test_halves_that_are_scaled_by_1_keep_every_bit() -> None:
 
 @pytest.mark.parametrize("cls", [FusedAdam, megatron.LaProp])
 @pytest.mark.parametrize("store", [False, True])
-def test_masters_that_are_stored_otherwise_than_before(cls: Any, store: bool) -> None:
+def test_storage_cannot_change_between_steps(cls: Any, store: bool) -> None:
     optimizer = cls(make_params(), store_param_remainders=store, **AWARE)
     run(optimizer, [1])
     before = [tensor.clone() for tensor in contents(optimizer)]
@@ -243,13 +261,13 @@ def test_masters_that_are_stored_otherwise_than_before(cls: Any, store: bool) ->
     assert_same([t.float() for t in contents(optimizer)], [t.float() for t in before])
 
 
-def test_plain_optimizers_do_not_take_remainders() -> None:
+def test_other_optimizers_reject_remainders() -> None:
     saved = FusedAdam(make_params(), store_param_remainders=True, **AWARE)
     run(saved, [1])
     other = Adam(make_params(), master_weights=True)
     with pytest.raises(TypeError, match="but this optimizer stores float32 masters"):
         other.load_state_dict(saved.state_dict())
-    # But what was made masters of them, without the options.
+    # Without the options, it loads masters merged from them.
     state_dict = saved.state_dict()
     for state, master in zip(state_dict["state"].values(), masters(saved), strict=True):
         state["master_param"] = master

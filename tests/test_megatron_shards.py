@@ -1,4 +1,4 @@
-"""Shards of flat buffers, and parameters and states that are replaced or moved between steps."""
+"""Shards of flat buffers, and parameters or states replaced or moved between steps."""
 
 from itertools import pairwise
 from typing import Any
@@ -22,16 +22,16 @@ SHAPES = ((5, 7), (7,), (3, 11), (1,), (40, 3))
 
 
 class FlatBuffer:
-    """Bfloat16 parameters in one buffer, of which each of some ranks has a part, and gradients.
+    """Bfloat16 parameters and their gradients in flat buffers, divided among ranks.
 
-    The parts begin and end anywhere, also inside of parameters.
+    The boundaries lie anywhere, also inside parameters.
     """
 
     def __init__(self, num_ranks: int) -> None:
         sizes = [int(np.prod(shape)) for shape in SHAPES]
         ends = np.cumsum(sizes)
         total = int(ends[-1])
-        # Uneven on purpose; the last rank may have little.
+        # Uneven on purpose; the last rank may have few elements.
         cuts = sorted({0, total, *(total * r // num_ranks | 1 for r in range(1, num_ranks))})
         self.parts = list(pairwise(cuts))
         self.params = make_params(sizes=[total])[0]
@@ -39,13 +39,13 @@ class FlatBuffer:
         self.ranges = list(zip(ends - sizes, ends, strict=True))
 
     def shards(self, rank: int) -> list[tuple[Tensor, slice]]:
-        """What a rank has of each parameter, as views of the buffer, and where that is."""
+        """A rank's shards of the parameters: views of the buffer, and their slices."""
         start, end = self.parts[rank]
         pieces = [slice(max(start, a), min(end, b)) for a, b in self.ranges]
         return [(self.params[piece], piece) for piece in pieces if piece.start < piece.stop]
 
     def reduce_scatter(self, step: int, num_ranks: int) -> list[Tensor]:
-        """Each rank's part of the sum of all ranks' gradients."""
+        """Return each rank's shard of the summed gradients."""
         parts = [make_grads([self.grads], 100 * step + r)[0] for r in range(3)]
         self.grads = torch.stack(parts).sum(0)
         return [self.grads[start:end] for start, end in self.parts]
@@ -55,7 +55,7 @@ class FlatBuffer:
 @pytest.mark.parametrize("num_ranks", [2, 3, 5, 8])
 @pytest.mark.parametrize("store_param_remainders", [False, True], ids=["masters", "remainders"])
 def test_shards_of_flat_buffers(cls: Any, num_ranks: int, store_param_remainders: bool) -> None:
-    """The bits are those of one process, wherever the boundaries are."""
+    """The bits are those of one process, for any boundaries."""
     options = {**AWARE, "store_param_remainders": store_param_remainders}
     if cls is megatron.Signum:
         options["nesterov"] = True
@@ -65,7 +65,7 @@ def test_shards_of_flat_buffers(cls: Any, num_ranks: int, store_param_remainders
     reference = cls(whole, **options)
     ranks = []
     for rank in range(num_ranks):
-        # Made with the model's parameters, as Megatron does, and given the shards then.
+        # As in Megatron, constructed with the model's parameters, which the shards replace.
         optimizer = cls(make_params(sizes=(35, 7)), **options)
         shards = [shard for shard, _ in sharded.shards(rank)]
         optimizer.param_groups = [{**optimizer.param_groups[0], "params": shards}]

@@ -1,4 +1,4 @@
-"""States as Megatron-Core makes, reads and writes them."""
+"""States of optimizers in `megatron`, as Megatron-Core creates, reads and writes them."""
 
 import copy
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_support import (
     run,
 )
 from optimizers import assert_same, contents
+from oracle import RULES, is_square
 from support import assert_equal_bits
 
 from emerging_optimizers import megatron, scalar_optimizers
@@ -29,19 +30,18 @@ pytestmark = [
 
 @every_class
 def test_names(cls: Any) -> None:
-    """It looks for exp_avg in all states, and for exp_avg_sq in those of adaptive rules."""
+    """Megatron expects exp_avg in all states, and exp_avg_sq in those of adaptive rules."""
     params = make_params()
     optimizer = cls(params, **AWARE)
     optimizer.initialize_state(params[0])
     names = set(optimizer.state[params[0]])
-    assert {"step", "exp_avg", "master_param"} <= names
-    assert ("exp_avg_sq" in names) == (cls not in (megatron.Lion, megatron.Signum))
-    assert names - {"step", "exp_avg", "exp_avg_sq", "master_param"} == (
-        {"exp_avg_slow"} if cls is megatron.AdEMAMix else set()
-    )
+    averages = [name for name in RULES[cls._rule.name].states if not is_square(name)]
+    assert ("exp_avg" in names) == bool(averages)
+    assert ("exp_avg_sq" in names) == any(map(is_square, RULES[cls._rule.name].states))
+    assert names - {"step", "exp_avg", "exp_avg_sq", "master_param"} == set(averages[1:])
 
 
-def test_ademamix_under_other_names_is_the_same() -> None:
+def test_ademamix_with_other_names() -> None:
     params, others = make_params(F32), make_params(F32)
     options = {**OPTIONS, "num_beta_slow_warmup_steps": 3}
     optimizer = megatron.AdEMAMix(params, use_decoupled_grad=True, **options)
@@ -59,7 +59,7 @@ def test_ademamix_under_other_names_is_the_same() -> None:
 
 @every_class
 @pytest.mark.parametrize("how", ["initialize_state", "_init_group", "by hand"])
-def test_states_made_without_gradients(cls: Any, how: str) -> None:
+def test_states_created_without_gradients(cls: Any, how: str) -> None:
     params, others = make_params(), make_params()
     optimizer, other = cls(params, **AWARE), cls(others, **AWARE)
     if how == "initialize_state":
@@ -83,13 +83,13 @@ def test_states_made_without_gradients(cls: Any, how: str) -> None:
     assert_same(params, others)
 
 
-def test_initialize_state_starts_anew() -> None:
+def test_initialize_state_resets() -> None:
     params = make_params()
     optimizer = FusedAdam(params, store_param_remainders=True, **AWARE)
     run(optimizer, [1, 2])
     optimizer.initialize_state(params[0], True)
     state = optimizer.state[params[0]]
-    assert state["step"].item() == 2  # which is the group's
+    assert state["step"].item() == 2  # the group's
     assert all(not value.any() for name, value in state.items() if name != "step")
     with pytest.raises(
         ValueError, match=r"store_param_remainders=False, but this optimizer stores"
@@ -116,7 +116,7 @@ def test_states_from_one_optimizer_to_another(cls: Any, store_param_remainders: 
             value = optimizer.get_unscaled_state(param, name)
             assert value.dtype == (torch.int16 if stored.dtype == torch.int16 else F32)
             assert optimizer.get_unscaled_state(param, name, skip_unscale=True) is stored
-            # As Megatron's fully reshardable checkpoints have them.
+            # As in Megatron's fully reshardable checkpoints.
             other.set_scaled_state(same, name, value.float())
     run(optimizer, [3])
     run(other, [3])
@@ -124,7 +124,7 @@ def test_states_from_one_optimizer_to_another(cls: Any, store_param_remainders: 
 
 
 def test_a_float32_parameter_is_its_own_master() -> None:
-    """Megatron asks for the master of every parameter."""
+    """Megatron reads a master of every parameter."""
     params = make_params(F32, sizes=(3, 4))
     optimizer = FusedAdam(params, **AWARE)
     run(optimizer, [1])

@@ -1,4 +1,4 @@
-"""In `megatron`, a group's ``step`` is the counter, and a step makes all parameters' states."""
+"""In `megatron`, a group's ``step`` is the counter, and a step creates all states."""
 
 import copy
 from typing import Any
@@ -79,11 +79,11 @@ def names_of(optimizer: Any, **options: Any) -> set[str]:
 @every_class
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("number", [100, 100.0, "tensor", "device tensor"], ids=str)
-def test_a_step_that_is_set_counts(
+def test_a_step_can_be_set(
     cls: Any, number: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
     if number == "device tensor" and device == "cpu":
-        return  # as "tensor"
+        return  # equal to "tensor"
     params, others = make_params(device), make_params(device)
     options = {"capturable": capturable}
     optimizer, other = (make(cls, ps, fused, **options) for ps in (params, others))
@@ -118,7 +118,7 @@ def test_bias_correction_uses_it(fused: bool | None) -> None:
 @devices
 @every_class
 @pytest.mark.parametrize("capturable", [False, True])
-def test_parameters_without_a_gradient_do_not_lag_behind(
+def test_parameters_without_a_gradient_follow(
     cls: Any, capturable: bool, device: str, fused: bool | None
 ) -> None:
     params, others = make_params(device), make_params(device)
@@ -130,7 +130,7 @@ def test_parameters_without_a_gradient_do_not_lag_behind(
     run(optimizer, [4], missing=range(3))
     assert steps_of(optimizer) == [4] * 3
     assert int(optimizer.param_groups[0]["step"]) == 4
-    # As if its state, which did not change, had been set when it came back.
+    # As if its unchanged state had been set just before this gradient.
     run(other, [1])
     saved = copy.deepcopy(other.state_dict())
     saved["param_groups"][0]["step"] = 4
@@ -143,9 +143,7 @@ def test_parameters_without_a_gradient_do_not_lag_behind(
 @ways
 @devices
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_that_found_inf_skips_is_not_counted(
-    capturable: bool, device: str, fused: bool | None
-) -> None:
+def test_skipped_steps_are_not_counted(capturable: bool, device: str, fused: bool | None) -> None:
     params, others = make_params(device), make_params(device)
     optimizer = make(megatron.FusedAdam, params, fused, capturable=capturable)
     other = make(megatron.FusedAdam, others, fused)
@@ -166,8 +164,8 @@ def test_a_step_that_found_inf_skips_is_not_counted(
 
 @ways
 @every_class
-def test_none_is_absent(cls: Any, fused: bool | None) -> None:
-    """Then the largest of the parameters' counters counts."""
+def test_step_of_none(cls: Any, fused: bool | None) -> None:
+    """A step of None is absent: the largest counter of the parameters is used."""
     params, others = make_params(), make_params()
     optimizer, other = make(cls, params, fused), make(cls, others, fused)
     run(optimizer, [1, 2, 3])
@@ -197,7 +195,7 @@ def test_none_is_absent(cls: Any, fused: bool | None) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
+def test_invalid_steps(step: Any, error: Any, fused: bool | None) -> None:
     params = make_params()
     optimizer = make(megatron.FusedAdam, params, fused)
     run(optimizer, [1])
@@ -218,7 +216,7 @@ def test_what_is_no_step(step: Any, error: Any, fused: bool | None) -> None:
 
 @ways
 @pytest.mark.parametrize("counter", ["3", torch.tensor(-1.0), torch.tensor(3.0, device="meta")])
-def test_what_is_no_counter_where_the_largest_counts(counter: Any, fused: bool | None) -> None:
+def test_invalid_counters(counter: Any, fused: bool | None) -> None:
     params = make_params()
     optimizer = make(megatron.FusedAdam, params, fused)
     run(optimizer, [1])
@@ -268,8 +266,8 @@ def test_a_top_level_optimizer_continues() -> None:
 @ways
 @every_class
 @pytest.mark.parametrize("options", [{}, MASTERS, STORED], ids=["", "masters", "remainders"])
-def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> None:
-    """As TransformerEngine's, it looks for gradients afterwards."""
+def test_a_step_creates_all_states(cls: Any, options: Any, fused: bool | None) -> None:
+    """Like TransformerEngine's, a step creates states before it checks for gradients."""
     params, others = make_params(dtype=BF16), make_params(dtype=BF16)
     optimizer = make(cls, params, fused, **options)
     run(optimizer, [1], missing=[0, 2])
@@ -281,7 +279,7 @@ def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> 
         assert_equal_bits(params[i], others[i], "parameter")
         if options == MASTERS:
             assert_equal_bits(state["master_param"], others[i].float(), "master")
-    # A master then starts at the first step, whatever is written to the parameter afterwards.
+    # Masters are then copied at the first step; later writes to the parameter do not reach them.
     params[0].zero_()
     run(optimizer, [2])
     other = make(cls, others, fused, **options)
@@ -293,8 +291,8 @@ def test_a_step_makes_all_states(cls: Any, options: Any, fused: bool | None) -> 
 
 @ways
 @every_class
-def test_dummy_steps_make_states(cls: Any, fused: bool | None) -> None:
-    """Megatron-Core's, and torch's, which set ``.grad`` where another gradient is read."""
+def test_dummy_steps_create_states(cls: Any, fused: bool | None) -> None:
+    """Those of Megatron-Core, and those of torch, which set ``.grad``, not `decoupled_grad`."""
     params = [nn.Parameter(p) for p in make_params()]
     optimizer = make(cls, params, fused)
     for param in params:
@@ -336,8 +334,8 @@ def test_torchs_tools_find_all_states(cls: Any, flat: bool, fused: bool | None) 
 
 
 @ways
-def test_top_level_optimizers_make_those_of_gradients(fused: bool | None) -> None:
-    """As torch.optim's."""
+def test_top_level_optimizers_create_states_for_gradients(fused: bool | None) -> None:
+    """As in torch.optim, without a gradient there are no states."""
     params = make_params()
     optimizer = AdamW(params, fused=fused)
     params[1].grad = torch.ones(1)

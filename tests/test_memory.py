@@ -56,7 +56,7 @@ def test_dense_calls_allocate_nothing_in_proportion() -> None:
     assert len(lines) == 2 * len(RULES)
     for line in lines:
         rule, is_transposed, growth = line.split()
-        # A temporary in a half type, of one operand, would be 32 MiB.
+        # A half-precision temporary of one operand would take 32 MiB.
         assert int(growth) < 16, f"{rule} (transposed: {is_transposed}): {growth} MiB"
 
 
@@ -82,8 +82,7 @@ def test_dense_calls_with_out_allocate_no_tensor(rule: Rule, layout: str) -> Non
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    # The pattern's period shares no factor with a power of two, so that an index which wraps
-    # around finds other values.
+    # The pattern's period is odd, so that an index that wraps around finds different values.
     rule, case = RULES["lion"], RULES["lion"].usual
     period = 1_000_003
     numel = 2**31 + 3 * period + 12345

@@ -13,25 +13,41 @@ from emerging_optimizers._native import native
 pytestmark = pytest.mark.on_devices("tests-optimizers")
 
 
+@pytest.fixture
+def native_results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each native call returns: None, or the parameters that it leaves."""
+    if native is None:
+        pytest.skip("no native kernels")
+    results = []
+    step = native.step
+
+    def recorded(*arguments: Any) -> Any:
+        results.append(step(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(native, "step", recorded)
+    return results
+
+
 @pytest.mark.real
-@pytest.mark.skipif(native is None, reason="no native kernels")
-def test_what_is_left_costs_one_more_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fallback_parameter_costs_one_more_native_call(native_results: list[Any]) -> None:
     params = make_params([(3, 4)] * 3)
     params[1] = Parameter(torch.ones(3, 8)[:, ::2])
     optimizer = Adam(params)
     run(optimizer, params, [1])
-    calls = []
-    assert native is not None
-    step = native.step
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(step(*arguments))
-        return calls[-1]
-
-    monkeypatch.setattr(native, "step", counted)
+    native_results.clear()
     run(optimizer, params, [2])
-    assert calls == [[[1]], [[1]]]
+    assert native_results == [[[1]], [[1]]]
     assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+@every_optimizer
+def test_the_first_step_is_one_native_call(setup: Setup, native_results: list[Any]) -> None:
+    params = make_params()
+    optimizer = setup.make(params)
+    run(optimizer, params, [1])
+    assert native_results == [None]
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
 
 
 @pytest.mark.skipif(native is None, reason="there are no native kernels")

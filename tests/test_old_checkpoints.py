@@ -1,4 +1,4 @@
-"""What earlier versions saved loads, and training continues as it would have there."""
+"""Checkpoints of earlier versions load, and training continues as it did there."""
 
 import pickle
 import tarfile
@@ -18,7 +18,7 @@ ARCHIVES = sorted(Path(__file__).parent.glob("checkpoints/*.tar.gz"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     with tarfile.open(request.param) as archive:
-        # Before Python 3.11.4 there is none.
+        # Not available before Python 3.11.4.
         archive.extraction_filter = getattr(tarfile, "data_filter", None)
         archive.extractall(folder)
     return folder
@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> dict[str, Any]:
-    # Some groups hold dtypes, and all is plain data.
+    # Some groups contain dtypes; everything else is data.
     loaded: dict[str, Any] = torch.load(folder / "optimizers.pt", weights_only=True)
     return loaded
 
@@ -37,11 +37,11 @@ def check(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Tensor]]) -> 
     for got, expected in zip(found, wanted, strict=True):
         for name, value in expected.items():
             assert got[name].dtype == value.dtype, name
-            # Rules may be computed in another order, and a half type round the other way.
+            # The order of operations may differ, and a half type may then round the other way.
             digits = 2.0**-7 if value.dtype in (torch.bfloat16, torch.float16) else 1e-5
             if (
                 value.dtype == torch.int16
-            ):  # a remainder: its master is checked by what it rounds to
+            ):  # a remainder: the parameter, to which its master rounds, is compared
                 continue
             torch.testing.assert_close(got[name], value, rtol=digits, atol=digits * 1e-2)
 
@@ -70,7 +70,7 @@ def test_state_dict(saved: dict[str, Any], name: str) -> None:
         if "step" in state:
             assert state["step"].item() == SAVED_AFTER
             assert optimizer.state[param]
-    # What is saved again loads as well.
+    # A state dict of the loaded optimizer loads, too.
     again = case.optimizer(params)
     again.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
     case.run(again, params, STEPS_AFTERWARDS)

@@ -1,4 +1,4 @@
-"""The optimizers' signatures, and arguments that they reject."""
+"""The optimizers' signatures, and the arguments that they reject."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Equivalents of torch's own tests of its optimizers, on entries for ours."""
+"""Equivalents of torch's tests of its optimizers, with entries for these."""
 
 import copy
 import importlib
@@ -46,7 +46,7 @@ def kwargs_of(setup: Setup, fused: bool | None) -> Iterator[dict[str, Any]]:
 @pytest.mark.once
 @every_optimizer
 def test_errors(setup: Setup) -> None:
-    """Those of torch's own table, which takes seconds to import, and two more."""
+    """The errors in torch's table, which takes seconds to import, and two more."""
     if not os.environ.get("CI"):
         pytest.importorskip("expecttest", reason="torch's test utilities need it")
     torchs = importlib.import_module("torch.testing._internal.common_optimizers")
@@ -118,7 +118,7 @@ def test_complex_is_two_reals(setup: Setup, fused: bool | None) -> None:
                 loss.backward()
                 one.step()
         if kwargs.get("frob_normalize"):
-            continue  # the norms are summed in another order
+            continue  # the norms are summed in a different order
         assert_same(contents(optimizer), contents(other), str(kwargs))
 
 
@@ -129,7 +129,7 @@ def _real(tensor: Tensor) -> Tensor:
 @pytest.mark.real
 @every_optimizer
 def test_implementations_match(setup: Setup) -> None:
-    """Seven steps, one without gradients, and a layer that is frozen."""
+    """Seven steps, one of them without gradients, and a frozen layer."""
     for kwargs in kwargs_of(setup, None):
         results = []
         for fused in (False, None):
@@ -153,7 +153,7 @@ def test_implementations_match(setup: Setup) -> None:
 
 @every_optimizer
 def test_param_group_options(setup: Setup, fused: bool | None) -> None:
-    # Each key in a group of its own is the same as in the constructor.
+    # A key in a group has the same effect as in the constructor.
     for kwargs in kwargs_of(setup, fused):
         params, others = make_params(), make_params()
         options = {k: v for k, v in kwargs.items() if k != "fused"}
@@ -227,7 +227,7 @@ def test_hooks(setup: Setup, fused: bool | None) -> None:
     run(optimizer, params, [2])
     optimizer.load_state_dict(optimizer.state_dict())
     assert len(data) == 7
-    # A hook may replace what is loaded.
+    # A hook may replace the loaded state dict.
     other = setup.cls(make_params(), fused=fused)
     changed = copy.deepcopy(optimizer.state_dict())
     changed["param_groups"][0]["lr"] = 0.125

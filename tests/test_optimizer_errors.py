@@ -1,4 +1,4 @@
-"""An optimizer's errors say which parameter they are about, and come before anything is changed."""
+"""An optimizer's errors name the parameter, and come before anything is changed."""
 
 import re
 from collections.abc import Callable
@@ -23,13 +23,13 @@ every_path = pytest.mark.parametrize(
         None,
         pytest.param(True, marks=pytest.mark.skipif(native is None, reason="no native kernels")),
     ],
-    ids=["fallback", "native where it can", "native"],
+    ids=["fallback", "native where possible", "native"],
 )
 named_or_not = pytest.mark.parametrize("named", [False, True], ids=["", "named"])
 
 
 def make(cls: Any, fused: bool | None, named: bool = False, **options: Any) -> ScalarOptimizer:
-    """An optimizer with a group that was added later, of two parameters, after one step."""
+    """An optimizer after one step, with an added group of two parameters."""
     params = make_params([(3, 4)] * 3)
     first, *others = (
         zip(["first", "second", "encoder.weight"], params, strict=True) if named else params
@@ -46,7 +46,7 @@ def make(cls: Any, fused: bool | None, named: bool = False, **options: Any) -> S
 def refused(
     optimizer: ScalarOptimizer, expected: type[Exception], message: str, named: bool = False
 ) -> None:
-    """Step, and find the group's last parameter named; no other one has changed."""
+    """Assert that a step's error names the group's last parameter, and that no other changes."""
     label = "param_groups[1]['params'][1]" + (" ('encoder.weight')" if named else "")
     others = [p for group in optimizer.param_groups for p in group["params"]][:2]
     before = contents_of(optimizer, others)
@@ -155,13 +155,13 @@ def culprit(cls: Any, fused: bool | None, what: str, named: bool) -> None:
 @every_path
 @named_or_not
 @pytest.mark.parametrize("what", ROWS)
-def test_the_culprit_is_named(fused: bool | None, what: str, named: bool) -> None:
+def test_the_parameter_is_named(fused: bool | None, what: str, named: bool) -> None:
     culprit(AdamW, fused, what, named)
 
 
 @every_class
 @pytest.mark.parametrize("what", ["sparse gradient", "other shape", "state's shape"])
-def test_the_culprit_of_every_class(cls: Any, what: str) -> None:
+def test_every_class_names_the_parameter(cls: Any, what: str) -> None:
     for fused in (False, None):
         culprit(cls, fused, what, named=True)
 
@@ -198,7 +198,7 @@ DECOUPLED: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 @every_path
 @pytest.mark.parametrize("what", DECOUPLED)
 def test_gradients_of_every_kind(name: str, fused: bool | None, what: str) -> None:
-    """`decoupled_grad` is an attribute like any other, which nothing checks when it is set."""
+    """Nothing checks `decoupled_grad` when it is set, so that a step must."""
     change, error, message = DECOUPLED[what]
     optimizer = make(getattr(megatron, name), fused, named=True)
     for group in optimizer.param_groups:
@@ -212,7 +212,7 @@ def test_gradients_of_every_kind(name: str, fused: bool | None, what: str) -> No
 @pytest.mark.parametrize("cls", [AdamW, LaProp, megatron.FusedAdam])
 @every_path
 @named_or_not
-def test_what_is_no_tensor(cls: Any, fused: bool | None, named: bool) -> None:
+def test_gradients_that_are_no_tensors(cls: Any, fused: bool | None, named: bool) -> None:
     optimizer = make(cls, fused, named)
     before = contents(optimizer)
     params = optimizer.param_groups[1]["params"]

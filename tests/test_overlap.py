@@ -1,4 +1,4 @@
-"""Operands that share memory: what is refused, and what works because no byte is shared."""
+"""Operands that share memory are rejected; views without a common byte work."""
 
 import random
 import re
@@ -58,7 +58,7 @@ SHARED: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "columns that overlap": lambda: (lambda m: (m[:, :4], m[:, 3:7]))(torch.rand(3, 9)),
 }
 
-# What is replaced by the two; the one that the message names first comes second.
+# The two operands that are replaced; the message names the second one first.
 PLACES = {
     "out and another grad": (("out", 2), ("grad", 1)),
     "out and grad": (("out", 2), ("grad", 2)),
@@ -70,7 +70,7 @@ PLACES = {
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
-def test_shared_memory_is_refused(
+def test_shared_memory_is_rejected(
     path: str,  # noqa: F811
     make: Callable[[], tuple[Tensor, Tensor]],
     places: tuple[tuple[str, int], tuple[str, int]],
@@ -93,7 +93,7 @@ def test_example(path: str) -> None:  # noqa: F811
     assert_refused(
         ValueError, alias("out", "grad"), lists, lambda: function(*arguments, out=buffer[8:])
     )
-    # Beside each other they are fine; so is `out` that is `grad`.
+    # Adjacent operands are fine; so is `out` that is `grad`.
     calculate_lion_update(torch.zeros(n), exp_avg, 0.9, 0.99, out=buffer[:n])
     calculate_lion_update(buffer[:n], exp_avg, 0.9, 0.99, out=buffer[:n])
 
@@ -108,7 +108,7 @@ APART: dict[str, Callable[[int], list[Tensor]]] = {
 @pytest.mark.parametrize("is_shuffled", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("kind", APART)
 def test_views_without_a_common_byte(path: str, kind: str, is_shuffled: bool) -> None:  # noqa: F811
-    # All operands in one buffer: what is modified, and the gradients.
+    # All operands in one buffer: the modified ones, and the gradients.
     count = 1 + len(ADAM.states) + 1
     views = APART[kind](5 * count)
     if is_shuffled:
@@ -150,7 +150,7 @@ def test_empty_tensors_never_alias(path: str) -> None:  # noqa: F811
     LION.function(grads, states, 0.9, out=[torch.empty(20), buffer[5:5]])
 
 
-def test_many_columns_are_decided_at_once(path: str) -> None:  # noqa: F811
+def test_many_columns_are_decided_quickly(path: str) -> None:  # noqa: F811
     n = 400
     matrices = [torch.rand(7, n) for _ in range(3)]
     grads, states, outs = ([*m.T] for m in matrices)
@@ -162,8 +162,8 @@ def test_many_columns_are_decided_at_once(path: str) -> None:  # noqa: F811
         LION.function(grads, states, 0.9, out=outs)
 
 
-def test_huge_views_are_decided_at_once(path: str) -> None:  # noqa: F811
-    # Of 2^31 elements and more on a few: each listed, they would take gigabytes.
+def test_huge_views_are_decided_quickly(path: str) -> None:  # noqa: F811
+    # Views of 2^31 elements and more on few bytes: a list of their elements would take gigabytes.
     tiny = torch.rand(8)
     for shape, strides in [((2**31, 2), (0, 1)), ((2**16, 2**16), (0, 0)), ((1, 2**33), (1, 0))]:
         huge = tiny.as_strided(shape, strides)
@@ -171,20 +171,20 @@ def test_huge_views_are_decided_at_once(path: str) -> None:  # noqa: F811
             LION.function(huge, huge, 0.9, out=huge)
 
 
-def test_what_takes_too_long_is_refused(
+def test_undecided_overlaps_are_rejected(
     path: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Whether subsets of 16 large numbers have the same sum, or a given one, is hard to tell.
+    # Whether subsets of 16 large numbers have equal sums is hard to decide.
     generator = random.Random(0)
     strides = [generator.randrange(2**24, 2**25) for _ in range(16)]
     middle = sum(strides) // 2
-    buffer = torch.empty(2 * middle + 2, dtype=torch.bfloat16)  # of which no page is touched
+    buffer = torch.empty(2 * middle + 2, dtype=torch.bfloat16)  # pages never touched
     hard = buffer.as_strided((2,) * 16, strides)
     with pytest.raises(ValueError, match=r"^cannot tell whether exp_avg overlaps itself in memory"):
         LION.function(hard, hard, 0.9, out=hard)
     if path == "native":
-        return  # of pairs, the C++ test shows it
+        return  # the C++ test covers pairs
     monkeypatch.setattr(_overlap, "_WORK_OF_PAIR", 100)
     states = [buffer[middle : middle + 1], torch.zeros((2,) * 16)]
     message = "cannot tell whether grads[1] shares memory with exp_avgs[0], and exp_avgs[0] is"

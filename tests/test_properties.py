@@ -1,4 +1,4 @@
-"""Random calls: any mix of rules, shapes, dtypes, layouts and list partitions."""
+"""Random calls with any rules, shapes, dtypes, layouts and list partitions."""
 
 import itertools
 from typing import Any
@@ -25,7 +25,7 @@ matrix_shape = st.tuples(sizes, sizes)
 
 
 def _laid_out(tensor: Tensor, layout: str, offset: int) -> Tensor:
-    """The same values in another layout."""
+    """The same values in a different layout."""
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "reversed order" and tensor.dim() >= 2:
@@ -69,7 +69,7 @@ def calls(draw: st.DrawFn) -> tuple[Rule, str, list[Operands]]:
 
 
 def _copies(operands: list[Operands]) -> list[Operands]:
-    """Dense ones: the layouts of the call that is compared with."""
+    """Dense copies, for the reference call."""
     return [
         Operands(
             position.grad.clone(memory_format=torch.contiguous_format),
@@ -80,7 +80,7 @@ def _copies(operands: list[Operands]) -> list[Operands]:
 
 
 @given(calls())
-def test_any_list_is_right_and_equals_its_parts(drawn: tuple[Rule, str, list[Operands]]) -> None:
+def test_any_list_is_right_and_equals_single_calls(drawn: tuple[Rule, str, list[Operands]]) -> None:
     rule, case_name, operands = drawn
     case = rule.cases[case_name]
     alone = _copies(operands)

@@ -23,7 +23,7 @@ def test_names(name: str) -> None:
     assert get_optimizer_cls(name) is getattr(emerging_optimizers, NAMES[name])
 
 
-def test_a_name_that_is_not_there() -> None:
+def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"no optimizer is named 'soap'; there are adam, adamw, "):
         get_optimizer_cls("soap")
 

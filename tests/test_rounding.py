@@ -1,10 +1,10 @@
-"""The update functions round once, from the exact value to the dtype that is stored."""
+"""The update functions round once, from the exact value to the stored dtype."""
 
 from typing import Any
 
 import pytest
 import torch
-from oracle import RULES, Rule
+from oracle import RULES, Rule, is_square
 from support import (
     DTYPES,
     Mix,
@@ -18,13 +18,16 @@ from support import (
     overflow_threshold,
     round_once,
 )
+from test_fallback import rule_of
 from torch import Tensor
+
+from emerging_optimizers._hyperparameters import Beta, NonNegative
 
 pytestmark = pytest.mark.on_devices("tests-functions")
 
 
 def _halfway_points(dtype: torch.dtype) -> Tensor:
-    """Halfway between neighbours of a half type, and so little off it that float32 cannot tell."""
+    """Midpoints of a half type, and values so close to them that float32 cannot tell."""
     digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
     mantissas = torch.arange(2 ** (digits - 1), 2**digits, dtype=torch.float64) + 0.5
     halfway = mantissas * 2.0**-digits  # in [0.5, 1)
@@ -42,7 +45,7 @@ def _assert_rounded_once(stored: Tensor, exact: Tensor, label: str) -> None:
     assert_equal_bits(stored, once, label)
 
 
-# With these, a gradient of 0 and an exp_avg_sq of 4, the update is half the first state, exactly.
+# With a gradient of 0 and an exp_avg_sq of 4, the update is exactly half the first state.
 _HALVES = {
     "adam": {
         "betas": (0.5, 0.25),
@@ -85,17 +88,15 @@ def test_update_is_rounded_once(name: str, dtype: torch.dtype) -> None:
 
 
 def _cases_that_store_the_gradient(rule: Rule) -> dict[str, Any]:
-    """All betas 0: averages become the gradient, its square, or its normalised value."""
+    """Betas of 0: averages become the gradient, its square, or its normalised value."""
     case = dict(rule.usual)
-    for key, value in case.items():
-        if key == "betas":
-            case[key] = (0.0,) * len(value)
-        elif "warmup" in key:
-            case[key] = None
-        elif key.startswith("momentum_beta"):
-            case[key] = 0.0
-        elif key == "eps":
-            case[key] = 1.0
+    for name, kind, domain, length in rule_of(rule.name).hyperparameters:
+        if domain is Beta:
+            case[name] = (0.0,) * length if kind == "numbers" else 0.0
+        elif domain is NonNegative:
+            case[name] = 1.0
+        elif kind == "warm-up":
+            case[name] = None
     return case
 
 
@@ -103,14 +104,14 @@ def _cases_that_store_the_gradient(rule: Rule) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_states_are_rounded_once(rule: Rule, dtype: torch.dtype) -> None:
     case, halfway = _cases_that_store_the_gradient(rule), _halfway_points(dtype)
-    # The gradients whose average, normalised average and average square are the halfway points.
+    # Gradients for which the average, or the average square, is a midpoint.
     grads = {"square": halfway.abs().sqrt() * halfway.sign()}
-    if rule.name == "laprop":
+    if rule.normalises:
         grads["average"] = halfway / (1 - halfway.abs())  # g / (|g| + 1) = halfway
     else:
         grads["average"] = halfway
     for i, name in enumerate(rule.states):
-        grad = grads["square" if name == "exp_avg_sq" else "average"]
+        grad = grads["square" if is_square(name) else "average"]
         exact = Operands(grad, [torch.zeros_like(grad) for _ in rule.states])
         call(rule, case, exact)
         stored = Operands(grad, [torch.zeros_like(grad, dtype=dtype) for _ in rule.states])
@@ -132,12 +133,14 @@ def test_out_of_another_dtype_is_the_update_rounded(rule: Rule, mix: Mix) -> Non
 
 
 @pytest.mark.parametrize(
-    "rule", [rule for rule in RULES.values() if rule.name != "laprop"], ids=str
+    "rule",
+    [r for r in RULES.values() if not r.normalises and not is_square(r.states[0])],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_magnitude_is_rounded_to_nearest_even(rule: Rule, dtype: torch.dtype) -> None:
-    # Subnormals, the smallest normal numbers and those around the largest; betas of zero store the
-    # gradient itself, except in LaProp, which normalises it first.
+    # Subnormal numbers, the smallest normal ones, and those around the largest. With betas of 0,
+    # the state is the gradient.
     limits = torch.finfo(dtype)
     scale = torch.tensor([limits.smallest_normal, limits.smallest_normal / 8, limits.max, 1.0])
     grad = (torch.linspace(0.01, 1.9, 4099).outer(scale)).clamp_(max=torch.finfo(torch.float32).max)

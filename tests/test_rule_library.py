@@ -1,4 +1,4 @@
-"""Rules that are compiled by themselves, without torch, and loaded from shared libraries."""
+"""Rules compiled separately, without torch, and loaded from shared libraries."""
 
 import re
 import subprocess
@@ -24,8 +24,8 @@ from support import (
     every_rule,
     lay_out,
     make_operands,
+    needs_native,
 )
-from test_plain import needs_native
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -74,7 +74,7 @@ def copied_classes(copies: dict[str, Rule]) -> dict[tuple[type, str], type[Scala
 def assert_same_call(
     copied: oracle.Rule, row: oracle.Rule, case: Any, operands: Any, label: str, **out: Any
 ) -> None:
-    """Assert that both functions have the same results; `out` is 'given' or 'grad' if any."""
+    """Assert that both functions return the same; `out` is 'given', 'grad' or None."""
     is_single = isinstance(operands, Operands)
     results = []
     for rule in (copied, row):
@@ -135,7 +135,7 @@ def test_sizes(rule: oracle.Rule, mix: Any, copied_rows: dict[str, oracle.Rule])
 @every_variant
 @pytest.mark.parametrize("fused", [None, False])
 def test_steps(setup: Setup, fused: bool | None, copied_classes: Any) -> None:
-    """Each option of a step, by the rule's copy and by the rule."""
+    """Steps with each option, by a copy of a rule and by the rule."""
     bf16, f32 = torch.bfloat16, torch.float32
     for dtype, options in [
         *((f32, {"weight_decay": 0.1, "weight_decay_method": m}) for m in METHODS),
@@ -156,7 +156,7 @@ def test_steps(setup: Setup, fused: bool | None, copied_classes: Any) -> None:
 
 
 def test_remainders_of_masters(copies: dict[str, Rule]) -> None:
-    """A master in the state as 16 bits beside its parameter's."""
+    """A state holds the lower 16 bits of a master, its parameter the upper ones."""
     from emerging_optimizers import megatron
 
     for name, cls in [("adam", megatron.FusedAdam), ("lion", megatron.Lion)]:
@@ -190,7 +190,7 @@ def test_tracers(rule: oracle.Rule, copied_rows: dict[str, oracle.Rule]) -> None
     assert call(copied, rule.usual, meta).is_meta
 
 
-def test_errors_are_the_rules(copied_rows: dict[str, oracle.Rule]) -> None:
+def test_errors_match_those_of_the_rules(copied_rows: dict[str, oracle.Rule]) -> None:
     adam = copied_rows["adam"]
     operands = make_operands(adam, (3, 5), MIXES["float32"])
     with pytest.raises(ValueError, match=r"betas\[1\] is 1; expected 0 <= betas\[1\] < 1"):
@@ -247,18 +247,20 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rule]:
 
 
 def _tensors(rule: Rule, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
-    # Multiples of 1/8, whose sums are exact in each dtype.
+    # Multiples of 1/8, whose sums are exact in every dtype.
     grad = (torch.arange(-12.0, 12.0) / 8).reshape(4, 6).to(dtype)
     return grad, [torch.full_like(grad, 0.25 * (i + 1)) for i in range(len(rule.states))]
 
 
 def _enter(rule: Rule, grad: Any, states: list[Any], step: Any, out: Any = None) -> Any:
-    numbers = [step if name == "step" else OPTIONS[rule.name][name] for name in rule.options]
+    numbers = [
+        step if name == "step" else OPTIONS[rule.name][name] for name in rule.hyperparameter_names
+    ]
     return rule.entry_point()(grad, *states, *numbers, out)
 
 
 def _by_the_formula(rule: Rule, grad: Tensor, states: list[Tensor], step: int) -> Tensor:
-    step_option = {"step": step} if "step" in rule.options else {}
+    step_option = {"step": step} if "step" in rule.hyperparameter_names else {}
     wide = [state.double() for state in states]
     update = rule.formula(grad.double(), *wide, **OPTIONS[rule.name], **step_option)
     for state, value in zip(states, wide, strict=True):
@@ -332,7 +334,7 @@ def test_other_optimizers(name: str, fused: bool | None, others: dict[str, Rule]
     weight, states = start.double(), [torch.zeros_like(start) for _ in rule.states]
     for step in (1, 2, 4):
         grad = start.flip(0) * step
-        if step == 4:  # as a third step after a restart
+        if step == 4:  # like a third step after a restart
             reloaded = nn.Parameter(param.detach().clone())
             other = Optimizer([reloaded], fused=fused)
             other.load_state_dict(optimizer.state_dict())
@@ -348,7 +350,7 @@ def test_other_optimizers(name: str, fused: bool | None, others: dict[str, Rule]
 @pytest.mark.cuda
 @every_other_rule
 def test_cuda_tensors_of_a_rule_without_kernels(name: str, others: dict[str, Rule]) -> None:
-    """The formula is applied to them, and the kernels to those on the CPU."""
+    """CUDA tensors take the formula, and tensors on the CPU the kernels."""
     rule = others[name]
     grad, states = _tensors(rule)
     expected_states = [state.clone() for state in states]
@@ -391,7 +393,7 @@ def test_steps_of_a_rule_without_kernels(others: dict[str, Rule]) -> None:
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A library of other headers, and one of a rule that has an old name."""
+    """A library compiled with other headers, and one whose rule has an existing name."""
     folder = tmp_path_factory.mktemp("libraries")
     header = folder / "taken.h"
     text = (plugins.CSRC / "rules" / "lion.h").read_text()
@@ -414,7 +416,7 @@ def test_a_library_of_other_headers(libraries: dict[str, str]) -> None:
 
 
 @pytest.mark.once
-def test_a_name_that_is_taken(libraries: dict[str, str]) -> None:
+def test_a_name_in_use(libraries: dict[str, str]) -> None:
     assert native is not None
     function = native.lion_update
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Which random bits the shards of a DTensor draw."""
+"""The random bits that the shards of a DTensor use."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from emerging_optimizers._sharding import ShardPlace, _place
 
 
 def shard(whole: torch.Tensor, placement: Any, count: int, at: int) -> torch.Tensor:
-    """A process's shard along one dimension of a mesh, in whole's order of memory."""
+    """A process's shard along one dimension of a mesh, in the memory order of `whole`."""
     if isinstance(placement, Replicate):
         return whole
     factor = placement.split_factor if isinstance(placement, _StridedShard) else 1
@@ -58,7 +58,7 @@ PLACEMENTS: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("placements", PLACEMENTS, ids=str)
 def test_places(placements: tuple[Any, ...]) -> None:
-    """Contiguous shards have the index of their first element, others a number of their own."""
+    """Contiguous shards have the index of their first element, others a unique number."""
     shapes: list[tuple[int, ...]] = [(8, 6), (7, 5), (1, 9), (9, 1), (3, 2), (5, 3, 4)]
     sizes = itertools.product((1, 2, 3), repeat=len(placements))
     for mesh, shape in itertools.product(sizes, shapes):
@@ -89,13 +89,13 @@ def test_places(placements: tuple[Any, ...]) -> None:
 
 
 def test_places_that_are_not_known() -> None:
-    """Partial sums, and local tensors that do not fit their placement: each on its own."""
+    """Partial sums, and local tensors that do not fit their placement, are independent."""
     for placements, local_shape in [((Partial(),), (4, 2)), ((Shard(0),), (3, 2))]:
         places = [
             _place((4, 2), (2, 1), local_shape, (2, 1), (2,), (at,), placements) for at in (0, 1)
         ]
         assert places == [(1, 0), (2, 0)]
-    # A shard that lies in memory otherwise than the parameter does.
+    # A shard whose memory order differs from the parameter's.
     assert _place((4, 2), (2, 1), (2, 2), (1, 2), (2,), (1,), (Shard(0),)) == (2, 0)
 
 

@@ -1,4 +1,4 @@
-"""What state dicts hold: types that torch's tools accept, and tensors that no default changes."""
+"""State dicts contain types that torch's tools accept, and tensors independent of defaults."""
 
 import copy
 import io
@@ -78,7 +78,7 @@ def test_groups_hold_what_tools_accept(make: Any) -> None:
     saved = optimizer.state_dict()
     assert_accepted(saved["param_groups"])
     assert seen[0]["param_groups"] == saved["param_groups"]
-    # Older checkpoints, and tools that look for the optimizer's keys, have all of them.
+    # Older checkpoints have all of these keys, and tools look for them.
     assert optimizer.param_groups[0].keys() <= saved["param_groups"][0].keys()
     assert not isinstance(optimizer.param_groups[0]["state_dtype"], str)
 
@@ -134,12 +134,12 @@ def test_numbers_of_other_types(cls: Any) -> None:
     assert {key: loaded[key] for key in wanted} == wanted
     assert {key: type(loaded[key]) for key in wanted} == {k: type(v) for k, v in wanted.items()}
     assert loaded["betas"] == tuple(group["betas"].tolist())
-    assert group["weight_decay_method"] is method  # the group itself stays as it is
+    assert group["weight_decay_method"] is method  # the group does not change
 
 
 @pytest.mark.parametrize("state_dtype", [F32, {"exp_avg": BF16}], ids=["dtype", "dtypes"])
 def test_groups_that_hold_dtypes_load(state_dtype: Any) -> None:
-    """As older state dicts have them."""
+    """Older state dicts contain dtypes."""
     params = make_params()
     optimizer = AdamW(params, state_dtype=state_dtype)
     run(optimizer, params, [1, 2])
@@ -157,7 +157,7 @@ def test_groups_that_hold_dtypes_load(state_dtype: Any) -> None:
     assert_same(contents(other), contents(optimizer))
 
 
-def test_torch_continues_where_dtypes_are_text() -> None:
+def test_torch_continues_with_dtypes_as_text() -> None:
     ours, theirs = make_params(), make_params()
     optimizer = AdamW(ours, state_dtype=F32, lr=0.05)
     run(optimizer, ours, [1, 2])
@@ -174,7 +174,7 @@ def test_torch_continues_where_dtypes_are_text() -> None:
 
 
 class _Defaults:
-    """A context in which the process has another default dtype, and another device."""
+    """A context with another default dtype and another default device."""
 
     def __init__(self, is_set: bool) -> None:
         self.is_set = is_set
@@ -199,8 +199,8 @@ class _Defaults:
 @pytest.mark.parametrize("is_set", [False, True], ids=["context", "set"])
 @pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("make", [*MAKERS, _make_for_megatron])
-def test_no_default_changes_states(make: Any, fused: bool | None, is_set: bool) -> None:
-    if make is _make_for_megatron:  # its learning rates are tensors, too
+def test_states_do_not_depend_on_defaults(make: Any, fused: bool | None, is_set: bool) -> None:
+    if make is _make_for_megatron:  # its learning rates are also tensors
         make = lambda params: megatron.FusedAdam(params, capturable=True)  # noqa: E731
     params, others = make_params(dtype=BF16), make_params(dtype=BF16)
 
@@ -211,7 +211,7 @@ def test_no_default_changes_states(make: Any, fused: bool | None, is_set: bool) 
                 param.grad = torch.full_like(param, value)
             optimizer.step()
         saved = copy.deepcopy(optimizer.state_dict())
-        # As older versions of PyTorch save counters.
+        # Older versions of PyTorch save counters like this.
         for state, step in zip(saved["state"].values(), (2, 2.0), strict=True):
             state["step"] = step
         optimizer.load_state_dict(saved)
@@ -235,8 +235,8 @@ def test_no_default_changes_states(make: Any, fused: bool | None, is_set: bool) 
 
 
 @pytest.mark.parametrize("cls", MEGATRON)
-def test_a_step_that_is_saved_without_one(cls: Any) -> None:
-    """States that were made before the first step get theirs from the group."""
+def test_states_created_before_the_first_step(cls: Any) -> None:
+    """States created before the first step get their step from the group."""
     optimizer = cls(make_params())
     optimizer.initialize_state(optimizer.param_groups[0]["params"][0])
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""State tensors are updated in place: the same tensors, and the same memory, from step to step."""
+"""Steps update states in place: the same tensors in the same memory."""
 
 import copy
 from typing import Any
@@ -25,7 +25,7 @@ MEGATRON = [
 
 
 def strided(dtype: torch.dtype = F32) -> list[nn.Parameter]:
-    """Parameters with gaps in memory, and one without."""
+    """Parameters with gaps in memory, and one without gaps."""
     params = make_params(dtype=dtype)
     wide = torch.zeros(3, 8, dtype=dtype)
     wide[:, ::2] = params[0].detach()
@@ -51,7 +51,7 @@ def test_states_stay_where_they_are(setup: Setup, make: Any, fused: bool | None)
     run(optimizer, params, [2, 3])
     assert places(optimizer) == before
     assert {state["step"].item() for state in optimizer.state.values()} == {3}
-    # Also where they were loaded, which copies no tensor that fits.
+    # Also after a load, which does not copy tensors that fit.
     optimizer.load_state_dict(optimizer.state_dict())
     run(optimizer, params, [4])
     assert [memory for *_, memory in places(optimizer)] == [memory for *_, memory in before]
@@ -78,8 +78,8 @@ def _count(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("make", [make_params, strided], ids=["dense", "strided"])
 @ways
-def test_a_process_sees_anothers_steps(make: Any, fused: bool | None) -> None:
-    """Hogwild workers share parameters, states and counters."""
+def test_processes_share_steps(make: Any, fused: bool | None) -> None:
+    """Hogwild: processes share parameters, states and counters."""
     if torch.get_default_device().type != "cpu":
         pytest.skip("for tensors on the CPU")
     params = make()
@@ -101,7 +101,7 @@ def test_a_process_sees_anothers_steps(make: Any, fused: bool | None) -> None:
 
 
 def _tie(optimizer: Any, params: list[Tensor], how: str) -> None:
-    """Let the counter of one parameter be another's, or a view of it."""
+    """Replace the counter of one parameter by another's, or by a view of it."""
     step = optimizer.state[params[0]]["step"]
     optimizer.state[params[1]]["step"] = step if how == "tensor" else step.view(())
 
@@ -113,7 +113,7 @@ def _tie(optimizer: Any, params: list[Tensor], how: str) -> None:
     ids=["native", "fallback", "native and fallback", "fallback and native", "fused"],
 )
 @pytest.mark.parametrize("are_strided", [False, True], ids=["dense", "strided"])
-def test_a_counter_that_parameters_of_groups_share(ways: Any, how: str, are_strided: bool) -> None:
+def test_a_counter_shared_across_groups(ways: Any, how: str, are_strided: bool) -> None:
     if True in ways and are_strided:
         pytest.skip("there is no native step for it")
     params, others = (strided() if are_strided else make_params() for _ in range(2))
@@ -159,7 +159,7 @@ def test_a_counter_of_another_dtype_is_replaced(fused: bool | None) -> None:
     ],
     ids=["meta", "text", "beyond", "infinite", "sparse"],
 )
-def test_what_is_no_counter(
+def test_invalid_counters(
     cls: Any, step: Any, error: Any, message: str, fused: bool | None
 ) -> None:
     params = make_params()
@@ -176,7 +176,7 @@ def test_what_is_no_counter(
 @ways
 @pytest.mark.parametrize("absent", [None, {}], ids=repr)
 @pytest.mark.parametrize("cls", [Lion, megatron.FusedAdam])
-def test_a_copy_where_a_counter_is_absent(cls: Any, absent: Any, fused: bool | None) -> None:
+def test_a_copy_without_a_counter(cls: Any, absent: Any, fused: bool | None) -> None:
     params = make_params()
     optimizer = cls([{"params": params, "fused": fused}])
     run(optimizer, params, [1])
@@ -189,8 +189,8 @@ def test_a_copy_where_a_counter_is_absent(cls: Any, absent: Any, fused: bool | N
 
 @ways
 @pytest.mark.parametrize("cls", [AdamW, Lion])
-def test_a_counter_whose_parameter_gets_no_gradient(cls: Any, fused: bool | None) -> None:
-    """It is that of another one, which counts; its own stays."""
+def test_a_counter_without_a_gradient(cls: Any, fused: bool | None) -> None:
+    """A shared counter advances with the parameter that has a gradient; a separate one does not."""
     params = make_params()
     optimizer = cls(params, fused=fused)
     run(optimizer, params, [1])

@@ -1,10 +1,19 @@
-"""How `step` is called: closures, hooks, schedulers, the profiler and torch.compile."""
+"""Calls of `step`: with closures, hooks, schedulers, the profiler and torch.compile."""
 
 from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run, set_grads
+from optimizers import (
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_params,
+    one_cycle,
+    run,
+    set_grads,
+)
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -38,7 +47,7 @@ def test_lr_schedulers(setup: Setup, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, lr=torch.tensor(0.1), fused=fused)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(setup.make(make_params()), 0.1, total_steps=5)
+    cycle = one_cycle(setup.make(make_params()), 0.1, total_steps=5)
     for step in (1, 2):
         run(optimizer, params, [step])
         scheduler.step()
@@ -77,7 +86,7 @@ def test_hooks_see_the_arguments_and_may_replace_them() -> None:
 
 
 @every_optimizer
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # before torch 2.13, each does
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # before torch 2.13
 def test_profiler_sees_the_step(setup: Setup, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, fused=fused)
@@ -88,11 +97,11 @@ def test_profiler_sees_the_step(setup: Setup, fused: bool | None) -> None:
 
 
 class Noting(Adam):
-    """Notes its steps, of which each says what it is the step of."""
+    """Records the argument of each step."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
-        # Not a number: torch.compile sets no attribute of an optimizer before torch 2.12.
+        # A list: before torch 2.12, compiled code cannot set attributes of an optimizer.
         self.noted: list[str] = []
 
     def step(self, what: str) -> None:  # type: ignore[override]
@@ -142,7 +151,7 @@ def test_compiled_training_step(setup: Setup, fused: bool | None) -> None:
     assert_same(train(True), train(False))
 
 
-@pytest.mark.real  # compiling asks a CUDA device for the state of its random numbers
+@pytest.mark.real  # compiling reads the state of the device's random generator
 def test_a_compiled_step_of_a_subclass_runs_once() -> None:
     params = make_params()
     optimizer = Noting(params)
@@ -163,10 +172,10 @@ def test_a_compiled_step_of_a_subclass_runs_once() -> None:
 @pytest.mark.real
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf",
-    "ignore::DeprecationWarning",  # of torch's own parts, which a reset imports where CUDA is
+    "ignore::DeprecationWarning",  # of parts of torch that a reset imports if there is CUDA
 )
 def test_a_compiled_step_with_a_closure() -> None:
-    torch._dynamo.reset()  # it gives up compiling what has been compiled for many classes
+    torch._dynamo.reset()  # Dynamo stops compiling a function after too many classes
     params = make_params()
     optimizer = Adam(params)
     graphs = []
@@ -185,7 +194,7 @@ def test_a_compiled_step_with_a_closure() -> None:
     wanted = sum(float(param.detach().square().sum()) for param in params)
     loss: Any = train()
     assert loss.item() == pytest.approx(wanted)
-    assert graphs  # of the closure
+    assert graphs  # with the closure
 
 
 @pytest.mark.real

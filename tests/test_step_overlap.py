@@ -1,4 +1,4 @@
-"""Optimizers whose tensors share memory: states must not, parameters are stepped in their order."""
+"""Optimizers whose tensors share memory: states must not; parameters step in order."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def parameter(view: Tensor, grad: Tensor | None = None) -> torch.nn.Parameter:
 
 # ---- states --------------------------------------------------------------------------------------
 
-# What is given to parameter 1, of group 1, in place of a state; and how the message describes both.
+# What replaces a state of parameter 1 in group 1, and how the message describes both.
 Setting = tuple[str, Callable[[list[Tensor], ScalarOptimizer], Tensor], str, str]
 
 AT_0, AT_1 = "param_groups[0]['params'][0]", "param_groups[1]['params'][0]"
@@ -52,7 +52,7 @@ STATES: dict[str, Setting] = {
 
 @every_fused
 @pytest.mark.parametrize("case", STATES)
-def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> None:
+def test_states_that_share_memory_are_rejected(case: str, fused: bool | None) -> None:
     params = [parameter(torch.randn(3, 5)) for _ in range(2)]
     optimizer = AdamW([{"params": [p]} for p in params], fused=fused)
     optimizer.step()
@@ -68,10 +68,10 @@ def test_states_that_share_memory_are_refused(case: str, fused: bool | None) -> 
         assert tensor._version == version or tensor.dim() == 0
 
 
-# A master that begins where its parameter does, too: the address says whether there is one.
+# Even a master at the address of its parameter: a float32 parameter is its own master.
 @pytest.mark.parametrize("first", [0, 3], ids=lambda first: f"parameter from {first}")
 @every_fused
-def test_a_master_that_its_parameter_lies_in_is_refused(fused: bool | None, first: int) -> None:
+def test_a_parameter_inside_its_master_is_rejected(fused: bool | None, first: int) -> None:
     memory = torch.randn(5)
     param = parameter(memory.view(torch.bfloat16)[first : first + 5])
     optimizer = AdamW([param], fused=fused, master_weights=True)
@@ -85,7 +85,7 @@ def test_a_master_that_its_parameter_lies_in_is_refused(fused: bool | None, firs
 
 
 @pytest.mark.parametrize("cls", [FusedAdam, MegatronLion])
-def test_remainders_in_their_parameter_are_refused(cls: Any) -> None:
+def test_remainders_inside_their_parameter_are_rejected(cls: Any) -> None:
     param = parameter(torch.randn(5).bfloat16())
     optimizer = cls([param], lr=0.01, master_weights=True, store_param_remainders=True)
     optimizer.step()
@@ -97,8 +97,7 @@ def test_remainders_in_their_parameter_are_refused(cls: Any) -> None:
     assert optimizer.param_groups[0]["step"] == 1
 
 
-# Shared by whole objects, to which nothing else refers: a step then knows of two of them only by
-# counting.
+# The same tensor objects, with no other reference: a step detects them only by counting.
 def share(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
     target["exp_avg_sq"] = source["exp_avg"]
 
@@ -133,7 +132,7 @@ OBJECTS: dict[str, Callable[[list[Any], Any], None]] = {
         for case in OBJECTS
     ],
 )
-def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
+def test_shared_objects_are_rejected(case: str, fused: bool | None) -> None:
     if case == "NumPy" and torch.get_default_device().type != "cpu":
         pytest.skip("for tensors on the CPU")
     params = [parameter(torch.randn(15)) for _ in range(2)]
@@ -147,8 +146,8 @@ def test_shared_objects_are_refused(case: str, fused: bool | None) -> None:
 
 @every_fused
 @pytest.mark.parametrize("cls", [AdamW, FusedAdam])
-def test_a_gradient_with_gaps_that_a_state_lies_in(cls: Any, fused: bool | None) -> None:
-    """A native step reads a copy of such a gradient."""
+def test_a_state_inside_a_gradient_with_gaps(cls: Any, fused: bool | None) -> None:
+    """A native step reads a copy of a gradient with gaps."""
     memory = torch.randn(30)
     param = parameter(torch.randn(15), memory[::2])
     optimizer = cls([{"params": [param], "fused": fused}])
@@ -162,7 +161,7 @@ def test_a_gradient_with_gaps_that_a_state_lies_in(cls: Any, fused: bool | None)
 
 
 @pytest.mark.parametrize("fused", [None, False])
-def test_conjugated_gradients_that_a_state_lies_in(fused: bool | None) -> None:
+def test_a_state_inside_a_conjugated_gradient(fused: bool | None) -> None:
     memory = torch.randn(15, dtype=torch.complex64)
     param = parameter(torch.randn(15, dtype=torch.complex64), memory.conj())
     optimizer = AdamW([param], fused=fused)
@@ -175,8 +174,8 @@ def test_conjugated_gradients_that_a_state_lies_in(fused: bool | None) -> None:
 
 
 @pytest.mark.parametrize("fused", [None, False])
-def test_a_gradient_with_gaps_that_an_earlier_parameter_lies_in(fused: bool | None) -> None:
-    """It is read when its parameter's turn has come."""
+def test_an_earlier_parameter_inside_a_gradient_with_gaps(fused: bool | None) -> None:
+    """The gradient is read when its parameter is stepped."""
     found = []
     for is_together in (True, False):
         memory = torch.linspace(-1, 1, 30)
@@ -194,7 +193,7 @@ def test_a_gradient_with_gaps_that_an_earlier_parameter_lies_in(fused: bool | No
 
 
 @every_fused
-def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
+def test_states_that_overlap_partly_are_rejected(fused: bool | None) -> None:
     named = [(f"layer{i}.weight", parameter(torch.randn(20))) for i in range(2)]
     optimizer = Lion(named, fused=fused)
     optimizer.step()
@@ -208,7 +207,7 @@ def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         optimizer.step()
     assert not buffer.any()
-    # Beside each other they are fine.
+    # Adjacent states are fine.
     buffer = torch.zeros(40)
     for (_, param), state in zip(named, (buffer[:20], buffer[20:]), strict=True):
         optimizer.state[param]["exp_avg"] = state
@@ -217,7 +216,7 @@ def test_states_that_overlap_partly_are_refused(fused: bool | None) -> None:
 
 
 @every_fused
-def test_masters_that_share_memory_are_refused(fused: bool | None) -> None:
+def test_masters_that_share_memory_are_rejected(fused: bool | None) -> None:
     params = [parameter(torch.randn(20).bfloat16()) for _ in range(2)]
     optimizer = AdamW(params, master_weights=True, fused=fused)
     optimizer.step()
@@ -260,9 +259,7 @@ def step_thrice(optimizers: Sequence[ScalarOptimizer]) -> None:
 @pytest.mark.parametrize("num_groups", ["one group", "groups"])
 @pytest.mark.parametrize("kind", PARAMS)
 @pytest.mark.parametrize("cls", [AdamW, SimplifiedAdEMAMix], ids=lambda c: c.__name__)
-def test_parameters_are_stepped_in_their_order(
-    cls: Any, kind: str, num_groups: str, fused: bool | None
-) -> None:
+def test_parameters_step_in_order(cls: Any, kind: str, num_groups: str, fused: bool | None) -> None:
     start, noise = torch.randn(100), torch.randn(100)
     results = []
     for is_together in (False, True):
@@ -271,12 +268,12 @@ def test_parameters_are_stepped_in_their_order(
         params = [parameter(v, g) for v, g in zip(PARAMS[kind](buffer), grads, strict=True)]
         has_gaps = not all(param.is_contiguous() for param in params)
         if has_gaps and fused:
-            return  # the fallback has to step some of them
+            return  # some need the fallback
         groups: Any = params if num_groups == "one group" else [{"params": [p]} for p in params]
         optimizers = [groups] if is_together else [[param] for param in params]
         step_thrice([cls(group, lr=0.1, fused=fused) for group in optimizers])
         results.append(buffer)
-    if fused is None and has_gaps:  # what follows a parameter of the fallback is stepped by it
+    if fused is None and has_gaps:  # parameters after one of the fallback's take the fallback, too
         torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     else:
         assert_equal_bits(results[1], results[0], kind)
@@ -324,7 +321,9 @@ def test_large_parameters(fused: bool | None) -> None:
 
 @every_fused
 @pytest.mark.parametrize("is_decoupled", [False, True], ids=["grad", "decoupled_grad"])
-def test_a_parameter_as_another_ones_gradient(is_decoupled: bool, fused: bool | None) -> None:
+def test_a_parameter_that_is_the_gradient_of_another(
+    is_decoupled: bool, fused: bool | None
+) -> None:
     name = "decoupled_grad" if is_decoupled else "grad"
     # Of several threads' shares each.
     start, noise = torch.randn(2, 2, 200_000)
@@ -398,7 +397,7 @@ def test_columns_as_states_share_nothing(fused: bool | None) -> None:
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("fused", [None, False])
-def test_a_parameter_that_is_there_twice(fused: bool | None) -> None:
+def test_a_parameter_twice_in_a_group(fused: bool | None) -> None:
     noise, start = torch.randn(20), torch.randn(20)
     param, other = parameter(start.clone(), noise), parameter(start.clone(), noise)
     optimizer, once = AdamW([param, param], fused=fused), AdamW([other], fused=fused)
@@ -412,7 +411,7 @@ def test_a_parameter_that_is_there_twice(fused: bool | None) -> None:
 
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_parameter_that_is_in_two_groups(fused: bool | None) -> None:
-    """Torch refuses it where groups are made, but not what is put into them later."""
+    """torch checks groups when they are added, but not later changes."""
     noise, start = torch.randn(20), torch.randn(20)
     param, other = parameter(start.clone(), noise), parameter(start.clone(), noise)
     others = [parameter(torch.randn(5)) for _ in range(2)]
@@ -430,7 +429,7 @@ def test_a_parameter_that_is_in_two_groups(fused: bool | None) -> None:
 
 
 @every_fused
-def test_counters_of_a_step_that_several_share(fused: bool | None) -> None:
+def test_shared_counters(fused: bool | None) -> None:
     params = [parameter(torch.randn(20)) for _ in range(3)]
     optimizer = AdamW(params, fused=fused)
     optimizer.step()

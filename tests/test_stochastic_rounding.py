@@ -1,4 +1,4 @@
-"""Stochastic rounding: its random bits, and the steps that use it."""
+"""Stochastic rounding: its random bits, and steps that use them."""
 
 import math
 from typing import Any
@@ -46,7 +46,7 @@ def test_random_bits() -> None:
 
 
 def test_random_bits_by_hand() -> None:
-    # As in the docstrings, in Python's integers: what other implementations are held to.
+    # The definition of the docstrings in Python integers, a reference for other implementations.
     def hashed(x: int) -> int:
         x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
         x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
@@ -106,7 +106,7 @@ def test_stochastic_rounding_of_a_step(
     count = 100_000
     eps = torch.finfo(dtype).eps
     param = torch.nn.Parameter(torch.full((100, count // 100), 1.5, dtype=dtype))
-    # The first update of each rule, of a gradient of ones.
+    # The size of the rule's first update with a gradient of ones.
     size = torch.nn.Parameter(torch.ones(1, 1))
     size.grad = torch.ones(1, 1)
     setup.make([size], lr=1.0, weight_decay=0.0).step()
@@ -131,7 +131,7 @@ def test_stochastic_rounding_learns(fused: bool | None) -> None:
             optimizer.step()
         return (param.detach().float() - 3.0).abs().mean().item()
 
-    assert distance() == 1.0  # each update is less than half of 4's distance to its neighbours
+    assert distance() == 1.0  # each update is less than half the spacing at 4
     assert distance(stochastic_rounding=True) < 0.1
     assert distance(master_weights=True, state_dtype=torch.float32) < 0.1
 
@@ -157,7 +157,7 @@ def test_stochastic_rounding_depends_on_seed_step_position(
     assert_same(result(groups=True), first)
     assert_same(result(frozen=True)[1:], first[1:])
     assert not torch.equal(result(seed=1)[0], first[0])
-    # Neither another device's generator nor, without the option, any generator is used.
+    # Without the option, no random generator is used.
     torch.manual_seed(0)
     before = torch.get_rng_state()
     params = make_params(dtype=dtype)

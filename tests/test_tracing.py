@@ -1,4 +1,4 @@
-"""The update functions, operators and optimizers under PyTorch's tracers: right, or an error."""
+"""Functions, operators and optimizers under PyTorch's tracers: correct, or an error."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,12 +8,19 @@ import pytest
 import torch
 from optimizers import Setup, assert_same, contents, every_optimizer, make_params, set_grads
 from oracle import RULES, Rule
-from support import MIXES, Operands, assert_equal_bits, call, every_rule, make_operands
-from test_plain import needs_native
+from support import (
+    MIXES,
+    Operands,
+    assert_equal_bits,
+    call,
+    every_rule,
+    make_operands,
+    needs_native,
+)
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# torch.jit is deprecated, and warns of what a trace keeps as it was.
+# torch.jit is deprecated, and warns about values that a trace keeps as constants.
 pytestmark = pytest.mark.filterwarnings("ignore")
 CURE = "use torch.compile or torch.export, or call it outside of what is traced"
 
@@ -75,7 +82,7 @@ def assert_refuses(function: Callable[..., Tensor], operands: Operands, what: st
 def test_jit_trace(rule: Rule, form: Callable[..., Any]) -> None:
     operands = operands_of(rule)
     assert_refuses(form(rule), operands, f"calculate_{rule.name}_update")
-    # The next call is as good as any.
+    # Later calls work.
     other = operands.clone()
     got = form(rule)(*tensors_of(operands))
     assert_equal_bits(got, call(rule, rule.usual, other), "update")
@@ -171,7 +178,7 @@ def test_make_fx_with_a_step_tensor(mode: str) -> None:
 
 @every_rule
 def test_fx_symbolic_trace(rule: Rule) -> None:
-    """Its proxies are no tensors."""
+    """Its proxies are not tensors."""
     names = ", ".join(["grad", *rule.states])
     function = eval(f"lambda {names}: form({names})", {"form": call_single(rule)})
     with pytest.raises((torch.fx.proxy.TraceError, TypeError), match="Proxy"):

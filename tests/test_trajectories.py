@@ -128,7 +128,7 @@ def test_missing_grads(setup: Setup, fused: bool | None) -> None:
     optimizer.zero_grad()
     optimizer.step()
     assert_same(contents(optimizer), before)
-    # Per-parameter steps that differ: as if each had been alone.
+    # With different steps, each parameter steps as in an optimizer alone.
     params[1].grad = make_grads(params, 2)[1]
     optimizer.step()
     run(optimizer, params, [3])

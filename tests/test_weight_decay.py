@@ -1,4 +1,4 @@
-"""Weight decay: the fraction that a weight loses, however small, and weights that are special."""
+"""Weight decay: small fractions, and weights with special values."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ SHRINKING = [method for method in METHODS if method != "l2"]
 
 
 def decay_of(fraction: float, method: str, lr: float) -> float:
-    """The weight_decay of which a step takes that fraction of a weight."""
+    """The weight_decay with which a step removes this fraction of a weight."""
     return fraction / {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
 
 
@@ -27,7 +27,7 @@ def _relative_losses(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> list[float]:
-    """How much of the right decay 300 AdamW steps with random gradients bring."""
+    """The decay of 300 AdamW steps with random gradients, relative to the exact one."""
     lr = 1e-3
     start = (torch.rand(count) + 0.5).to(dtype)
     params = [Parameter(start.clone()) for _ in fractions]
@@ -36,7 +36,7 @@ def _relative_losses(
         {"params": [p], "weight_decay": decay_of(d, method, lr)}
         for p, d in zip((*params, *exact), (*fractions, 0.0, *fractions), strict=True)
     ]
-    # With this eps, updates of the first step differ in size, and so do their roundings.
+    # With this eps, the first updates differ in size, and so in their rounding errors.
     optimizer = AdamW(groups, lr=lr, eps=0.1, weight_decay_method=method, **options)
     for _ in range(300):
         grad = torch.randn(count).to(dtype)
@@ -54,7 +54,7 @@ def _relative_losses(
 
 @pytest.mark.parametrize("method", SHRINKING)
 def test_any_fraction(method: str, fused: bool | None) -> None:
-    # Roundings add up to some 0.0003 of a decay of 1e-8.
+    # Rounding errors add up to about 0.0003 of a decay of 1e-8.
     cases = {12_000: [3e-8]} if fused is False else {100_000: [1e-8, 3e-8]}
     if method != "decoupled":
         cases = {}
@@ -72,7 +72,7 @@ def test_any_fraction_of_masters(fused: bool | None) -> None:
 
 
 def test_small_fraction_with_stochastic_rounding(fused: bool | None) -> None:
-    """Each step takes 1/32 of a bfloat16 number's distance to the next."""
+    """Each step removes 1/32 of the spacing of bfloat16 numbers."""
     weight = Parameter(torch.ones(4000, dtype=torch.bfloat16))
     optimizer = Lion([weight], lr=1e-3, weight_decay=0.125, stochastic_rounding=True, fused=fused)
     weight.grad = torch.zeros_like(weight)
@@ -90,7 +90,7 @@ every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 def _step_of_signs(
     values: list[float], fraction: float, method: str, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step whose updates are 1, -1 and 0: weights before and after it, and lr * updates."""
+    """Take a step with updates of 1, -1 and 0; return old and new weights, and lr * updates."""
     lr = 0.25
     weight = Parameter(torch.tensor(values).repeat(3).to(dtype))
     before = weight.detach().clone()
@@ -116,7 +116,7 @@ def test_special_weights(method: str, dtype: torch.dtype, fused: bool | None) ->
 @every_type
 def test_no_decay_changes_no_bit(method: str, dtype: torch.dtype, fused: bool | None) -> None:
     if method == "l2":
-        method = "decoupled"  # there, too, lr * 0 is lost
+        method = "decoupled"  # lr * 0 is lost there, too
     before, after, moved = _step_of_signs(SPECIAL, 0.0, method, dtype, fused=fused)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     wanted = (before.to(wide) - moved.to(wide)).to(dtype)
@@ -125,8 +125,8 @@ def test_no_decay_changes_no_bit(method: str, dtype: torch.dtype, fused: bool | 
 
 @pytest.mark.parametrize("method", SHRINKING)
 @every_type
-def test_all_is_lost(method: str, dtype: torch.dtype, fused: bool | None) -> None:
-    """With a fraction of 1, the update is left; with more, the weight changes its sign."""
+def test_fractions_of_1_and_more(method: str, dtype: torch.dtype, fused: bool | None) -> None:
+    """A fraction of 1 leaves only the update; a larger one flips the weight's sign."""
     finite = [x for x in SPECIAL if math.isfinite(x) and abs(x) < 65504]
     _, after, moved = _step_of_signs(finite, 1.0, method, dtype, fused=fused)
     assert torch.equal(after, -moved)
@@ -134,8 +134,8 @@ def test_all_is_lost(method: str, dtype: torch.dtype, fused: bool | None) -> Non
     assert torch.equal(after, -0.5 * before - moved)
 
 
-def test_remainders_are_masters(fused: bool | None) -> None:
-    """Halved masters decay as whole ones do, to the bit."""
+def test_remainders_decay_like_masters(fused: bool | None) -> None:
+    """Split and float32 masters decay bit-identically."""
     results = []
     for store in (False, True):
         params = make_params(dtype=torch.bfloat16)
@@ -151,7 +151,7 @@ def test_remainders_are_masters(fused: bool | None) -> None:
     assert_same(results[1], results[0])
 
 
-def test_lr_of_0_takes_nothing(fused: bool | None) -> None:
+def test_lr_0_does_not_decay(fused: bool | None) -> None:
     params = make_params()
     before = [p.detach().clone() for p in params]
     optimizer = Lion(

@@ -1,7 +1,7 @@
-"""The wheel as a user meets it: made from the source distribution, installed beside torch alone.
+"""The wheel as users install it: built from the source distribution, with only torch installed.
 
-The environment that it is installed in is empty but for torch and what torch itself requires, which
-a .pth file offers from a folder of links: a second copy of torch would take a minute to install.
+The environment contains only torch and its requirements, which a .pth file finds in a folder of
+links: installing a second copy of torch would take a minute.
 """
 
 import importlib.metadata
@@ -63,7 +63,7 @@ print(json.dumps({
 
 @dataclass
 class Environment:
-    """A virtual environment with torch, and the package as its wheel installs it."""
+    """A virtual environment with torch and the installed wheel."""
 
     folder: Path
     wheel: Path
@@ -79,12 +79,12 @@ class Environment:
         return found
 
     def smoke(self, **environment: str) -> tuple[dict[str, Any], list[str]]:
-        """Use the package, without a compiler where `environment` offers none."""
+        """Use the package, without a compiler unless `environment` provides one."""
         variables = {"PATH": str(self.python.parent), "HOME": str(self.folder), **environment}
         assert ("CXX" in variables) == (shutil.which("c++", path=variables["PATH"]) is not None)
         done = subprocess.run(
             [str(self.python), "-c", SMOKE],
-            # torch says so where there is no NumPy.
+            # torch warns if there is no NumPy.
             env={"PYTHONWARNINGS": "ignore:Failed to initialize NumPy", **variables},
             cwd=self.folder,
             capture_output=True,
@@ -107,7 +107,7 @@ def link_torch(folder: Path) -> None:
         try:
             distribution = importlib.metadata.distribution(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # what another system needs
+            continue  # required on other systems
         for required in map(Requirement, distribution.requires or []):
             extras = [{"extra": extra} for extra in ("", *wanted.extras)]
             is_required = required.marker is None or any(map(required.marker.evaluate, extras))
@@ -115,7 +115,7 @@ def link_torch(folder: Path) -> None:
                 waiting.append(required)
                 seen.add(str(required))
         for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            if not (folder / top).exists():  # several have parts in one, as those of CUDA do
+            if not (folder / top).exists():  # several distributions may share a folder
                 (folder / top).symlink_to(str(distribution.locate_file(top)))
 
 
@@ -135,7 +135,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     link_torch(links)
     (site,) = made.folder.glob("lib/python*/site-packages")
     (site / "torch.pth").write_text(f"{links}\n")
-    # It finds all that it requires.
+    # Fails if a requirement is missing.
     pip = [sys.executable, "-m", "pip", "--python", str(made.python)]
     subprocess.run([*pip, "install", "--quiet", "--no-index", str(made.wheel)], check=True)
     return made
@@ -157,7 +157,7 @@ def test_wheel_without_a_compiler(environment: Environment) -> None:
 
 
 def test_import_time(environment: Environment) -> None:
-    """Over that of torch; the least of a few, since the machine has other things to do."""
+    """In addition to torch's import; the minimum of several runs, on a busy machine."""
     seconds: list[float] = []
     while len(seconds) < 6 and min(seconds, default=1.0) > 0.06:
         seconds.append(environment.smoke()[0]["seconds"])
@@ -173,7 +173,7 @@ def test_first_import_compiles_what_the_wheel_carries(
     (compiled,) = environment.package.glob("_C.*")
     variables = {"PYTHONPATH": str(copy.parent), "TORCH_EXTENSIONS_DIR": str(extensions)}
     variables["EMERGING_OPTIMIZERS_CUDA"] = "0"  # nvcc would take minutes
-    compiler = tmp_path / "c++"  # which takes half the time
+    compiler = tmp_path / "c++"  # halves the time
     compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
     compiler.chmod(0o755)
     seen, written = environment.smoke(**variables, CXX=str(compiler), PATH=os.environ["PATH"])
@@ -184,7 +184,7 @@ def test_first_import_compiles_what_the_wheel_carries(
     assert extensions in Path(seen["module"]).parents
     assert seen["isas"] == native.compiled_isas()
 
-    # From then on it is there, also where what is installed was compiled for another torch.
+    # Later imports use it, even if the installed module was compiled for another torch.
     library = compiled.read_bytes()
     mark = b"is built for torch " + native.torch_version.encode()
     assert library.count(mark) == 1

@@ -42,8 +42,8 @@ def test_zero_lr(setup: Setup, method: str, fused: bool | None) -> None:
                 assert state[setup.states[0]].count_nonzero() > 0
 
 
-def test_lr_0_leaves_every_bit(fused: bool | None) -> None:
-    """Numbers that are none and have a payload, a denormal one, both zeros."""
+def test_lr_0_keeps_the_bits(fused: bool | None) -> None:
+    """NaNs with payloads, subnormal numbers and both zeros."""
     bits = torch.tensor([0x7F800001, 0x7FC00001, -0x3FFFFF, 1, 0, -(2**31)], dtype=torch.int32)
     for dtype, values in (
         (torch.float32, bits),
@@ -61,9 +61,7 @@ def test_lr_0_leaves_every_bit(fused: bool | None) -> None:
 @pytest.mark.parametrize(
     "make", [AdamW, functools.partial(LaProp, frob_normalize=True)], ids=["AdamW", "LaProp"]
 )
-def test_lr_0_leaves_a_parameter_whatever_its_master(
-    make: Any, dtype: torch.dtype, fused: bool | None
-) -> None:
+def test_lr_0_ignores_the_master(make: Any, dtype: torch.dtype, fused: bool | None) -> None:
     params = make_params(dtype=dtype)
     optimizer = make(params, master_weights=True, fused=fused)
     run(optimizer, params, [1])

@@ -2,16 +2,16 @@
 
 Compiles the kernels for several architectures, and fails where
 
-- nvcc has a warning, or the sources around the kernels do not compile;
-- a kernel spills registers, has local memory, or uses more registers than its budget;
-- operands are accessed elsewhere than in vectors.h, or its vectors are not as wide as they can be,
-  so that warps would read or write less than whole sectors;
-- a load of a tile's vectors stands behind the first square root, division or store, where it would
-  wait for them, or a single element is widened where it is loaded;
-- the loop has more instructions than its budget;
-- an operation could be contracted, or is not rounded as the CPU's.
+- nvcc warns, or the host code around the kernels does not compile;
+- a kernel spills registers, uses local memory, or exceeds its register budget;
+- operands are accessed outside vectors.h, or in vectors narrower than they could be, so that warps
+  read or write partial sectors;
+- a vector load of a tile comes after the first square root, division or store, and so waits for
+  it, or a single element is widened where it is loaded;
+- the loop exceeds its instruction budget;
+- an operation could be contracted, or is not rounded as on the CPU.
 
-Whether the kernels compute the right numbers is for the tests, on the host and on a GPU.
+Whether the kernels compute the right numbers is checked by the tests, on the host and on a GPU.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from cuda_sources import Kernel, Sources
 from torch.utils import cpp_extension
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-MAX_SECONDS = 300  # of nvcc, for all architectures together
+MAX_SECONDS = 300  # nvcc's time, over all architectures
 
 
 def find_tool(name: str) -> Path:
-    """Find a tool: that of the PyPI packages, else the toolkit in $CUDA_HOME, else on the PATH."""
+    """Find a tool in the PyPI packages, else in $CUDA_HOME, else on the PATH."""
     folders = [str(Path(sysconfig.get_path("platlib")) / "nvidia" / "cu13" / "bin")]
     if "CUDA_HOME" in os.environ:
         folders.append(str(Path(os.environ["CUDA_HOME"]) / "bin"))
@@ -50,7 +50,7 @@ def find_tool(name: str) -> Path:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command, and keep its output."""
+    """Run a command and capture its output."""
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -65,7 +65,7 @@ def compile_all(commands: list[list[str]]) -> list[str]:
 
 
 class Compiled(NamedTuple):
-    """Units as an architecture has them: ptxas' reports, and where the cubins are."""
+    """The units compiled for one architecture: ptxas' reports, and the paths of the cubins."""
 
     reports: list[str]
     cubins: list[Path]
@@ -83,8 +83,8 @@ def compile_kernels(
     cubins = {a: [out / f"{unit.stem}.{a}.cubin" for unit in units] for a in architectures}
     commands = []
     for architecture, of_all in cubins.items():
-        # By the oldest standard that a supported torch asks for; for the newest chip, whose PTX is
-        # kept, by the newest one.
+        # In the oldest standard that a supported torch requires; for the newest chip, whose PTX is
+        # kept, in the newest.
         is_newest = architecture == architectures[-1]
         kept = ["-std=c++20", "--keep", "--keep-dir", str(out)] if is_newest else ["-std=c++17"]
         for unit, cubin in zip(units, of_all, strict=True):
@@ -98,7 +98,7 @@ def compile_kernels(
 
 
 def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
-    """Compile all that is no kernel, without code: a torch without CUDA has the headers."""
+    """Check the syntax of the host code: a torch without CUDA has the headers for it."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [*cpp_extension.include_paths(), str(nvcc.parent.parent / "include")]
     flags = [*sources.build_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]

@@ -1,4 +1,4 @@
-"""Checks what the CUDA compilers made of the kernels: ptxas' report, disassembly and PTX."""
+"""Checks the output of the CUDA compilers: ptxas' report, the disassembly and the PTX."""
 
 import re
 from collections import Counter
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from cuda_sources import ADVANCE, Kernel, Sources, kernel_of
 
-# Registers of a thread: 65536 are shared by blocks of 256 threads, and handed out in eights. By the
-# arithmetic type, whether a block computes the constants (which then take registers), and whether a
-# row has six operands (AdEMAMix's, with a weight).
+# Registers per thread. A multiprocessor has 65536 for its blocks of 256 threads, and allocates them
+# in eights. The keys: the arithmetic type, whether a block computes the constants (which then take
+# registers), and whether a row has six operands (AdEMAMix's, with a weight).
 REGISTERS = {
     ("float32", False, False): 64,  # four blocks on a multiprocessor
-    ("float32", False, True): 80,  # three: a thread has a fourth more in flight, and 64 spill
-    ("float32", True, False): 80,  # three: 14 constants more, and 64 spill
+    ("float32", False, True): 80,  # three: a thread has a fourth more in flight, and spills with 64
+    ("float32", True, False): 80,  # three: 14 more constants, and it spills with 64
     ("float32", True, True): 128,  # two
     ("float64", False, False): 128,  # two: values take twice the registers
     ("float64", False, True): 136,  # one, which could have 255
@@ -20,8 +20,8 @@ REGISTERS = {
     ("float64", True, True): 192,  # one
 }
 ADVANCE_REGISTERS = 32
-# Instructions of the loop for each operand of a row, over all dtypes: 10 % more than any has.
-# A block that computes the constants has a loop for each value of a rule's flags.
+# Instructions of the loop per operand of a row, over all dtypes: 10 % above the largest measured.
+# A block that computes the constants has one loop for each value of a rule's flags.
 INSTRUCTIONS = {
     ("StoreUpdate", "float32", False): 210,
     ("StoreUpdate", "float32", True): 245,
@@ -48,7 +48,7 @@ def budget(sources: Sources, kernel: Kernel) -> int:
 
 
 def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], list[str]]:
-    """Read ptxas' report; return the registers of each kernel, and what is wrong."""
+    """Read ptxas' report; return each kernel's registers, and the findings."""
     registers: dict[Kernel, int] = {}
     findings = []
     function = ""
@@ -71,13 +71,13 @@ def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], l
 
 
 class Instruction(NamedTuple):
-    """An instruction of a kernel.
+    """An instruction of a kernel's code.
 
     Attributes:
-        name: "LDG", say.
-        modifiers: What follows the name, "E" and "128", say.
-        operands: What it works on.
-        places: Where it comes from, innermost first.
+        name: Such as "LDG".
+        modifiers: What follows the name, such as "E" and "128".
+        operands: The text of its operands.
+        places: Its source lines, from the innermost inlined function outwards.
     """
 
     name: str
@@ -86,12 +86,12 @@ class Instruction(NamedTuple):
     places: list[str]
 
     def is_in(self, places: set[str]) -> bool:
-        """Whether it comes from one of these places, itself or a caller."""
+        """Whether one of its source lines is among these places."""
         return not places.isdisjoint(self.places)
 
 
 class Code(NamedTuple):
-    """A kernel's instructions, and where its labels stand among them."""
+    """A kernel's instructions, and the position of each label among them."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -102,10 +102,10 @@ def read_disassembly(sources: Sources, disassembly: str) -> dict[Kernel, Code]:
     kernels: dict[Kernel, Code] = {}
     code: Code | None = None
     places: list[str] = []
-    caller: tuple[str, str] | None = None  # of the last frame
+    caller: tuple[str, str] | None = None  # of the previous frame
     for line in disassembly.splitlines():
         if found := re.match(r"\s*//## File (.*)", line):
-            # One line for each frame; they stand for all instructions up to the next such lines.
+            # One line per frame; they apply to all instructions up to the next such lines.
             frame, *callers = re.findall(r'"([^"]*)", line (\d+)', found[1])
             places = (
                 [*places, sources.place(*frame)] if frame == caller else [sources.place(*frame)]
@@ -126,19 +126,19 @@ def read_disassembly(sources: Sources, disassembly: str) -> dict[Kernel, Code]:
 
 
 def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
-    """Find accesses to memory by anything but vectors that fill sectors, and the known others."""
+    """Find memory accesses other than vectors that fill sectors and the few known exceptions."""
     wrong: Counter[str] = Counter()
     for one in code.instructions:
         what = ".".join([one.name, *one.modifiers])
         if one.name in ("LDL", "STL"):
             wrong[f"{what}, local memory"] += 1
-        # Without a letter for the memory (LD, ST) they may be of any.
+        # Without a letter for the memory space (LD, ST), it may be any.
         if not re.fullmatch(r"(LD|ST|ATOM|RED)G?|LDGSTS", one.name):
             continue
         what += f" of {' in '.join(one.places[:2]) or 'no line'}"
         if one.is_in(sources.vectors):
-            # Of a 2-byte type, 64 bits are all that a thread holds; what follows 8 bytes after
-            # another was cut in two, and takes half of each sector.
+            # Of a 2-byte type, a thread holds 64 bits in all. An access 8 bytes after another one
+            # is a vector that was split in two, and covers half of each sector.
             is_half = "64" in one.modifiers and re.search(r"\+0x[0-9a-f]*8\]", one.operands)
             if is_half or not {"64", "128"} & set(one.modifiers):
                 wrong[f"{what}, less than a vector"] += 1
@@ -148,9 +148,9 @@ def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]
 
 
 def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
-    """Find loads of a tile that stand behind what has to wait for others."""
+    """Find loads of a tile that come after an instruction that waits for other loads."""
     wrong: Counter[str] = Counter()
-    runs: list[int] = []  # of loads with nothing between them
+    runs: list[int] = []  # lengths of uninterrupted runs of loads
     is_run = False
     for one in code.instructions:
         if one.name == "LDG" and one.is_in(sources.vectors):
@@ -158,7 +158,7 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
             is_run = True
         elif one.name == "STG" or (one.name == "MUFU" and one.is_in(sources.step)):
             is_run = False
-    # Of each operand that is read, by the size of its type; and the parameters of split masters.
+    # One for each type size of each operand that is read, and one for parameters of split masters.
     operands = sources.operands[kernel] - 1
     may_be_split = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
     wanted = operands * (2 if kernel.real == "float32" else 4) + may_be_split
@@ -174,9 +174,9 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
 
 
 def loop_length(sources: Sources, code: Code) -> int:
-    """Return the number of instructions of the loop over tiles, 0 if there is none.
+    """Return the number of instructions in the loop over tiles, 0 if there is none.
 
-    That is the longest way back over a store.
+    That is the longest backward branch over a store.
     """
     longest = 0
     for i, one in enumerate(code.instructions):
@@ -189,7 +189,7 @@ def loop_length(sources: Sources, code: Code) -> int:
 
 
 def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], list[str]]:
-    """Read a disassembly; return the length of each kernel's loop, and what is wrong."""
+    """Read a disassembly; return the length of each kernel's loop, and the findings."""
     lengths: dict[Kernel, int] = {}
     findings = []
     for kernel, code in read_disassembly(sources, disassembly).items():
@@ -206,7 +206,7 @@ def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], l
 
 
 def check_rounding(sources: Sources, ptx: str) -> list[str]:
-    """Read the PTX: ptxas keeps each operation that names its rounding, and may contract others."""
+    """Read the PTX: ptxas may contract every operation that does not name its rounding."""
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(.*)"', ptx))
     wrong: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -223,7 +223,7 @@ def check_rounding(sources: Sources, ptx: str) -> list[str]:
             if name in ("add", "sub", "mul", "div", "sqrt") and "rn" not in modifiers:
                 wrong[f"{what}, which names no rounding"] += 1
             if name in ("fma", "mad") or not {"approx", "full", "ftz"}.isdisjoint(modifiers):
-                # The library's code has no lines: it is on those that call it, or a function.
+                # The math library has no line numbers: it is a function, or on its caller's line.
                 is_library = function.startswith("__internal_") or sources.calls_library(place)
                 if modifiers[-1] != "f64" or not is_library:
                     wrong[f"{what}, contracted or not exactly rounded"] += 1

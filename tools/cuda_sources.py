@@ -1,4 +1,4 @@
-"""What the check of the CUDA kernels needs to know from the sources of a checkout."""
+"""What `cuda_check` reads from the sources of a checkout: kernels, lines, flags."""
 
 import ast
 import itertools
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Lines that call these hold their code, which contracts: warm-up schedules, once per launch.
+# Lines with such a call contain the library's code, which contracts: warm-ups, once per launch.
 LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 
 
 class Kernel(NamedTuple):
-    """One instance of a kernel; the one that advances counters has no more than its name."""
+    """One instance of a kernel; the one that advances counters has a name only."""
 
     rule: str
     epilogue: str = ""
@@ -31,7 +31,7 @@ ADVANCE = Kernel("advance")
 
 
 def kernel_of(symbol: str) -> Kernel | None:
-    """Return the kernel that a mangled name means, if any."""
+    """Return the kernel with this mangled name, if it is one."""
     if re.search(r"7advanceE", symbol):
         return ADVANCE
     found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
@@ -42,7 +42,7 @@ def kernel_of(symbol: str) -> Kernel | None:
 
 
 class Sources:
-    """What the check needs to know from the sources of a checkout."""
+    """The kernels, source lines and compiler flags of a checkout."""
 
     def __init__(self, root: Path, rules: Sequence[str]) -> None:
         self.root = root
@@ -62,33 +62,33 @@ class Sources:
                 re.MULTILINE,
             )
         )
-        # Of each kernel, the operands of a row: the update, the gradient, the states, and what the
-        # epilogue adds.
+        # The operands of a row of each kernel: the update, the gradient, the states, and those that
+        # the epilogue adds.
         self.operands = {}
         instances = (("float32", small), ("float32", large), ("float64", small))
         for stem in self.stems:
             pattern = r"^struct (\w+) \{.*?kStates\[\] = \{(.*?)\}"
             text = (self.csrc / "rules" / f"{stem}.h").read_text()
             for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
-                for (name, own), instance, needs_setup in itertools.product(
+                for (name, added), instance, needs_setup in itertools.product(
                     epilogues.items(), instances, (False, True)
                 ):
-                    count = 2 + states.count('"') // 2 + int(own)
+                    count = 2 + states.count('"') // 2 + int(added)
                     self.operands[Kernel(rule, name, *instance, needs_setup)] = count
-        # The only places that access global memory: vectors of a tile, and single elements beside
-        # them; by the callers' lines, since nvcc mistakes the file of some of those in vectors.h.
+        # The only places that access global memory: vectors of a tile, and the single elements next
+        # to them. Found by the callers' lines, because nvcc misattributes some lines of vectors.h.
         chunk = "engine/cuda/chunk.h"
         self.vectors = self.lines_with(chunk, r"\.(load|store)_vectors\(")
         self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
         self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
         self.singles |= self.loads_of_singles
-        # Each counter, and scalars, once for a block before it sweeps.
+        # Each counter and scalar, once per block, before its loop.
         self.advance = self.function(chunk, "advance_counters")
         self.scalars = self.function(chunk, "read_scalar")
         self.step = self.function(chunk, "step_and_store")
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
-        """Whether a single element may be accessed there."""
+        """Whether this instruction may access a single element at these places."""
         if instruction not in ("LDG", "STG"):
             return False
         if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
@@ -96,7 +96,7 @@ class Sources:
         return instruction == "LDG" and not self.scalars.isdisjoint(places)
 
     def build_constant(self, name: str) -> Any:
-        """Return a literal that _build.py assigns, so that both compile with the same flags."""
+        """Return a literal that _build.py assigns: the check compiles with the same flags."""
         for node in ast.parse((self.root / "emerging_optimizers" / "_build.py").read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
                 return ast.literal_eval(node.value)
@@ -104,7 +104,7 @@ class Sources:
 
     def place(self, file: str, line: str) -> str:
         """Name a line as "engine/cuda/chunk.h:89"."""
-        if (file, line) not in self.places:  # a disassembly names few places, many times
+        if (file, line) not in self.places:  # a disassembly repeats few places many times
             self.places[file, line] = f"{os.path.relpath(file, self.csrc)}:{line}"
         return self.places[file, line]
 
@@ -115,7 +115,7 @@ class Sources:
         return LIBRARY_CALL.search(text) is not None
 
     def lines_with(self, file: str, pattern: str) -> set[str]:
-        """Return the lines in which something is, by their names."""
+        """Return the names of the lines that match a pattern."""
         lines = enumerate((self.csrc / file).read_text().splitlines(), start=1)
         result = {f"{file}:{i}" for i, line in lines if re.search(pattern, line)}
         if not result:
@@ -123,7 +123,7 @@ class Sources:
         return result
 
     def function(self, file: str, name: str) -> set[str]:
-        """Return the lines of a function, by their names."""
+        """Return the names of a function's lines."""
         lines = (self.csrc / file).read_text().splitlines()
         starts = ((i, re.match(rf"( *)EMOPT_FN [\w ]+ {name}\(", x)) for i, x in enumerate(lines))
         start, found = next((i, found) for i, found in starts if found is not None)

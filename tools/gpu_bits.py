@@ -15,7 +15,7 @@ from support import MIXES, call, has_equal_bits, make_operands
 
 from emerging_optimizers._native import native, reason
 
-# A row of specials meets every row of specials of the other operands.
+# Every combination of specials across the operands is tested.
 SPECIALS = (
     *(0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan")),
     *(2.0**-149, -(2.0**-149), 2.0**-130, 2.0**-126, 1e-30, 3.4028234663852886e38),
@@ -24,7 +24,7 @@ ROWS, COLUMNS = 2048, 1031
 
 
 def need_kernels() -> None:
-    """Exit where the package's CUDA kernels are not in use: all would run on the fallback."""
+    """Exit unless the CUDA kernels are in use: the fallback would run instead."""
     if native is None or not native.cuda_architectures:
         sys.exit(f"no CUDA kernels: {reason or 'the package is compiled without them'}")
 
@@ -32,7 +32,7 @@ def need_kernels() -> None:
 def compare_bits(
     device: str = "cuda", rows: int = ROWS, results: Path | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return what differs between a device's kernel and the CPU's; write it after each rule."""
+    """Return how a device's results differ from the CPU's, by rule; write them after each rule."""
     report: dict[str, dict[str, Any]] = {}
     for rule in RULES.values():
         operands = make_operands(rule, (rows, COLUMNS), MIXES["float32"])
@@ -66,7 +66,7 @@ def compare_bits(
 
 
 def _ordinal(values: torch.Tensor) -> torch.Tensor:
-    """Return the place of each float32 in their order; neighbours differ by 1."""
+    """Return the rank of each float32 number: neighbours differ by 1."""
     integers = values.contiguous().view(torch.int32).long()
     return torch.where(integers < 0, -(integers & 0x7FFFFFFF), integers)
 

@@ -1,21 +1,20 @@
 """Builds, tests and measures the package on this machine's GPU, in stages.
 
-    python tools/gpu_check.py            # what fits nine minutes, in the written order
-    python tools/gpu_check.py --resume   # what has not passed yet
-    python tools/gpu_check.py --list     # the stages: what each tells, and its limit
+    python tools/gpu_check.py            # as many stages as fit nine minutes, in order
+    python tools/gpu_check.py --resume   # the stages that have not passed yet
+    python tools/gpu_check.py --list     # the stages, their limits, and what they check
     python tools/gpu_check.py --only build,bits
     python tools/gpu_check.py --skip wheel first-import bench --output build/gpu --budget inf
 
-It needs torch with CUDA, a CUDA compiler, numpy and pytest, and fetches nothing; what is left out
-where other packages are absent is reported. Each stage runs in processes of its own, with a limit
-of time. The folder of --output holds report.json, rewritten after every stage, tests.jsonl, which
-has each test's outcome as soon as it is known, and log.txt, the output of all processes. A later
-call with the same folder keeps the outcomes of the stages that it does not run.
+It needs torch with CUDA, a CUDA compiler, numpy and pytest, and downloads nothing. Tests that need
+other packages are left out where those are missing, and the report says so. Each stage runs in
+separate processes with a time limit. The --output folder holds report.json, rewritten after every
+stage; tests.jsonl, with each test's outcome as soon as it is known; and log.txt, the output of all
+processes. A later call with the same folder keeps the outcomes of the stages that it does not run.
 
-Exit status: 0 if all stages that were asked for have passed or are unavailable here, 1 if one has
-failed, 2 for a wrong command line, 3 where there is no GPU, 4 if the check was interrupted, 5 if
-stages were not run, for want of time. A target of speed that is missed is reported, and fails
-nothing.
+Exit status: 0 if all requested stages passed or are unavailable here, 1 if one failed, 2 for an
+invalid command line, 3 if there is no GPU, 4 if the check was interrupted, 5 if some stages were
+not run for lack of time. A missed speed target is reported, but is not a failure.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from gpu_recorder import lines_of, read
 from gpu_stages import STAGES, Stage, find_program
 from gpu_tests import Outcome, judge, results_of
 
-sys.path.append(str(ROOT / "benchmarks"))  # which describe the GPU in their results, too
+sys.path.append(str(ROOT / "benchmarks"))  # for the description of the GPU
 from gpu import describe_gpu, why_no_gpu
 
 OUTPUT = ROOT / "build" / "gpu-check"
@@ -49,7 +48,7 @@ FAILED, NO_GPU, INTERRUPTED, NOT_RUN = 1, 3, 4, 5
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit, and whether files differ from it; None where git does not know."""
+    """Return the commit, and whether tracked files differ from it; None without git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -65,7 +64,7 @@ def commit() -> dict[str, Any]:
 
 
 def machine(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return what the outcomes must be read with."""
+    """Return the hardware, software and command that the outcomes are for."""
 
     def version(package: str) -> str | None:
         try:
@@ -94,10 +93,10 @@ def now() -> str:
 
 
 class Report:
-    """The outcomes of all stages so far, in a file that is always complete."""
+    """The outcomes of all stages so far, in a file that is always valid JSON."""
 
     def __init__(self, session: Session, about: dict[str, Any]) -> None:
-        """Take over what an earlier call has left."""
+        """Read the outcomes of earlier calls."""
         self.path = session.output / "report.json"
         self.machine = about
         self.stages: dict[str, dict[str, Any]] = {}
@@ -109,14 +108,14 @@ class Report:
         self.write()
 
     def put(self, name: str, outcome: Outcome) -> None:
-        """Note the outcome of a stage."""
+        """Record the outcome of a stage."""
         read_with = {key: self.machine[key] for key in ("commit", "dirty", "torch")}
         gpu = self.machine["gpu"]["name"]
         self.stages[name] = {**outcome.as_dict(), "gpu": gpu, **read_with, "date": now()}
         self.write()
 
     def write(self) -> None:
-        """Write the report, or nothing."""
+        """Replace the report atomically."""
         order = [stage.name for stage in STAGES if stage.name in self.stages]
         stages = {name: self.stages[name] for name in order}
         text = json.dumps({"machine": self.machine, "stages": stages}, indent=1) + "\n"
@@ -125,14 +124,14 @@ class Report:
         temporary.replace(self.path)
 
     def has_passed(self, name: str) -> bool:
-        """Whether a stage has passed with these sources, on this kind of GPU."""
+        """Whether a stage has passed at this commit on this GPU model."""
         stage = self.stages.get(name, {})
         is_same = stage.get("commit") == self.machine["commit"]
         is_same &= stage.get("gpu") == self.machine["gpu"]["name"]
         return is_same and stage.get("status") == "passed"
 
     def table(self) -> str:
-        """Return the stages, in Markdown."""
+        """Return the stages as a Markdown table."""
         rows = [("stage", "outcome", "s", ""), ("---", "---", "--:", "---")]
         rows += [
             (name, stage["status"], f"{stage['seconds']:.0f}", stage["summary"])
@@ -147,7 +146,7 @@ class Report:
 
 
 def interrupted(session: Session, name: str, why: str) -> Outcome:
-    """Return the outcome of a stage that was cut short: the tests that it finished, if any."""
+    """Return the outcome of an interrupted stage, with the tests that it finished."""
     lines = lines_of(name, read(results_of(session)))
     outcome = judge(lines, has_failed=True) if lines else Outcome("interrupted")
     outcome.status = "interrupted"
@@ -159,7 +158,7 @@ def interrupted(session: Session, name: str, why: str) -> Outcome:
 
 
 class _Stages(argparse.Action):
-    """Names of stages, separated by commas or spaces."""
+    """Stage names separated by commas or spaces."""
 
     def __call__(
         self,
@@ -188,29 +187,29 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     names: dict[str, Any] = {"nargs": "+", "action": _Stages, "metavar": "STAGE"}
     parser.add_argument("--only", **names, help="run these stages, in their order")
-    parser.add_argument("--skip", **names, default=[], help="leave these stages out")
-    parser.add_argument("--list", action="store_true", help="show the stages, and do nothing")
+    parser.add_argument("--skip", **names, default=[], help="skip these stages")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what --output says has passed"
+        "--resume", action="store_true", help="skip the stages that --output says have passed"
     )
     parser.add_argument(
         "--budget",
         type=float,
         default=BUDGET,
         metavar="SECONDS",
-        help="start no stage whose limit ends later (%(default)g; inf for all)",
+        help="start no stage that could end later (%(default)g; inf for no limit)",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (build/gpu-check)")
     return parser.parse_args(arguments)
 
 
 def list_stages() -> str:
-    """Return a line for each stage: its name, its limit, what it tells."""
+    """Return one line per stage: its name, its limit, and what it checks."""
     return "\n".join(f"{stage.name:17}{stage.limit:4} s  {stage.tells}" for stage in STAGES)
 
 
 def run_stage(stage: Stage, session: Session, report: Report) -> Outcome:
-    """Run a stage whatever it does."""
+    """Run a stage; an exception is its failure."""
     session.deadline = time.monotonic() + stage.limit
     session.note(f"\n==== {stage.name}: {stage.tells} (at most {stage.limit} s)")
     report.put(stage.name, Outcome("running"))
@@ -244,7 +243,7 @@ def check(arguments: argparse.Namespace, session: Session, report: Report) -> in
         elif time.monotonic() + stage.limit + GRACE > end:
             left = max(0.0, end - time.monotonic())
             outcome = Outcome("not run", f"no time: {left:.0f} s are left of {stage.limit}")
-            # An outcome that an earlier call has left says more.
+            # The outcome of an earlier call is more informative.
             if report.stages.get(stage.name, outcome.as_dict())["status"] == "not run":
                 report.put(stage.name, outcome)
         else:

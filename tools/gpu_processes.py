@@ -1,4 +1,4 @@
-"""Processes of the GPU check: their output is kept, and they end in time with all they started."""
+"""Subprocesses of the GPU check: logged, limited in time, and stopped with their children."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Seconds that a process has to end after each signal. The first lets pytest and the benchmark stop
-# on their own; the last cannot be ignored.
+# Seconds that a process has to end after each signal. The first lets pytest and the benchmark
+# write their results; the last cannot be ignored.
 SIGNALS = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
-# What stopping takes at most.
+# The longest time that stopping takes.
 GRACE = sum(seconds for _, seconds in SIGNALS)
 
 _PR_SET_PDEATHSIG = 1
@@ -48,13 +48,13 @@ def interruptible() -> Iterator[None]:
 
 
 def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a command in the repository's root; its output is appended to a file."""
+    """Start a command in the repository's root, and append its output to a file."""
     folders = [ROOT, ROOT / "tools", ROOT / "benchmarks", ROOT / "tests"]
     path = [*map(str, folders), os.environ.get("PYTHONPATH")]
     defaults = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONUNBUFFERED": "1",
-        # The stage "build" compiles the package; whatever became of it, no import is to.
+        # Only the stage "build" compiles the package: an import must not, even if that failed.
         "EMERGING_OPTIMIZERS_JIT": "0",
     }
     with log.open("ab") as file:
@@ -65,7 +65,7 @@ def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that it can be stopped with all that it started
+            start_new_session=True,  # so that it can be stopped with its children
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
 
@@ -75,11 +75,11 @@ def _die_with_parent() -> None:
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Interrupt processes and all that they started; kill what does not end."""
+    """Interrupt processes and their children; kill those that do not end."""
     processes = list(processes)
     for number, seconds in SIGNALS:
         for process in processes:
-            # Also where it has ended: what it started may be left.
+            # Even if it has ended: its children may still run.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
         deadline = time.monotonic() + seconds
@@ -99,7 +99,7 @@ def _is_alive(process: subprocess.Popen[bytes]) -> bool:
 
 @dataclass
 class Finished:
-    """A process that has ended; its status is None where it was stopped for taking too long."""
+    """A process that has ended; its status is None if it was stopped for taking too long."""
 
     status: int | None
     output: str
@@ -107,11 +107,11 @@ class Finished:
 
 @dataclass
 class Session:
-    """Where a call of the check writes, and until when the stage at hand may run.
+    """Where a call of the check writes, and how long the current stage may run.
 
     Attributes:
         output: The folder of the report and the log.
-        deadline: On the clock of ``time.monotonic``.
+        deadline: The end of the stage, on the clock of ``time.monotonic``.
     """
 
     output: Path
@@ -123,13 +123,13 @@ class Session:
         return self.output / "log.txt"
 
     def note(self, line: str) -> None:
-        """Print a line, and put it into the log."""
+        """Print a line, and append it to the log."""
         print(line, flush=True)
         with self.log.open("a") as file:
             file.write(f"{line}\n")
 
     def run(self, command: Sequence[str], **environment: str) -> Finished:
-        """Run a command until it ends or the stage's time is over."""
+        """Run a command until it ends or the stage's time is up."""
         self.note("$ " + shlex.join(command)[:200].partition("\n")[0])
         begin = self.log.stat().st_size
         process = start(command, self.log, **environment)
@@ -146,5 +146,5 @@ class Session:
 
 
 def tail(text: str, lines: int = 60) -> str:
-    """Return the last lines of a text, none of them of more than 500 characters."""
+    """Return the last lines of a text, each cut to 500 characters."""
     return "\n".join(line[:500] for line in text.splitlines()[-lines:])

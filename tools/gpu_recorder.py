@@ -3,8 +3,8 @@
     python -m pytest -p gpu_recorder --record results.jsonl --record-as STAGE --shard 3/12 ...
 
 Each line is a JSON object. Several processes may append to one file; each runs its shard of the
-tests, without those that have an outcome of this stage already. After a failure that leaves the
-process without a usable GPU it ends with the status ``RESTART``, to be started again for the rest.
+tests, except those that already have an outcome in this stage. After a failure that makes the GPU
+unusable for the process, it ends with the status ``RESTART``, to be restarted for the other tests.
 """
 
 import json
@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 RESTART = 77
-# After these the CUDA context is lost: each later test of the process would fail as well.
+# After these errors the CUDA context is lost: all later tests of the process would fail, too.
 LOST_CONTEXT = ("CUDA error", "AcceleratorError", "cudaError")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file; the last one may have been cut."""
+    """Return the lines of a file, except one that was cut off."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -44,7 +44,7 @@ def lines_of(stage: str, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def append(path: Path, stage: str, event: str, **values: Any) -> None:
-    """Append a line, in one write."""
+    """Append a line in a single write."""
     line = json.dumps({"stage": stage, "event": event, "time": time.time(), **values})
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to record."""
+    """Start recording."""
     config.pluginmanager.register(_Recorder(config))
 
 
@@ -108,7 +108,7 @@ class _Recorder:
 
 
 def _message(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """Return why a test was skipped, or the end of its failure."""
+    """Return why a test was skipped, or the end of its error report."""
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     return report.longreprtext[-4000:]

@@ -1,12 +1,12 @@
-"""What runs under compute-sanitizer: each rule, in every kernel that it has.
+"""Runs every kernel of every rule, for compute-sanitizer.
 
     PYTHONPATH=.:benchmarks:tests compute-sanitizer --tool memcheck python tools/gpu_sanitized.py
 
-Each rule meets sizes around every edge of the kernels' shares of work, at odd elements of buffers
-that end with the operand, in all mixes of dtypes that have code of their own, and with a step on
-the device; then its optimizer, with counters on the host and on the device. Each tensor has an
-allocation of its own, so that none hides an access beyond another. Lists of many small tensors
-then take the kernel for large launches, which has 32 KB of arguments.
+Each rule runs with sizes around every boundary of the kernels' work distribution, at odd offsets in
+buffers that end with the operand, in all mixes of dtypes that have separate code, and with a step
+on the device; then its optimizer runs, with counters on the host and on the device. Each tensor has
+a separate allocation, so that an access beyond one does not fall into another. Lists of many small
+tensors take the kernel for large launches, with 32 KB of arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from problems import RULES, Problem, Rule, Shape
 from emerging_optimizers.megatron import FusedAdam
 
 SIZES = [1, 2, 3, 7, 8, 9, 17, 255, 257, 2047, 2049, 4096, 5000]
-# More than fit into a launch with 4 KB of arguments: of two states, about 75 rows.
+# More than fit into a launch with 4 KB of arguments: about 75 rows with two states.
 MANY = [1 + i % 9 for i in range(300)]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -36,7 +36,7 @@ def call(
     offsets: Sequence[int],
     device: str,
 ) -> None:
-    """Call a rule's function: with numbers of the host, then with a step on the device."""
+    """Call a rule's function, with numbers on the host, and then with a step on the device."""
     shape = Shape("sizes", "sizes", [(size,) for size in sizes])
     problem = Problem(rule, shape, dtypes[0], state_dtype=dtypes[1], offsets=offsets)
     for tensors in (problem.grads, *problem.states, problem.updates):
@@ -57,7 +57,7 @@ def step(
     options: dict[str, Any],
     device: str,
 ) -> None:
-    """Make two steps of an optimizer."""
+    """Take two steps of an optimizer."""
     buffers = [torch.ones(size + 1, dtype=dtype, device=device) for size in sizes]
     params = [torch.nn.Parameter(buffer[1:]) for buffer in buffers]
     for param in params:
@@ -68,7 +68,7 @@ def step(
 
 
 def main(device: str) -> None:
-    """Run all of it."""
+    """Run all rules and optimizers."""
     for rule in RULES.values():
         lists = 2 + len(rule.states)
         for offsets in ([0] * lists, [1] * lists, [2 * i + 1 for i in range(lists)]):
@@ -78,7 +78,7 @@ def main(device: str) -> None:
             for capturable in (False, True):
                 options = {**options, "capturable": capturable, "fused": True}
                 step(rule.optimizer, SIZES, dtype, options, device)
-        # Two mixes are enough: what differs is the number of rows.
+        # Two mixes are enough: only the number of rows differs.
         for dtypes in ((F32, F32), (BF16, F32)):
             call(rule, MANY, dtypes, [0] * lists, device)
         for dtype, options in ((F32, {"capturable": True}), (BF16, MASTERS)):

@@ -1,4 +1,4 @@
-"""The stages of the GPU check, in the order in which they tell most."""
+"""The stages of the GPU check, the most informative ones first."""
 
 import json
 import os
@@ -16,18 +16,18 @@ import torch
 from gpu_processes import ROOT, Finished, Session, tail
 from gpu_tests import Outcome, run_tests
 
-# What is built on the way: it is not part of a check's results.
+# The wheel and its installation: not part of the results.
 BUILT = ROOT / "build" / "gpu-check-wheel"
 
 
 def _marked(stage: str) -> list[str]:
-    """Return the files of tests whose marker names a stage."""
+    """Return the test files whose marker names a stage."""
     marker = f'pytest.mark.on_devices("{stage}")'
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     return [f"tests/{path.name}" for path in paths if marker in path.read_text()]
 
 
-# What pytest is called with.
+# The arguments of pytest.
 TESTS: dict[str, Sequence[str]] = {
     "tests-cuda": (
         *_marked("tests-cuda"),
@@ -43,7 +43,7 @@ TESTS: dict[str, Sequence[str]] = {
     "megatron": ("-m", "cuda", "tests/test_megatron_core.py"),
 }
 
-# A package that was installed: where it is, what it is made of, and that its kernels are in use.
+# Checks an installed package: its folder, its configuration, and that its kernels are used.
 INSTALLED = """
 import sys
 from pathlib import Path
@@ -67,10 +67,10 @@ class Stage:
 
     Attributes:
         name: What the command line calls it.
-        tells: What its outcome says.
+        tells: What it checks.
         limit: Seconds after which it is stopped.
-        run: What it does.
-        needs: The stage without whose success it is not run.
+        run: The function that runs it.
+        needs: The stage that must have passed before.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Stage:
 
 
 def judged(finished: Finished, summary: str, **details: Any) -> Outcome:
-    """Return the outcome of a process that passed where its status is 0."""
+    """Return the outcome of a process: "passed" if its status is 0."""
     if finished.status == 0:
         return Outcome("passed", summary, details)
     print(tail(finished.output, 40), flush=True)
@@ -91,7 +91,7 @@ def judged(finished: Finished, summary: str, **details: Any) -> Outcome:
 
 
 def find_program(name: str) -> str | None:
-    """Return a program of the CUDA toolkit, from PATH or from CUDA's folder."""
+    """Find a program of the CUDA toolkit, on the PATH or in CUDA's folder."""
     folder = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     return shutil.which(name) or shutil.which(name, path=folder)
 
@@ -106,7 +106,7 @@ def _for_this_gpu() -> dict[str, str]:
 
 
 def _figures(path: Path) -> dict[str, Any]:
-    """Return what a program has written; it may have been stopped while it wrote."""
+    """Return the JSON object in a file, or {} if it is missing or incomplete."""
     try:
         figures = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
@@ -118,11 +118,11 @@ def _figures(path: Path) -> dict[str, Any]:
 
 
 def build(session: Session) -> Outcome:
-    """Compile the package in place, for this machine's GPU alone."""
+    """Compile the package in place, for this machine's GPU only."""
     environment = _for_this_gpu()
     architecture = environment["TORCH_CUDA_ARCH_LIST"]
-    # --force, because setup.py does not see that it is another architecture or another compiler;
-    # ninja then compiles only what has changed.
+    # --force, because setup.py does not notice another architecture or another compiler; ninja then
+    # compiles only what has changed.
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
     finished = session.run(command, **environment)
     if finished.status != 0:
@@ -155,7 +155,7 @@ def wheel(session: Session) -> Outcome:
 
 
 def first_import(session: Session) -> Outcome:
-    """Let the package that the wheel brought, without its module, compile itself when imported."""
+    """Remove the compiled module from the installed wheel, and let an import compile it."""
     site = BUILT / "site"
     if not (site / "emerging_optimizers").exists():
         return Outcome("not run", "there is no wheel: run the stage wheel first")
@@ -171,7 +171,7 @@ def first_import(session: Session) -> Outcome:
 
 
 def _use(session: Session, site: Path, **environment: str) -> Finished:
-    """Use the package in a folder, and no other."""
+    """Use the package that is installed in a folder."""
     program = site / "use.py"
     program.write_text(INSTALLED)
     finished = session.run([sys.executable, str(program)], **{"PYTHONPATH": "", **environment})
@@ -184,7 +184,7 @@ def _use(session: Session, site: Path, **environment: str) -> Finished:
 
 
 def bits(session: Session) -> Outcome:
-    """Compare the bits of the two devices' kernels."""
+    """Compare the GPU's results with the CPU's, bit for bit."""
     results = session.output / "bits.json"
     results.unlink(missing_ok=True)
     finished = session.run([sys.executable, "tools/gpu_bits.py", str(results.resolve())])
@@ -204,18 +204,18 @@ def pytests(name: str, session: Session, shards: int = 0) -> Outcome:
 
 
 def megatron(session: Session) -> Outcome:
-    """Run Megatron-Core's optimizer, where it is installed; its tests share one process group."""
+    """Run the tests of Megatron-Core, if it is installed; they share one process group."""
     if find_spec("megatron") is None:
         return Outcome("unavailable", "megatron-core is not installed")
     return pytests("megatron", session, shards=1)
 
 
 def sanitizer(tool: str, session: Session) -> Outcome:
-    """Run every rule under one of compute-sanitizer's tools."""
+    """Run every rule under a tool of compute-sanitizer."""
     program = find_program("compute-sanitizer")
     if program is None:
         return Outcome("unavailable", "there is no compute-sanitizer")
-    # Without the last option, calls that PyTorch tries and does without would count as errors.
+    # Without the last option, API calls whose failure PyTorch handles would count as errors.
     options = ["--tool", tool, "--error-exitcode", "3"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
     finished = session.run(
@@ -235,7 +235,7 @@ def sanitizer(tool: str, session: Session) -> Outcome:
 
 
 def bench(name: str, arguments: Sequence[str], session: Session) -> Outcome:
-    """Run the CUDA benchmark; its figures become part of the report, also if it is stopped."""
+    """Run the CUDA benchmark, and add its figures to the report, even if it is stopped."""
     results = session.output / f"{name}.json"
     results.unlink(missing_ok=True)
     command = ["benchmarks/bench_cuda.py", *arguments, "--json", str(results.resolve())]
@@ -252,7 +252,7 @@ def bench(name: str, arguments: Sequence[str], session: Session) -> Outcome:
 
 
 def missed_targets(targets: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for each target that was missed."""
+    """Return one line per missed target."""
     lines = []
     for target in targets:
         if not target["met"]:
@@ -266,7 +266,7 @@ def missed_targets(targets: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def variants(session: Session) -> Outcome:
-    """Time variants of the kernel in programs without torch."""
+    """Time variants of the kernel, in programs without torch."""
     if find_program("nvcc") is None:
         return Outcome("unavailable", "there is no nvcc")
     folder = session.output / "variants"
@@ -277,13 +277,13 @@ def variants(session: Session) -> Outcome:
     return judged(finished, "" if figures else "no figures", figures=figures)
 
 
-# Of which the driver takes the most; it stops by itself.
+# The driver stops by itself after VARIANTS_SECONDS.
 VARIANTS_LIMIT = 330
 VARIANTS_SECONDS = 300
 
 STAGES = (
     Stage("build", "does it compile for this GPU, and is it then in use", 240, build, None),
-    Stage("bits", "are the bits the CPU's: each rule, specials included", 90, bits),
+    Stage("bits", "are all rules bit-identical to the CPU, specials included", 90, bits),
     Stage(
         "tests-cuda",
         "conversions, streams, graphs, launches, Megatron's optimizer, the documentation's code",
@@ -292,7 +292,7 @@ STAGES = (
     ),
     Stage(
         "speed",
-        "the targets: parts of the copy bandwidth, launches, time of the host",
+        "the targets: fractions of the copy bandwidth, launches, host time",
         280,
         partial(bench, "speed", ("--quick", "--budget", "0.4")),
     ),
@@ -326,7 +326,7 @@ STAGES = (
     Stage("megatron", "Megatron-Core's distributed optimizer", 120, megatron),
     Stage("memcheck", "accesses beyond a tensor", 150, partial(sanitizer, "memcheck")),
     Stage("racecheck", "races within a block", 150, partial(sanitizer, "racecheck")),
-    Stage("wheel", "does a wheel work where nothing else is", 300, wheel, None),
+    Stage("wheel", "does a wheel work in an empty folder", 300, wheel, None),
     Stage(
         "first-import", "does the package compile itself when imported", 300, first_import, "wheel"
     ),

@@ -1,7 +1,7 @@
-"""Runs pytest in parallel processes for the GPU check, and judges what came of each test.
+"""Runs pytest in parallel processes for the GPU check, and judges each test's outcome.
 
-The processes share nothing but the file of outcomes, so no further package is needed. One that
-crashes or hangs costs the test that it ran: it is started again for the tests that are left.
+The processes share only the file of outcomes, so no plugin has to be installed. A crash or a hang
+costs one test: the process is restarted for the others.
 """
 
 import json
@@ -21,35 +21,35 @@ from typing import Any
 from gpu_processes import ROOT, Session, start, stop
 from gpu_recorder import RESTART, append
 
-# Seconds after which a single test is stopped.
+# Seconds after which a test is stopped.
 TEST_LIMIT = 100.0
 MAX_PROCESSES = 12
-# How often a stage starts a process again.
+# How often a stage restarts processes.
 MAX_RESTARTS = 20
-# All passed, some failed, errors during collection, no tests: the outcomes say more.
+# All passed, some failed, collection errors, no tests: the recorded outcomes decide.
 PYTEST_STATUSES = (0, 1, 2, 5)
 
-# Why a test may be skipped on a machine with a GPU and compiled kernels: it waits for an option, or
-# what it is about does not exist for its parameters. Any other skip is a failure.
+# The reasons for which a test may be skipped on a machine with a GPU and compiled kernels: it needs
+# an option, or does not apply to its parameters. Any other skip is a failure.
 DELIBERATE = re.compile(
     r"slow: |of gradients only|of one beta only|for tensors on the CPU"
     r"|there is no native step for it|found with all other memory that is shared"
     r"|compiles by c\+\+|the copies have kernels only on emulated devices"
 )
 
-# Packages that the check does without: files of tests that need one which is absent are left out.
+# Optional packages: test files that need a missing one are left out.
 OPTIONAL = ("hypothesis", "expecttest")
 
 
 @dataclass
 class Outcome:
-    """What became of a stage.
+    """The outcome of a stage.
 
     Attributes:
-        status: "passed", "failed", "interrupted", "unavailable" where this machine cannot do it, or
-            "not run".
-        summary: A line for the reader.
-        details: What else the report holds.
+        status: "passed", "failed", "interrupted", "unavailable" if this machine cannot run it,
+            or "not run".
+        summary: One line for the reader.
+        details: Further entries of the report.
         seconds: How long it took.
     """
 
@@ -59,7 +59,7 @@ class Outcome:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the report holds."""
+        """Return the entries of the report."""
         return asdict(self)
 
 
@@ -70,12 +70,12 @@ class _Shard:
 
 
 def results_of(session: Session) -> Path:
-    """Return the file with each test's outcome."""
+    """Return the path of the file of outcomes."""
     return session.output / "tests.jsonl"
 
 
 def run_tests(session: Session, stage: str, arguments: Sequence[str], shards: int = 0) -> Outcome:
-    """Run tests in parallel processes, until the stage's time is over."""
+    """Run tests in parallel processes until the stage's time is up."""
     if find_spec("pytest") is None:
         return Outcome("unavailable", "pytest is not installed")
     arguments, left_out = _without_missing(arguments)
@@ -97,7 +97,7 @@ def run_tests(session: Session, stage: str, arguments: Sequence[str], shards: in
             session.note("$ " + " ".join(command[1:]) + f"  # and {shards - 1} other shards")
         environment = {
             "OMP_NUM_THREADS": str(max(1, cores // shards)),
-            # Whatever plugins are installed: none is needed, and some change the order.
+            # No installed plugin is needed, and some change the order of tests.
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
         return _Shard(number, start(command, session.log, **environment))
@@ -113,7 +113,7 @@ def run_tests(session: Session, stage: str, arguments: Sequence[str], shards: in
                 problems.append("stopped for taking too long")
                 break
             statuses = [shard.process.poll() for shard in running]
-            lines.read()  # after asking: those that have ended have written all
+            lines.read()  # after poll: processes that have ended have written everything
             for shard, status in zip(list(running), statuses, strict=True):
                 test, since = lines.test_of(shard.number)
                 if status is None and (test is None or time.time() - since < TEST_LIMIT):
@@ -139,7 +139,7 @@ def run_tests(session: Session, stage: str, arguments: Sequence[str], shards: in
 
 
 class _Lines:
-    """What a stage's run writes to the file of outcomes, read as it grows."""
+    """The lines that a stage's run adds to the file of outcomes, read as it grows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,7 +155,7 @@ class _Lines:
         self.lines += map(json.loads, text.splitlines())
 
     def test_of(self, shard: int) -> tuple[str | None, float]:
-        """Return the test that a shard has begun and not ended, and when it began."""
+        """Return the test that a shard is running, and when it started."""
         for line in reversed(self.lines):
             if line.get("shard") == shard and line["event"] in ("start", "end"):
                 return (line["test"] if line["event"] == "start" else None), line["time"]
@@ -163,7 +163,7 @@ class _Lines:
 
 
 def _without_missing(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Leave out files that need a package which is not installed; say which."""
+    """Leave out test files that need a missing package; return the others, and why."""
     kept, left_out = [], []
     for argument in arguments:
         path = ROOT / argument.partition("::")[0]
@@ -193,7 +193,7 @@ def _status(status: int | None) -> str:
 def judge(
     lines: Sequence[dict[str, Any]], notes: Sequence[str] = (), has_failed: bool = False
 ) -> Outcome:
-    """Return the outcome of a stage from the lines of its last run."""
+    """Judge a stage by the lines of its last run."""
     ends = {line["test"]: line for line in lines if line["event"] == "end"}
     started = [line["test"] for line in lines if line["event"] == "start"]
     collected = max((line["count"] for line in lines if line["event"] == "collected"), default=0)
@@ -206,7 +206,7 @@ def judge(
         for test, line in ends.items()
         if line["outcome"] not in ("passed", "skipped")
     }
-    # Files that could not be collected are no tests.
+    # Files that could not be collected have an outcome, but are no tests.
     not_run = collected - sum(test in ends for test in dict.fromkeys(started)) - len(cut)
     parts = [f"{counts['passed']} passed"]
     parts += [

@@ -1,14 +1,14 @@
-"""Builds the source distribution, from it the wheel, and checks both: `make wheel`.
+"""Builds the source distribution and, from it, the wheel, and checks both: `make wheel`.
 
     python tools/wheel_check.py dist
 
-The wheel is for the torch and the Python that run this, and says so in its name; it has CUDA
-kernels where setup.py finds what they need. On Linux, auditwheel tags it. The check fails where
+The wheel is for the running torch and Python, which its name states; it contains CUDA kernels if
+setup.py finds what they need. On Linux, auditwheel tags it. The check fails if
 
-- a file is missing: a module, a source or a header, the licence, the marker of type hints;
+- a file is missing: a module, a source or header, the licence, py.typed;
 - the compiled module needs a library that comes neither with the system nor with torch;
-- the wheel is larger than its bound;
-- an index would refuse the metadata.
+- the wheel exceeds its size limit;
+- a package index would reject the metadata.
 """
 
 import argparse
@@ -28,9 +28,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "emerging_optimizers"
 MAX_MB = {"cpu": 6, "cuda": 60}
-# What is made here, from the rest.
+# Generated files.
 MADE = (".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
-# What comes with torch, so not in the wheel: another OpenMP, for one, would have its own threads.
+# Libraries that torch provides. A second OpenMP runtime, for example, would start more threads.
 FROM_TORCH = ("libc10*.so", "libtorch*.so", "libgomp.so.1", "libcudart.so.*")
 MAY_NEED = re.compile(
     r"lib(c|m|stdc\+\+|gcc_s|pthread|dl|rt)\.so\.\d+|ld-linux.*"  # the system's
@@ -39,7 +39,7 @@ MAY_NEED = re.compile(
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
-    """Run a command; where it fails, end with what it wrote."""
+    """Run a command and return its output; if it fails, exit with that."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, **environment}
     done = subprocess.run(
@@ -57,10 +57,10 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def build(output: Path) -> tuple[Path, Path]:
-    """Return the source distribution, and the wheel that was built from it.
+    """Build the source distribution, and the wheel from it; return their paths.
 
-    Built from a copy, for where it builds, setuptools makes folders that another build at the same
-    time removes.
+    Builds a copy, because setuptools creates folders in the source tree that a concurrent build
+    would remove.
     """
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def files(*patterns: str) -> set[str]:
 
 
 def check_sdist(sdist: Path) -> list[str]:
-    """Return what is wrong with a source distribution."""
+    """Return the findings about a source distribution."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = files(f"{PACKAGE}/**/*.py", "csrc/**/*", "tests/**/*.py", "tests/cpp/*")
@@ -101,7 +101,7 @@ def check_sdist(sdist: Path) -> list[str]:
 
 
 def check_wheel(wheel: Path) -> list[str]:
-    """Return what is wrong with a wheel."""
+    """Return the findings about a wheel."""
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = {name for name in archive.namelist() if not name.endswith("/")}
         modules = [name for name in names if name.startswith(f"{PACKAGE}/_C.")]
@@ -129,7 +129,7 @@ def check_wheel(wheel: Path) -> list[str]:
 
 
 def needed_libraries(library: Path) -> list[str]:
-    """Return the names of the shared libraries that a library asks the loader for."""
+    """Return the shared libraries that a library needs, and its search paths."""
     if sys.platform != "linux":
         return []
     dynamic = run("readelf", "--dynamic", "--wide", str(library))
@@ -138,7 +138,7 @@ def needed_libraries(library: Path) -> list[str]:
 
 
 def main() -> None:
-    """Build both, and exit with what is wrong."""
+    """Build both, and exit with the findings."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("output", type=Path, help="the folder for both")
     sdist, wheel = build(parser.parse_args().output.resolve())

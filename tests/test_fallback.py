@@ -1,10 +1,9 @@
-"""The plain PyTorch formulas, which serve other devices and installations without native kernels.
+"""The fallback: formulas in PyTorch operations, for other devices and without native kernels.
 
-They are held to the native kernels' own bounds. To first order, no formula rounds more often than
-those allow: with u = 2^-24, a moment carries 3 u (its weight, the product, the sum), its bias
-correction 2 u, the sum of two such terms 1 u, the square root of the second moment (4 u, then 2 u
-for its correction) half of 6 u and 1 u, the sum with eps 1 u and the quotient 1 u; 12 u in all,
-which are 6 x 2^-23.
+They must satisfy the error bounds of the native kernels. To first order, with u = 2^-24, a moment
+has an error of 3 u (its weight, the product, the sum), its bias correction 2 u, the sum of two such
+terms 1 u, the square root of the second moment (4 u, then 2 u for its correction) half of 6 u and
+1 u, the sum with eps 1 u and the quotient 1 u: 12 u in all, or 6 x 2^-23.
 """
 
 import importlib
@@ -42,8 +41,6 @@ from torch import Tensor
 from emerging_optimizers import _rule
 from emerging_optimizers._native import native
 
-needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
-
 
 def rule_of(name: str) -> _rule.Rule:
     module = importlib.import_module(f"emerging_optimizers.scalar_optimizers.{name}")
@@ -74,9 +71,9 @@ def test_formula(rule: Rule, case_name: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
-    """Return rules that enter the fallback kernel with CPU tensors.
+    """Return rules that call the fallback kernel with CPU tensors.
 
-    The dispatcher is told that they are on a device that has no native kernel.
+    The dispatch key is that of a device without a native kernel.
     """
     if native is None:
         pytest.skip("there are no native kernels to fall back from")
@@ -123,7 +120,7 @@ Fallback = Callable[[Rule], Rule]
 def test_fallback_is_the_formula(
     rule: Rule, fallback: Fallback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not, by another way, the native kernel: the tests below would all be of that.
+    # Otherwise all tests below might test the native kernel.
     calls = []
 
     def spy(self: _rule.Rule, *arguments: Any) -> None:
@@ -193,8 +190,8 @@ def test_fallback_specials(rule: Rule, mix: Mix, fallback: Fallback) -> None:
 @pytest.mark.parametrize("name", ["lion", "signum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fallback_rounds_once(name: str, dtype: torch.dtype, fallback: Fallback) -> None:
-    # With a beta of 0 the momentum becomes the gradient: float64 numbers next to the midpoints of a
-    # half type, which rounding to float32 first would move onto them.
+    # With a beta of 0, the momentum becomes the gradient: float64 numbers next to midpoints of a
+    # half type, which rounding to float32 first would turn into midpoints.
     rule = RULES[name]
     digits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
     halfway = (torch.arange(2 ** (digits - 1), 2**digits, dtype=torch.float64) + 0.5) / 2**digits
@@ -242,14 +239,14 @@ with warnings.catch_warnings(record=True) as caught:
 seen = [(w.category.__name__, str(w.message)) for w in caught]
 from emerging_optimizers._native import native, reason
 assert native is None
-import test_plain
-calls = test_plain.check_public_functions()
+import test_fallback
+calls = test_fallback.check_public_functions()
 print(json.dumps({"warnings": seen, "reason": reason, "calls": calls}))
 """
 
 
 def check_public_functions() -> int:
-    """Check all rules, cases and mixes through the public functions: single, list and out=."""
+    """Check the public functions with all rules, cases and mixes: tensors, lists and out=."""
     calls = 0
     for rule in RULES.values():
         for case_name, case in rule.cases.items():
