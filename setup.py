@@ -1,8 +1,8 @@
-"""Builds emerging_optimizers._C against the torch that is installed, and says what it chose.
+"""Builds emerging_optimizers._C against the installed torch, and prints what it builds.
 
-EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out: the package is then compiled at its
-first import. Without that variable it is left out where there is no C++ compiler; with =1 that is
-an error. What else can be chosen, and how, is in emerging_optimizers/_build.py.
+EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out; the first import then compiles it. By
+default, it is left out if there is no C++ compiler; with =1, that is an error. All other options
+are in emerging_optimizers/_build.py.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     sys.exit(
-        "emerging-optimizers-native compiles against the torch that you run it with, and there is"
-        " none in this build environment. Install torch first, then build without isolation:\n"
+        "emerging-optimizers-native is compiled against your torch, but this build environment has"
+        " none. Install torch first, then build without isolation:\n"
         '    pip install torch "setuptools>=77" ninja\n'
         "    pip install --no-build-isolation ."
     )
@@ -39,9 +39,9 @@ spec.loader.exec_module(_build)
 
 
 class BuildPython(build_py):
-    """Puts the sources into the package, where a build at the first import finds them.
+    """Copies the C++ sources into the package, for the build at the first import.
 
-    In the repository, and so in an editable installation, they lie beside it.
+    In the repository, and so in an editable installation, they are beside the package.
     """
 
     def run(self) -> None:
@@ -51,9 +51,9 @@ class BuildPython(build_py):
 
 
 class EggInfo(egg_info):
-    """Adds "+torch213cpu" to a wheel's version, say: the torch that it fits, and its kernels.
+    """Appends the torch version and the kernels to a wheel's version, such as "+torch213cpu".
 
-    A source distribution fits all.
+    A source distribution works with any torch.
     """
 
     def finalize_options(self) -> None:
@@ -83,15 +83,11 @@ def native_module() -> list[setuptools.Extension]:
         say("no native kernels (EMERGING_OPTIMIZERS_NATIVE=0)")
         return []
     if wanted != "1" and not _build.has_compiler():
-        say(
-            f"no native kernels, because there is no C++ compiler ({compiler}); set CXX to name one"
-        )
+        say(f"no native kernels, since no C++ compiler ({compiler}) was found; set CXX to name one")
         return []
     os.environ.update(_build.compiler_variables(ROOT / "build" / "compilers"))
-    say(
-        f"CPU kernels for torch {torch.__version__}, by {compiler}; EMERGING_OPTIMIZERS_ISA chooses"
-    )
-    say("the instruction set at run time")
+    say(f"CPU kernels for torch {torch.__version__}, compiled with {compiler}")
+    say("EMERGING_OPTIMIZERS_ISA selects the instruction set at run time")
     try:
         recipe = _build.recipe(ROOT / "csrc")
     except RuntimeError as error:
@@ -106,7 +102,9 @@ def native_module() -> list[setuptools.Extension]:
         return [cpp_extension.CppExtension(MODULE, relative(recipe.sources), **arguments)]
     os.environ["TORCH_CUDA_ARCH_LIST"] = recipe.architectures
     nvcc = _build.nvcc_version()
-    say(f"CUDA kernels, by nvcc {nvcc}, for {recipe.architectures} (TORCH_CUDA_ARCH_LIST)")
+    say(
+        f"CUDA kernels for {recipe.architectures} (TORCH_CUDA_ARCH_LIST), compiled with nvcc {nvcc}"
+    )
     return [cpp_extension.CUDAExtension(MODULE, relative(recipe.sources), **arguments)]
 
 

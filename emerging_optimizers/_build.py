@@ -1,11 +1,11 @@
-"""What the compiled module is made from, and how.
+"""The sources, compiler options and GPUs that the compiled module is built with.
 
-For setup.py, which loads this file by its path before there is a package, and for the build at the
-first import (_jit.py). So it imports nothing of the package, and torch only where it is asked for.
+Shared by setup.py, which loads this file by its path before the package exists, and by the build at
+the first import (_jit.py). So it imports nothing from the package, and torch only in functions.
 
-EMERGING_OPTIMIZERS_CUDA=0 leaves the CUDA kernels out. Without that variable they are left out
-where torch has no CUDA, or there is no nvcc of its major version; with =1 that is an error.
-TORCH_CUDA_ARCH_LIST names the GPUs to compile for; without it, those of this machine.
+EMERGING_OPTIMIZERS_CUDA=0 builds without CUDA kernels. By default, they are built if torch has CUDA
+and there is an nvcc of the same major version; with =1, it is an error if they cannot be.
+TORCH_CUDA_ARCH_LIST names the GPUs to compile for. The default is the GPUs of this machine.
 """
 
 import atexit
@@ -20,9 +20,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# No contraction into fused multiply-adds: each operation is rounded by itself, so every instruction
-# set gives the same bits. The two other flags let loops with a square root or a comparison become
-# vector loops; they change no result. Debug information would make the module twenty times larger.
+# No contraction into fused multiply-adds: each operation is rounded separately, so that every
+# instruction set gives the same bits. -fno-math-errno and -fno-trapping-math let the compiler
+# vectorize loops with square roots and comparisons; they change no result. Debug information would
+# make the module twenty times larger.
 COMPILE_ARGS = {
     "unix": [
         "-O3",
@@ -34,8 +35,8 @@ COMPILE_ARGS = {
     ],
     "msvc": ["/O2", "/fp:precise"],
 }
-# No contraction here either, so that the bits are the CPU's. The next three are nvcc's defaults;
-# named here, they also hold where NVCC_APPEND_FLAGS has --use_fast_math.
+# No contraction here either, so that the bits are the same as on the CPU. The next three options
+# are nvcc's defaults. Here they override --use_fast_math in NVCC_APPEND_FLAGS.
 NVCC_ARGS = [
     "-O3",
     "--fmad=false",
@@ -44,15 +45,16 @@ NVCC_ARGS = [
     "--prec-sqrt=true",
     "--threads=0",
 ]
-# The kernels' arguments take more than 4096 bytes, and are constant: what is older has not that.
+# The kernels' arguments are __grid_constant__ and take more than 4096 bytes. Older versions of nvcc
+# and older GPUs do not support that.
 OLDEST_NVCC = (12, 1)
 OLDEST_GPU = (7, 0)
-# What is compiled for where no GPU is seen and none is named: A100, H100 and H200, B200. Each from
-# the nvcc on that knows it.
+# The GPUs to compile for if none is present and none is named: A100, H100 and H200, B200. Each with
+# the oldest nvcc that supports it.
 USUAL_GPUS = {"8.0": OLDEST_NVCC, "9.0": OLDEST_NVCC, "10.0": (12, 8)}
-# What the kernels include, which is not always where nvcc is.
+# The headers that the kernels include. They are not always installed with nvcc.
 CUDA_HEADERS = ("cuda_runtime.h", "nv/target")
-# at::parallel_for is compiled into its caller: without OpenMP here it would be serial.
+# at::parallel_for is a template, compiled here: without OpenMP it would be serial.
 OPENMP_ARGS = {
     "linux": (["-fopenmp"], ["-fopenmp"]),
     "darwin": (["-Xpreprocessor", "-fopenmp"], []),
@@ -62,16 +64,16 @@ OPENMP_ARGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a compiler and a linker are given.
+    """The inputs and options of a build.
 
     Attributes:
-        sources: What is compiled.
-        headers: What else it depends on.
-        cxx_args: Options of the C++ compiler.
-        nvcc_args: Options of nvcc.
-        link_args: Options of the linker.
-        architectures: The GPUs to compile for, as TORCH_CUDA_ARCH_LIST has them; "" without CUDA.
-        why_no_cuda: What keeps CUDA out; "" with it.
+        sources: The files to compile.
+        headers: The headers that they may include.
+        cxx_args: Options for the C++ compiler.
+        nvcc_args: Options for nvcc.
+        link_args: Options for the linker.
+        architectures: The GPUs to compile for, as in TORCH_CUDA_ARCH_LIST; "" without CUDA.
+        why_no_cuda: Why the CUDA kernels are left out; "" if they are built.
     """
 
     sources: list[Path]
@@ -84,15 +86,15 @@ class Recipe:
 
 
 def recipe(csrc: Path) -> Recipe:
-    """Return how to build what lies in a folder on this machine, with the torch that is installed.
+    """Return how to build the sources in a folder on this machine for the installed torch.
 
     Raises:
-        RuntimeError: CUDA was insisted on, and cannot be had.
+        RuntimeError: ``EMERGING_OPTIMIZERS_CUDA=1``, but the CUDA kernels cannot be built.
     """
     patterns = ["units/*.cpp", "engine/cpu/*.cpp", "bindings/*.cpp"]
     is_windows = sys.platform == "win32"
     openmp_compile, openmp_link = OPENMP_ARGS.get(sys.platform, ([], []))
-    # PyTorch's headers then include only the operators that are used, which compiles faster.
+    # AT_PER_OPERATOR_HEADERS: include only the operators that are used, which compiles faster.
     defines = [f"-DEMOPT_ABI={abi(csrc)}", "-DAT_PER_OPERATOR_HEADERS"]
     cxx_args = [*COMPILE_ARGS["msvc" if is_windows else "unix"], *openmp_compile, *defines]
     nvcc_args = []
@@ -118,7 +120,7 @@ def recipe(csrc: Path) -> Recipe:
 def abi(csrc: Path) -> str:
     """Return a hash of the headers that a rule's unit shares with the module.
 
-    A rule in a library of its own fits a module of the same hash.
+    A rule in a separate library works with a module of the same hash.
     """
     headers: dict[Path, str] = {}
     pending = [csrc / "engine" / "rule_unit.h"]
@@ -134,23 +136,23 @@ def abi(csrc: Path) -> str:
 
 
 def compiler() -> str:
-    """Return the C++ compiler's command, which may have several words."""
+    """Return the command of the C++ compiler, which may have several words."""
     return os.environ.get("CXX", "").strip() or ("cl" if sys.platform == "win32" else "c++")
 
 
 def has_compiler() -> bool:
-    """Whether the C++ compiler, or what is to start it, is there."""
+    """Return whether the C++ compiler, or the program that starts it, is installed."""
     return shutil.which(_words(compiler())[0]) is not None
 
 
 def compiler_variables(folder: Path) -> dict[str, str]:
-    """Return variables with which torch and setuptools run the compilers that CXX and CC name.
+    """Return the variables with which torch and setuptools run the compilers in CXX and CC.
 
-    Torch takes CXX for one word; setuptools splits it. Both pass words of CC on to nvcc or to the
-    C++ compiler. So a command of several words becomes a script, of one word.
+    torch treats CXX as one word, and setuptools splits it. Both pass words of CC on to nvcc or to
+    the C++ compiler. So a command of several words is wrapped in a script, whose name is one word.
 
     Args:
-        folder: Where scripts are put, if there are any.
+        folder: Where the scripts are written, if any.
     """
     variables: dict[str, str] = {}
     if sys.platform == "win32":
@@ -159,39 +161,40 @@ def compiler_variables(folder: Path) -> dict[str, str]:
         if name not in os.environ:
             continue
         command = os.environ[name].strip() or usual
-        # The build runs in a folder of its own.
+        # The build runs in another folder.
         words = [
             os.path.abspath(w) if "/" in w and os.path.isfile(w) else w for w in _words(command)
         ]
         if len(words) == 1 and shlex.quote(words[0]) == words[0]:
             variables[name] = words[0]
             continue
-        # Named like the compiler, by whose name torch knows it; but not the same, for it is first
-        # on the PATH.
+        # torch recognizes a compiler by its name, so the script's name contains it. It is not the
+        # same name, since the script comes first on PATH.
         programs = [word for word in words if shutil.which(word)] or [usual]
-        if os.pathsep in str(folder):  # which PATH cannot have
+        if os.pathsep in str(folder):  # cannot be put on PATH
             folder = Path(tempfile.mkdtemp(prefix="emerging_optimizers-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         script = folder / (re.sub(r"[^\w+.-]", "_", Path(programs[-1]).name) + f"-of-{name}")
         folder.mkdir(parents=True, exist_ok=True)
         script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         script.chmod(0o755)
-        # By its name, since torch quotes no path for ninja, and torch 2.11 none for the shell.
+        # The name without the path: torch does not quote paths for ninja, nor torch 2.11 for the
+        # shell.
         variables[name] = script.name
         path = os.environ.get("PATH", os.defpath)
         variables["PATH"] = os.pathsep.join([str(folder.absolute()), path])
-        # torch would put ccache before the script, where the command may have it already.
+        # torch would put ccache before the script, but the command may already contain it.
         variables["TORCH_NO_COMPILER_WRAPPER"] = "1"
     return variables
 
 
 def _words(command: str) -> list[str]:
-    """Split a command as a shell does, unless all of it is one program's path, with spaces."""
+    """Split a command as a shell does, unless it is the path of one program, with spaces."""
     if shutil.which(command) is not None or sys.platform == "win32":
         return [command]
     try:
         words = shlex.split(command)
-    except ValueError:  # a quote that does not end
+    except ValueError:  # an unclosed quote
         words = []
     if words and re.match(r"[A-Za-z_]\w*=", words[0]):
         words = ["env", *words]
@@ -199,7 +202,7 @@ def _words(command: str) -> list[str]:
 
 
 def why_no_cuda() -> str | None:
-    """Say what keeps the CUDA kernels from being compiled; None where nothing does."""
+    """Return why the CUDA kernels cannot be compiled; None if they can."""
     import torch
 
     if os.environ.get("EMERGING_OPTIMIZERS_CUDA") == "0":
@@ -208,21 +211,21 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     version = nvcc_version()
     if version is None:
-        return f"there is no nvcc; torch was built with CUDA {torch.version.cuda} (set CUDA_HOME)"
+        return f"no nvcc was found; torch was built with CUDA {torch.version.cuda} (set CUDA_HOME)"
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
+        return f"nvcc is from CUDA {version}, but torch was built with CUDA {torch.version.cuda}"
     if _numbers(version) < OLDEST_NVCC:
-        return f"nvcc is of CUDA {version}, older than 12.1"
+        return f"nvcc is from CUDA {version}, older than 12.1"
     for header in CUDA_HEADERS:
         if not _finds_cuda_header(header):
-            return f"there is no {header} where nvcc is (set CUDA_HOME)"
+            return f"the CUDA toolkit has no {header} (set CUDA_HOME)"
     if not architectures():
-        return "all GPUs here are older than compute capability 7.0"
+        return "all GPUs of this machine are older than compute capability 7.0"
     return None
 
 
 def nvcc_version() -> str | None:
-    """Return "13.0", or None where there is no nvcc."""
+    """Return nvcc's version, such as "13.0", or None if there is no nvcc."""
     from torch.utils import cpp_extension
 
     if cpp_extension.CUDA_HOME is None:
@@ -236,13 +239,13 @@ def nvcc_version() -> str | None:
 
 
 def _finds_cuda_header(header: str) -> bool:
-    """Whether compilers will find it: an nvcc on the PATH may be a script, without."""
+    """Return whether compilers find a header. An nvcc on PATH may be a script without headers."""
     from torch.utils import cpp_extension
 
     folders = [*cpp_extension.include_paths("cuda"), "/usr/include", "/usr/local/include"]
     for name in ("CPATH", "CPLUS_INCLUDE_PATH", "INCLUDE"):
         folders += os.environ.get(name, "").split(os.pathsep)
-    # From CUDA 13 on, nvcc looks into the folder for what the toolkit has of CCCL by itself.
+    # CUDA 13 moved CCCL's headers to a subfolder, which nvcc searches by itself.
     return any(
         Path(folder, inner, header).is_file()
         for folder in folders
@@ -252,7 +255,7 @@ def _finds_cuda_header(header: str) -> bool:
 
 
 def architectures() -> str:
-    """Return what to compile for: what the user says, else this machine's GPUs, else the usual."""
+    """Return the GPUs to compile for: those the user names, this machine's, or the usual ones."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     found = _gpus()
@@ -266,8 +269,8 @@ def architectures() -> str:
 
 def _gpus() -> set[tuple[int, ...]]:
     """Return the compute capabilities of this machine's GPUs."""
-    # The driver's program first: torch would start CUDA in this process, which at an import is too
-    # early, since processes that are forked afterwards could not use it.
+    # nvidia-smi first: torch would initialize CUDA, after which forked processes cannot use it, and
+    # an import must not do that.
     program = shutil.which("nvidia-smi")
     if program is not None:
         command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]

@@ -1,32 +1,32 @@
-"""What a failed build wrote, and the first error in it."""
+"""Finds the first error in the output of a failed build."""
 
 import re
 import subprocess
 import sys
 
-# Colours and links.
+# Terminal escapes for colors and links.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;:]*[A-Za-z]|\].*?(?:\x07|\x1b\\))")
-# Ninja's report of a command that failed: this line, the command, and what it wrote.
+# Ninja's report of a failed command: this line, the command, then its output.
 _FAILED = re.compile(r"^FAILED: (?:\[code=(\d+)\])?.*\n.*(?:\n|\Z)", re.MULTILINE)
 _NEXT = re.compile(r"^(?:\[\d+/\d+\] |ninja: (?:build stopped|subcommand failed))", re.MULTILINE)
-# Lines that quote a source, say where something is, or are no error.
+# Lines that quote source code, name a location, or are warnings.
 _CONTEXT = re.compile(
     r"\s|In file included from|.*: (?:[Ii]n (?:\w+ )*(?:function|constructor|destructor|lambda)\b"
     r"|In instantiation of|In substitution of|[Aa]t global scope|(?:warning|note|remark)\b)"
     r"|\S+\(\d+\): warning "
 )
-# Not "error" alone, which stands in options and in names of files, too.
+# "error" alone also occurs in options and file names.
 _ERROR = re.compile(
     r"\b(?i:error|fatal)(?: [A-Z#]+\d+(?:-D)?)?\s*:|\bundefined (?:reference|symbol)"
     r"|\bcannot find\b|\bmultiple definition of\b|\bunresolved external\b"
 )
-# What the compiler says after the linker has said what is wrong.
+# The compiler's summary, which follows the linker's error.
 _SUMMARY = re.compile(r".*\berror: (?:ld returned|linker command failed)")
 _LONGEST = 500
 
 
 def output_of(error: BaseException) -> str:
-    """Return what the failed command wrote, where there was one; else the error's text."""
+    """Return the output of the failed command if there was one, else the error's message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, subprocess.CalledProcessError) and cause.output:
@@ -37,7 +37,7 @@ def output_of(error: BaseException) -> str:
 
 
 def first_error(text: str) -> str:
-    """Return the line that says what went wrong first."""
+    """Return the line with the first error."""
     failed = _FAILED.search(text)
     code = ""
     if failed is not None:
@@ -50,9 +50,9 @@ def first_error(text: str) -> str:
     for line in (*errors, *told, *lines):
         line = line.strip()
         return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
-    return "the compiler wrote nothing" + (f" (exit status {code})" if code else "")
+    return "the compiler printed nothing" + (f" (exit status {code})" if code else "")
 
 
 def was_killed(text: str) -> bool:
-    """Whether a compiler was killed, as it is where memory runs out."""
+    """Return whether a compiler was killed, most likely because memory ran out."""
     return re.search(r"\[code=137\]|\bKilled\b|out of memory|bad_alloc", text) is not None

@@ -1,4 +1,4 @@
-"""Compiles and loads a module by torch's tools for C++ extensions, in this process."""
+"""Compiles and loads a module with torch's tools for C++ extensions, in this process."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ def missing_tool() -> tuple[str, str] | None:
     """Return which tool is missing and how to get it; None if all are installed."""
     if not _build.has_compiler():
         return (
-            f"there is no C++ compiler ({_build.compiler()}) to build them with",
-            "Install one, or name it in CXX, and they are compiled at the next import",
+            f"no C++ compiler ({_build.compiler()}) was found",
+            "Install one or set CXX, and the next import compiles the kernels",
         )
     if shutil.which("ninja", path=_path()) is None:
         return (
-            "there is no ninja to build them with",
-            "Install it (`pip install ninja`), and they are compiled at the next import",
+            "ninja was not found",
+            "Install it (`pip install ninja`), and the next import compiles the kernels",
         )
     return None
 
@@ -43,8 +43,8 @@ def compile_module(name: str, recipe: _build.Recipe, folder: Path) -> ModuleType
         "PATH": _path(),
         "LC_ALL": "C",  # for messages in English
         "NINJA_STATUS": "[%f/%t] ",
-        # torch recognizes compilers by name and warns of others. The compiler itself reports what
-        # it cannot compile.
+        # torch warns of compilers whose names it does not know. The compiler itself reports what it
+        # cannot compile.
         "TORCH_DONT_CHECK_COMPILER_ABI": "1",
     }
     if recipe.architectures:
@@ -66,7 +66,10 @@ def compile_module(name: str, recipe: _build.Recipe, folder: Path) -> ModuleType
 
 
 def _path() -> str:
-    """Return PATH with this Python's scripts, among them ninja, in an inactive environment, too."""
+    """Return PATH and the folder of this Python's scripts, such as ninja.
+
+    A virtual environment need not be activated.
+    """
     return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 

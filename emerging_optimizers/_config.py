@@ -24,7 +24,7 @@ def show_config() -> None:
     print(f"emerging_optimizers {__version__}")
     if native is None:
         print(f"torch: {torch.__version__}")
-        print(f"CPU instruction sets: none in use, plain PyTorch is used ({reason})")
+        print(f"CPU instruction sets: none, falling back to PyTorch operations ({reason})")
         print("CUDA: no")
     else:
         print(f"torch: {torch.__version__} (built for {native.torch_version})")

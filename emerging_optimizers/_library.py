@@ -1,8 +1,8 @@
-"""Whether the file of a compiled library is complete.
+"""Checks that a compiled library is complete before it is loaded.
 
-Loading a truncated one kills the process: it is mapped as long as its header says, and memory
-beyond the end of the file cannot be read. So the header is read first. What was built at the first
-import ends in a checksum as well, which finds any other damage.
+Loading a truncated library kills the process: the loader maps as many bytes as the header claims,
+and reading beyond the end of the file is a bus error. So the header is checked first. Libraries
+built at the first import also end in a checksum, which detects any other damage.
 """
 
 import errno
@@ -19,12 +19,12 @@ _IS_ELF = sys.platform not in ("win32", "darwin")
 _SEAL = b"\nemerging_optimizers crc32 "
 _SEAL_SIZE = len(_SEAL) + 8
 _SHT_STRTAB = 3
-# Bytes that are read at once: memory of this size is used again, without page faults.
+# Bytes per read. A buffer of this size is reused, so that reading causes no page faults.
 _PIECE = 1 << 16
 
 
 def fault(path: Path) -> str:
-    """Say what is wrong with a library, to follow its name; "" where nothing is."""
+    """Return what is wrong with a library, as a predicate for its name; "" if it is complete."""
     try:
         if path.is_dir():
             return "is a folder, not a library"
@@ -38,9 +38,9 @@ def fault(path: Path) -> str:
 
 
 def seal(path: Path) -> None:
-    """Append the checksum, and see to it that all is on the disk."""
+    """Append the checksum and flush the file to disk."""
     with path.open("r+b") as file:
-        if _IS_ELF:  # loaders of other systems may not ignore what follows
+        if _IS_ELF:  # other formats may not allow trailing bytes
             checksum = _checksum(file, os.fstat(file.fileno()).st_size)
             file.seek(0, os.SEEK_END)
             file.write(_SEAL + b"%08x" % checksum)
@@ -49,20 +49,20 @@ def seal(path: Path) -> None:
             os.fsync(file.fileno())
         except OSError as error:
             if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-                raise  # elsewhere it may not be supported
+                raise  # with any other error, the file system does not support fsync
 
 
 def _elf_fault(file: BinaryIO, size: int) -> str:
     header = file.read(64)
     if header[:4] != b"\x7fELF":
-        return "is damaged: it does not begin like a library"
+        return "is damaged: it has no ELF header"
     if len(header) < 64:
         return "is truncated"
     with open(torch._C.__file__, "rb") as other:
         expected = other.read(20)
     # Word size, byte order, processor.
     if (header[4:6], header[18:20]) != (expected[4:6], expected[18:20]):
-        return "is for another processor"
+        return "was compiled for another processor"
     if header[4] != 2:
         return ""
     (phoff, shoff), sizes = (
@@ -79,10 +79,10 @@ def _elf_fault(file: BinaryIO, size: int) -> str:
     if size < end:
         return f"is truncated: it has {size} of at least {end} bytes"
     if shoff and shstrndx:
-        # The headers of sections come last: zeros there are a file that was never filled.
+        # The section headers come last. Zeros there mean that the file was never filled.
         file.seek(shoff + shentsize * shstrndx + 4)
         if file.read(4) != struct.pack("=I", _SHT_STRTAB):
-            return "is damaged: its headers of sections are wrong"
+            return "is damaged: its section headers are invalid"
     return ""
 
 
@@ -90,9 +90,9 @@ def _checksum_fault(file: BinaryIO, size: int) -> str:
     file.seek(max(size - _SEAL_SIZE, 0))
     end = file.read()
     if not end.startswith(_SEAL):
-        return ""  # it was installed, or built by an earlier version
+        return ""  # an installed module, or built by an earlier version
     checksum = b"%08x" % _checksum(file, size - _SEAL_SIZE)
-    return "" if end[len(_SEAL) :] == checksum else "is damaged: its checksum is wrong"
+    return "" if end[len(_SEAL) :] == checksum else "is damaged: its checksum does not match"
 
 
 def _checksum(file: BinaryIO, size: int) -> int:

@@ -1,4 +1,4 @@
-"""Finds the native kernels that fit this torch: installed, or built at the first import."""
+"""Loads the compiled module that fits the installed torch, or compiles one."""
 
 import contextlib
 import importlib
@@ -15,27 +15,30 @@ import torch
 from . import _library
 
 _NAME = f"{__package__}._C"
-# The text before the torch version in the library (bindings/module.cpp).
+# The text in the library before the version of its torch (bindings/module.cpp).
 _BUILT_FOR = b"emerging_optimizers is built for torch "
 
 
 class _BrokenLibraryError(ImportError):
-    """The installed library cannot be loaded."""
+    """The installed library is truncated or damaged."""
 
 
 def _compiled() -> ModuleType:
-    """Return the installed module; raises an ImportError with the reason if there is none."""
+    """Return the installed module.
+
+    Raises:
+        ImportError: None is installed, or it does not fit.
+    """
     if _NAME not in sys.modules:
-        # In this folder only: an editable installation elsewhere would offer its module.
+        # In this folder only: another copy of the package, installed as editable, offers its own.
         spec = PathFinder.find_spec(_NAME, [os.path.dirname(__file__)])
         if spec is None or spec.origin is None:
-            raise ImportError("nothing is compiled")
+            raise ImportError("no compiled module is installed")
         fault = _library.fault(Path(spec.origin))
         if fault:
-            raise _BrokenLibraryError(f"{spec.origin} {fault}; install the package again")
+            raise _BrokenLibraryError(f"{spec.origin} {fault}; reinstall the package")
         version = _built_for(spec.origin)
-        # Checked before loading: the code may not fit this torch, and its operators would remain
-        # registered.
+        # Before loading: code for another torch may crash, and operators stay registered.
         if version.split(".")[:2] != torch.__version__.split(".")[:2]:
             raise ImportError(
                 f"compiled for torch {version}, but this is torch {torch.__version__}"
@@ -57,7 +60,7 @@ def _built_for(library: str) -> str:
 
 
 def _find() -> tuple[ModuleType | None, str]:
-    """Return the module, or None and the reason."""
+    """Return the module and an empty string, or None and the reason."""
     try:
         return _compiled(), ""
     except ImportError as error:
@@ -67,14 +70,14 @@ def _find() -> tuple[ModuleType | None, str]:
     if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
         reason += "; EMERGING_OPTIMIZERS_JIT=0"
     else:
-        from . import _jit  # most imports do not build
+        from . import _jit  # only imports without a compiled module need it
 
         try:
             module = _jit.load_module()
         except _jit.BuildError as error:
             warnings.warn(
-                f"emerging_optimizers runs without its native kernels, on plain PyTorch: {reason};"
-                f" {error.reason}. {error.remedy}.",
+                "emerging_optimizers runs without its native kernels and falls back to PyTorch"
+                f" operations: {reason}; {error.reason}. {error.remedy}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -87,4 +90,4 @@ def _find() -> tuple[ModuleType | None, str]:
 
 native, reason = _find()
 if native is not None:
-    native.active_isa()  # report a wrong EMERGING_OPTIMIZERS_ISA now, not in the first step
+    native.active_isa()  # raises for an invalid EMERGING_OPTIMIZERS_ISA now, not in the first step

@@ -1,7 +1,7 @@
-"""Whether tensors share memory, for the calls that the native checks do not see.
+"""Finds tensors that share memory, for calls that do not reach the native checks.
 
-Decided from addresses, sizes and strides, as in ``csrc/bindings/memory_overlap.cpp``: two storages
-may be one memory, and views of one storage may share none of it.
+It compares addresses, sizes and strides, as ``csrc/bindings/memory_overlap.cpp`` does: two storages
+may use the same memory, and two views of one storage may be disjoint.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ._values import PLAIN_TYPES, is_fake
 
-# How many candidates a search looks at before it gives up: as many as the native one for a pair,
-# fewer for a call.
+# Candidates that a search tries before it gives up: as many as the native one for a pair, fewer for
+# a call.
 _WORK_OF_PAIR = 100_000
 _WORK_OF_CALL = 1_000_000
 
@@ -24,14 +24,14 @@ _Dimensions = tuple[tuple[int, int], ...]
 
 
 class Memory(NamedTuple):
-    """The memory of a tensor: runs of bytes without a gap, at multiples of strides.
+    """The memory of a tensor: contiguous runs of bytes at multiples of strides.
 
     Args:
-        device: Of which addresses these are.
-        begin: The first byte.
-        end: The one after the last.
-        run: The length of a run.
-        dimensions: Strides in bytes, and sizes, by stride; empty where there is no gap at all.
+        device: The device that the addresses belong to.
+        begin: The address of the first byte.
+        end: The address after the last byte.
+        run: The length of a run in bytes.
+        dimensions: Strides in bytes and sizes, sorted by stride; empty if the memory has no gaps.
     """
 
     device: torch.device
@@ -42,14 +42,14 @@ class Memory(NamedTuple):
 
 
 class _Work:
-    """What is left to be done before a search gives up."""
+    """The number of candidates that a search may still try."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
 
 def address_of(tensor: Tensor) -> int:
-    """Return the address of the first element; 0 where there is none."""
+    """Return the address of the first element; 0 if the tensor has none."""
     if tensor.is_meta or tensor.layout != torch.strided or is_fake(tensor):
         return 0
     try:
@@ -61,10 +61,10 @@ def address_of(tensor: Tensor) -> int:
 
 
 def span_of(tensor: Any) -> tuple[int, int] | None:
-    """Return the first byte of a tensor and the one after the last, if it is an ordinary tensor.
+    """Return the addresses of a tensor's first byte and after its last, if it is ordinary.
 
-    That is a strided one without gaps, with memory, and of no subclass. Most are, and this takes a
-    fraction of `memory_of`.
+    Ordinary tensors are contiguous, have memory and are of no subclass. Most are, and this takes a
+    fraction of the time of `memory_of`.
     """
     if type(tensor) not in PLAIN_TYPES or torch._is_functional_tensor(tensor):
         return None
@@ -75,18 +75,18 @@ def span_of(tensor: Any) -> tuple[int, int] | None:
     except (RuntimeError, NotImplementedError):  # of another device
         return None
     if begin == tensor.storage_offset() * tensor.element_size():
-        return None  # of a storage without memory
+        return None  # its storage has no memory
     return begin, begin + tensor.nbytes
 
 
 def are_apart(spans: list[tuple[int, int]]) -> bool:
-    """Return whether no two ranges intersect; sort them."""
+    """Sort the ranges and return whether no two intersect."""
     spans.sort()
     return all(first[1] <= second[0] for first, second in pairwise(spans))
 
 
 def memory_of(tensor: Tensor) -> Memory | None:
-    """Return where a tensor is; None where it has no address, or no elements."""
+    """Return the memory of a tensor; None if it has no address or no elements."""
     begin = address_of(tensor)
     if begin == 0:
         return None
@@ -111,26 +111,27 @@ def memory_of(tensor: Tensor) -> Memory | None:
 
 
 def share_memory(a: Memory, b: Memory, work: _Work) -> bool | None:
-    """Return whether two tensors have a byte in common; None where that takes too long to tell."""
+    """Return whether two tensors have a byte in common; None if the search gives up."""
     if a.begin >= b.end or b.begin >= a.end:
         return False
     if not a.dimensions and not b.dimensions:
         return True
-    # An address of `a` is one of `b`: with b's offsets counted from its last byte, sums of the
-    # strides of both are to be the distance of b's last byte from a's first.
+    # They share an address if strides of both, each times an index, add up to the distance from a's
+    # first byte to b's last. Offsets in b are counted from its last byte.
     terms = [(stride, size - 1) for stride, size in a.dimensions + b.dimensions]
     return _Equation(terms, a.run + b.run - 2).solve(b.end - 1 - a.begin, work)
 
 
 def overlaps_itself(tensor: Tensor) -> bool | None:
-    """Return whether two indices are one element; None where that takes too long to tell."""
+    """Return whether two indices have the same address; None if the search gives up."""
     if tensor.numel() <= 1:
         return False
     dimensions = _dimensions(tensor)
     if dimensions[0][0] == 0:
         return True
-    # Two indices differ last in one of the dimensions, by 1 or more, and the smaller strides make
-    # up for it: by as much as they reach either way, here counted from the lowest.
+    # Let d be the dimension of the largest stride in which two indices differ, by 1 or more. They
+    # have the same address if the smaller strides make up for it. Those reach equally far in both
+    # directions; offsets are counted from the lowest.
     reach = 0
     work = _Work(_WORK_OF_PAIR)
     worst: bool | None = False
@@ -146,22 +147,22 @@ def overlaps_itself(tensor: Tensor) -> bool | None:
 
 
 def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return strides and sizes of more than one element, by stride."""
+    """Return the strides and sizes of dimensions longer than 1, sorted by stride."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return sorted((stride, size) for stride, size in pairs if size > 1)
 
 
 def find_sharing(used: Sequence[tuple[Memory, bool]]) -> Iterator[tuple[int, int, bool]]:
-    """Find the pairs of tensors that share memory, of which one is modified.
+    """Find pairs of tensors that share memory where at least one is modified.
 
-    Views that interleave, as the columns of a matrix do, are sorted by what they have in common, so
-    that not all pairs of them are looked at.
+    Views that interleave, such as the columns of a matrix, are sorted by their addresses modulo
+    their strides' common divisor, so that not every pair of them is compared.
 
     Args:
-        used: For each tensor its memory, and whether it is modified.
+        used: For each tensor, its memory and whether it is modified.
 
     Yields:
-        The smaller index, the larger one, and whether it is certain; a pair may come twice.
+        The smaller index, the larger index, and whether it is certain. A pair may come twice.
     """
     work = _Work(_WORK_OF_CALL)
     for group in _groups(used):
@@ -183,7 +184,7 @@ def find_sharing(used: Sequence[tuple[Memory, bool]]) -> Iterator[tuple[int, int
 
 
 def _groups(used: Sequence[tuple[Memory, bool]]) -> Iterator[list[int]]:
-    """Yield groups, of two and more, whose ranges hang together."""
+    """Yield groups of two or more tensors whose ranges overlap, on each device."""
     end = 0
     group: list[int] = []
     for i in sorted(range(len(used)), key=lambda i: used[i][0].begin):
@@ -206,7 +207,7 @@ def _by_device(used: Sequence[tuple[Memory, bool]], group: list[int]) -> Iterato
 
 
 def _remainders(memory: Memory, index: int, divisor: int) -> Iterator[tuple[int, int, int]]:
-    """Yield a tensor's addresses modulo a number that all strides are multiples of."""
+    """Yield the ranges of a tensor's addresses modulo a common divisor of all strides."""
     begin = memory.begin % divisor
     end = begin + memory.run
     if memory.run >= divisor:
@@ -220,8 +221,9 @@ def _remainders(memory: Memory, index: int, divisor: int) -> Iterator[tuple[int,
 def _intersecting(
     used: Sequence[tuple[Memory, bool]], intervals: list[tuple[int, int, int]], with_gaps: bool
 ) -> Iterator[tuple[int, int]]:
-    """Yield pairs of intervals that intersect: not two that are read, nor two without gaps."""
-    # Those that may go on, by whether they are modified and have gaps, from the first to end.
+    """Yield pairs of intersecting intervals, of which one is modified and, on request, has gaps."""
+    # The intervals that may not have ended, by whether they are modified and have gaps, sorted by
+    # their ends.
     still: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
     for begin, end, i in sorted(intervals):
         memory, is_modified = used[i]
@@ -239,11 +241,11 @@ def _intersecting(
 
 
 class _Equation:
-    """Asks for a sum of terms in a range: each term a step times a number from 0 to a bound.
+    """Whether a sum of terms can lie in a range. Each term is a step times a number up to a bound.
 
     Args:
-        terms: Steps and bounds.
-        slack: The range is from the target less this to the target.
+        terms: Steps and bounds. The numbers are integers from 0 to the bound.
+        slack: The range is from ``target - slack`` to ``target``.
     """
 
     def __init__(self, terms: Sequence[tuple[int, int]], slack: int) -> None:
@@ -259,13 +261,13 @@ class _Equation:
                 kept.append((step, bound))
         self._terms = kept[::-1]
         self._slack = slack
-        # Of the terms from one on: the largest sum, and the steps' common divisor.
+        # For the terms from each one on: the largest sum, and the common divisor of the steps.
         rests = [self._terms[d:] for d in range(len(kept) + 1)]
         self._reach = [slack + sum(starmap(int.__mul__, rest)) for rest in rests]
         self._divisor = [math.gcd(*(step for step, _ in rest)) for rest in rests]
 
     def solve(self, target: int, work: _Work) -> bool | None:
-        """Return whether there is a solution; None where that takes too long to tell."""
+        """Return whether there is a solution; None if the search gives up."""
         if not 0 <= target <= self._reach[0]:
             return False
         own = _Work(min(work.left, _WORK_OF_PAIR))
@@ -275,7 +277,7 @@ class _Equation:
         return result
 
     def _search(self, d: int, target: int, work: _Work) -> bool | None:
-        """Solve by the terms from the d-th on, from the largest step to the smallest."""
+        """Search the terms from the d-th on, from the largest step to the smallest."""
         if d == len(self._terms):
             return True
         step, bound = self._terms[d]
@@ -296,7 +298,7 @@ class _Equation:
         return False
 
     def _next_candidate(self, d: int, target: int) -> int | None:
-        """Return how many steps on the remainder is one that the other terms allow."""
+        """Return after how many steps the remainder is one that the other terms allow."""
         divisor = self._divisor[d + 1]
         if divisor == 0:
             return 0

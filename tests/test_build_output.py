@@ -92,8 +92,8 @@ def ninja_output(written: str, code: int = 1) -> str:
         ("/bin/sh: 1: g++-99: not found\n", "/bin/sh: 1: g++-99: not found"),
         ("a.cpp:1:1: error: " + "x" * 5000 + "\n", "a.cpp:1:1: error: " + "x" * 482 + " ..."),
         ("Killed\n", "Killed"),
-        ("  \n", "the compiler wrote nothing (exit status 1)"),
-        ("", "the compiler wrote nothing (exit status 1)"),
+        ("  \n", "the compiler printed nothing (exit status 1)"),
+        ("", "the compiler printed nothing (exit status 1)"),
     ],
 )
 def test_first_error(written: str, expected: str) -> None:

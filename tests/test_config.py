@@ -62,7 +62,7 @@ def test_module_for_another_torch_is_not_used() -> None:
     result = run_python(code + "package.show_config()", EMERGING_OPTIMIZERS_JIT="0")
     reason = f"compiled for torch {native.torch_version}, but this is torch 9.9.0"
     reason += "; EMERGING_OPTIMIZERS_JIT=0"
-    assert f"none in use, plain PyTorch is used ({reason})" in result.stdout
+    assert f"none, falling back to PyTorch operations ({reason})" in result.stdout
     assert without_torchs_own(result.stderr) == []
 
 
@@ -156,7 +156,7 @@ def test_cuda_is_built_where_it_can_be(
     write_program(tmp_path / "bin" / "nvidia-smi", "9.0\n6.1\n9.0")
     assert _build.recipe(CSRC).architectures == "9.0"
     write_program(tmp_path / "bin" / "nvidia-smi", "6.1")
-    assert _build.why_no_cuda() == "all GPUs here are older than compute capability 7.0"
+    assert _build.why_no_cuda() == "all GPUs of this machine are older than compute capability 7.0"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     assert _build.recipe(CSRC).architectures == "8.0;9.0+PTX"
     monkeypatch.setenv("EMERGING_OPTIMIZERS_CUDA", "0")
@@ -169,10 +169,10 @@ def test_cuda_is_built_where_it_can_be(
 @pytest.mark.parametrize(
     ("nvcc", "reason"),
     [
-        (None, "there is no nvcc; torch was built with CUDA 13.0 (set CUDA_HOME)"),
-        ("13.0", "there is no cuda_runtime.h where nvcc is (set CUDA_HOME)"),
-        ("13.0", "there is no nv/target where nvcc is (set CUDA_HOME)"),
-        ("12.8", "nvcc is of CUDA 12.8, but torch was built with CUDA 13.0"),
+        (None, "no nvcc was found; torch was built with CUDA 13.0 (set CUDA_HOME)"),
+        ("13.0", "the CUDA toolkit has no cuda_runtime.h (set CUDA_HOME)"),
+        ("13.0", "the CUDA toolkit has no nv/target (set CUDA_HOME)"),
+        ("12.8", "nvcc is from CUDA 12.8, but torch was built with CUDA 13.0"),
     ],
 )
 def test_cuda_toolkit_that_does_not_fit(

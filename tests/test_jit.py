@@ -160,10 +160,10 @@ def test_eight_processes_at_once_build_once(workers: Workers) -> None:
 def test_processes_that_waited_do_not_repeat_a_failure(workers: Workers) -> None:
     workers.hold.touch()
     workers.start(3)
-    wait_until(lambda: workers.count("waiting for it") == 2, workers)
+    wait_until(lambda: workers.count("waiting for another process") == 2, workers)
     workers.hold.unlink()
     workers.wait()
-    assert workers.count("failed they could not be compiled") == 3, workers.written()
+    assert workers.count("failed compilation failed") == 3, workers.written()
     assert workers.count("#error first") == 3
     assert workers.compilations == 1
 
@@ -193,9 +193,11 @@ def test_time_limit_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(_jit.BuildError) as caught:
             _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path, limit=0.2)
-    assert caught.value.reason == f"another process holds {lock} for more than 0.2 seconds"
+    assert caught.value.reason == f"another process has held {lock} for more than 0.2 seconds"
     (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("emerging_optimizers: another process compiles the native kernels; ")
+    assert said.startswith(
+        "emerging_optimizers: waiting for another process to compile the native kernels "
+    )
     assert said.endswith(f"({lock})")
 
 
@@ -205,7 +207,7 @@ def test_failure_then_success(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), folder)
     assert re.fullmatch(
-        r"they could not be compiled: .*stub\.cpp:1:2: error: #error first", caught.value.reason
+        r"compilation failed: .*stub\.cpp:1:2: error: #error first", caught.value.reason
     )
     log = folder / "error.txt"
     assert str(log) in caught.value.remedy
@@ -216,7 +218,8 @@ def test_failure_then_success(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     module = _jit.load_once(recipe_of(source), folder)
     assert module.answer == 42
     (said,) = without_torchs_own(capfd.readouterr().err)
-    assert f"compiling the native kernels for torch {torch.__version__}, which takes" in said
+    text = f"compiling the native kernels for torch {torch.__version__} into {folder}; this takes"
+    assert text in said
     assert str(folder) in said
     assert Path(str(module.__file__)).parent == folder
     assert {path.name for path in folder.iterdir()} == {"lock", Path(str(module.__file__)).name}
@@ -232,11 +235,11 @@ def test_cuda_kernels_that_are_missing_are_told(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     source = tmp_path / "stub.cpp"
     source.write_text(BROKEN)
-    recipe = replace(recipe_of(source), why_no_cuda="there is no nvcc")
+    recipe = replace(recipe_of(source), why_no_cuda="no nvcc was found")
     with pytest.raises(_jit.BuildError):
         _jit.load_once(recipe, tmp_path / "built")
     (said,) = without_torchs_own(capfd.readouterr().err)
-    assert said.endswith("does without), without CUDA kernels: there is no nvcc")
+    assert said.endswith("disables it); no CUDA kernels: no nvcc was found")
 
 
 def test_folder_depends_on_what_the_build_does(
@@ -262,7 +265,7 @@ def test_folder_depends_on_what_the_build_does(
 
 
 def test_operators_are_registered_once() -> None:
-    with pytest.raises(_jit.BuildError, match="of another build are loaded in this process"):
+    with pytest.raises(_jit.BuildError, match="registered the operators of another build"):
         _jit.load_module()
 
 
@@ -312,7 +315,7 @@ print(json.dumps([param.tolist(), [(w.category.__name__, str(w.message)) for w i
         ({"CXX": "missing-c++"}, ["no C++ compiler (missing-c++)", "Install one"], 0),
         (
             {"CXX": "{folder}/broken"},
-            ["could not be compiled: x.h:1:2: error: out of order", "Fix what {folder}"],
+            ["compilation failed: x.h:1:2: error: out of order", "Fix the errors in {folder}"],
             1,
         ),
         ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, ["NotADirectoryError", "'/dev/null/"], 0),
@@ -330,7 +333,7 @@ def test_import_without_kernels(
     assert values == [0.5, 0.5, 0.5]
     ((category, message),) = warnings
     assert category == "RuntimeWarning"
-    for part in ["runs without its native kernels", "nothing is compiled; ", *reasons]:
+    for part in ["runs without its native kernels", "no compiled module is installed; ", *reasons]:
         assert part.format(folder=uncompiled) in message
     said = [line for line in done.stderr.splitlines() if line.startswith("emerging_optimizers:")]
     assert len(said) == lines, done.stderr
@@ -344,5 +347,5 @@ def test_import_with_the_build_switched_off(uncompiled: Path) -> None:
     result, *config = done.stdout.splitlines()
     assert json.loads(result) == [[0.5, 0.5, 0.5], []]
     assert without_torchs_own(done.stderr) == []
-    reason = "nothing is compiled; EMERGING_OPTIMIZERS_JIT=0"
-    assert f"CPU instruction sets: none in use, plain PyTorch is used ({reason})" in config
+    reason = "no compiled module is installed; EMERGING_OPTIMIZERS_JIT=0"
+    assert f"CPU instruction sets: none, falling back to PyTorch operations ({reason})" in config

@@ -95,7 +95,7 @@ def test_missing_compiler_of_several_words(
     monkeypatch.setenv("CXX", command)
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), source.parent)
-    assert caught.value.reason == f"there is no C++ compiler ({command}) to build them with"
+    assert caught.value.reason == f"no C++ compiler ({command}) was found"
 
 
 def test_build_with_a_compiler_of_several_words(
@@ -154,8 +154,12 @@ def test_setup_with_compilers_of_several_words(source: Path) -> None:
 @pytest.mark.parametrize(
     ("failing", "error", "remedy"),
     [
-        ("exit 3", "the compiler wrote nothing", "Fix what {log} says, and"),
-        ("kill -9 $$", "Killed", "Fix what {log} says (MAX_JOBS=1 takes the least memory), and"),
+        ("exit 3", "the compiler printed nothing", "Fix the errors in {log}, and"),
+        (
+            "kill -9 $$",
+            "Killed",
+            "Fix the errors in {log} (MAX_JOBS=1 needs the least memory), and",
+        ),
         ("exec env missing-c++", "env: .*missing-c[+][+].*: No such file or directory", "Fix"),
         (
             '[ "$LC_ALL" = C ] && echo "a.cpp:1:1: error: English" || echo Fehler; exit 1',
@@ -173,7 +177,7 @@ def test_compiler_that_fails(
     folder = source.parent / "kept"
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), folder)
-    assert re.match(f"they could not be compiled: {error}", caught.value.reason)
+    assert re.match(f"compilation failed: {error}", caught.value.reason)
     assert caught.value.remedy.startswith(remedy.format(log=folder / "error.txt"))
 
 
@@ -181,7 +185,7 @@ def test_ninja_that_is_missing(source: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_compile, "_path", lambda: str(source.parent))
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), source.parent / "kept")
-    assert caught.value.reason == "there is no ninja to build them with"
+    assert caught.value.reason == "ninja was not found"
     assert "pip install ninja" in caught.value.remedy
     assert not (source.parent / "kept").exists()
 
@@ -238,8 +242,10 @@ def test_build_without_locks(
     assert not builds[0].exists()
     reason = os.strerror(getattr(errno, name))
     (said,) = capfd.readouterr().err.splitlines()
-    text = f"{tmp_path / 'lock'} cannot be locked ({reason}); other processes may compile, too"
-    assert said == f"emerging_optimizers: {text}"
+    assert said == (
+        f"emerging_optimizers: {tmp_path / 'lock'} cannot be locked ({reason}); other processes may"
+        " compile at the same time"
+    )
 
 
 def test_builders_without_locks(
@@ -302,7 +308,7 @@ def test_folder_that_cannot_be_written(
     monkeypatch.setattr(_jit.tempfile if what == "mkdtemp" else Path, what, refuse)
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path)
-    reason = f"they cannot be kept in {tmp_path} ({type(error).__name__}: {error})"
+    reason = f"{tmp_path} cannot be written ({type(error).__name__}: {error})"
     assert caught.value.reason == reason
     assert "TORCH_EXTENSIONS_DIR" in caught.value.remedy
 
@@ -312,7 +318,7 @@ def test_folder_that_is_a_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path / name)
-    assert caught.value.reason.startswith(f"they cannot be kept in {tmp_path / name} (")
+    assert caught.value.reason.startswith(f"{tmp_path / name} cannot be written (")
     assert "TORCH_EXTENSIONS_DIR" in caught.value.remedy
 
 
@@ -327,7 +333,7 @@ def test_library_that_cannot_be_kept(
     assert _jit.load_once(recipe_of(source), folder).answer == 42
     assert [path.name for path in folder.iterdir()] == ["lock"]
     _, said = without_torchs_own(capfd.readouterr().err)
-    assert f"could not be kept in {folder} ([Errno 28] No space left on device)" in said
+    assert f"could not be saved in {folder} ([Errno 28] No space left on device)" in said
 
 
 def test_full_disk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +344,7 @@ def test_full_disk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "error.txt").mkdir(parents=True)  # which cannot be written
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(source), folder)
-    assert caught.value.reason == f"they could not be compiled: {text}"
+    assert caught.value.reason == f"compilation failed: {text}"
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

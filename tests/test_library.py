@@ -51,7 +51,7 @@ def test_truncated(library: Path, length: float, has_seal: bool) -> None:
     cut = int(size * length) if isinstance(length, float) else int(length) % size
     os.truncate(library, cut)
     if cut < 4:
-        assert "does not begin like a library" in _library.fault(library)
+        assert "has no ELF header" in _library.fault(library)
     else:
         assert _library.fault(library).startswith("is truncated")
 
@@ -93,22 +93,28 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no library": (
         lambda library: spoil(library, 0, b"version https://git-lfs.github.com"),
-        "is damaged: it does not begin like a library",
+        "is damaged: it has no ELF header",
     ),
     "zeros": (
         lambda library: library.write_bytes(bytes(library.stat().st_size)),
-        "is damaged: it does not begin like a library",
+        "is damaged: it has no ELF header",
     ),
     "zeros at the end": (
         lambda library: spoil(library, -4096, bytes(4096)),
-        "is damaged: its headers of sections are wrong",
+        "is damaged: its section headers are invalid",
     ),
-    "one bit": (lambda library: spoil(library, 6000, b"\x5a"), "is damaged: its checksum is wrong"),
+    "one bit": (
+        lambda library: spoil(library, 6000, b"\x5a"),
+        "is damaged: its checksum does not match",
+    ),
     "other processor": (
         lambda library: spoil(library, 18, b"\xf3\x00"),
-        "is for another processor",
+        "was compiled for another processor",
     ),
-    "other word size": (lambda library: spoil(library, 4, b"\x01"), "is for another processor"),
+    "other word size": (
+        lambda library: spoil(library, 4, b"\x01"),
+        "was compiled for another processor",
+    ),
 }
 every_fault = pytest.mark.parametrize(("spoilt", "fault"), FAULTS.values(), ids=list(FAULTS))
 
@@ -136,12 +142,12 @@ def test_bad_library_is_built_again(
         with pytest.raises(_jit.BuildError) as caught:
             _jit.load_once(recipe_of(built.parent / "stub.cpp"), tmp_path)
     fault = _library.fault(library)
-    lack = "there is no C++ compiler (missing-c++) to build them with"
+    lack = "no C++ compiler (missing-c++) was found"
     assert caught.value.reason == f"{library} {fault}, and {lack}"
     module = _jit.load_once(recipe_of(built.parent / "stub.cpp"), tmp_path)
     assert module.answer == 42
     said = without_torchs_own(capfd.readouterr().err)
-    assert said[0] == f"emerging_optimizers: {library} {fault}; it is compiled again"
+    assert said[0] == f"emerging_optimizers: {library} {fault}; recompiling"
     assert len(said) == 2
     assert _library.fault(Path(str(module.__file__))) == ""
     assert {path.name for path in tmp_path.iterdir()} == {"lock", Path(str(module.__file__)).name}
@@ -173,9 +179,9 @@ def test_bad_module_that_is_installed(
     with pytest.raises(ImportError) as caught:
         _native._compiled()
     if fault in ("is a folder, not a library", "cannot be read (No such file or directory)"):
-        assert str(caught.value) == "nothing is compiled"
+        assert str(caught.value) == "no compiled module is installed"
     else:
-        assert str(caught.value) == f"{installed} {fault}; install the package again"
+        assert str(caught.value) == f"{installed} {fault}; reinstall the package"
 
 
 def test_import_with_a_truncated_module(tmp_path: Path) -> None:
@@ -192,7 +198,7 @@ def test_import_with_a_truncated_module(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result, *config = done.stdout.splitlines()
     assert json.loads(result) == [[0.5, 0.5, 0.5], []]
-    text = f"{installed} {_library.fault(installed)}; install the package again"
+    text = f"{installed} {_library.fault(installed)}; reinstall the package"
     (said,) = without_torchs_own(done.stderr)
     assert said == f"emerging_optimizers: {text}; EMERGING_OPTIMIZERS_JIT=0"
     assert any(text in line for line in config)
