@@ -2,14 +2,14 @@
 
     torchrun --standalone --nproc-per-node 4 examples/fsdp2_char_lm.py
 
-On GPUs, each process has one and they talk over NCCL; elsewhere they compute on the CPU and talk
-over gloo. ``fully_shard`` makes each parameter, its gradient and its optimizer states DTensors, of
-which each process has, and steps, a part. ``--optimizer`` is any of this package's, by its name in
+With GPUs, each process uses one and communicates over NCCL; otherwise processes compute on the CPU
+and communicate over gloo. ``fully_shard`` turns each parameter, its gradient and its optimizer
+states into DTensors; each process holds and updates one shard. ``--optimizer`` takes a name from
 ``emerging_optimizers.registry``.
 
-All processes share the rows of each batch, so that their number changes nothing but the order of
-sums. A run is saved every ``--save-every`` steps and at its end, and goes on from there, with as
-many processes as are there then::
+The processes divide the rows of each batch among them, so their number only changes the order of
+sums. A checkpoint is saved every ``--save-every`` steps and at the end. A run can resume from it
+with a different number of processes::
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2_char_lm.py --resume
 """
@@ -48,7 +48,7 @@ from emerging_optimizers.registry import get_optimizer_cls
 DEFAULT_STEPS = 100
 PRINT_EVERY = 10
 
-# Learning rates and hyperparameters, by the optimizers' names in the registry.
+# Learning rates and hyperparameters by registry name.
 SETTINGS = {**RULES, "adamw": RULES["adam"]}
 
 # The logits are a view, which is safe as long as nothing modifies them in place.
@@ -56,25 +56,25 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 
 def join_processes() -> torch.device:
-    """Meet the other processes that torchrun started, and return the device of this one."""
+    """Join the process group that torchrun started; return this process's device."""
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    # gloo as well, for what checkpoints exchange between hosts.
+    # Checkpoints exchange CPU data over gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     return device
 
 
 def print_once(line: str) -> None:
-    """Print a line, in the first process only."""
+    """Print a line, only in the first process."""
     if dist.get_rank() == 0:
         print(line, flush=True)
 
 
 def make_model(text: Text, seed: int, device: torch.device) -> CharacterModel:
-    """Return a model of which each process has a part."""
+    """Return a model that is sharded over the processes."""
     torch.manual_seed(seed)  # the same initial weights in every process
     model = CharacterModel(text.num_symbols).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -85,14 +85,14 @@ def make_model(text: Text, seed: int, device: torch.device) -> CharacterModel:
 
 
 def make_optimizer(name: str, model: nn.Module, num_steps: int) -> Optimizer:
-    """Return the optimizer that the registry has under this name."""
+    """Return the optimizer with this registry name."""
     settings = SETTINGS[name]
     optimizer_cls = get_optimizer_cls(name)
     return optimizer_cls(parameter_groups(model), lr=settings.lr, **settings.options(num_steps))
 
 
 def loss_of_share(model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.device) -> Tensor:
-    """Return what this process's rows of a batch add to the mean loss of all of it."""
+    """Return the contribution of this process's rows to the mean loss of a batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     inputs, targets = (part[rank::world_size].to(device) for part in batch)
     total = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
@@ -100,7 +100,7 @@ def loss_of_share(model: nn.Module, batch: tuple[Tensor, Tensor], device: torch.
 
 
 def sum_over_processes(loss: Tensor) -> float:
-    """Return the sum of what each process has."""
+    """Return the sum of the processes' losses."""
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item()
@@ -112,10 +112,10 @@ def train_step(
     batch: tuple[Tensor, Tensor],
     device: torch.device,
 ) -> float:
-    """Do one step, and return the loss before it."""
+    """Run one training step; return the loss before it."""
     optimizer.zero_grad()
     loss = loss_of_share(model, batch, device)
-    (loss * dist.get_world_size()).backward()  # FSDP takes the mean of the processes' gradients
+    (loss * dist.get_world_size()).backward()  # FSDP averages gradients over processes
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     return sum_over_processes(loss)
@@ -132,7 +132,7 @@ def evaluate(model: CharacterModel, text: Text, device: torch.device) -> float:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write a checkpoint, each process its part."""
+    """Write a checkpoint; each process writes its shards."""
     weights, states = get_state_dict(model, optimizer)
     path = folder / f"step-{step:06}"
     checkpoint.save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=path)
@@ -140,12 +140,12 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> Non
 
 
 def saved(folder: Path) -> list[Path]:
-    """Return the checkpoints that are complete, the oldest first: ``.metadata`` is written last."""
+    """Return the complete checkpoints, oldest first: ``.metadata`` is written last."""
     return sorted(path.parent for path in folder.glob("step-*/.metadata"))
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Go back to a checkpoint, whatever number of processes wrote it, and return its step."""
+    """Load a checkpoint, written by any number of processes; return its step."""
     weights, states = get_state_dict(model, optimizer)
     loaded = {"model": weights, "optimizer": states, "step": 0}
     checkpoint.load(loaded, checkpoint_id=path)
@@ -165,15 +165,15 @@ def read_arguments() -> argparse.Namespace:
         description="Train a small character model in several processes, with FSDP2.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--optimizer", choices=SETTINGS, default="adamw", help="its name")
-    parser.add_argument("--steps", type=positive, default=DEFAULT_STEPS, help="of the whole run")
-    parser.add_argument("--stop-after", type=positive, help="leave the rest to --resume")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--optimizer", choices=SETTINGS, default="adamw", help="registry name")
+    parser.add_argument("--steps", type=positive, default=DEFAULT_STEPS, help="total steps")
+    parser.add_argument("--stop-after", type=positive, help="stop early, to --resume later")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     parser.add_argument(
-        "--checkpoints", type=Path, default=Path("build/fsdp2_char_lm"), help="their folder"
+        "--checkpoints", type=Path, default=Path("build/fsdp2_char_lm"), help="checkpoint folder"
     )
-    parser.add_argument("--save-every", type=positive, default=50, help="steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--save-every", type=positive, default=50, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     return parser.parse_args()
 
 
@@ -190,14 +190,14 @@ def main() -> None:
     checkpoints = saved(arguments.checkpoints)
     if arguments.resume:
         if not checkpoints:
-            sys.exit(f"there is no checkpoint in {arguments.checkpoints} to resume from")
+            sys.exit(f"no checkpoint to resume from in {arguments.checkpoints}")
         done = load(checkpoints[-1], model, optimizer)
     elif checkpoints:
-        sys.exit(f"{checkpoints[-1]} is there: --resume goes on from it")
+        sys.exit(f"{checkpoints[-1]} exists: pass --resume, or another --checkpoints folder")
 
     last = min(arguments.steps, arguments.stop_after or arguments.steps)
     for step in range(done + 1, last + 1):
-        # From the step alone, so that a run that goes on sees what it would have seen.
+        # Seeded by the step, so that a resumed run sees the same batches.
         batch = random_batch(text, torch.Generator().manual_seed(arguments.seed + step))
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS[arguments.optimizer].lr * learning_rate_factor(

@@ -1,16 +1,16 @@
-"""Train on shards of one flat buffer, as Megatron-Core's distributed optimizer does, without it.
+"""Train on shards of flat buffers, like Megatron-Core's distributed optimizer.
 
     torchrun --standalone --nproc-per-node 3 examples/megatron_shards.py
 
 All bfloat16 parameters of the character model of ``train_char_lm.py`` are views of one flat buffer,
-and their gradients of another. The buffers are cut into one shard per process, wherever that falls:
-at any element of any parameter. In a step, the gradients are reduce-scattered, each process steps
-its shard, and the parameters are all-gathered. What a process has beside the bfloat16 parameters is
-the states of its shard alone: two float32 averages, and the 16 bits that a float32 master has more
-than its bfloat16 parameter.
+and their gradients are views of another. The buffers are cut into one shard per process, at any
+element of any parameter. In a step, the gradients are reduce-scattered, each process updates its
+shard, and the parameters are all-gathered. Besides the bfloat16 parameters, a process only holds
+the states of its shard: two float32 averages, and the 16-bit remainders that extend the bfloat16
+parameters to float32 master weights. Megatron itself is not needed.
 
-Beside it, each process does the same steps on whole parameters, as a single process would. The exit
-status is 1 if any bit of any parameter differs in the end.
+As a check, each process also runs the same steps on unsharded parameters, as a single process
+would. The exit status is 1 unless all parameters are bit-identical at the end.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class FlatBuffers:
     Args:
         model: Its parameters become views of the buffer, one after the other.
         num_shards: The buffers are padded to a multiple of it.
-        shard: The number of the shard that `optimizer` steps.
+        shard: The index of the shard that `optimizer` updates.
     """
 
     def __init__(self, model: nn.Module, num_shards: int, shard: int) -> None:
@@ -72,14 +72,14 @@ class FlatBuffers:
         return buffer[self.first : self.first + self.shard_numel]
 
     def step(self) -> None:
-        """Sum the gradients over the processes, step, and collect the parameters of all."""
+        """Reduce-scatter the gradients, update the shard, and all-gather the parameters."""
         dist.reduce_scatter(self.shard_of(self.grads), list(self.grads.chunk(self.num_shards)))
         self.optimizer.step()
         dist.all_gather(list(self.params.chunk(self.num_shards)), self.shard_of(self.params))
 
 
 def make_optimizer(decayed: list[Tensor], others: list[Tensor]) -> Optimizer:
-    """Return the optimizer of one shard. A process may have none of either, or nothing at all."""
+    """Return the optimizer of one shard. Either list may be empty, and so may both."""
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
@@ -94,12 +94,12 @@ def read_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=positive, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Train both ways, compare, and return the exit status."""
+    """Train sharded and unsharded, compare, and return the exit status."""
     arguments = read_arguments()
     device = join_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -116,7 +116,7 @@ def main() -> int:
     for number, (first, views) in enumerate(shards):
         print_once(f"process {number}: from element {first:,}, in {views} views")
 
-    generator = torch.Generator().manual_seed(arguments.seed + rank)  # each its own batches
+    generator = torch.Generator().manual_seed(arguments.seed + rank)  # batches differ
     for step in range(1, arguments.steps + 1):
         sharded.grads.zero_()
         inputs, targets = random_batch(text, generator)
@@ -124,7 +124,7 @@ def main() -> int:
         loss.backward()
         sharded.step()
 
-        # The order of a sum decides its last bit, so both take the gradients that were summed once.
+        # The result of a sum depends on its order, so both use the gradients of one reduction.
         summed = [torch.empty_like(sharded.shard_of(sharded.grads)) for _ in range(world_size)]
         dist.all_gather(summed, sharded.shard_of(sharded.grads))
         whole.grads.copy_(torch.cat(summed)[: whole.numel])

@@ -13,9 +13,10 @@ Compare all rules, from the same initial weights and on the same batches, in a f
 
 Both print a table and write ``loss.png`` and ``table.json`` into ``--output``. The exit status is 1
 if a rule has not learned: its last held-out loss must be half a nat below the unigram
-cross-entropy. The table also has the time of an optimizer's step: native, in PyTorch operations
-(``fused=False``) and, for Adam, of ``torch.optim.AdamW(fused=True)``. Ctrl-C ends a run early with
-the table so far. tqdm and matplotlib come with ``pip install "emerging-optimizers-native[demo]"``.
+cross-entropy. The table also shows the time of an optimizer's step: native, in PyTorch operations
+(``fused=False``) and, for Adam, with ``torch.optim.AdamW(fused=True)``. Ctrl-C ends a run early
+and prints the table so far. tqdm and matplotlib come with
+``pip install "emerging-optimizers-native[demo]"``.
 """
 
 import argparse
@@ -73,8 +74,8 @@ class Rule:
 
 # A run is short, so second moments forget within 100 steps and slow moments within 70; the 0.999
 # and 0.9999 of long runs would still be warming up at its end. The learning rates follow from an
-# update's typical size: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for the two
-# AdEMAMix. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
+# update's typical size: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for both AdEMAMix
+# rules. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
 _TUNED = {
     "adam": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "ademamix": Rule(
@@ -115,7 +116,7 @@ def default_lr(name: str) -> float:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return groups that decay the weights, and neither biases nor gains."""
+    """Return groups with weight decay for matrices, but not for biases and gains."""
     params = list(model.parameters())
     return [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
@@ -143,7 +144,7 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: CharacterModel, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Return the mean loss over `batches`, which are all of one size."""
+    """Return the mean loss over `batches`, which have equal sizes."""
     return statistics.fmean(model.loss(*batch).item() for batch in batches)
 
 
@@ -194,7 +195,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rule", choices=[*RULES, "all"], default="adam", help="rule to use")
     parser.add_argument("--steps", type=positive, default=DEFAULT_STEPS, help="steps per rule")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches")
-    parser.add_argument("--lr", type=float, help="peak learning rate; None: the rule's own")
+    parser.add_argument("--lr", type=float, help="peak learning rate; None: the rule's default")
     parser.add_argument("--threads", type=positive, help="CPU threads; None: PyTorch's choice")
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="output folder")
     parser.add_argument(
@@ -204,7 +205,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def positive(value: str) -> int:
-    """Read a whole number from 1."""
+    """Parse a positive integer."""
     number = int(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")

@@ -420,7 +420,7 @@ def test_a_name_in_use(libraries: dict[str, str]) -> None:
     assert native is not None
     function = native.lion_update
     for _ in range(2):
-        message = "there is a rule named lion already; compile this one with another kName"
+        message = "a rule named lion is already registered; compile this one with a different kName"
         with pytest.raises(RuntimeError, match=message):
             native._load_rule(libraries["taken"], "Taken")
     assert native.lion_update is function

@@ -1,5 +1,5 @@
-// Compares the kernel's results with the reference of tests/cpp/buffers.h: all bits must be the
-// same, except a NaN's, and nothing else may have changed.
+// Compares the kernel's results with the reference in tests/cpp/buffers.h: they must be
+// bit-identical, except for NaNs, and nothing else may have changed.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace driver {
 
-// Puts special values into an operand; their magnitudes into a second moment.
+// Puts special values into an operand, or their magnitudes into a second moment.
 inline void put_specials(Buffer& buffer, int k, std::mt19937_64& random) {
   constexpr double kSpecials[] = {HUGE_VAL, -HUGE_VAL, NAN,     0.0,     -0.0,      1e-45, -1e-40,
                                   65504.0,  65519.0,   65520.0, 3.38e38, 3.4e38,    -1e30, 5.9e-8,
@@ -33,7 +33,7 @@ struct Element {
   int64_t index;
 };
 
-// Replaces NaNs by the expected ones; returns the first element that is wrong.
+// Replaces NaNs by the expected ones; returns the first wrong element.
 inline std::optional<Element> compare(std::vector<std::vector<Buffer>>& got,
                                       const std::vector<std::vector<Buffer>>& wanted) {
   std::optional<Element> wrong;
@@ -58,7 +58,7 @@ inline std::optional<Element> compare(std::vector<std::vector<Buffer>>& got,
   return wrong;
 }
 
-// The error of a step; "" if there is none.
+// The error of a step; "" if it is correct.
 template <class Epilogue>
 std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Scalars scalars,
                   const std::vector<int64_t>& numels, bool is_skipped) {
@@ -146,7 +146,7 @@ std::string fault(Device& device, const cuda::Chip& chip, const Mix& mix, Scalar
 
 template <class Epilogue>
 bool is_right(Device& device, const Mix& mix, Scalars scalars) {
-  // Few tensors, and so many that they need a large launch; chunks of one tile, and of several.
+  // Few tensors, and enough for a large launch; chunks of one tile, and of several.
   constexpr int64_t kTile = cuda::kTile;
   const std::vector<int64_t> few = {1, 7, 1021, kTile, 3 * kTile + 5, 17 * kTile + 9};
   std::vector<int64_t> many;

@@ -1,4 +1,4 @@
-// The device, its memory and its stream; and the launches of a step, as the package plans them.
+// The device, its memory and its stream, and the launches of a step as the package plans them.
 #pragma once
 
 #include <algorithm>
@@ -32,9 +32,9 @@ struct Device {
   cudaStream_t stream{};
   char* memory = nullptr;
   size_t bytes = 0;
-  double copy_rate = 1e12;  // bytes a second, until it is measured
+  double copy_rate = 1e12;  // bytes per second; an estimate until measured
 
-  // Allocates the memory that the largest case needs, or most of what is free.
+  // Allocates the memory that the largest case needs, or most of the free memory.
   explicit Device(size_t wanted) {
     int version = 0;
     size_t free = 0, total = 0;

@@ -1,16 +1,16 @@
-"""The CUDA kernel with other numbers in tuning.h: which of them is best on this machine's GPU?
+"""Compare values of tuning.h's constants: which make the CUDA kernel fastest on this machine's GPU?
 
     python benchmarks/cuda/drive.py --output build/drive --seconds 300
     python benchmarks/cuda/drive.py --list
 
-Compiles ``driver.cu`` as it ships and in each variant, by nvcc alone and all at the same time; then
-runs them in turn, the shipped one first, last and in between. Each checks its results before it is
-timed. A variant counts as better in a case only where it gains more than the shipped one's runs
-differ by. ``drive.json`` in the output's folder is written after each build and each run, so that a
-run that is stopped leaves what it had. Needs Python, nvcc and a GPU; neither torch nor numpy.
+Compiles ``driver.cu`` with the shipped constants and as each variant, in parallel; then runs them
+in turn, the shipped one first, last and in between. Each checks its results before it is timed. A
+variant counts as better in a case only if its gain exceeds the spread of the shipped one's runs.
+``drive.json`` in the output folder is written after each build and each run, so that an interrupted
+run keeps its results. Needs Python, nvcc and a GPU, but neither torch nor numpy.
 
-Exit status: 0; 1 where the shipped numbers do not compile, give wrong results or cannot be timed;
-130 and 143 where it was stopped.
+Exit status: 0; 1 if the shipped constants do not compile, give wrong results or cannot be timed;
+130 or 143 if it was interrupted.
 """
 
 import argparse
@@ -30,12 +30,11 @@ import report
 from programs import ROOT
 from variants import VARIANTS, Variant, select
 
-# Of others between two runs of the shipped one, and of times that a variant takes its turn.
-_BETWEEN = 4
-_PASSES = 3
+_BETWEEN = 4  # variants between two runs of the shipped one
+_PASSES = 3  # the most runs of a variant
 _PART_FOR_BUILDS = 0.5  # of the time
 _WRONG = 3  # the driver's exit status
-# A driver that takes so many times as long as the shipped one's hangs; but not before so long.
+# A driver hangs if it takes this many times as long as the shipped one, but at least this long.
 _HANGS = 4
 _SHORTEST_HANG = 30.0
 
@@ -43,14 +42,14 @@ _SHORTEST_HANG = 30.0
 def run_variant(
     variant: Variant, command: list[str], folder: Path, deadline: float
 ) -> dict[str, Any]:
-    """Run the driver once; append its figures, and return what it says of the device."""
+    """Run the driver once, append its figures, and return its description of the device."""
     number = len(list(folder.glob("*.jsonl")))
     out = folder / f"{number:02}-{variant.name}.jsonl"
     err = out.with_suffix(".log")
     status = programs.run(command, deadline, out, err)
     lines = []
     for line in out.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last one, of a driver that died
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a driver that died
             lines.append(json.loads(line))
     variant.runs.append({line["name"]: line for line in lines if "name" in line})
     if status == 0:
@@ -68,7 +67,7 @@ def run_variant(
 
 
 class Session:
-    """Builds and runs, and what is known so far."""
+    """Builds and runs the variants, and keeps the results so far."""
 
     def __init__(self, arguments: argparse.Namespace, variants: list[Variant]) -> None:
         self.arguments = arguments
@@ -90,7 +89,7 @@ class Session:
         unfinished.replace(self.output / "drive.json")
 
     def build(self) -> None:
-        """Compile all variants, as many at a time as there are cores."""
+        """Compile all variants, one per core at a time."""
         arguments = self.arguments
         command = programs.compiler(arguments.simulate, arguments.arch, arguments.csrc)
         self.report["command"] = list(command)
@@ -99,7 +98,7 @@ class Session:
         digest = programs.digest_of_sources(arguments.csrc, machine["compiler"])
         command.append(f"-DEMOPT_SOURCES={digest}")
         deadline = self.deadline
-        if not arguments.build_only:  # some time is left to measure what was built
+        if not arguments.build_only:  # keep time to measure
             deadline -= (1 - _PART_FOR_BUILDS) * arguments.seconds
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = {
@@ -116,7 +115,7 @@ class Session:
                 raise
 
     def run(self, variant: Variant) -> None:
-        """Run one, and say so."""
+        """Run a variant and print its status."""
         begin = time.monotonic()
         options = ["--smoke"] if self.arguments.simulate else []
         command = [str(self.programs[variant.name]), *options, *self.arguments.cases]
@@ -133,11 +132,11 @@ class Session:
         self.write()
 
     def has_time(self) -> bool:
-        """Whether a run still fits, and the last one of the shipped numbers."""
+        """Whether there is time for a run and the final run of the shipped constants."""
         return bool(self.deadline - time.monotonic() > 2.4 * self.longest)
 
     def measure(self) -> None:
-        """Run all in turn; then those that gained, as often as there is time for it."""
+        """Run all in turn; then repeat the promising ones while there is time."""
         self.run(self.shipped)
         turns = [variant for variant in self.others if variant.status == "not run"]
         for _ in range(_PASSES):
@@ -187,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             macros = " ".join(f"{name}={value}" for name, value in variant.macros.items())
             print(f"{variant.name:<28}{variant.expected}\n{'':<28}{macros}".rstrip())
         return 0
-    # Both: a shell lets what it starts in the background ignore SIGINT.
+    # SIGTERM as well: a shell's background jobs ignore SIGINT.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     (parsed.output / "runs").mkdir(parents=True, exist_ok=True)

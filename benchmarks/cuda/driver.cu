@@ -1,15 +1,15 @@
-// Checks and times the CUDA kernel without torch, in one process. drive.py compiles it, by nvcc or
-// (with host_device.h) for the host, once for each set of tuning.h's numbers.
+// Checks and times the CUDA kernel without torch, in one process. drive.py compiles it, with nvcc
+// or (with host_device.h) for the host, once for each variant of tuning.h's constants.
 //
 //   driver [--smoke] [--budget SECONDS] [TEXT...]
 //
-// First the check of each mix of dtypes (correctness.h); then the roof, a copy; then each case
-// whose name has one of the texts. A case's sweeps are captured in a graph, whose replays follow
-// one another, so that the device never waits for the host. Sweeps take turns on several sets of
-// operands, so that none finds its operands in the L2 cache.
+// It first checks each mix of dtypes (correctness.h), then times copies as the upper bound, then
+// each case whose name contains one of the texts. A case's sweeps are captured in a graph that is
+// replayed back to back, so that the device never waits for the host. Sweeps cycle through several
+// sets of operands, so that none finds its operands in the L2 cache.
 //
-// Writes a JSON object a line; with --smoke, of small tensors and few rounds. Exit status: 0; 2
-// where CUDA has an error; 3 where a result is wrong, and nothing was timed.
+// Writes one JSON object per line. --smoke uses small tensors and few rounds. Exit status: 0; 2 for
+// a CUDA error; 3 if a result is wrong, in which case nothing is timed.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -49,7 +49,7 @@ struct Copy {
   }
 };
 
-// Numbers from 0 to 1; split masters are not NaN.
+// Fills with numbers from 0 to 1. Split masters are not NaN.
 struct Fill {
   char* data;
   DType dtype;
@@ -76,11 +76,11 @@ struct FillCounters {  // each in a separate allocation, as in PyTorch
   }
 };
 
-// ---- time ---------------------------------------------------------------------------------------
+// ---- timing -------------------------------------------------------------------------------------
 
 struct Effort {
-  double seconds = 0.05;  // of a case
-  int most_sweeps = 512;  // of a graph
+  double seconds = 0.05;  // per case
+  int most_sweeps = 512;  // per graph
   double fewest_rounds = 5;
 };
 
@@ -88,10 +88,10 @@ struct Times {
   double median, min, max;
 };
 
-// Seconds of one of `count` calls of `enqueue(i)`. Device work alone.
+// The device's seconds per call of `enqueue(i)`, for `count` calls.
 template <class Enqueue>
 Times time(Device& device, const Effort& effort, int count, Enqueue enqueue) {
-  enqueue(0);  // loads the kernels, which a capture may not
+  enqueue(0);  // loads the kernels, which is not allowed during a capture
   CALL(cudaStreamSynchronize(device.stream));
   cudaGraph_t graph{};
   cudaGraphExec_t replay{};
@@ -105,7 +105,7 @@ Times time(Device& device, const Effort& effort, int count, Enqueue enqueue) {
       events.emplace_back();
       CALL(cudaEventCreate(&events.back()));
     }
-    // The device is busy with these while the host gets ahead.
+    // These keep the device busy while the host enqueues the rest.
     for (int i = 0; i < 2; ++i) CALL(cudaGraphLaunch(replay, device.stream));
     CALL(cudaEventRecord(events[0], device.stream));
     for (int i = 1; i <= rounds; ++i) {
@@ -161,8 +161,8 @@ void time_copies(Device& device, const Effort& effort, const char* suffix) {
   report(device, std::string("copy/driver") + suffix, bytes, 2, 1, by_driver);
 }
 
-// A set of operands in the device's memory, each tensor at a multiple of 512 bytes as PyTorch has
-// them, plus the offset.
+// A set of operands in the device's memory. Each tensor starts at a multiple of 512 bytes, as in
+// PyTorch, plus the offset.
 template <class Epilogue>
 struct Layout {
   static constexpr int kOperands = kNumOperandsOf<Epilogue>;
@@ -232,8 +232,8 @@ void time_case(Device& device, const Effort& effort, const Case& c) {
   int64_t numel = 0;
   for (const int64_t n : c.numels) numel += n;
   const auto bytes = static_cast<double>(numel * bytes_of_element<Epilogue>(c.mix));
-  // Sweeps of a graph: a millisecond's, and such that three times the L2 cache pass before the
-  // first set of operands is used again.
+  // Sweeps per graph: enough for a millisecond, and for three times the L2 cache's size to pass
+  // before a set of operands is used again.
   const double cold = 3.0 * device.properties.l2CacheSize / bytes;
   const double long_enough = 1e-3 / (2e-6 + bytes / device.copy_rate);
   const int sweeps =
@@ -296,7 +296,8 @@ int run(int argc, char** argv) {
       "\"l2_bytes\": %d}\n",
       chip.name, chip.major, chip.minor, chip.multiProcessorCount, chip.l2CacheSize);
   if (!all_right(device)) return kWrong;
-  time_copies(device, {4 * effort.seconds, 2, effort.fewest_rounds}, "/first");  // clocks rise
+  time_copies(device, {4 * effort.seconds, 2, effort.fewest_rounds},
+              "/first");  // raises the clocks
   time_copies(device, effort, "");
   const Times times = time(device, effort, effort.most_sweeps,
                            [&](int) { CALL(for_each(Nothing{}, 1, device.stream)); });

@@ -1,5 +1,5 @@
 // The CUDA calls that the driver makes, implemented on the host: the driver then compiles as C++
-// and runs without a GPU. Work runs when it is submitted, or is recorded while a graph is captured.
+// and runs without a GPU. Work runs when it is submitted; during a graph capture it is recorded.
 #pragma once
 
 #include <chrono>

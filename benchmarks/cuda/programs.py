@@ -1,4 +1,4 @@
-"""Compiles the driver, and runs programs that may take too long."""
+"""Compile the driver, and run programs with a time limit."""
 
 import ast
 import contextlib
@@ -22,7 +22,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 
 
 def run(command: list[str], deadline: float, stdout: Path, stderr: Path) -> int | None:
-    """Run a command; return its exit status, or None where it was stopped at the deadline."""
+    """Run a command; return its exit status, or None if it was stopped at the deadline."""
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
         _running.add(process)
@@ -35,22 +35,22 @@ def run(command: list[str], deadline: float, stdout: Path, stderr: Path) -> int 
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
+    """Stop a process and its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in a driver call
             process.wait(10)
     _running.discard(process)
 
 
 def stop_all() -> None:
-    """End all processes that were started."""
+    """Stop all running commands."""
     for process in list(_running):
         stop(process)
 
 
 def nvcc_args() -> list[str]:
-    """Return the package's options, read from _build.py so that they are the same."""
+    """Return the package's compiler options, read from _build.py."""
     for node in ast.parse((ROOT / "emerging_optimizers" / "_build.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_ARGS":
             return [arg for arg in ast.literal_eval(node.value) if "--threads" not in arg]
@@ -68,7 +68,7 @@ def find_nvcc() -> str:
 
 
 def run_briefly(command: list[str]) -> str:
-    """Return what a command says; "" where it cannot be run."""
+    """Return a command's output; "" if it cannot be run."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -77,7 +77,7 @@ def run_briefly(command: list[str]) -> str:
 
 
 def describe_machine(compiler: str) -> dict[str, str]:
-    """Return what a figure must be read with."""
+    """Return the versions and hardware that the figures depend on."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     version = re.search(r"release .*|^.*\d\.\d.*$", run_briefly([compiler, "--version"]), re.M)
     return {
@@ -87,7 +87,7 @@ def describe_machine(compiler: str) -> dict[str, str]:
 
 
 def compiler(simulate: bool, architecture: str | None, csrc: Path) -> list[str]:
-    """Return the command that compiles the driver, without macros and output."""
+    """Return the command that compiles the driver, without macros and output file."""
     includes = [f"-I{folder}" for folder in (csrc, ROOT / "tests" / "cpp")]
     if simulate:
         command = [os.environ.get("CXX", "c++"), "-x", "c++", "-O1", "-ffp-contract=off"]
@@ -102,7 +102,7 @@ def compiler(simulate: bool, architecture: str | None, csrc: Path) -> list[str]:
 
 
 def kernels_of(report: str) -> list[dict[str, Any]]:
-    """Return each kernel's registers and spilled bytes, from what ptxas wrote."""
+    """Return each kernel's registers and spilled bytes, from ptxas's output."""
     kernels = []
     name, spilled = "", 0
     for line in report.splitlines():
@@ -121,7 +121,7 @@ def kernels_of(report: str) -> list[dict[str, Any]]:
 
 
 def digest_of_sources(csrc: Path, compiler: str) -> str:
-    """Return a hash of all that the driver includes, and of the compiler's version."""
+    """Return a hash of all files that the driver includes and of the compiler's version."""
     digest = hashlib.sha256(compiler.encode())
     for folder in (csrc, ROOT / "tests" / "cpp", HERE):
         for path in sorted(folder.rglob("*")):
@@ -131,7 +131,7 @@ def digest_of_sources(csrc: Path, compiler: str) -> str:
 
 
 def compile_variant(variant: Variant, command: list[str], folder: Path, deadline: float) -> Path:
-    """Compile the driver, unless that was done before; fill in the variant's build."""
+    """Compile the driver unless it is up to date; set the variant's `build`."""
     command = [*command, *(f"-D{name}={value}" for name, value in variant.macros.items())]
     program = folder / hashlib.sha256("\n".join(command).encode()).hexdigest()[:16]
     log = program.with_suffix(".log")

@@ -1,4 +1,4 @@
-"""What drive.py's figures say: what each variant gains, in which cases, and whether that counts."""
+"""Report drive.py's figures: each variant's gain by case, and whether it exceeds the noise."""
 
 import re
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from variants import Variant
 
-# Of cases, by their names: what a number may help or hurt.
+# Kinds of cases that a constant may help or hurt, by patterns of their names.
 GROUPS = {
     "large": r"/float32/(16M|64M|256M|gpt2)$",
     "16-bit": r"(float16|master|remainder|stochastic).*/(64M|gpt2)$",
@@ -15,17 +15,17 @@ GROUPS = {
     "device": r"/(device|counters)$",
     "offset": r"/(odd|apart)$",
 }
-_MOST_LISTED = 5  # cases of a variant
+_MOST_LISTED = 5  # cases listed for a variant
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What a variant gains in a case.
+    """A variant's gain in a case.
 
     Attributes:
-        case: Its name.
-        gain: The part by which the shipped numbers take longer; negative where they are faster.
-        spread: The part by which the runs of the shipped numbers differ.
+        case: The case's name.
+        gain: How much longer the shipped constants take, as a fraction; negative if less long.
+        spread: The spread of the shipped constants' runs, as a fraction.
     """
 
     case: str
@@ -34,7 +34,7 @@ class Gain:
 
     @property
     def counts(self) -> bool:
-        """Whether it exceeds the spread."""
+        """Whether the gain exceeds the spread."""
         return abs(self.gain) > self.spread
 
 
@@ -45,7 +45,7 @@ def seconds(variant: Variant, case: str) -> list[float]:
 
 
 def spread(variant: Variant, case: str) -> float | None:
-    """Return the part by which a variant's runs differ; None for fewer than two."""
+    """Return the spread of a variant's runs as a fraction; None for fewer than two runs."""
     times = seconds(variant, case)
     if len(times) < 2:
         return None
@@ -53,7 +53,7 @@ def spread(variant: Variant, case: str) -> float | None:
 
 
 def gains(shipped: Variant, variant: Variant) -> list[Gain]:
-    """Return what a variant gains, in each case that can be judged."""
+    """Return a variant's gain in each case with enough runs."""
     if variant.status != "measured":
         return []
     result = []
@@ -71,7 +71,7 @@ def is_promising(shipped: Variant, variant: Variant) -> bool:
 
 
 def text(shipped: Variant, others: list[Variant]) -> str:
-    """Return all tables; the verdicts last."""
+    """Return all tables, the verdicts last."""
     lines = list(_builds([shipped, *others]))
     if shipped.runs:
         lines = [*_cases(shipped), "", *lines, "", *_verdicts(shipped, others)]

@@ -1,4 +1,4 @@
-"""The numbers of tuning.h that drive.py compares."""
+"""The values of tuning.h's constants that drive.py compares."""
 
 import copy
 import re
@@ -12,15 +12,15 @@ SHIPPED = "shipped"
 
 @dataclass
 class Variant:
-    """Numbers of tuning.h, and what became of them.
+    """Values of tuning.h's constants, and their results.
 
     Attributes:
-        name: What the command line calls it.
-        macros: What is defined, beside tuning.h's defaults.
-        expected: What it is expected to do.
-        build: Its compilation: the seconds, the kernels' registers, or the error.
-        runs: The driver's figures, by case, for each run.
-        status: "not run", "measured", or what is wrong.
+        name: Its name on the command line.
+        macros: The macros that override tuning.h's defaults.
+        expected: The expected effect.
+        build: The compilation: its seconds and the kernels' registers, or the error.
+        runs: The driver's figures by case, one dictionary per run.
+        status: "not run", "measured", or an error.
     """
 
     name: str
@@ -35,7 +35,7 @@ def _variant(name: str, expected: str, **numbers: int) -> Variant:
     return Variant(name, {f"EMOPT_{k.upper()}": str(v) for k, v in numbers.items()}, expected)
 
 
-# The larger the expected difference, the earlier. With the shipped numbers 16, for as many cores.
+# Sorted by the expected difference, largest first. With the shipped one they are 16, one per core.
 # (blocks=6 leaves 40 registers, with which Adam spills.)
 VARIANTS = (
     _variant("held8-blocks2", "half the warps: 0 to 5 % slower, more on 16-bit", held=8, blocks=2),
@@ -63,7 +63,7 @@ def shipped_numbers(csrc: Path) -> dict[str, str]:
 
 
 def select(csrc: Path, only: Sequence[str] | None, also: Sequence[str]) -> list[Variant]:
-    """Return the shipped numbers, and those variants that differ from all before them."""
+    """Return the shipped constants, and the variants that differ from all before them."""
     numbers = shipped_numbers(csrc)
     extra = []
     for text in also:

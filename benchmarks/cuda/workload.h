@@ -23,7 +23,7 @@ struct Mix {
   DType master = DType::kFloat32;
   bool is_stochastic = false;
 
-  // Of operand k. A weight that is the parameter itself has the parameter's dtype.
+  // The dtype of operand k. Without a master weight, the weight has the parameter's dtype.
   DType dtype(int k) const {
     if (k == kUpdate) return param;
     if (k == kGrad) return grad;
@@ -40,7 +40,7 @@ inline constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = D
                        kF16 = DType::kFloat16;
 inline constexpr Mix kMixes[] = {
     {"float32", kF32, kF32, kF32},
-    {"bfloat16+float32", kBF16, kBF16, kF32},  // the states'
+    {"bfloat16+float32", kBF16, kBF16, kF32},  // parameters and gradients + states
     {"float16+float32", kF16, kF16, kF32},
     {"bfloat16", kBF16, kBF16, kBF16},
     {"float16", kF16, kF16, kF16},
@@ -51,32 +51,32 @@ inline constexpr Mix kMixes[] = {
 };
 
 template <class Epilogue>
-bool fits(const Mix& mix) {  // no remainders and no stochastic rounding
+bool fits(const Mix& mix) {  // updates have no master weights and no stochastic rounding
   return Epilogue::kOperands != 0 || (!mix.has_master && !mix.is_stochastic);
 }
 
-// Bytes that an element's step reads and writes.
+// The bytes that a step reads and writes per element.
 template <class Epilogue>
 int64_t bytes_of_element(const Mix& mix) {
   const int64_t states = kNumStates<Adam>;
   int64_t bytes = size_of(mix.grad) + 2 * states * size_of(mix.state) + size_of(mix.param);
   if (Epilogue::kOperands != 0) {
     bytes += mix.has_master ? 2 * size_of(mix.master) : size_of(mix.param);
-    if (mix.is_split()) bytes += size_of(mix.param);  // read, too
+    if (mix.is_split()) bytes += size_of(mix.param);  // also read
   }
   return bytes;
 }
 
 // ---- scalars ------------------------------------------------------------------------------------
 
-// Known to the host; in the device's memory, as for capturable optimizers; or there, with a step
+// Scalars on the host; on the device, as for capturable optimizers; on the device, with a step
 // counter for each row.
 enum class Scalars { kHost, kDevice, kCounters };
 inline constexpr const char* kScalarsNames[] = {"", "device", "counters"};
 
 // Values that float32 holds exactly.
 inline constexpr float kLr = 0.0009765625f, kGradScale = 4.0f, kStep = 1000.0f;
-// In the device's memory.
+// The same scalars in the device's memory.
 struct DeviceScalars {
   float lr = kLr, grad_scale = kGradScale, found_inf = 0.0f, step = kStep;
 };
@@ -105,9 +105,9 @@ inline HostOrDeviceScalar step_of(const DeviceScalars* on_device) {
 
 inline const Adam kRule{{0.9, 0.999}, true, false, 1e-8};
 
-// ---- cases to time ------------------------------------------------------------------------------
+// ---- timed cases --------------------------------------------------------------------------------
 
-// Where operands begin in their buffers: at the first element; all at the second; each elsewhere.
+// Operands start at their buffers' first elements, all at the second, or each at a different one.
 enum class Offsets { kNone, kSame, kDifferent };
 
 inline int64_t first_element(Offsets offsets, int k) {
@@ -145,7 +145,7 @@ inline std::vector<int64_t> numels_of(const std::string& shape) {
   return {std::stol(shape) << (shape.back() == 'K' ? 10 : 20)};
 }
 
-// Limits operands, and the length of lists, to `largest`, for a smoke test.
+// Limits the elements of operands and the length of lists to `largest`, for a smoke test.
 inline std::vector<Case> all_cases(int64_t largest) {
   std::vector<Case> cases;
   const auto add = [&](bool applies, const char* mix_name, const std::vector<const char*>& shapes,

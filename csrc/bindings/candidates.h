@@ -1,4 +1,4 @@
-// The walk over a group's parameters: finds the gradient and the states of each, as tensors.
+// Walks over a group's parameters and finds the gradient and the states of each.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,12 +20,12 @@
 
 namespace emopt {
 
-// Finds parameters' states in the optimizer's dictionary, which mostly has them in order.
+// Finds parameters' states in the optimizer's dictionary, which usually has the parameters' order.
 class StateLookup {
  public:
   explicit StateLookup(PyObject* state) : cursor_(state, std::numeric_limits<Py_ssize_t>::max()) {}
 
-  // Null if there is none, or if it was found before: one call cannot step a parameter twice.
+  // Null if there is none, or if it was found before: one call cannot update a parameter twice.
   PyObject* find(PyObject* param) {
     PyObject* const state = cursor_.find(param);
     if (cursor_.is_in_order()) {
@@ -42,7 +42,7 @@ class StateLookup {
   std::unordered_set<PyObject*> seen_;
 };
 
-// A parameter with its gradient and its states.
+// A parameter, its gradient and its states.
 template <int kStates>
 struct Candidate {
   static constexpr size_t kOperands = kNumOperands<kStates, ApplyUpdate>;
@@ -53,11 +53,11 @@ struct Candidate {
   const at::Tensor* grad;
   PyObject* state;  // its dictionary
   PyObject* step_object;
-  std::array<PyObject*, size_t{kStates} + 1> state_objects;  // and the master
+  std::array<PyObject*, size_t{kStates} + 1> state_objects;  // the master weight comes last
   bool has_master;
   bool is_distributed;
   bool is_complete;  // whether all operands were found
-  uintptr_t others;  // not zero if anything else may refer to its states
+  uintptr_t others;  // nonzero if anything else may refer to its states
   const at::Tensor* step;
   std::array<const at::Tensor*, kOperands> operands;
 };
@@ -66,10 +66,10 @@ template <int kStates>
 class CandidateWalk {
  public:
   using CandidateOf = Candidate<kStates>;
-  // The keys of the states, in the order of the rule's.
+  // The keys of the states, in the rule's order.
   using StateNames = std::array<PyObject*, kStates>;
 
-  // `grads` is empty, or has a gradient or None for each parameter, in place of `param.grad`.
+  // `grads` is empty, or has a gradient or None for each parameter, instead of `param.grad`.
   CandidateWalk(const GroupOptions& options, const StateNames& state_names, py::tuple params,
                 py::tuple grads)
       : has_masters_(options.has_masters),
@@ -126,9 +126,9 @@ class CandidateWalk {
   }
 
  private:
-  // Parameters that are walked together, so that their cache misses overlap: each loop prefetches
-  // what the next one reads. On a Zen 4 core, a step of 1000 parameters of 8 takes 0.96 of the time
-  // with 16 that it takes with 32 or 64.
+  // Parameters are walked in batches, so that their cache misses overlap: each loop prefetches what
+  // the next one reads. On a Zen 4 core, a step of 1000 parameters of 8 elements takes 0.96 times
+  // as long with batches of 16 as with 32 or 64.
   static constexpr size_t kBatch = 16;
   static constexpr size_t kWeight = CandidateOf::kOperands - 1;
 
@@ -141,8 +141,8 @@ class CandidateWalk {
   static void prefetch_memory(const at::Tensor& tensor) {
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
     prefetch_lines(impl.unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
-    // The version counter, whose pointer has no accessor. With cold caches, a step of 1000
-    // parameters of 8 in order takes 0.96 to 0.99 of the time that it takes without.
+    // The pointer to the version counter has no accessor. With cold caches, prefetching it makes a
+    // step of 1000 parameters of 8 elements take 0.96 to 0.99 times as long.
     void* version = nullptr;
     static_assert(sizeof(c10::VariableVersion) == sizeof(version));
     std::memcpy(&version, &impl.version_counter(), sizeof(version));
@@ -169,7 +169,7 @@ class CandidateWalk {
       c.state = states.find(c.param);
       if (c.state != nullptr) prefetch(c.state);
     }
-    // A loop of its own: the dictionaries' cache misses overlap.
+    // A separate loop, so that the dictionaries' cache misses overlap.
     for (size_t i = 0; i < n; ++i) {
       CandidateOf& c = batch[i];
       if (c.state != nullptr && !PyDict_Check(c.state)) c.state = nullptr;
@@ -196,14 +196,14 @@ class CandidateWalk {
     }
   }
 
-  // Finds the tensors of Python's objects; of DTensors, the local ones.
+  // Finds the tensors of the Python objects; the local tensors of DTensors.
   void unwrap(CandidateOf& c) {
     std::optional<DTensorView> dtensor;
     if (!is_plain(THPVariable_Unpack(c.param))) dtensor = DTensorView::from(c.param);
-    if (dtensor && alive_.empty()) {  // then mostly all are DTensors
+    if (dtensor && alive_.empty()) {  // usually all are DTensors
       alive_.reserve(num_params() * (CandidateOf::kOperands + 1));
     }
-    // A given gradient may be a parameter; two parameters may have one dictionary.
+    // A given gradient may be a parameter; two parameters may share one dictionary.
     c.others = dtensor || c.given_grad != nullptr || Py_REFCNT(c.state) != 1;
     const auto tensor_of = [&](PyObject* object) -> const at::Tensor* {
       if (object == nullptr || !is_tensor(object)) return nullptr;
@@ -234,7 +234,7 @@ class CandidateWalk {
     }
     if (c.has_master) c.operands[kWeight] = state_of(c.state_objects.back());
     c.is_distributed = dtensor.has_value();
-    dtensor.reset();  // a counter is no DTensor
+    dtensor.reset();  // the step counter is not a DTensor
     c.step = state_of(c.step_object);
     c.is_complete = c.step != nullptr;
     for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
@@ -244,7 +244,7 @@ class CandidateWalk {
   StateNames state_names_;
   py::tuple params_;
   py::tuple grads_;
-  std::vector<py::object> alive_;  // objects that nothing else may keep alive
+  std::vector<py::object> alive_;  // objects that nothing else is sure to keep alive
 };
 
 }  // namespace emopt

@@ -1,4 +1,4 @@
-// From an operator's lists of tensors to the engine's table, with all checks.
+// Checks an operator's lists of tensors and makes the engine's table from them.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ class CheckedTable {
     table_.rows.reserve(grads.size());
   }
 
-  // Adds all rows if no position needs a closer look; otherwise returns false.
+  // Adds all rows if none needs further checks; otherwise returns false.
   bool try_add_rows() {
     const size_t count = lists_[kGrad].tensors.size();
     for (size_t i = 0; i < count; ++i) {
@@ -48,11 +48,10 @@ class CheckedTable {
     }
   }
 
-  // Finds the memory of all operands. Raises where they share some. To be called once there are
-  // rows.
+  // Finds the memory of all operands. Raises if it overlaps. Call this after the rows were added.
   void prepare(const RuleInstance& rule) {
     if (rule.scales_by_shape()) scale_rows(rule);
-    // Operands that are modified first: looking at their memory copies a copy-on-write storage.
+    // Modified operands come first: accessing their memory materializes a copy-on-write storage.
     for (const bool in_place : {true, false}) {
       for (size_t k = 0; k < kOperands; ++k) {
         if (lists_[k].in_place == in_place) find_data(k);
@@ -64,7 +63,7 @@ class CheckedTable {
 
   const Table<kOperands>& table() const { return table_; }
 
-  // Writes dense copies back and counts versions. To be called after the sweep.
+  // Writes dense copies back and bumps versions. Call this after the sweep.
   void finish() const {
     dense_copies_.write_back();
     bump_versions(lists_);
@@ -120,7 +119,7 @@ class CheckedTable {
     }
   }
 
-  // Operands that are modified must share no memory with each other, nor with those that are read.
+  // Modified operands must not share memory with each other or with operands that are read.
   void check_aliases() const {
     const auto each_range = [&](auto& visitor) {
       for (size_t k = 0; k < kOperands; ++k) {

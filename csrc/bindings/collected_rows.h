@@ -1,4 +1,4 @@
-// The rows of one group that a step has collected: which of them share memory, and their sweep.
+// The rows that a step has collected from one group: their memory, their order and their sweep.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ class CollectedRows {
 
   // ---- collecting -------------------------------------------------------------------------------
 
-  // Adds a row whose counter is the host's; `step` is its next value.
+  // Adds a row whose counter is on the host; `step` is its next value.
   void add(const RowOf& row, float* counter, double step) {
     Bucket& bucket = bucket_of({0, row.device, false, step});
     bucket.table.append(row);
@@ -39,7 +39,7 @@ class CollectedRows {
   // Adds a row whose counter is on its device.
   void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).table.append(row); }
 
-  // Adds the counter of a parameter without a gradient that counts all the same.
+  // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
   void add_idle(float* counter) { idle_counters_.push_back(counter); }
   // Adds a gradient that was copied. Its memory may still be another operand's.
   void add_copied(const StepOperand& grad) { copied_.push_back(grad); }
@@ -47,7 +47,7 @@ class CollectedRows {
   void add_modified(const at::Tensor& tensor) {
     modified_[num_modified_++] = tensor.unsafeGetTensorImpl();
   }
-  // Adds a DTensor whose local tensor is modified. Each has a version counter.
+  // Adds a DTensor whose local tensor is modified: a DTensor has a version counter of its own.
   void add_modified_dtensor(const at::Tensor& tensor) {
     c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
     if (!impl->is_inference()) dtensors_.push_back(impl);
@@ -55,7 +55,7 @@ class CollectedRows {
 
   // ---- what shares memory -----------------------------------------------------------------------
 
-  // Visit all ranges for `are_surely_apart`: first what is modified, then the gradients.
+  // These visit all ranges for `are_surely_apart`: first modified ones, then gradients.
   template <class Visitor>
   void each_modified(Visitor& visitor) const {
     for (const auto& [key, bucket] : buckets_) {
@@ -143,13 +143,13 @@ class CollectedRows {
                        [](const auto& entry) { return entry.second.table.any_on_device; });
   }
 
-  // Counts versions, for autograd.
+  // Autograd detects in-place modifications by these counters.
   void bump_versions() {
     for (size_t i = 0; i < num_modified_; ++i) modified_[i]->bump_version();
     for (c10::TensorImpl* const dtensor : dtensors_) dtensor->bump_version();
   }
 
-  // Appends what keeps all memory alive.
+  // Appends the storages that must stay alive during the sweep.
   void append_storages(std::vector<c10::intrusive_ptr<c10::StorageImpl>>& storages) const {
     const auto append = [&](c10::TensorImpl* tensor) {
       c10::StorageImpl* const storage = tensor->unsafe_storage().unsafeGetStorageImpl();
@@ -159,7 +159,7 @@ class CollectedRows {
     std::for_each_n(modified_.begin(), num_modified_, append);
   }
 
-  // Steps the rows of one wave. Needs no GIL.
+  // Updates the rows of one wave. Does not need the GIL.
   void step(uint32_t wave, const RuleInstance& rule, GroupOptions& options, StepScalars& scalars) {
     for (auto& [key, bucket] : buckets_) {
       if (key.wave != wave) continue;
@@ -197,13 +197,13 @@ class CollectedRows {
     if (last_ != nullptr && last_->first.tied() == key.tied()) return last_->second;
     const bool is_first = buckets_.empty();
     last_ = &*buckets_.try_emplace(key).first;
-    if (is_first) last_->second.table.rows.reserve(num_params_);  // mostly there is no other
+    if (is_first) last_->second.table.rows.reserve(num_params_);  // usually the only bucket
     return last_->second;
   }
 
   static bool weight_is_param(const RowOf& row) { return row.data[kWeight] == row.data[kUpdate]; }
   static ByteRange range_of(const float* counter) { return byte_range(counter, sizeof(float)); }
-  // A parameter's position in the optimizer. (A shard may have a number above it.)
+  // A parameter's position in the optimizer, without the shard's number in the high bits.
   static uint32_t position_of(const RowOf& row) { return static_cast<uint32_t>(row.position); }
 
   size_t num_params_;

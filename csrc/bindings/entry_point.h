@@ -1,4 +1,4 @@
-// The function through which eager Python calls a rule.
+// The function that eager Python calls for a rule.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -21,7 +21,7 @@ inline StepArgumentValue read_step(PyObject* value) {
   return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};
 }
 
-// Updates made for a call without `out`: the tensors, and the object to return.
+// The updates created for a call without `out`, and the object to return.
 struct NewUpdates {
   std::vector<at::Tensor> tensors;
   py::object python;
@@ -55,7 +55,8 @@ inline NewUpdates new_updates(const TensorArgument& grads, const TensorArgument&
   return updates;
 }
 
-// Calls a rule with the documented arguments in their order, then `out`. Returns the update.
+// Calls a rule. The arguments are the documented ones in their order, then `out`. Returns the
+// update.
 inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count) {
   const RuleInfo& info = *rule.info;
   const size_t expected = 1 + info.num_states + info.num_hyperparameters + 1;

@@ -1,4 +1,4 @@
-// A step of the parameters of one group.
+// The step of one parameter group.
 #pragma once
 
 #include <ATen/ops/empty_like.h>
@@ -23,7 +23,7 @@ namespace emopt {
 
 // Tensors are borrowed: counting references would dominate a step, since PyTorch counts some of
 // them in Python. That is safe as long as no other thread changes parameters, gradients or states
-// during the walk. A sweep without the GIL owns their memory.
+// during the walk. A sweep without the GIL keeps their storages alive.
 template <int kStates_>
 class GroupStep {
  public:
@@ -45,7 +45,7 @@ class GroupStep {
   }
 
   // Collects the parameters that have a gradient. Returns the indices of those that remain, because
-  // a state is missing, or no engine sweeps one of the tensors. If the group makes all states, a
+  // a state is missing or no engine supports one of the tensors. If the group makes all states, the
   // first call (`is_first`) also returns parameters without a gradient that lack a state.
   std::vector<Py_ssize_t> collect(StateLookup& states, bool is_first) {
     std::vector<Py_ssize_t> remaining;
@@ -62,7 +62,7 @@ class GroupStep {
   CollectedRows<kStates>& rows() { return rows_; }
   const CollectedRows<kStates>& rows() const { return rows_; }
 
-  // Whether nothing else refers to the collected memory, which then needs no check for overlap.
+  // Whether nothing else refers to the collected memory, which then cannot overlap.
   bool owns_memory_alone() const { return others_ == 0; }
 
   // Appends the operands of parameters that remain. `state` is the optimizer's. `seen` holds the
@@ -92,7 +92,7 @@ class GroupStep {
       add(Role::kParam, c.param);
       walk_.find_grad(c);
       add(Role::kGrad, py::reinterpret_steal<py::object>(THPVariable_Wrap(*c.grad)).ptr());
-      if (!is_first) continue;  // with the same states
+      if (!is_first) continue;  // its states were appended before
       PyObject* const states = find_item(state, c.param);
       if (states == nullptr || !PyDict_Check(states)) continue;
       add(Role::kCounter, find_item(states, step_key));
@@ -103,7 +103,7 @@ class GroupStep {
     }
   }
 
-  // Sorts the rows into waves, and adds parameters that must wait for the fallback to `remaining`.
+  // Sorts the rows into waves. Adds parameters that must wait for the fallback to `remaining`.
   void settle(const StepOrder& order, std::vector<Py_ssize_t>& remaining) {
     std::vector<uint32_t> positions;
     rows_.settle(order, positions);
@@ -121,25 +121,25 @@ class GroupStep {
   static constexpr size_t kOperands = CollectedRows<kStates>::kOperands;
   static constexpr size_t kWeight = CollectedRows<kStates>::kWeight;
 
-  // Counts a step of a parameter without a gradient. False if a state is missing.
+  // Counts the step for a parameter without a gradient. False if a state is missing.
   bool count_idle(const CandidateOf& c) {
     const auto is_there = [](PyObject* state) { return state != nullptr && state != Py_None; };
     if (c.state == nullptr || c.step_object == nullptr || !is_tensor(c.step_object)) return false;
     if (!std::all_of(c.state_objects.begin(), c.state_objects.end() - 1, is_there)) return false;
     if (c.has_master && !is_there(c.state_objects.back())) return false;
-    if (!options_.count) return true;  // on a device
+    if (!options_.count) return true;  // the count is on a device
     const at::Tensor& step = THPVariable_Unpack(c.step_object);
     if (!is_plain(step) || step.scalar_type() != at::kFloat || step.numel() != 1) return false;
     if (!step.is_cpu()) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
-    // Only the device may know whether this step is skipped.
+    // If found_inf is on a device, only the device knows whether this step is skipped.
     if (counter == nullptr || scalars_->found_inf.is_on_device()) return counter != nullptr;
     rows_.add_idle(counter);
     rows_.add_modified(step);
     return true;
   }
 
-  // Adds a parameter's row. False, with nothing added, if no engine sweeps it.
+  // Adds a parameter's row. Adds nothing and returns false if no engine supports it.
   bool add_row(CandidateOf& c) {
     if (!c.is_complete) return false;
     if (c.operands[kUpdate]->is_complex() && !make_real(c)) return false;
@@ -151,7 +151,7 @@ class GroupStep {
     const auto lies_alike = [&](const at::Tensor& tensor) {
       return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
     };
-    uintptr_t others = 0;  // not zero if anything else may refer to the memory; without branches
+    uintptr_t others = 0;  // nonzero if anything else may refer to the memory; branch-free
     RowOf row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = position_of(c.index);
@@ -166,7 +166,7 @@ class GroupStep {
     const bool is_split =
         c.has_master && options_.has_remainders && param.scalar_type() == at::kBFloat16;
     if (rule_.scales_by_shape()) {
-      // By the global shape: of a DTensor, `param` is the local tensor.
+      // Use the global shape: for a DTensor, `param` is the local tensor.
       const at::Tensor& global = THPVariable_Unpack(c.param);
       if (global.dim() != 2) return false;  // the fallback raises the error
       row.scale = rule_.info->shape_scale(global.size(0), global.size(1));
@@ -181,7 +181,7 @@ class GroupStep {
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
         const bool is_master = c.has_master && k == kWeight;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
-        // A pointer to the right check could not be inlined.
+        // Written out, since a call through a pointer to the check could not be inlined.
         if (k != kUpdate &&
             !(is_remainder ? is_beside(*operand, param) : is_alike(*operand, param))) {
           return false;
@@ -202,7 +202,7 @@ class GroupStep {
         row.data[k] = memory_of(*operand, row.dtype[k], k != kGrad);
         prefetch(row.data[k]);
         if (row.data[k] == nullptr && row.numel != 0) return false;
-        // The engine takes a weight at the parameter's address for the parameter.
+        // The engine treats a weight at the parameter's address as the parameter.
         TORCH_CHECK_VALUE(k != kWeight || row.data[k] != row.data[kUpdate] || row.numel == 0,
                           kSharedState);
         // GPUs fault on misaligned elements.
@@ -216,7 +216,7 @@ class GroupStep {
     return append(c, row, others);
   }
 
-  // Whether a gradient of the parameter's layout overlaps it, but is not the same memory.
+  // Whether a gradient in the parameter's layout overlaps it without being the same memory.
   static bool overlaps_partly(const at::Tensor& grad, const RowOf& row) {
     const DType dtype = to_dtype(grad.scalar_type());
     const ByteRange param = CollectedRows<kStates>::range_of(row, kUpdate);
@@ -231,7 +231,7 @@ class GroupStep {
     const bool counts_here = step.is_cpu();
     if (options_.count && !counts_here) return false;
     if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
-    // Scalars on a device need a counter there, and cannot be used elsewhere.
+    // Scalars on a device need a counter there, and cannot be used on the host.
     const bool must_count_there = options_.is_capturable || scalars_->found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
@@ -239,7 +239,7 @@ class GroupStep {
     if (counts_here) {
       const double next =
           options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
-      // A NaN cannot be a key, and infinity is no count.
+      // A NaN cannot be a key, and infinity is not a count.
       if (!(next >= 1.0 && std::isfinite(next))) return false;
       rows_.add(row, counter, next);
     } else {
@@ -276,7 +276,7 @@ class GroupStep {
            scalars_->grad_scale.is_on_device() || scalars_->found_inf.is_on_device();
   }
 
-  // Complex numbers are swept as pairs of real ones.
+  // Complex tensors are updated as pairs of real numbers.
   bool make_real(CandidateOf& c) {
     const bool is_own_weight = c.operands[kWeight] == c.operands[kUpdate];
     for (size_t k = 0; k < kOperands; ++k) {
@@ -300,9 +300,9 @@ class GroupStep {
   StepScalars* scalars_;
   CandidateWalk<kStates> walk_;
   CollectedRows<kStates> rows_;
-  std::list<at::Tensor> owned_;  // tensors made by this step
+  std::list<at::Tensor> owned_;  // temporary tensors of this step
   c10::DeleterFnPtr deleter_ = c10::GetCPUAllocator()->raw_deleter();
-  uintptr_t others_ = deleter_ == nullptr;  // not zero if anything else may refer to the memory
+  uintptr_t others_ = deleter_ == nullptr;  // nonzero if anything else may refer to the memory
 };
 
 }  // namespace emopt

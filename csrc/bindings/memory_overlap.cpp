@@ -13,8 +13,8 @@ bool intersect(ByteRange a, ByteRange b) { return a.begin < b.end && b.begin < a
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b > 0 ? 1 : 0); }
 
-// The least t >= 0 with low <= a t mod m <= high, where 0 <= low <= high < m and 0 <= a < m; -1
-// where there is none. As Euclid's algorithm, in steps that halve m. Numbers below 2^31.
+// The least t >= 0 with low <= a t mod m <= high, where 0 <= low <= high < m < 2^31 and 0 <= a < m;
+// -1 if there is none. Similar to Euclid's algorithm: each recursion halves m.
 int64_t first_multiple(int64_t a, int64_t m, int64_t low, int64_t high) {
   if (low == 0) return 0;
   if (a == 0) return -1;
@@ -25,7 +25,7 @@ int64_t first_multiple(int64_t a, int64_t m, int64_t low, int64_t high) {
   return turns < 0 ? -1 : divide_up(low + m * turns, a);
 }
 
-// Whether a sum of terms, each a step times a number from 0 to a bound, can be in
+// Decides whether a sum of terms, each a step times an integer from 0 to a bound, can be in
 // [target - slack, target].
 class Equation {
  public:
@@ -56,7 +56,7 @@ class Equation {
     }
   }
 
-  // Takes what it costs from `work`.
+  // Subtracts its cost from `work`.
   Sharing solve(int64_t target, int64_t& work) {
     if (target < 0 || target > reach_[0]) return Sharing::kNone;
     const int64_t before = std::min(work, kWorkOfPair);
@@ -67,7 +67,7 @@ class Equation {
   }
 
  private:
-  // By the terms from the d-th on, from the largest step to the smallest.
+  // Uses the terms from the d-th on, from the largest step to the smallest.
   Sharing search(size_t d, int64_t target) {
     if (d == terms_.size()) return Sharing::kSome;
     const int64_t step = terms_[d].step;
@@ -83,7 +83,7 @@ class Equation {
     return Sharing::kNone;
   }
 
-  // The next number of steps whose remainder the other terms' common divisor allows; -1 for none.
+  // The next x for which the other terms' greatest common divisor permits a solution; -1 if none.
   int64_t next_candidate(size_t d, int64_t target, int64_t x) const {
     const int64_t divisor = divisor_[d + 1];
     if (divisor == 0 || divisor >= int64_t{1} << 31) return x;
@@ -95,25 +95,25 @@ class Equation {
 
   std::vector<Term> terms_;
   int64_t slack_;
-  std::vector<int64_t> reach_;    // the largest sum of the terms from one on, and the slack
-  std::vector<int64_t> divisor_;  // of their steps
+  std::vector<int64_t> reach_;    // the largest sum of the terms from the d-th on, plus the slack
+  std::vector<int64_t> divisor_;  // the greatest common divisor of their steps
   int64_t work_ = 0;
 };
 
-// An operand where pairs are looked for: by addresses, or by addresses modulo a stride.
+// An operand's addresses, or its addresses modulo a divisor of the strides.
 struct Interval {
   uintptr_t begin, end;
   size_t index;
 };
 
-// Calls `visit(i, j)` for pairs of intervals that intersect, until it returns false. Not for two
-// that are read, nor, if `with_gaps`, for two without gaps.
+// Calls `visit(i, j)` for pairs of intervals that intersect, until it returns false. Skips pairs
+// that are both read and, if `with_gaps`, pairs that are both without gaps.
 template <class Visit>
 bool for_each_pair(const std::vector<UsedMemory>& used, std::vector<Interval> intervals,
                    bool with_gaps, const Visit& visit) {
   std::sort(intervals.begin(), intervals.end(),
             [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-  std::vector<Interval> open[2][2];  // those that may go on, by is_modified and has_gaps
+  std::vector<Interval> open[2][2];  // not known to have ended, by is_modified and has_gaps
   for (const Interval& interval : intervals) {
     const UsedMemory& own = used[interval.index];
     for (const bool is_modified : {false, true}) {
@@ -133,7 +133,7 @@ bool for_each_pair(const std::vector<UsedMemory>& used, std::vector<Interval> in
   return true;
 }
 
-// The addresses of some operands modulo a number that all their strides are multiples of.
+// The addresses of some operands modulo a common divisor of their strides.
 std::vector<Interval> remainders(const std::vector<UsedMemory>& used,
                                  const std::vector<size_t>& indices, uintptr_t divisor) {
   std::vector<Interval> intervals;
@@ -153,7 +153,7 @@ std::vector<Interval> remainders(const std::vector<UsedMemory>& used,
 
 }  // namespace
 
-// ---- surely none --------------------------------------------------------------------------------
+// ---- the conservative check ---------------------------------------------------------------------
 
 bool LineMarks::mark_words(ByteRange range) {
   bool is_certain = true;
@@ -240,7 +240,7 @@ bool LargeRanges::intersects(const std::vector<ByteRange>& sorted, ByteRange ran
   return after != sorted.end() && after->begin < range.end;
 }
 
-// ---- exactly ------------------------------------------------------------------------------------
+// ---- the exact check ----------------------------------------------------------------------------
 
 MemoryView memory_view(const void* address, int64_t item_size, const int64_t* sizes,
                        const int64_t* strides, size_t num_dimensions) {
@@ -270,8 +270,8 @@ MemoryView memory_view(const void* address, int64_t item_size, const int64_t* si
 Sharing sharing(const MemoryView& a, const MemoryView& b, int64_t& work) {
   if (!intersect(a.range, b.range)) return Sharing::kNone;
   if (!a.has_gaps() && !b.has_gaps()) return Sharing::kSome;
-  // An address of `a` is one of `b`: with b's offsets counted from its last byte, sums of the
-  // strides of both are to be the distance of b's last byte from a's first.
+  // They share an address if, with b's offsets counted down from its last byte, a sum of strides of
+  // both is the distance from a's first byte to b's last.
   std::vector<Equation::Term> terms;
   for (const MemoryView* view : {&a, &b}) {
     for (const auto& [stride, size] : view->dimensions) terms.push_back({stride, size - 1});
@@ -289,8 +289,9 @@ Sharing self_sharing(const int64_t* sizes, const int64_t* strides, size_t num_di
   std::sort(dimensions.begin(), dimensions.end(),
             [](const auto& a, const auto& b) { return a.stride < b.stride; });
   if (!dimensions.empty() && dimensions.front().stride == 0) return Sharing::kSome;
-  // Two indices differ last in one of the dimensions, by 1 or more, and the smaller strides make up
-  // for it: by as much as they reach either way, here counted from the lowest.
+  // If two indices refer to the same element, the dimension of largest stride in which they differ
+  // contributes at least one stride to the distance, and the smaller strides cancel it. Each of
+  // those contributes between -reach and +reach; the equation counts from the lowest value.
   int64_t reach = 0;
   int64_t work = kWorkOfPair;
   Sharing worst = Sharing::kNone;
@@ -328,7 +329,7 @@ void find_sharing(const std::vector<UsedMemory>& used,
       used, without_gaps, false, [&](size_t i, size_t j) { return report(i, j, Sharing::kSome); });
   if (!is_done || without_gaps.size() == all.size()) return;
 
-  // The rest, by groups of operands whose ranges hang together.
+  // Search the others in groups of operands whose ranges overlap.
   std::sort(all.begin(), all.end(),
             [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
   for (size_t first = 0, next = 0; first < all.size(); first = next) {

@@ -1,5 +1,5 @@
-// Whether operands share memory. Decided from addresses, sizes and strides: two storages may be one
-// memory, and views of one storage may share none of it. Knows no torch.
+// Whether operands share memory, decided from addresses, sizes and strides: two storages may use
+// the same memory, and two views of one storage may not overlap. Independent of torch.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace emopt {
 
-// The bytes from `begin` to before `end`.
+// The bytes [begin, end).
 struct ByteRange {
   uintptr_t begin = 0;
   uintptr_t end = 0;
@@ -24,23 +24,25 @@ inline ByteRange byte_range(const void* address, int64_t bytes) {
   return {begin, begin + static_cast<uintptr_t>(bytes)};
 }
 
-// ---- surely none, in linear time ----------------------------------------------------------------
+// ---- a conservative check, in linear time -------------------------------------------------------
 
 // Marks lines of 64 bytes, in a hash table of blocks of lines. PyTorch aligns memory to 64 bytes or
-// more, so tensors that were allocated apart have no line in common, and a table of a few kilobytes
-// serves a thousand small ones. Sorting their addresses takes several times as long.
+// more, so tensors that were allocated separately have no line in common, and a table of a few
+// kilobytes suffices for a thousand small ones. Sorting their addresses takes several times as
+// long.
 class LineMarks {
  public:
   LineMarks() : slots_(kFirstSlots) {}
 
-  // Begins another list. Views of a flat buffer share their first and last lines with the
-  // neighbours in the list, which is no reason for doubt as long as the list has one direction.
+  // Begins another list. Views of a flat buffer share their first and last lines with their
+  // neighbours in the list. That is accepted as long as the list's addresses only rise, or only
+  // fall.
   void start_list() {
     previous_ = {};
     direction_ = 0;
   }
 
-  // False where a marked line may be another operand's.
+  // False if the range may overlap an operand that was marked before.
   EMOPT_FN bool mark(ByteRange range) {
     const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
     if (first >> kWordBits == last >> kWordBits) {
@@ -70,11 +72,11 @@ class LineMarks {
 
   using Block = std::array<uint64_t, size_t{1} << kBlockBits>;
   struct Slot {
-    uint64_t key = 0;  // the block's number, and 1
+    uint64_t key = 0;  // the block's number plus 1
     size_t block = 0;
   };
 
-  // Calls `visit(word, marks, wanted)` for the words that a range has lines in.
+  // Calls `visit(word, marks, wanted)` for each word that has lines of a range.
   template <class Visit>
   EMOPT_FN void each_word(ByteRange range, const Visit& visit) {
     const uint64_t first = range.begin >> kLineBits, last = (range.end - 1) >> kLineBits;
@@ -88,11 +90,11 @@ class LineMarks {
     visit(last_word, marks_of(last_word), tail);
   }
 
-  // As `mark`.
+  // The general case of `mark`.
   bool mark_words(ByteRange range);
 
-  // Whether the one line in common is an edge that the list's previous range ends, or begins, in.
-  // All that touches such a line is then of this list, in order.
+  // Whether the only common line is one in which the list's previous range ends or begins. Then all
+  // ranges in that line are of this list, in order, and do not overlap.
   bool is_neighbours(uint64_t word, uint64_t common, ByteRange range);
 
   EMOPT_FN uint64_t& marks_of(uint64_t word) {
@@ -112,12 +114,12 @@ class LineMarks {
   size_t place_of(uint64_t key) const {
     return static_cast<size_t>((key * 0x9e3779b97f4a7c15u) >> shift_);
   }
-  // Makes a block the last one.
+  // Makes the block of `key` the last one that was used; creates it if needed.
   void find(uint64_t key);
   Slot& slot_of(uint64_t key);
   void grow();
 
-  int shift_ = 58;  // 64 less the bits of a slot's number
+  int shift_ = 58;  // 64 minus the bits of a slot's index
   std::vector<Slot> slots_;
   std::vector<Block> blocks_;
   uint64_t last_key_ = 0;
@@ -126,7 +128,7 @@ class LineMarks {
   int direction_ = 0;
 };
 
-// Large ranges, of which there are few for the time that their contents take: sorted.
+// Large ranges. Sorting them is cheap compared with the work on their contents.
 class LargeRanges {
  public:
   void add(ByteRange range, bool is_modified) {
@@ -134,9 +136,10 @@ class LargeRanges {
   }
   bool empty() const { return modified_.empty() && read_.empty(); }
 
-  // False where modified ones intersect others. To be called once, after the last.
+  // Sorts the ranges. False if a modified one intersects another. Call this once, after the last
+  // add().
   bool settle();
-  // Whether one intersects a range, and one of the two is modified.
+  // Whether any of them intersects the range, and one of the two is modified.
   bool intersect(ByteRange range, bool is_modified) const {
     return intersects(modified_, range) || (is_modified && intersects(read_, range));
   }
@@ -147,7 +150,7 @@ class LargeRanges {
   std::vector<ByteRange> modified_, read_;  // once settled, disjoint and in order
 };
 
-// So few that each is compared with all others, without memory for tables.
+// So few ranges that comparing all pairs is fastest, and needs no allocation.
 class FewRanges {
  public:
   static constexpr size_t kMost = 12;
@@ -176,10 +179,10 @@ class FewRanges {
   size_t count_ = 0, num_modified_ = 0;
 };
 
-// Whether no range that is modified intersects another range. False may mean only that they are
-// close together, or sorted in an unusual way. `for_each(visitor)` calls `visitor.start_list()` for
-// each list, and for its ranges that are not empty `visitor.modify(range)` or
-// `visitor.read(range)`; the latter after all that are modified. There are at most `count` ranges.
+// True if certainly no modified range intersects another range. False may only mean that they are
+// close together or in an unusual order. `for_each(visitor)` calls `visitor.start_list()` for each
+// list, and `visitor.modify(range)` or `visitor.read(range)` for its non-empty ranges; all modified
+// ranges come first. There are at most `count` ranges.
 template <class ForEach>
 bool are_surely_apart(const ForEach& for_each, size_t count) {
   if (count <= FewRanges::kMost) {
@@ -224,9 +227,9 @@ bool are_surely_apart(const ForEach& for_each, size_t count) {
   return beside.is_certain;
 }
 
-// ---- exactly ------------------------------------------------------------------------------------
+// ---- the exact check ----------------------------------------------------------------------------
 
-// The memory of a tensor: runs of bytes without a gap, at multiples of strides.
+// The memory of a tensor: runs of contiguous bytes, at multiples of strides.
 struct MemoryView {
   struct Dimension {
     int64_t stride;  // in bytes, greater than the run
@@ -235,7 +238,7 @@ struct MemoryView {
 
   ByteRange range;
   int64_t run = 0;
-  std::vector<Dimension> dimensions;  // by stride; empty where there is no gap at all
+  std::vector<Dimension> dimensions;  // by stride; empty if there are no gaps
 
   bool has_gaps() const { return !dimensions.empty(); }
 };
@@ -244,20 +247,20 @@ inline MemoryView without_gaps(ByteRange range) {
   return {range, static_cast<int64_t>(range.end - range.begin), {}};
 }
 
-// Strides are in items, and not negative. The tensor is not empty.
+// Strides are in elements and not negative. The tensor must not be empty.
 MemoryView memory_view(const void* address, int64_t item_size, const int64_t* sizes,
                        const int64_t* strides, size_t num_dimensions);
 
 enum class Sharing { kNone, kSome, kUnknown };  // unknown: deciding would take too long
 
-// How many candidates a search looks at before it gives up; the latter are tens of milliseconds.
+// The number of candidates after which a search gives up; for a call, tens of milliseconds.
 inline constexpr int64_t kWorkOfPair = 100'000;
 inline constexpr int64_t kWorkOfCall = 4'000'000;
 
-// Whether two tensors have a byte in common. What it costs is taken from `work`.
+// Whether two tensors have a byte in common. Subtracts its cost from `work`.
 Sharing sharing(const MemoryView& a, const MemoryView& b, int64_t& work);
 
-// Whether two indices of a tensor are one element.
+// Whether two indices of a tensor refer to the same element.
 Sharing self_sharing(const int64_t* sizes, const int64_t* strides, size_t num_dimensions);
 
 struct UsedMemory {
@@ -265,9 +268,9 @@ struct UsedMemory {
   bool is_modified;
 };
 
-// Calls `found(i, j, how)` for all pairs that share memory, or may, where one of the two is
-// modified; i < j, and a pair may come more than once. Views that interleave, as the columns of a
-// matrix do, are sorted by what they have in common, so that not all pairs of them are looked at.
+// Calls `found(i, j, how)` for all pairs that share memory, or may share it, if one of the two is
+// modified. i < j; a pair may be reported more than once. Interleaved views, such as the columns of
+// a matrix, are sorted by their addresses modulo their strides, so that few pairs need a search.
 void find_sharing(const std::vector<UsedMemory>& used,
                   const std::function<void(size_t, size_t, Sharing)>& found);
 

@@ -1,5 +1,5 @@
-// The extension module: the built-in rules and those of shared libraries, their entry points, and
-// the optimizers' step.
+// The extension module: built-in rules, rules from shared libraries, their entry points, and the
+// optimizers' step.
 #include <ATen/DynamicLibrary.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -26,7 +26,7 @@ namespace emopt {
 
 namespace {
 
-// Registered once a process, for good.
+// Registered once per process.
 const std::vector<const RegisteredRule*>& builtin_rules() {
   static const auto* const rules = [] {
     auto* registered = new std::vector<const RegisteredRule*>;
@@ -55,7 +55,7 @@ void* find(at::DynamicLibrary& library, const std::string& path, const std::stri
   }
 }
 
-// Loads the rule of a struct `name` from a shared library, which stays loaded, and registers it.
+// Loads the rule `name` from a shared library, which stays loaded, and registers it.
 const RegisteredRule& load_rule(const std::string& path, const std::string& name) {
   std::unique_ptr<at::DynamicLibrary> library = open_library(path);
   using Function = const RuleInfo* (*)();
@@ -82,7 +82,7 @@ PyObject* enter(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// A function of Python's, without pybind11's dispatch. It lives as long as the process.
+// A Python function without pybind11's dispatch overhead. It lives as long as the process.
 py::object entry_point(const RegisteredRule& rule) {
   auto* const entry = new EntryPoint{&rule, std::string(rule.info->name) + "_update", {}};
   // METH_FASTCALL makes Python call it with `enter`'s signature.
@@ -92,7 +92,7 @@ py::object entry_point(const RegisteredRule& rule) {
   return py::reinterpret_steal<py::object>(PyCFunction_New(&entry->definition, self.ptr()));
 }
 
-// Gives the module `<name>_update`, and `rules[name]` for the optimizers' step.
+// Adds `<name>_update` to the module, and `rules[name]` for the optimizers' step.
 void bind_rule(const py::module_& module, const RegisteredRule& rule) {
   const std::string name = rule.info->name;
   module.attr((name + "_update").c_str()) = entry_point(rule);
@@ -126,7 +126,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("rules") = py::dict();
   for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, *rule);
   m.def("step", torch::wrap_pybind_function(optimizer_step));
-  // For rules that are compiled by themselves; not public yet.
+  // For rules that are compiled separately; not public yet.
   m.def("_load_rule",
         torch::wrap_pybind_function([m](const std::string& path, const std::string& name) {
           bind_rule(m, load_rule(path, name));
@@ -137,7 +137,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("compiled_isas", [] { return names(cpu::compiled_isas()); });
   m.def("supported_isas", [] { return names(cpu::supported_isas()); });
   m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });
-  // For the fallback in Python, whose errors name arguments as the checks here do.
+  // For the fallback in Python, whose error messages name arguments in the same way.
   m.def("is_single_tensor_call", &SingleTensorCall::is_active);
 }
 

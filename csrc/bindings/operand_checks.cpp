@@ -24,7 +24,7 @@ std::string shape_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
-// The update comes last: where the user passed none, it was made to fit the first state.
+// The update comes last: if the user passed none, it was created in the first state's layout.
 const OperandList& in_check_order(OperandLists lists, size_t k) {
   return lists[(k + kGrad) % lists.size()];
 }
@@ -151,7 +151,7 @@ void check_position(OperandLists lists, size_t position) {
   for (size_t k = 0; k < lists.size(); ++k) {
     const OperandList& list = in_check_order(lists, k);
     const at::Tensor& tensor = list.tensors[position];
-    const auto name = [&] { return position_name(list.name, position); };  // where a check fails
+    const auto name = [&] { return position_name(list.name, position); };  // only if a check fails
     check_device(list, position, lists[kGrad], position);
     TORCH_CHECK_VALUE(tensor.sizes() == grad.sizes(), name(), " has shape ",
                       shape_text(tensor.sizes()), " but ", position_name("grad", position),
@@ -192,7 +192,7 @@ MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address) {
 
 void refuse_sharing(OperandLists lists,
                     const std::function<const void*(size_t k, size_t position)>& address_of) {
-  // In the order in which messages name two of them: first what is modified.
+  // Modified operands come first, as in the messages.
   struct Operand {
     const OperandList* list;
     size_t position;
@@ -215,7 +215,7 @@ void refuse_sharing(OperandLists lists,
            operands[first].position == i && address_of(kUpdate, i) == address_of(kGrad, i) &&
            is_same_view(lists[kUpdate].tensors[i], lists[kGrad].tensors[i]);
   };
-  // Of all pairs, the one that ends first; one that surely shares memory before others.
+  // Report a pair that certainly shares memory rather than an undecided one; of those, the first.
   using Pair = std::tuple<Sharing, size_t, size_t>;
   std::optional<Pair> worst;
   find_sharing(used, [&](size_t first, size_t second, Sharing how) {

@@ -1,5 +1,5 @@
-// From lists of tensors to the engine's table, with the checks of each tensor and of all of them
-// together, before anything is written.
+// The checks of an operator's tensors, each by itself and all together, before anything is
+// written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,15 +16,15 @@
 
 namespace emopt {
 
-// One tensor argument of an operator: a list, named as its single form is ("grad", "exp_avg").
+// One tensor argument of an operator: a list with its singular name ("grad", "exp_avg").
 struct OperandList {
   const char* name;
   at::TensorList tensors;
   bool in_place;
 };
 
-// While one lives, messages speak of `exp_avg` where they would otherwise of `exp_avgs[0]`: the
-// user passed single tensors, of which the operators see lists of one.
+// While an object of this class exists, messages say `exp_avg` instead of `exp_avgs[0]`: the user
+// passed single tensors, which the operators see as lists of one.
 class SingleTensorCall {
  public:
   explicit SingleTensorCall(bool is_single);
@@ -42,17 +42,17 @@ class SingleTensorCall {
 std::string position_name(const char* name, size_t position);
 std::string list_name(const char* name);
 
-// A new update: of the layout of its state, and of the dtype that gradient and state promote to.
+// A new update, in the layout of its state and the dtype that gradient and state promote to.
 at::Tensor empty_update(const at::Tensor& grad, const at::Tensor& state);
 
-// A layout and a dtype that can be computed with, or a TypeError.
+// Raises a TypeError for a layout or a dtype that is not supported.
 void check_storage(const char* name, const at::Tensor& tensor, size_t position);
 
 inline bool is_supported_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// Of a supported type.
+// `type` must be supported.
 inline DType to_dtype(at::ScalarType type) {
   return type == at::kFloat      ? DType::kFloat32
          : type == at::kBFloat16 ? DType::kBFloat16
@@ -60,28 +60,28 @@ inline DType to_dtype(at::ScalarType type) {
                                  : DType::kFloat64;
 }
 
-// "int64", "float8_e4m3fn": as Python spells it, after "torch.".
+// "int64", "float8_e4m3fn": the name in Python, without "torch.".
 std::string dtype_text(at::ScalarType type);
 
 using OperandLists = c10::ArrayRef<OperandList>;  // in the order of a row's operands
 
-// Whose layout the others follow: the first state, or the gradient where a rule has none.
+// The list whose layout the others follow: the first state, or the gradient of a stateless rule.
 inline const OperandList& layout_list(OperandLists lists) {
   return lists[lists.size() > kFirstState ? kFirstState : kGrad];
 }
 
-// Every check of one position by itself.
+// Checks the tensors of one position, regardless of the others.
 void check_position(OperandLists lists, size_t position);
 
-// For operators on meta tensors, which end up here also where only some of them are.
+// The dispatcher calls the meta kernel if any tensor is meta; raises unless all are.
 void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
 // ---- plain tensors ------------------------------------------------------------------------------
 
-// A plain tensor is dense, on the CPU or a CUDA device, and nothing but a tensor. A position whose
-// tensors are plain, contiguous and alike needs none of the checks above.
+// A plain tensor is dense, on the CPU or a CUDA device, and of no subclass. A position whose
+// tensors are plain, contiguous and of one shape and device needs none of the checks above.
 inline c10::DispatchKeySet plain_keys(c10::DispatchKey key, c10::BackendComponent backend) {
-  // These leave out sparse, quantized, nested, meta and inference tensors, and subclasses.
+  // This excludes sparse, quantized, nested, meta and inference tensors, and subclasses.
   return c10::DispatchKeySet(key) | c10::getAutogradRelatedKeySetFromBackend(backend) |
          c10::getAutocastRelatedKeySetFromBackend(backend);
 }
@@ -95,7 +95,7 @@ inline bool is_plain(const at::Tensor& grad) {
   return keys == kPlainOnCpu || keys == kPlainOnCuda;
 }
 
-// Not by the comparison of ArrayRefs, which is a call for what is mostly one number.
+// Comparing ArrayRefs would be a function call, mostly for a single number.
 C10_ALWAYS_INLINE bool has_same_sizes(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   const at::IntArrayRef sizes = a.sizes(), others = b.sizes();
   if (sizes.size() != others.size()) return false;
@@ -105,7 +105,7 @@ C10_ALWAYS_INLINE bool has_same_sizes(const c10::TensorImpl& a, const c10::Tenso
   return true;
 }
 
-// On one device and of one shape.
+// Whether both are on the same device and of the same shape.
 C10_ALWAYS_INLINE bool is_beside(const at::Tensor& tensor, const at::Tensor& grad) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
@@ -124,26 +124,26 @@ inline bool is_aligned(const void* address, DType dtype) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(size_of(dtype)) == 0;
 }
 
-// Of one shape.
+// `a` and `b` must have the same shape.
 bool same_strides(const at::Tensor& a, const at::Tensor& b);
 
 bool is_same_view(const at::Tensor& a, const at::Tensor& b);
 
-// Raises where a step that only a device knows is not with the tensors. `step_tensor` may be empty.
+// Raises if the step is on a device and the operands are not on the same one.
 void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
 
-// A tensor's memory, of which `address` is where its first element is.
+// The memory of a tensor whose first element is at `address`.
 MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address);
 
-// Raises where an operand that is modified shares memory with another one, but for an update that
-// is its gradient. `address_of(k, position)` is where an operand is; null where there is nothing.
+// Raises if a modified operand shares memory with another one, except for an update that is its
+// gradient. `address_of(k, position)` is an operand's address; null if it is empty.
 void refuse_sharing(OperandLists lists,
                     const std::function<const void*(size_t k, size_t position)>& address_of);
 
-// Dense copies of tensors whose layout an engine cannot sweep beside the others'.
+// Dense copies of tensors whose layout differs from that of the other operands.
 class DenseCopies {
  public:
-  // The tensor to compute with: a copy, unless it has the layout already.
+  // Returns a copy in the layout, or the tensor itself if it already has it.
   at::Tensor find(const OperandList& list, size_t position, bool is_read, const at::Tensor& layout);
   void write_back() const;
 
@@ -156,7 +156,7 @@ class DenseCopies {
   std::vector<DenseCopy> dense_copies_;
 };
 
-// Tells autograd what was modified.
+// Autograd detects in-place modifications by these counters.
 void bump_versions(OperandLists lists);
 
 }  // namespace emopt

@@ -84,7 +84,7 @@ class Computation {
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-// A call whose arguments are on a boxed kernel's stack.
+// A call whose arguments are on the stack of a boxed kernel.
 class BoxedCall {
  public:
   BoxedCall(const RuleInfo& info, torch::jit::Stack& stack) : stack_(stack) {
@@ -139,7 +139,7 @@ struct MetaKernel final : RuleKernel {
   }
 };
 
-// Called while torch.jit.trace records.
+// Called during torch.jit.trace.
 struct TracerKernel final : RuleKernel {
   using RuleKernel::RuleKernel;
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
@@ -164,7 +164,7 @@ std::string schema_of(const RuleInfo& info) {
   return text + ", *, Tensor? step_tensor=None) -> ()";
 }
 
-// Never destroyed: a library's destructor takes back what it registered.
+// Never destroyed: a library's destructor removes its registrations.
 torch::Library& add_library() {
   return *new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__,
                              __LINE__);
@@ -181,8 +181,8 @@ RegisteredRule register_rule(const RuleInfo& info) {
   }
   const std::string name = std::string(kNamespace) + "::" + operator_name(info);
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
-  TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "there is a rule named ", info.name,
-              " already; compile this one with another kName");
+  TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "a rule named ", info.name,
+              " is already registered; compile this one with a different kName");
   torch::Library& library = add_library();
   library.def(schema_of(info).c_str(), {at::Tag::pt2_compliant_tag});
   const auto implement = [&](c10::DispatchKey key, torch::CppFunction function) {
@@ -192,8 +192,8 @@ RegisteredRule register_rule(const RuleInfo& info) {
   if (info.has_cuda_kernels()) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
   implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
   implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(info));
-  // An update is not differentiated. Without this, PyTorch's fallback would search all lists for
-  // tensors that require gradients.
+  // Updates are not differentiable. Without this, PyTorch's autograd fallback would search all
+  // lists for tensors that require gradients.
   implement(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
   return {&info, dispatcher.findSchemaOrThrow(name.c_str(), "")};
 }

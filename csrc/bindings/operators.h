@@ -25,7 +25,7 @@ struct RegisteredRule {
   size_t num_lists() const { return kFirstState + info->num_states; }
 };
 
-// Registers a rule's operator. Raises if there is one of its name.
+// Registers a rule's operator. Raises if its name is taken.
 RegisteredRule register_rule(const RuleInfo& info);
 
 // A call of an operator.
@@ -36,18 +36,18 @@ struct OperatorCall {
   std::array<at::TensorList, kFirstState + kMaxStates> lists{};
 };
 
-// Raises for wrong hyperparameters; returns the step.
+// Raises for invalid hyperparameters; returns the step.
 HostOrDeviceScalar check_call(const OperatorCall& call);
 
 // Computes without the dispatcher if nothing needs it: no mode, profiler or transform is active,
-// and all tensors are plain ones on devices with native kernels. Otherwise returns false, with
-// nothing done.
+// and all tensors are plain and on devices with native kernels. Otherwise does nothing and returns
+// false.
 bool compute_directly(const OperatorCall& call);
 // Computes through the dispatcher.
 void dispatch(const RegisteredRule& rule, const OperatorCall& call);
 
-// Raises. torch.jit.trace records only PyTorch's own operators: its graph would allocate the result
-// of a call, and never fill it.
+// Raises. torch.jit.trace records only PyTorch's built-in operators: its graph would allocate the
+// result of a call and never fill it.
 [[noreturn]] void refuse_trace(const std::string& what);
 
 }  // namespace emopt

@@ -19,13 +19,13 @@ namespace emopt {
 
 namespace {
 
-// Groups of different rules step together.
+// The groups of one step may have different rules.
 using AnyGroupStep = std::variant<GroupStep<0>, GroupStep<1>, GroupStep<2>, GroupStep<3>,
                                   GroupStep<4>, GroupStep<5>>;
 using Steps = std::vector<AnyGroupStep>;
 using Remaining = std::vector<std::vector<Py_ssize_t>>;  // by group
 
-// From this many elements on, it pays to let other threads run.
+// The number of elements from which releasing the GIL pays off.
 constexpr int64_t kWorthTheGil = 1 << 18;
 
 template <class Any, class Visit>
@@ -33,8 +33,8 @@ decltype(auto) with(Any& step, const Visit& visit) {
   return std::visit(visit, step);
 }
 
-// Whether PyTorch has to see each operation: under a FakeTensorMode, for example, nothing may be
-// computed.
+// Whether an active mode must see each PyTorch operation. Under a FakeTensorMode, for example,
+// nothing may be computed.
 bool is_seen_by_tracer() {
   using c10::impl::TorchDispatchModeKey;
   using c10::impl::TorchDispatchModeTLS;
@@ -54,7 +54,7 @@ py::tuple params_of(py::handle group) {
   return params;
 }
 
-// Empty if there is no list.
+// Empty if no gradients were given.
 py::tuple grads_of(py::handle grads, size_t group) {
   return grads.is_none() ? py::tuple() : py::tuple(grads[py::int_(group)]);
 }
@@ -101,8 +101,8 @@ bool may_run(const Steps& steps, const Remaining& remaining, bool may_leave) {
   return true;
 }
 
-// Finds what shares memory, and adds what cannot be stepped natively in order to `remaining`.
-// Returns the number of waves.
+// Orders the parameters that share memory. Adds those that must wait for the fallback to
+// `remaining`. Returns the number of waves.
 uint32_t settle(Steps& steps, Remaining& remaining, const py::dict& state) {
   const auto owns_alone = [](const AnyGroupStep& any) {
     return with(any, [](const auto& step) { return step.owns_memory_alone(); });
@@ -189,7 +189,8 @@ py::object optimizer_step(const py::dict& state, const py::list& groups, const p
                       {"found_inf", py::object(arguments[2]), 0.0}};
   const auto seed = arguments[3].cast<uint64_t>();
 
-  // First all that may run Python code or raise: nothing may change during the walk.
+  // Read all options first: this may run Python code or raise, and nothing may change during the
+  // walk.
   const size_t num_groups = groups.size();
   Steps steps;
   steps.reserve(num_groups);

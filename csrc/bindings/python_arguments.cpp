@@ -13,17 +13,18 @@ namespace emopt {
 
 namespace {
 
-// Of values that errors show.
+// Error messages show values up to these limits.
 constexpr Py_ssize_t kMaxText = 40;
 constexpr double kMaxNumber = 1e15;
 
-// A number's value; empty where the object is none.
+// A number's value; empty if the object is not a number.
 std::optional<double> as_number(py::handle value) {
   if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  if (PyUnicode_Check(value.ptr())) return std::nullopt;  // numpy's text converts to a double
+  if (PyUnicode_Check(value.ptr())) return std::nullopt;  // numpy.str_ converts to a double
   const double number = PyFloat_AsDouble(value.ptr());
   if (number == -1.0 && PyErr_Occurred() != nullptr) {
-    // Neither a number nor one that a double holds. Anything else, an interrupt say, is passed on.
+    // These mean that it is no number, or too large for a double. Others, such as
+    // KeyboardInterrupt, propagate.
     if (PyErr_ExceptionMatches(PyExc_TypeError) == 0 &&
         PyErr_ExceptionMatches(PyExc_ValueError) == 0 &&
         PyErr_ExceptionMatches(PyExc_RuntimeError) == 0 &&
@@ -36,23 +37,23 @@ std::optional<double> as_number(py::handle value) {
   return number;
 }
 
-// A value's type; and the value, if it is short.
+// A value's type, followed by the value if it is short.
 std::string described(py::handle value) {
   std::string text = type_name(value.ptr());
-  text.erase(0, text.rfind('.') + 1);  // numpy's have the module's name
+  text.erase(0, text.rfind('.') + 1);  // numpy's type names include the module
   py::object shown;
   if (PyUnicode_Check(value.ptr())) {
     if (PyUnicode_GET_LENGTH(value.ptr()) <= kMaxText) shown = py::str(value);
   } else if (PyLong_Check(value.ptr()) || PyFloat_Check(value.ptr())) {
     const bool is_short = std::abs(PyFloat_AsDouble(value.ptr())) < kMaxNumber;
     if (is_short && PyErr_Occurred() == nullptr) shown = py::reinterpret_borrow<py::object>(value);
-    PyErr_Clear();  // of an int beyond a double
+    PyErr_Clear();  // an int too large for a double
   }
   if (shown) text += " (" + py::repr(shown).cast<std::string>() + ")";
   return text;
 }
 
-// What to do about a number that came as text.
+// The cure for a number that was passed as a string.
 std::string advice(py::handle value) {
   if (!PyUnicode_Check(value.ptr()) || PyUnicode_GET_LENGTH(value.ptr()) > kMaxText) return "";
   const auto number = py::reinterpret_steal<py::object>(PyFloat_FromString(value.ptr()));
@@ -73,7 +74,7 @@ std::string advice(py::handle value) {
          convert;
 }
 
-// A list, a tuple, an array, a ParameterList: what can be indexed, but by position.
+// Whether a value can be indexed by position: a list, a tuple, an array, a ParameterList.
 bool is_sequence(PyObject* value) {
   return (PySequence_Check(value) || PyMapping_Check(value)) && !PyUnicode_Check(value) &&
          !PyDict_Check(value);
@@ -86,7 +87,7 @@ const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
 PyObject* items_of(PyObject* value) {
   if (!is_sequence(value)) return nullptr;
   PyObject* const items = PySequence_Tuple(value);
-  if (items == nullptr) {  // as for a number of numpy
+  if (items == nullptr) {  // for example a numpy scalar
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
   }

@@ -1,4 +1,4 @@
-// What users pass from Python: read, with messages that name the argument.
+// Reads arguments from Python. Error messages name the argument.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -17,7 +17,7 @@ c10::SmallVector<double, 3> read_numbers(const char* name, PyObject* value);
 
 const char* type_name(PyObject* value);
 
-// A tuple of what a sequence has, as a new reference; null where the object is none.
+// The items of a sequence as a tuple, a new reference; null if the object is not a sequence.
 PyObject* items_of(PyObject* value);
 
 }  // namespace emopt

@@ -1,4 +1,4 @@
-// What an optimizer's step reads of Python's objects: dictionaries, and DTensors.
+// Access to the Python objects of an optimizer's step: dictionaries and DTensors.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,10 +9,10 @@
 
 namespace emopt {
 
-// A string that lives as long as the process, so that no lookup makes a new one.
+// A key for repeated lookups; lives as long as the process.
 inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// A borrowed reference; null if there is none.
+// A borrowed reference; null if the key is missing.
 inline PyObject* find_item(PyObject* dict, PyObject* key) {
   PyObject* const value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -25,24 +25,24 @@ inline py::object attribute(PyObject* object, PyObject* name) {
   return value;
 }
 
-// As THPVariable_Check, without a call of the metaclass's __instancecheck__ for each DTensor.
+// Like THPVariable_Check, which would call the metaclass's __instancecheck__ for each DTensor.
 inline bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
 }
 
-// Finds keys that are mostly asked for in the dictionary's order, by comparing objects. Hashing a
-// tensor calls Python code, which would dominate a small parameter's step.
+// Looks up keys that are mostly requested in the dictionary's order, by comparing objects. Hashing
+// a tensor calls Python code, which would dominate the step of a small parameter.
 class DictCursor {
  public:
   // Up to `max_skipped` entries may lie between two keys.
   explicit DictCursor(PyObject* dict, Py_ssize_t max_skipped = 0)
       : dict_(dict), max_skipped_(max_skipped) {}
 
-  // Whether all keys were found in order so far.
+  // Whether all keys so far were found in order.
   bool is_in_order() const { return is_in_order_; }
 
-  // A borrowed reference; null if there is none. After the first key that is out of order, all are
-  // looked up by their hash.
+  // A borrowed reference; null if the key is missing. After the first key that is out of order, all
+  // are looked up by hash.
   PyObject* find(PyObject* wanted) {
     PyObject *key, *value;
     for (Py_ssize_t i = 0; is_in_order_; ++i) {
@@ -60,10 +60,10 @@ class DictCursor {
   bool is_in_order_ = true;
 };
 
-// A DTensor: its local tensor, and its placement. (PyTorch has no C++ type for it.)
+// A DTensor's local tensor and placement. (PyTorch has no C++ type for it.)
 class DTensorView {
  public:
-  // Empty if the object is no DTensor.
+  // Empty if the object is not a DTensor.
   static std::optional<DTensorView> from(PyObject* tensor) {
     static PyObject* const local_key = interned("_local_tensor");
     static PyObject* const spec_key = interned("_spec");
@@ -79,7 +79,7 @@ class DTensorView {
   const py::object& local() const { return local_; }
 
   bool is_placed_as(DTensorView& other) {
-    // FSDP2's gradients share their parameters' spec, and all states one spec.
+    // Under FSDP2, a gradient shares its parameter's spec, and all states share one spec.
     if (spec_.is(other.spec_) || spec_.is(other.equal_spec_)) return true;
     read_place();
     other.read_place();
@@ -107,14 +107,14 @@ class DTensorView {
   }
 
   py::object local_, spec_;
-  py::object mesh_, placements_;  // null until they are compared
-  py::object equal_spec_;         // the last one found to be equal
+  py::object mesh_, placements_;  // null until first compared
+  py::object equal_spec_;         // the last spec found to be equal
 };
 
-// A DTensor's shard for stochastic rounding (_sharding.py): its number, and the index of its first
-// element.
+// A DTensor's shard number and the index of its first element, for stochastic rounding
+// (_sharding.py).
 inline std::pair<uint64_t, uint64_t> shard_place(PyObject* tensor) {
-  // Never freed: the interpreter may be gone before this.
+  // Never freed: the interpreter may be finalized first.
   static const auto* const function =
       new py::object(py::module_::import("emerging_optimizers._sharding").attr("shard_place"));
   return (*function)(py::handle(tensor)).cast<std::pair<uint64_t, uint64_t>>();

@@ -14,7 +14,7 @@
 
 namespace emopt {
 
-// CUDA tensors are not read.
+// The value of a CUDA tensor is not read: that would synchronize with the device.
 class ScalarArgument {
  public:
   ScalarArgument(const char* name, py::handle value) {
@@ -36,13 +36,13 @@ class ScalarArgument {
     }
   }
 
-  // None stands for `none`.
+  // `none` is the value for None.
   ScalarArgument(const char* name, py::handle value, double none)
       : ScalarArgument(value.is_none() ? ScalarArgument(none) : ScalarArgument(name, value)) {}
 
   bool is_on_device() const { return !on_device_.empty(); }
 
-  // The number for work on a device; a CUDA tensor on another one is copied.
+  // The number for kernels on `device`. A CUDA tensor of another device is copied there, once.
   HostOrDeviceScalar on(int8_t device) {
     if (!is_on_device()) return number_;
     const auto is_there = [&](const at::Tensor& copy) { return copy.get_device() == device; };
@@ -61,7 +61,7 @@ class ScalarArgument {
   explicit ScalarArgument(double number) : number_{number} {}
 
   HostOrDeviceScalar number_;
-  std::vector<at::Tensor> on_device_;  // a copy for each device
+  std::vector<at::Tensor> on_device_;  // the tensor, and its copies on other devices
 };
 
 }  // namespace emopt

@@ -15,29 +15,29 @@
 
 namespace emopt {
 
-// What all groups of a step have in common.
+// The scalars that all groups of a step share.
 struct StepScalars {
   ScalarArgument grad_multiplier, grad_scale, found_inf;
 };
 
-// A group's options, but for its rule's hyperparameters.
+// A group's options, other than its rule's hyperparameters.
 struct GroupOptions {
   ScalarArgument lr;
   ApplyUpdate epilogue;  // without the scalars
   bool has_masters;
-  bool has_remainders;  // bfloat16 parameters have split masters
+  bool has_remainders;  // bfloat16 parameters have remainders instead of master weights
   bool is_capturable;
   bool must_be_native;      // no parameter may remain
   uint32_t first_position;  // of its parameters in the optimizer
   bool makes_all_states;    // also for parameters without a gradient, whose counters advance
-  // The group's own count of steps, if it has one on the host; its parameters' counters follow it.
+  // The group's step count, if it is on the host; its parameters' counters follow it.
   std::optional<double> count;
 };
 
-// As emerging_optimizers/_hyperparameters.py has it.
+// Must equal the limit in emerging_optimizers/_hyperparameters.py.
 inline constexpr double kLowestRate = -1e-12;
 
-// False if it is missing or `other`.
+// False if the key is missing or its value is `other`.
 inline bool flag(py::handle group, PyObject* key, PyObject* other = Py_False) {
   PyObject* const value = find_item(group.ptr(), key);
   if (value == Py_True) return true;
@@ -89,7 +89,7 @@ inline GroupOptions read_options(py::handle group, uint32_t first_position, uint
   epilogue.is_stochastic = flag(group, stochastic_rounding);
   epilogue.seed = seed;
   ScalarArgument rate("lr", group_item(group, lr));
-  // Schedulers reach 0 by sums that rounding takes below it.
+  // Schedulers that end at 0 may get slightly below it by rounding.
   if (!rate.is_on_device() && !(rate.on(kHost).value >= kLowestRate)) {
     check_domain("lr", -1, rate.on(kHost).value, Domain::kNonNegative);
   }
@@ -99,7 +99,7 @@ inline GroupOptions read_options(py::handle group, uint32_t first_position, uint
   const bool must_be_native = flag(group, fused, Py_None);
   TORCH_CHECK_VALUE(!flag(group, foreach, Py_None) || !must_be_native,
                     "`fused` and `foreach` cannot be `True` together.");
-  // Groups of emerging_optimizers.megatron have this key, and a step that counts.
+  // Only groups of emerging_optimizers.megatron have this key; their `step` is a counter.
   const bool is_counted = PyDict_Contains(group.ptr(), remainders) == 1;
   std::optional<double> count;
   if (is_counted) {
@@ -117,15 +117,15 @@ inline GroupOptions read_options(py::handle group, uint32_t first_position, uint
           count};
 }
 
-// Raises for invalid values. `keys` says where a group has the rule's hyperparameters, without the
-// step, in their order: a key, or (key, index, length) for one number of a sequence.
+// Raises for invalid values. `keys` has the group's key of each hyperparameter except the step, in
+// the rule's order: a string, or (key, index, length) for one number of a sequence.
 inline RuleInstance read_rule(const RuleInfo& info, py::handle group, const py::tuple& keys) {
   RuleInstance rule;
   rule.info = &info;
   Py_ssize_t next = 0;
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     const HyperparameterInfo& wanted = info.hyperparameters[i];
-    if (wanted.kind == Kind::kStep) continue;  // each parameter has its own
+    if (wanted.kind == Kind::kStep) continue;  // counted for each parameter
     PyObject* const key = PyTuple_GetItem(keys.ptr(), next++);
     if (key == nullptr) throw py::error_already_set();
     if (!PyTuple_Check(key)) {

@@ -1,5 +1,5 @@
-// What of an optimizer's step shares memory: states must not, and parameters that do are stepped
-// one after the other, in their order.
+// Memory that the tensors of an optimizer's step share: states must not share any; parameters that
+// do are updated one after the other, in their order.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -14,26 +14,26 @@
 
 namespace emopt {
 
-// The caller finds out which.
+// The caller finds the tensors and raises a more specific error.
 constexpr const char* kSharedState = "a state shares memory with another tensor of its optimizer";
 
-// A tensor of a step, with its parameter's number in the optimizer.
+// A tensor of a step, with its parameter's position in the optimizer.
 struct StepOperand {
   enum class Role : uint8_t { kParam, kGrad, kState, kCounter };
 
   Role role;
   uint32_t position;
   MemoryView view;
-  bool is_copied = false;  // a gradient that was read before the step
+  bool is_copied = false;  // a gradient that was copied before the step
 
   bool is_modified() const { return role != Role::kGrad; }
 };
 
-// How a step has to go about what shares memory.
+// The order in which parameters that share memory are updated.
 class StepOrder {
  public:
-  // `is_remaining` says, by position, which parameters remain for the fallback, after the native
-  // step.
+  // `is_remaining` tells, by position, which parameters are left to the fallback, which runs after
+  // the native step.
   StepOrder(std::vector<StepOperand> operands, std::vector<char> is_remaining)
       : operands_(std::move(operands)),
         is_remaining_(std::move(is_remaining)),
@@ -55,7 +55,7 @@ class StepOrder {
   }
 
   bool is_remaining(uint32_t position) const { return is_remaining_[position] != 0; }
-  // Parameters of one wave share no memory; the waves are stepped one after the other.
+  // Parameters of one wave share no memory; the waves are updated one after the other.
   uint32_t wave(uint32_t position) const { return waves_[position]; }
   uint32_t num_waves() const {
     return waves_.empty() ? 1 : *std::max_element(waves_.begin(), waves_.end()) + 1;
@@ -71,13 +71,13 @@ class StepOrder {
     if (is_stepped(a.role) && is_stepped(b.role)) {
       if (earlier == later) return;
       edges_.emplace_back(later, earlier);
-      // Of what the earlier one writes, a copy has nothing.
+      // A copy made before the step lacks what the earlier parameter's update writes.
       if ((a.position == later ? a : b).is_copied) is_remaining_[later] = true;
       return;
     }
     if (a.role == Role::kCounter && b.role == Role::kCounter &&
         a.view.range.begin == b.view.range.begin) {
-      is_remaining_[later] = true;  // until it has one of its own
+      is_remaining_[later] = true;  // until it has a separate counter
       return;
     }
     TORCH_CHECK_VALUE(false, kSharedState);

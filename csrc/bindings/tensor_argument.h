@@ -1,4 +1,4 @@
-// The tensors that users pass from Python.
+// Tensor arguments from Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,8 @@ namespace emopt {
 
 // A tensor, or a sequence of tensors.
 //
-// The tensors are borrowed from their Python objects, which `alive_` keeps: counting a reference to
-// each of a thousand tensors, and giving it back, would cost more than all checks of them.
+// The tensors are borrowed from their Python objects, which `alive_` keeps alive: counting
+// references to a thousand tensors would cost more than all their checks.
 class TensorArgument {
  public:
   TensorArgument(const char* name, PyObject* value) : name_(name) {
@@ -29,7 +29,7 @@ class TensorArgument {
     TORCH_CHECK_TYPE(alive_, name, " must be a Tensor or a sequence of Tensors, not ",
                      type_name(value));
     const Py_ssize_t count = PyTuple_GET_SIZE(alive_.ptr());
-    // First all checks, then all borrowing: an exception here would give back what is borrowed.
+    // Check all before borrowing any: after an exception, no destructor would end the borrowing.
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* const item = PyTuple_GET_ITEM(alive_.ptr(), i);
       TORCH_CHECK_TYPE(THPVariable_Check(item), position_name(name, static_cast<size_t>(i)),
@@ -60,7 +60,7 @@ class TensorArgument {
   c10::SmallVector<at::Tensor, 1> tensors_;
 };
 
-// All lists, or all single tensors.
+// Raises unless both are single tensors, or lists of the same length.
 inline void check_same_kind(const TensorArgument& grad, const TensorArgument& other) {
   TORCH_CHECK_VALUE(grad.is_single() == other.is_single(), other.name(), " is ",
                     other.is_single() ? "a single Tensor" : "a sequence", " but ", grad.name(),

@@ -1,4 +1,4 @@
-// Where tensors lie in memory, and whether anything else refers to it.
+// The memory of tensors, and whether anything else refers to it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,13 +22,13 @@ inline void prefetch(const void* address) {
 C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, DType dtype, bool is_modified) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
-  // This copies a copy-on-write storage.
+  // mutable_data() materializes a copy-on-write storage.
   void* const base = is_modified ? storage.mutable_data() : const_cast<void*>(storage.data());
   if (base == nullptr) return nullptr;
   return static_cast<char*>(base) + impl.storage_offset() * size_of(dtype);
 }
 
-// The first element of any tensor; null if it has no memory, or none that can be read.
+// The first element of any tensor; null if it has no memory that can be read.
 inline const void* address_of(const at::Tensor& tensor) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   if (impl.layout() != at::kStrided || impl.key_set().has(c10::DispatchKey::Python) ||
@@ -41,7 +41,7 @@ inline const void* address_of(const at::Tensor& tensor) {
          tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
 }
 
-// Zero if nothing else refers to a plain tensor's memory: it is the only one of its storage, which
+// Zero if nothing else refers to a plain tensor's memory: no other tensor uses its storage, which
 // came from the allocator with this deleter.
 C10_ALWAYS_INLINE uintptr_t other_owners(const at::Tensor& tensor, c10::DeleterFnPtr deleter) {
   const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
@@ -52,7 +52,7 @@ C10_ALWAYS_INLINE uintptr_t other_owners(const at::Tensor& tensor, c10::DeleterF
   return differ(memory.get_deleter(), deleter) | (storage.use_count() ^ 1);
 }
 
-// Zero if a tensor has one reference, that of its Python object.
+// Zero if a tensor's only reference is its Python object.
 C10_ALWAYS_INLINE uintptr_t other_users(const at::Tensor& tensor) {
   return c10::raw::intrusive_ptr::use_count(tensor.unsafeGetTensorImpl()) ^ 1;
 }

@@ -1,8 +1,8 @@
 // The storage types, and the conversions between them and a rule's arithmetic type.
 //
 // Every conversion rounds once, to nearest even. Those of the 16-bit types use integer operations
-// and exact floating-point ones, so that compilers vectorise them and the bits are the same on
-// every instruction set. A NaN stays a NaN. On CUDA devices they are instructions, whose results
+// and exact floating-point ones, so that compilers vectorize them and the bits are the same on
+// every instruction set. A NaN stays a NaN. CUDA devices convert with instructions, whose results
 // are the same except for a NaN's payload.
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace emopt {
 
-// The last two are a split master, see SplitParam.
+// The last two make up a split master, see SplitParam.
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kSplitParam, kRemainder };
 
 EMOPT_FN int size_of(DType dtype) {
@@ -36,9 +36,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-// A split master: a bfloat16 parameter and a 16-bit remainder hold a float32 master weight, in the
-// encoding of TransformerEngine. The remainder is the low 16 bits; the parameter is the high 16
-// bits, plus 1 where the remainder is 0x8000 or more, which rounds to nearest.
+// A split master: a bfloat16 parameter and a 16-bit remainder that together hold a float32 master
+// weight, in TransformerEngine's encoding. The remainder is the low 16 bits; the parameter is the
+// high 16 bits, plus 1 where the remainder is 0x8000 or more, which rounds to nearest.
 struct SplitParam {
   uint16_t bits;
 };
@@ -72,7 +72,7 @@ EMOPT_FN float widen(Float16 x) {
   // Normal: move the exponent's bias from 15 to 127; infinity and NaN: to all ones.
   const uint32_t bias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
   const uint32_t normal = (magnitude << 13) + bias;
-  // Subnormal: add the mantissa to 0.5, whose last place is 2^-24 as well, and subtract 0.5.
+  // Subnormal: add the mantissa to 0.5, whose unit in the last place is also 2^-24; subtract 0.5.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
   return bit_cast<float>(sign | (magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal));
 #endif
@@ -153,7 +153,7 @@ struct Round<Float16> {
   EMOPT_FN static Float16 from(double x) { return from(Round<float>::odd_from(x)); }
 };
 
-// Canonicalises NaNs: rounding up could carry some payloads into infinity.
+// Canonicalizes NaNs: rounding up could carry some payloads into infinity.
 EMOPT_FN uint32_t master_bits(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;

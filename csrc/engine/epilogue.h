@@ -1,14 +1,16 @@
-// What happens to a rule's update, element by element: it is stored, or applied to a weight.
+// Epilogues: what is done with a rule's update of each element. It is stored or applied to a
+// weight.
 //
 // An epilogue is a struct that provides
 //
 //   static constexpr int kIndex                   its index in RuleInfo's tables
-//   static constexpr int kOperands                operands that it adds to a row, after the states:
-//                                                 the weight, or none
-//   static constexpr bool kHasRowSteps            whether rows may have their step counters
+//   static constexpr int kOperands                the number of operands that it adds to a row
+//   after
+//                                                 the states: 1 for the weight, or 0
+//   static constexpr bool kHasRowSteps            whether rows may have step counters
 //   bool is_stochastic                            whether 16-bit results are rounded stochastically
 //   static constexpr uint32_t kScalars            the number of its scalars
-//   const HostOrDeviceScalar& scalar(uint32_t i) const    each of them
+//   const HostOrDeviceScalar& scalar(uint32_t i) const    the i-th scalar
 //   Epilogue with_scalars(const double*) const    a copy whose scalars have these values
 //   bool is_on_device() const                     whether any scalar is on a device
 //   bool is_skipped() const                       whether the step is a no-op; reads the scalars
@@ -26,7 +28,7 @@
 
 namespace emopt {
 
-// Stores the update, times the row's scale. (A scale of 1 changes no bit.)
+// Stores the update times the row's scale. (A scale of 1 is exact.)
 struct StoreUpdate {
   static constexpr int kIndex = 0;
   static constexpr int kOperands = 0;
@@ -52,8 +54,8 @@ struct StoreUpdate {
   };
 };
 
-// Clamps infinities to the largest finite value of their sign; a NaN becomes any value. On
-// integers, whose minimum is one instruction; that of floats that may be NaN takes compilers four.
+// Clamps infinities to the largest finite value of their sign; the result for a NaN is unspecified.
+// Uses integers, whose minimum is one instruction: compilers need four for floats that may be NaN.
 EMOPT_FN float without_infinities(float x) {
   const auto bits = bit_cast<int32_t>(x);
   const int32_t below = bits < 0x7f7fffff ? bits : 0x7f7fffff;  // negative floats are below
@@ -69,8 +71,8 @@ EMOPT_FN double without_infinities(double x) {
 
 enum class WeightDecay : uint8_t { kDecoupled, kIndependent, kL2, kPalm };
 
-// Applies the update to a weight, the row's last operand: the parameter itself, or its master
-// weight, which is then rounded to the parameter.
+// Applies the update to the weight, the row's last operand: the parameter, or its master weight,
+// which is then rounded to the parameter.
 struct ApplyUpdate {
   static constexpr int kIndex = 1;
   static constexpr int kOperands = 1;
@@ -85,7 +87,7 @@ struct ApplyUpdate {
   WeightDecay method = WeightDecay::kDecoupled;
   bool maximize = false;
   bool is_stochastic = false;  // rounds 16-bit parameters stochastically
-  uint64_t seed = 0;           // for that
+  uint64_t seed = 0;           // of the stochastic rounding
 
   EMOPT_FN const HostOrDeviceScalar& scalar(uint32_t i) const {
     return i == 0 ? lr : i == 1 ? grad_multiplier : i == 2 ? grad_scale : found_inf;
@@ -133,18 +135,18 @@ struct ApplyUpdate {
     EMOPT_FN void scale_by(Real factor) { lr *= factor; }
 
     EMOPT_FN Real before(Real grad, Real weight) const {
-      // Adding -0 changes no value, not even -0; 0 times an infinite weight would be NaN.
+      // Adding -0 is exact, even to -0; 0 times an infinite weight would be NaN.
       return grad_factor * grad + (has_l2 ? l2 * weight : static_cast<Real>(-0.0));
     }
 
     EMOPT_FN Real after(Real update, Real& weight) const {
-      // An infinite weight stays infinite: what is subtracted is finite.
+      // An infinite weight must stay infinite, so subtract a finite value.
       const Real moved = kept * weight - (lost * without_infinities(weight) + lr * update);
       weight = moves ? moved : weight;
       return weight;
     }
 
-    // A parameter that does not move keeps its bits, even where its master rounds to others.
+    // An unchanged parameter keeps its bits, even if its master weight rounds to different ones.
     EMOPT_FN bool stores() const { return moves; }
   };
 };

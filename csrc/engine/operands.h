@@ -1,7 +1,8 @@
-// A row: the tensors at one position of parallel lists, without their types.
+// A row: the tensors at one position of an operator's lists.
 //
 // Its operands are the update (or the parameter that it is applied to), the gradient, the states
-// and the epilogue's, all of one length and one memory layout: element i of each is at index i.
+// and the epilogue's operands. All have the same length and layout: element i of each is at index
+// i.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
 
 inline constexpr int kMaxStates = 5;
-// APPLY(number of states, epilogue): what is compiled once for all rules is instantiated for these.
+// APPLY(number of states, epilogue): the instantiations of code that is shared by all rules.
 #define EMOPT_FOR_EACH_SWEEP(APPLY) \
   EMOPT_FOR_EACH_NUM_STATES(APPLY, StoreUpdate) EMOPT_FOR_EACH_NUM_STATES(APPLY, ApplyUpdate)
 #define EMOPT_FOR_EACH_NUM_STATES(APPLY, Epilogue) \
@@ -36,34 +37,34 @@ inline constexpr int kNumOperands = kFirstState + kStates + Epilogue::kOperands;
 
 constexpr bool is_read(int k) { return k != kUpdate; }
 
-// Whether operand k of a row is written at `data`. A weight that is the parameter itself, at
-// `update`, is not: the parameter is written already.
+// Whether operand k of a row is written, to `data`. A weight at the parameter's address `update` is
+// the parameter, which is written as the first operand.
 template <class Epilogue, int kOperands>
 EMOPT_FN bool is_written(int k, const void* data, const void* update) {
   return k != kGrad && (k < kOperands - Epilogue::kOperands || data != update);
 }
 
-// Whether the result is stored in operand k. A parameter that does not move keeps its bits, and so
-// does its remainder; any other master weight is stored.
+// Whether the result is stored in operand k. An unchanged parameter keeps its bits, and so does its
+// remainder; any other master weight is stored.
 template <class EpilogueAt>
 EMOPT_FN bool is_stored(int k, DType dtype, const EpilogueAt& epilogue) {
   return epilogue.stores() || (k != kUpdate && dtype != DType::kRemainder);
 }
 
-inline constexpr int8_t kHost = -1;  // as a device's index
+inline constexpr int8_t kHost = -1;  // a device index
 
 template <int kOperands>
 struct Row {
   void* data[kOperands];
   DType dtype[kOperands];
-  DType compute;          // kFloat32, or kFloat64 where an operand that is read is float64
-  int8_t device = kHost;  // or the index of a CUDA device
-  // For the random bits: the parameter's index in its optimizer, plus 2^32 times that of a shard
-  // whose bits differ from other shards'; and the index of the first element.
+  DType compute;          // kFloat64 if an operand that is read is float64, else kFloat32
+  int8_t device = kHost;  // or a CUDA device's index
+  // For the random bits: the parameter's position in the optimizer, plus 2^32 times its shard's
+  // number; and the index of the first element.
   uint64_t position = 0;
   uint64_t first_index = 0;
   double scale;           // a factor for the update (Signum's shape scaling), else 1
-  float* step = nullptr;  // counts the parameter's finished steps, where that is on its device
+  float* step = nullptr;  // the counter of finished steps, if it is on the parameter's device
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
 };

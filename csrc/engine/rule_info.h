@@ -1,5 +1,5 @@
-// A rule as plain data. A unit of its own exports it (rule_unit.h); the engine's drivers and the
-// bindings know nothing else of a rule.
+// The description of a rule and its compiled code. Each rule's unit exports one (rule_unit.h); the
+// engines' drivers and the bindings use a rule only through it.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ namespace cuda {
 struct Chip;
 }
 
-// Bytes of the caller's memory for a rule's hyperparameters, and for the constants of a step.
+// The sizes of callers' buffers for a rule's hyperparameters and for the constants of a step.
 inline constexpr size_t kMaxRuleBytes = 256;
 inline constexpr size_t kMaxConstantsBytes = 512;
 
@@ -40,12 +40,12 @@ struct HyperparameterInfo {
   Kind kind;
   Domain domain;
   uint16_t length;  // of kFloats
-  uint32_t offset;  // in the rule's bytes
+  uint32_t offset;  // in the rule's struct
 };
 
-// Steps n elements of the arithmetic type, side by side in memory; `operands` are in the order of a
-// row's. The update may be the gradient's memory. The weight may be the parameter's, and is then
-// not written twice (`writes_weight` is false).
+// Updates n contiguous elements of the arithmetic type; `operands` are in the order of a row's. The
+// update may alias the gradient. The weight may alias the parameter and is then not written
+// separately (`writes_weight` is false).
 using ElementLoop = void (*)(const void* constants, const void* epilogue_at, void* const* operands,
                              int64_t n, bool writes_weight);
 
@@ -56,31 +56,31 @@ using EnqueueRows = int (*)(const void* rule, const HostOrDeviceScalar& step, co
                             void* stream);
 
 struct RuleInfo {
-  uint64_t abi;  // EMOPT_ABI of its unit
+  uint64_t abi;  // the EMOPT_ABI that the unit was compiled with
   const char* name;
   const char* const* states;
   const HyperparameterInfo* hyperparameters;
   uint32_t num_states;
   uint32_t num_hyperparameters;
   uint32_t num_bytes;    // of the rule's struct
-  int32_t correct_bias;  // offsets of these flags; -1 if there is none
+  int32_t correct_bias;  // the offsets of these flags; -1 if the rule does not have them
   int32_t use_shape_scaling;
   double (*shape_scale)(int64_t rows, int64_t cols);  // null if there is none
-  void (*check)(const void* rule, ErrorText& error);  // likewise
+  void (*check)(const void* rule, ErrorText& error);  // null if there is none
 
   uint32_t constants_bytes[kNumPrecisions];
   void (*make_constants[kNumPrecisions])(const void* rule, double step, void* constants);
   ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];  // null if not compiled
   EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];          // null without CUDA
 
-  // For an instruction set, or the next lower one that the unit was compiled for.
+  // The loop for an instruction set, or for the highest lower one that the unit was compiled for.
   template <class Epilogue, class Real>
   ElementLoop loop_of(int isa) const {
     while (isa > 0 && loops[isa][Epilogue::kIndex][kPrecision<Real>] == nullptr) --isa;
     return loops[isa][Epilogue::kIndex][kPrecision<Real>];
   }
 
-  // A rule in a library of its own may have none.
+  // A rule in a separate library may have none.
   bool has_cuda_kernels() const { return EMOPT_CUDA && enqueue[0][0] != nullptr; }
 
   template <class Epilogue>
@@ -109,13 +109,13 @@ auto with_num_states(uint32_t num_states, Visit visit) {
   }
 }
 
-// A rule with its hyperparameters.
+// A rule and the values of its hyperparameters.
 struct RuleInstance {
   const RuleInfo* info;
   alignas(8) unsigned char bytes[kMaxRuleBytes];
 
   bool flag(int32_t offset) const { return offset >= 0 && bytes[offset] != 0; }
-  // Bias correction divides by 1 - beta^step, so with it steps count from 1.
+  // With bias correction steps count from 1, since it divides by 1 - beta^step.
   int64_t lowest_step() const { return flag(info->correct_bias) ? 1 : 0; }
   bool scales_by_shape() const {
     return info->shape_scale != nullptr && flag(info->use_shape_scaling);

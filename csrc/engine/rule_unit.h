@@ -1,11 +1,11 @@
-// What a rule's unit is made of: everything that is compiled once for each rule. Sees no torch.
+// A rule's unit: all code that is compiled once for each rule. Independent of torch.
 //
 //   #include "rules/adam.h"
 //   #include "engine/rule_unit.h"
 //   EMOPT_RULE(Adam)
 //
-// defines `emopt_rule_Adam()`, which returns the rule's RuleInfo, for the package itself or in a
-// shared library. Where EMOPT_CUDA is set, a unit of nvcc has its kernels (cuda/kernel.h).
+// defines `emopt_rule_Adam()`, which returns the rule's RuleInfo, in the package or in a shared
+// library. If EMOPT_CUDA is set, a unit compiled by nvcc has its kernels (cuda/kernel.h).
 #pragma once
 
 #include <array>
@@ -27,7 +27,7 @@
 
 namespace emopt::unit {
 
-// ---- its description ----------------------------------------------------------------------------
+// ---- the rule's description ---------------------------------------------------------------------
 
 template <class Rule, class Value>
 HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
@@ -78,7 +78,7 @@ template <class Rule>
 inline constexpr decltype(RuleInfo::shape_scale)
     kShapeScale<Rule, std::void_t<decltype(&Rule::shape_scale)>> = &Rule::shape_scale;
 
-// ---- its code -----------------------------------------------------------------------------------
+// ---- the rule's code ----------------------------------------------------------------------------
 
 template <class Rule, class Real>
 void make_constants(const void* rule, double step, void* constants) {

@@ -1,6 +1,6 @@
 // Stochastic rounding. The random bits are a hash of seed, parameter, step and element, so they
-// need no state and are the same on every device. The fallback computes the same bits
-// (_rounding.py, which explains the definitions).
+// need no state and are the same on every device. The fallback computes the same bits; _rounding.py
+// explains the definitions.
 #pragma once
 
 #include <type_traits>
@@ -26,11 +26,11 @@ EMOPT_FN uint32_t hash(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The random bits of less than 2^32 consecutive elements.
+// The random bits of fewer than 2^32 consecutive elements.
 struct RandomBits {
   static constexpr uint32_t kGolden = 0x9E3779B9u;
 
-  uint32_t first = 0;  // the low 32 bits of the first one's index
+  uint32_t first = 0;  // the low 32 bits of the first element's index
   uint32_t low = 0, high = 0;
 
   RandomBits() = default;
@@ -39,7 +39,7 @@ struct RandomBits {
         low(static_cast<uint32_t>(key)),
         high(static_cast<uint32_t>(key >> 32) + kGolden * static_cast<uint32_t>(index >> 32)) {}
 
-  // Of the i-th element, counted from the first one.
+  // The bits of the i-th element, counted from the first one.
   EMOPT_FN uint32_t operator()(uint32_t i) const {
     const uint32_t index = first + i;
     const uint32_t carry = index < first ? kGolden : 0u;  // into the index's high 32 bits
@@ -51,11 +51,11 @@ template <class To>
 inline constexpr bool kRoundsStochastically =
     std::is_same_v<To, BFloat16> || std::is_same_v<To, Float16>;
 
-// To one of the two neighbours; a value that the type can hold stays.
+// Rounds to one of the two neighbours. A value that the type can represent is unchanged.
 template <class To>
 struct RoundStochastically;
 
-// Adds `kBits` random bits to the lowest bits, then clears those.
+// Adds random bits to the lowest `kBits` bits, then clears these.
 template <int kBits>
 EMOPT_FN float with_noise(uint32_t magnitude, uint32_t random) {
   return bit_cast<float>((magnitude + (random >> (32 - kBits))) & ~((1u << kBits) - 1u));

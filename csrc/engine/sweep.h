@@ -1,4 +1,4 @@
-// Passes the rows of a table to the engines of their devices.
+// Passes a table's rows to the engines of their devices.
 #pragma once
 
 #include "cpu/sweep.h"
@@ -8,14 +8,14 @@
 
 namespace emopt {
 
-// The step and the epilogue's scalars may be on a device only where all rows are. A row's step
-// counter, on its device, counts finished steps and overrides `step`.
+// The step and the epilogue's scalars may be on a device only if all rows are. A row's step counter
+// is on the row's device, counts finished steps and overrides `step`.
 template <int kStates, class Epilogue>
 void sweep(const RuleInstance& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
            const Table<kNumOperands<kStates, Epilogue>>& table) {
 #if EMOPT_CUDA
   if (table.any_on_device) {
-    // Returns before the work is done, so that devices and host work at the same time.
+    // Devices first: this returns before the work is done, so devices and host work in parallel.
     cuda::sweep_on_devices<kStates>(rule, step, epilogue, table);
     if (!table.any_on_host) return;
     Table<kNumOperands<kStates, Epilogue>> on_host;

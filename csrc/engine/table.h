@@ -1,4 +1,4 @@
-// The table that an engine sweeps: rows of checked operands, and how they are cut into shares.
+// The table that an engine sweeps: rows of checked operands, which threads share by elements.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ struct Table {
   int64_t numel = 0;
   bool any_on_host = false;
   bool any_on_device = false;
-  bool any_float64 = false;  // to be computed in
+  bool any_float64 = false;  // as the arithmetic type
 
   void append(Row<kOperands> row) {
     row.start = numel;
@@ -34,13 +34,13 @@ struct Place {
 };
 
 // The place of the table's element `element`, rounded down to a multiple of `tile` elements from
-// its row's first one: so one thread does all of a tile.
+// the row's start, so that no tile is split between threads.
 template <int kOperands>
 Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
   const auto& rows = table.rows;
   if (element >= table.numel) return {static_cast<int64_t>(rows.size()), 0};
-  // The last row that starts at or before `element`. It is not empty: an empty row precedes a row
-  // of the same start.
+  // The last row that starts at or before `element`. It is not empty, since an empty row comes
+  // before another row with the same start.
   size_t low = 0, high = rows.size();
   while (high - low > 1) {
     const size_t middle = low + (high - low) / 2;

@@ -34,7 +34,7 @@ struct LaProp {
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
       exp_avg_sq = second.of_square(exp_avg_sq, grad);
-      // The gradient is normalised first, and only then averaged.
+      // Unlike Adam, LaProp normalizes the gradient before it averages it.
       const Real normalised = rescale * grad / (square_root(exp_avg_sq) + eps);
       exp_avg = first(exp_avg, normalised);
       return unbias_first * exp_avg;

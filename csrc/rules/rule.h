@@ -1,18 +1,18 @@
-// What a rule provides, and the functions that rules share.
+// The interface of a rule, and the functions that rules share.
 //
-// A rule is a struct, named as its optimizer class. It computes values only: it sees no torch, no
-// memory, no threads and no devices. It provides
+// A rule is a struct with the name of its optimizer class. It only computes values: it knows
+// nothing of torch, memory, threads or devices. It provides
 //
 //   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
 //   static constexpr const char* kStates[]         its states, in the order that users pass them
 //   <hyperparameters>                              public members: double, double[N], bool, int64_t
 //   static constexpr auto hyperparameters()        their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
-//   void check(ErrorText&) const                   (optional) refuses combinations of values
+//   void check(ErrorText&) const                   (optional) rejects combinations of values
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
-//                                                  where its member `use_shape_scaling` is true
+//                                                  used if its member `use_shape_scaling` is true
 //
-// (where it has a member `correct_bias` that is true, steps count from 1), and
+// and, with steps counting from 1 if it has a member `correct_bias` that is true,
 //
 //   template <class Real> struct Step {
 //     Step(const Rule&, double step)               once per step, in double: reduces schedules and
@@ -22,8 +22,8 @@
 //
 // A rule without states omits kStates. `Step` holds only numbers and flags: it is copied as bytes.
 //
-// Branching on a flag of `Step` in `operator()` is free: it is the same for all elements, so the
-// compiler moves the branch out of the loop (GCC 12: one vector loop for each case).
+// A branch on a flag of `Step` in `operator()` is free: the flag is the same for all elements, so
+// the compiler moves the branch out of the loop (GCC 12: one vector loop for each case).
 #pragma once
 
 #include <math.h>
@@ -32,7 +32,7 @@
 #include <cstdint>
 #include <tuple>
 
-// Rule code is always inlined: it is compiled for the instruction set of the loop around it, and
+// Rule code must be inlined: it is then compiled for the instruction set of the loop around it, and
 // there is no out-of-line copy that the linker could share between instruction sets.
 #if defined(__CUDACC__)
 #define EMOPT_FN __host__ __device__ __forceinline__
@@ -60,13 +60,14 @@ struct ExponentialMovingAverage {
     return beta * average + one_minus_beta * value;
   }
 
-  // Averages the value's square. The square may overflow where its term in the average does not.
+  // Averages the value's square. Multiplied in this order, since the square may overflow though its
+  // term in the average does not.
   EMOPT_FN Real of_square(Real average, Real value) const {
     return beta * average + one_minus_beta * value * value;
   }
 };
 
-// As torch.sign: 0 for both zeros and for NaN.
+// Like torch.sign: 0 for both zeros and for NaN.
 template <class Real>
 EMOPT_FN Real sign(Real x) {
   return static_cast<Real>(x > 0) - static_cast<Real>(x < 0);
@@ -75,7 +76,7 @@ EMOPT_FN Real sign(Real x) {
 EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
 EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 
-// ---- the description of a rule's hyperparameters ------------------------------------------------
+// ---- hyperparameters ----------------------------------------------------------------------------
 
 enum class Domain : uint8_t {
   kAny,          // any number but NaN
@@ -90,8 +91,7 @@ struct Hyperparameter {
   Domain domain;
 };
 
-// A flag is a bool; a number of warm-up steps is an int64_t (None is passed as 0: the final value
-// from the first step).
+// A flag is a bool; a number of warm-up steps is an int64_t. None is passed as 0: no warm-up.
 template <class Rule, class Value>
 constexpr Hyperparameter<Rule, Value> hyperparameter(const char* name, Value Rule::* member,
                                                      Domain domain = Domain::kNonNegative) {

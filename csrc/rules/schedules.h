@@ -11,9 +11,9 @@ namespace emopt {
 //
 //   c(s + t) = c(s) + (1 - c(s)) c(t)
 //
-// has only positive terms, so nothing cancels: the relative error is a few 2^-53, where that of
+// has only positive terms, so nothing cancels: the relative error is a few 2^-53, while that of
 // 1 - pow(beta, step) is 1 / (1 - beta) times as large in the first steps. All operations are
-// correctly rounded, so host and device agree to the bit; `pow` does not guarantee that.
+// correctly rounded, so host and device agree bit for bit; `pow` does not guarantee that.
 EMOPT_FN double one_minus_power(double beta, double step) {
   double result = 0.0;
   double square = 1.0 - beta;
@@ -26,7 +26,7 @@ EMOPT_FN double one_minus_power(double beta, double step) {
   return result;
 }
 
-// The divisor that unbiases an average that started at 0; 1 without correction.
+// The divisor of bias correction, for an average that started at 0; 1 without correction.
 EMOPT_FN double bias_correction(double beta, double step, bool correct_bias) {
   return correct_bias ? one_minus_power(beta, step) : 1.0;
 }
@@ -35,22 +35,22 @@ EMOPT_FN double bias_correction(double beta, double step, bool correct_bias) {
 //
 //   m_hat / (sqrt(v / c2) + eps)  =  sqrt(c2) m_hat / (sqrt(v) + sqrt(c2) eps),
 //
-// where only constants change, and v / c2 cannot overflow.
+// which changes only constants and avoids the overflow of v / c2.
 EMOPT_FN double root_of_correction(double beta, double step, bool correct_bias) {
   return ::sqrt(bias_correction(beta, step, correct_bias));
 }
 
-// (step / warmup_steps) end, then end.
+// Linear from 0 to `end` in `warmup_steps` steps, then `end`.
 EMOPT_FN double linear_warmup(double step, double end, int64_t warmup_steps) {
   const double n = static_cast<double>(warmup_steps);
   return step < n ? step / n * end : end;
 }
 
-// The half-life of an average with this beta, in steps, minus 1; and the inverse.
+// The half-life in steps, minus 1, of an average with this beta; and the inverse function.
 EMOPT_FN double half_life(double beta) { return ::log(0.5) / ::log(beta + 1e-8) - 1.0; }
 EMOPT_FN double beta_of_half_life(double steps) { return ::pow(0.5, 1.0 / (steps + 1.0)); }
 
-// From `start` to `end`, linear in the half-life, then end.
+// From `start` to `end`, linear in the half-life; then `end`.
 EMOPT_FN double half_life_warmup(double step, double start, double end, int64_t warmup_steps) {
   const double n = static_cast<double>(warmup_steps);
   if (!(step < n)) return end;
@@ -58,7 +58,7 @@ EMOPT_FN double half_life_warmup(double step, double start, double end, int64_t 
   return beta_of_half_life((1.0 - done) * half_life(start) + done * half_life(end));
 }
 
-// Refuses a beta whose half-life is not finite, for a rule's `check()`.
+// For a rule's `check()`: rejects a beta whose half-life is not finite.
 inline void check_half_life(ErrorText& error, const char* name, double beta, int64_t warmup_steps) {
   if (!error.is_empty() || warmup_steps == 0 || beta + 1e-8 < 1.0) return;
   std::snprintf(error.text, error.capacity,

@@ -1,5 +1,5 @@
-// Signum: signSGD, Compressed Optimisation for Non-Convex Problems, arXiv:1802.04434; the scaling
-// by a matrix's shape from arXiv:2506.07254.
+// Signum: signSGD, Compressed Optimisation for Non-Convex Problems, arXiv:1802.04434; scaling by a
+// matrix's shape: arXiv:2506.07254.
 #pragma once
 
 #include "schedules.h"

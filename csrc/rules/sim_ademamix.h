@@ -42,7 +42,7 @@ struct SimplifiedAdEMAMix {
     EMOPT_FN Step(const SimplifiedAdEMAMix& rule, double step) : second(rule.betas[1]) {
       const double b = half_life_warmup(step, rule.min_beta_fast, rule.betas[0],
                                         rule.num_beta_fast_warmup_steps);
-      // c1 = (1 - B^t) / (1 - B): what a constant gradient of 1 has summed up to.
+      // c1 = (1 - B^t) / (1 - B), the momentum of a constant gradient of 1.
       const double c1 = rule.correct_bias ? one_minus_power(b, step) / (1.0 - b) : 1.0;
       const double root = root_of_correction(rule.betas[1], step, rule.correct_bias);
       beta = static_cast<Real>(b);

@@ -1,1 +1,1 @@
-"""The parts of ``train_char_lm.py``."""
+"""Model, data, timing and reports of ``train_char_lm.py``."""

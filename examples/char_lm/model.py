@@ -8,14 +8,14 @@ from torch.nn import functional as F  # noqa: N812  (torch's own name for it)
 
 from .text import CONTEXT
 
-# Two CPU cores train this model in half a minute; it has as many small tensors as a real one.
+# Two CPU cores train this model in half a minute. It has as many small tensors as a real model.
 WIDTH = 96
 HEADS = 4
 LAYERS = 10
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a two-layer perceptron; each normalises its input first."""
+    """Causal self-attention, then a two-layer perceptron; each normalizes its input first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
         return self.attention_out(heads.transpose(1, 2).reshape(batch, length, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add both parts to the residual stream `x`."""
+        """Add the outputs of attention and perceptron to the residual stream `x`."""
         x = x + self.attend(self.attention_norm(x))
         hidden = F.gelu(self.perceptron_in(self.perceptron_norm(x)))
         return x + self.perceptron_out(hidden)

@@ -1,4 +1,4 @@
-"""What a run achieved, and how it is reported: a table, a chart and the machine."""
+"""Results of a run and their report: a table, a chart and the machine."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ class Run:
     train_losses: list[float] = field(default_factory=list)
     held_out_steps: list[int] = field(default_factory=list)
     held_out_losses: list[float] = field(default_factory=list)
-    step_ms: dict[str, float] = field(default_factory=dict)  # as `time_steps` returns it
+    step_ms: dict[str, float] = field(default_factory=dict)  # the result of `time_steps`
 
     def has_learned(self, bar: float) -> bool:
         """Return whether the last held-out loss is at most `bar`. A NaN is not."""
@@ -36,7 +36,7 @@ class Run:
 
 
 def table_rows(runs: list[Run], bar: float) -> list[dict[str, Any]]:
-    """Return one row per rule; None stands for what was not measured or is not finite."""
+    """Return one row per rule; None for values that were not measured or are not finite."""
     rows = []
     for run in runs:
         native, plain = run.step_ms.get("native"), run.step_ms.get("plain")
@@ -58,12 +58,12 @@ def table_rows(runs: list[Run], bar: float) -> list[dict[str, Any]]:
 
 
 def finite(value: float) -> float | None:
-    """Return `value`, or None for a NaN or an infinity, which JSON cannot express."""
+    """Return `value`; None for a NaN or an infinity, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
 def print_table(rows: list[dict[str, Any]], nats: dict[str, float], bar: float) -> None:
-    """Print the rows under a header, and the losses to compare them with."""
+    """Print the rows under a header, followed by the baselines' losses."""
 
     def cell(value: Any, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -97,7 +97,7 @@ def print_table(rows: list[dict[str, Any]], nats: dict[str, float], bar: float) 
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
-    """Return the mean of each value and up to `width` - 1 before it."""
+    """Return the moving average of up to `width` values."""
     return [
         statistics.fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)
     ]

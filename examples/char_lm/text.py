@@ -14,7 +14,7 @@ NUM_EVALUATION_BATCHES = 4
 
 @dataclass(frozen=True)
 class Text:
-    """Characters as numbers, split into a training part and the held-out part after it."""
+    """Characters as numbers, split into training text and the held-out text after it."""
 
     train: Tensor
     held_out: Tensor
@@ -33,8 +33,8 @@ def load_text() -> Text:
 def baselines(text: Text) -> dict[str, float]:
     """Return the held-out cross-entropies, in nats, of two models that only count characters.
 
-    Counts are those of the training part, plus one so that nothing is impossible. The unigram model
-    knows how frequent each character is; the bigram model, how frequent after each other one.
+    Counts are of the training text, plus one so that nothing has probability zero. The unigram
+    model counts characters, the bigram model pairs of consecutive characters.
     """
     size = text.num_symbols
     unigram = torch.bincount(text.train, minlength=size).double() + 1
@@ -50,13 +50,13 @@ def baselines(text: Text) -> dict[str, float]:
 
 
 def windows(part: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one row of inputs per start, and as targets the same rows one character later."""
+    """Return one row of inputs per start, and targets: the same rows, one character later."""
     rows = part[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
     return rows[:, :-1], rows[:, 1:]
 
 
 def random_batch(text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return windows from anywhere in the training part."""
+    """Return windows from random places of the training text."""
     starts = torch.randint(len(text.train) - CONTEXT, (BATCH,), generator=generator)
     return windows(text.train, starts)
 

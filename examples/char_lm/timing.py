@@ -1,4 +1,4 @@
-"""The time of an optimizer's step: native, in PyTorch operations, and PyTorch's fused AdamW."""
+"""Time an optimizer's step: native, in PyTorch operations, and PyTorch's fused AdamW."""
 
 import copy
 import statistics
@@ -34,8 +34,8 @@ def copied(
 def ways_to_step(optimizer: ScalarOptimizer) -> dict[str, Optimizer]:
     """Return optimizers that repeat the last step, each on its copy of the tensors.
 
-    "native" steps as in training, "plain" in PyTorch operations, parameter by parameter. For Adam
-    there is also "torch_fused", which is ``torch.optim.AdamW(fused=True)``.
+    "native" is the optimizer as trained with; "plain" uses PyTorch operations, parameter by
+    parameter. For Adam there is also "torch_fused": ``torch.optim.AdamW(fused=True)``.
     """
     result = {
         "native": copied(optimizer, type(optimizer), fused=None),
@@ -47,18 +47,18 @@ def ways_to_step(optimizer: ScalarOptimizer) -> dict[str, Optimizer]:
 
 
 def check_agreement(optimizer: ScalarOptimizer) -> None:
-    """Raise unless all ways to step give close parameters and states."""
+    """Raise unless all implementations give close parameters and states."""
     native, *others = ways_to_step(optimizer).values()
     native.step()
     for other in others:
         other.step()
-        # A parameter moves by about the learning rate: a thousandth of that is close.
+        # A parameter changes by about the learning rate; a thousandth of that is close.
         close = [
             torch.isclose(a, b, rtol=1e-6, atol=1e-3 * group["lr"], equal_nan=True).flatten()
             for group, theirs in zip(native.param_groups, other.param_groups, strict=True)
             for a, b in zip(group["params"], theirs["params"], strict=True)
         ]
-        # Rounding may change the sign of a sum that cancels: a few parameters may differ more.
+        # Rounding may flip the sign of a sum that cancels, so a few parameters may differ more.
         differing = 1 - torch.cat(close).float().mean().item()
         if differing > 1e-4:
             raise RuntimeError(f"{differing:.2%} of the parameters differ after a native step")
@@ -72,7 +72,7 @@ def check_agreement(optimizer: ScalarOptimizer) -> None:
 
 
 def time_steps(optimizer: ScalarOptimizer) -> dict[str, float]:
-    """Return the median milliseconds of an optimizer step, for each way to step.
+    """Return the median milliseconds of an optimizer step, for each implementation.
 
     They take turns, so that other load on the machine affects all of them.
     """
@@ -81,7 +81,7 @@ def time_steps(optimizer: ScalarOptimizer) -> dict[str, float]:
     milliseconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(TIMING_ROUNDS):
         for name, way in ways.items():
-            way.step()  # evicts the others' tensors from the caches
+            way.step()  # evict the others' tensors from the caches
             for _ in range(TIMING_CALLS):
                 start = time.perf_counter()
                 way.step()

@@ -1,4 +1,4 @@
-// Operands at any alignment, and a reference that applies a rule to them element by element.
+// Operands at any alignment, and a reference that applies a rule to them one element at a time.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 #include "engine/stochastic.h"
 #include "rounding.h"
 
-// An operand that begins some elements into a buffer, of which AddressSanitizer checks the bounds.
-// The buffer starts at a multiple of 16 bytes.
+// An operand that starts at some element of a buffer, whose bounds AddressSanitizer checks. The
+// buffer is aligned to 16 bytes.
 struct Buffer {
   std::vector<unsigned char> bytes;
   size_t offset;
@@ -42,7 +42,7 @@ struct Buffer {
     return value;
   }
 
-  // Of a 16-bit type.
+  // For 16-bit types only.
   uint16_t bits(int64_t i) const {
     uint16_t bits = 0;
     std::memcpy(&bits, bytes.data() + offset + 2 * static_cast<size_t>(i), 2);
@@ -85,7 +85,7 @@ struct Buffer {
 inline constexpr emopt::DType kTypes[] = {emopt::DType::kFloat32, emopt::DType::kFloat64,
                                           emopt::DType::kBFloat16, emopt::DType::kFloat16};
 
-// The row of `operands`. With one operand less than a row has, the weight is the parameter itself.
+// The row of `operands`. If the weight's operand is missing, the weight is the parameter.
 template <int kOperands>
 emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   emopt::Row<kOperands> row{};
@@ -102,7 +102,7 @@ emopt::Row<kOperands> row_of(std::vector<Buffer>& operands, double scale) {
   return row;
 }
 
-// Makes the first operand and the last, the parameter and its master, split masters.
+// Turns the first and the last operand, parameter and master weight, into a split master.
 inline void split(std::vector<Buffer>& operands, std::mt19937_64& random) {
   Buffer& param = operands[emopt::kUpdate];
   Buffer& master = operands.back();
@@ -113,7 +113,7 @@ inline void split(std::vector<Buffer>& operands, std::mt19937_64& random) {
   }
   for (int64_t i = 0; i < numel; ++i) {
     param.put(i, param.get(i) + 0.5);  // not 0, which a remainder could turn into a NaN
-    const uint64_t any = random();     // often halfway between two parameters, or 0
+    const uint64_t any = random();     // the remainder is often 0, or halfway between parameters
     master.put_bits(i, static_cast<uint16_t>(any % 8 == 0 ? any / 8 % 2 << 15 : any / 16));
   }
   param.dtype = emopt::DType::kSplitParam;
@@ -127,9 +127,9 @@ inline float joined(uint16_t param, uint16_t remainder) {
   return value;
 }
 
-// ---- a sweep by definition ----------------------------------------------------------------------
+// ---- the reference ------------------------------------------------------------------------------
 
-// The rule's update of an element; changes the states.
+// Returns the rule's update of an element and updates its states.
 template <class Step, class Real, size_t... kState>
 Real update_by_hand(const Step& step, Real grad, std::vector<Buffer>& operands, int64_t i,
                     std::index_sequence<kState...>) {
@@ -151,7 +151,7 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::StoreUpdate&, con
   }
 }
 
-// From the definition of each option, without the engines' code. All scalars are on the host.
+// Follows the definition of each option, independently of the engines. All scalars are on the host.
 template <class Real, class Rule, class Row>
 void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& options, const Row& row,
                    std::vector<Buffer>& operands) {

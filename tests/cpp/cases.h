@@ -39,27 +39,27 @@ Epilogue random_epilogue(std::mt19937_64& random) {
   return epilogue;
 }
 
-// The number of operands that a row gets: one less where the weight is the parameter itself.
+// The number of operands that a row needs: one fewer if the weight is the parameter.
 template <class Rule, class Epilogue>
 size_t random_num_operands(std::mt19937_64& random) {
   const auto all = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
   return all - (Epilogue::kOperands != 0 && random() % 2 == 0 ? 1 : 0);
 }
 
-// The number with a master weight; 0 without a weight.
+// The number of operands with a master weight; 0 for epilogues without a weight.
 template <class Rule, class Epilogue>
 constexpr size_t num_with_master() {
   return Epilogue::kOperands != 0 ? static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>) : 0;
 }
 
-// Rows, and what is expected in their operands.
+// Rows, and the expected contents of their operands.
 template <class Rule, class Epilogue>
 struct Rows {
   static constexpr int kOperands = kNumOperandsOf<Rule, Epilogue>;
   emopt::Table<kOperands> table;
   std::vector<std::vector<Buffer>> operands, expected;
 
-  // A row whose step is `step`.
+  // Adds a row whose step is `step`.
   void add(std::vector<Buffer> row_operands, const Rule& rule, double step,
            const Epilogue& epilogue, int8_t device = emopt::kHost, float* counter = nullptr) {
     const size_t r = operands.size();
@@ -85,7 +85,7 @@ struct Rows {
 };
 
 // With a learning rate of 0 no weight changes, even if gradients are NaN. `sweep(rule, step,
-// epilogue, table)` is the engine's.
+// epilogue, table)` is the engine's function.
 template <class Rule, class Sweep>
 void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
   constexpr int kOperands = kNumOperandsOf<Rule, emopt::ApplyUpdate>;
@@ -98,7 +98,7 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
     if (has_master) operands.emplace_back(emopt::DType::kFloat32, 300, 0, random);
     if (has_master && random() % 2 == 0) {
       split(operands, random);
-      operands[emopt::kUpdate].put_bits(7, 0x7fc1);  // a NaN that stays as it is
+      operands[emopt::kUpdate].put_bits(7, 0x7fc1);  // a NaN, which must keep its bits
     } else if (has_master) {
       for (int64_t i = 0; i < 300; ++i) operands.back().put(i, operands[emopt::kUpdate].get(i));
     }
@@ -114,8 +114,8 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
   }
 }
 
-// A row too long for memory, in address space that is mostly not backed. Lion with stochastic
-// rounding; only the last `num_last` elements are swept.
+// A row that is too long for memory, in reserved address space. Uses Lion with stochastic rounding;
+// only the last `num_last` elements are swept.
 struct LongRow {
   static constexpr int kOperands = kNumOperandsOf<emopt::Lion, emopt::ApplyUpdate>;
   emopt::Lion rule{0.9, 0.99};
@@ -159,7 +159,7 @@ struct LongRow {
     return static_cast<emopt::BFloat16*>(table.rows[0].data[k]) + i;
   }
 
-  // At step 1.
+  // The step is 1.
   void check() const {
     const uint64_t key = emopt::rounding_key(epilogue.seed, 0, 1);
     const float weight = 1.0F + 0.001F;

@@ -1,4 +1,4 @@
-// CHECK for the C++ tests: they need no torch and no test framework.
+// CHECK for the C++ tests, which need neither torch nor a test framework.
 #pragma once
 
 #include <cstdio>

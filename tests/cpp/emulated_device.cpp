@@ -1,5 +1,5 @@
-// CUDA devices for a PyTorch without CUDA: their memory is the host's, and PyTorch's operations run
-// on the CPU, over the same memory. The package's CUDA code can then be called as on a GPU.
+// Emulated CUDA devices for a PyTorch without CUDA: they use the host's memory, and PyTorch's
+// operations run on the CPU on the same memory. The package's CUDA code runs as on a GPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/view_native.h>
@@ -12,7 +12,7 @@ namespace {
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>);
 
-// A tensor on another device over the same memory, which keeps that alive.
+// A tensor on another device with the same memory, which it keeps alive.
 at::Tensor on_device(const at::Tensor& tensor, c10::Device device) {
   const c10::Storage& storage = tensor.storage();
   auto* const alive = new at::Tensor(tensor);
@@ -29,7 +29,7 @@ at::Tensor on_device(const at::Tensor& tensor, c10::Device device) {
   return result;
 }
 
-// One call of a PyTorch operation: maps its tensors to the CPU and back.
+// A call of a PyTorch operation: maps its tensors to the CPU and back.
 class CallOnHost {
  public:
   c10::IValue to_host(const c10::IValue& value) {
@@ -47,7 +47,7 @@ class CallOnHost {
       return list;
     }
     if (value.isDevice() && value.toDevice().is_cuda()) {
-      // Without an index: the current device, which is always 0.
+      // Without an index, this is the current device, which is always 0.
       device_ = c10::Device(at::kCUDA, std::max<c10::DeviceIndex>(value.toDevice().index(), 0));
       return c10::Device(at::kCPU);
     }
@@ -112,7 +112,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) {
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
-  // copy_ has a kernel for all devices, which would look for device code.
+  // PyTorch's copy_ kernel is for all devices and would look for device code.
   m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   // Views share their base's storage.
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));

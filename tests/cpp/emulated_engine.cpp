@@ -1,4 +1,4 @@
-// The CUDA engine on the host; replaces engine/cuda/device_sweep.cpp and the CUDA units.
+// The CUDA engine on the host, instead of engine/cuda/device_sweep.cpp and the CUDA units.
 #include "engine/cuda/device_sweep.h"
 #include "enqueue_on_host.h"
 #include "rules.h"

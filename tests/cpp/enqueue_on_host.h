@@ -1,4 +1,4 @@
-// A rule's kernels on the host, in place of engine/cuda/kernel.h.
+// A rule's kernels on the host, instead of engine/cuda/kernel.h.
 #pragma once
 
 #include "engine/cuda/plan.h"

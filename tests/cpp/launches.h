@@ -1,4 +1,4 @@
-// The launches of a table, as the CUDA engine plans them.
+// The launches that the CUDA engine plans for a table.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Rules that the package has not: the least and the most states that a rule can have.
+// Rules that are not in the package, with the fewest and the most states that a rule can have.
 #pragma once
 
 #include "rules/rule.h"
@@ -9,7 +9,7 @@ namespace emopt {
 struct SignDescent {
   static constexpr const char* kName = "sign_descent";
 
-  double threshold;  // from where on a gradient counts
+  double threshold;  // smaller gradients count as 0
 
   static constexpr auto hyperparameters() {
     return std::make_tuple(hyperparameter("threshold", &SignDescent::threshold));

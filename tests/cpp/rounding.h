@@ -8,7 +8,7 @@
 
 struct Format {
   int mantissa_bits;
-  int min_exponent;  // of the smallest normal number
+  int min_exponent;  // the smallest normal number's
   int max_exponent;
 
   double largest() const { return std::ldexp(2.0 - std::ldexp(1.0, -mantissa_bits), max_exponent); }
@@ -21,7 +21,7 @@ struct Format {
 inline constexpr Format kHalf{10, -14, 15};
 inline constexpr Format kBrain{7, -126, 127};
 
-// To nearest even, by scaling the last place to 1; nearbyint rounds to even.
+// Rounds to nearest even: scales the last mantissa bit to 1 and uses nearbyint.
 inline double rounded(double x, const Format& format) {
   if (x == 0.0 || !std::isfinite(x)) return x;
   const int last_place = format.last_place(x);
@@ -29,7 +29,8 @@ inline double rounded(double x, const Format& format) {
   return std::abs(result) > format.largest() ? std::copysign(HUGE_VAL, x) : result;
 }
 
-// To the neighbour that the random bits choose, as defined in emerging_optimizers/_rounding.py.
+// Rounds to the neighbour that the random bits choose, as defined in
+// emerging_optimizers/_rounding.py.
 inline double rounded_stochastically(float x, uint32_t random, const Format& format) {
   if (!std::isfinite(x)) return x;
   const double magnitude = std::abs(static_cast<double>(x));
@@ -44,7 +45,7 @@ inline double rounded_stochastically(float x, uint32_t random, const Format& for
   return std::copysign(result > format.largest() ? HUGE_VAL : result, x);
 }
 
-// The random bits of an element, by the same definition, modulo 2^32.
+// The random bits of an element, as defined there, modulo 2^32.
 inline uint32_t random_bits(uint64_t key, uint64_t index) {
   constexpr uint64_t kModulus = uint64_t{1} << 32;
   const auto hashed = [](uint64_t x) {

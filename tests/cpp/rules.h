@@ -1,4 +1,4 @@
-// All rules, as types and as data.
+// All rules, as types and as RuleInfo.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +25,8 @@ emopt::RuleInstance instance_of(const Rule& rule) {
 template <class Rule, class Epilogue>
 inline constexpr int kNumOperandsOf = emopt::kNumOperands<emopt::kNumStates<Rule>, Epilogue>;
 
-// A rule with the usual numbers in its hyperparameters. With `is_on`, all flags and warm-ups are
-// on; otherwise the first of several flags only.
+// A rule with typical hyperparameters. If `is_on`, all flags and warm-ups are on; otherwise only
+// the first of several flags.
 template <class Rule>
 struct UsualRule {
   Rule rule{};
@@ -66,7 +66,7 @@ struct UsualRule {
   }
 };
 
-// Each rule, with its flags and warm-ups on and off.
+// Visits each rule with its flags and warm-ups on, and off.
 template <class Visit>
 void for_each_rule(Visit visit) {
   const auto visit_both = [&](auto on, const auto& off) {

@@ -1,10 +1,10 @@
-// Runs a launch on the host: its blocks' threads one after the other.
+// Runs a launch on the host, one thread after the other.
 #pragma once
 
 #include "engine/cuda/chunk.h"
 #include "engine/cuda/launch.h"
 
-// From `first_block` on.
+// Runs the blocks from `first_block` on.
 template <class Launch>
 void run_on_host(const Launch& launch, uint32_t num_blocks, uint32_t first_block = 0) {
   using namespace emopt::cuda;

@@ -1,5 +1,5 @@
 // The CUDA kernels' code on the host, thread by thread: every rule and epilogue against a
-// reference. AddressSanitizer reports accesses out of bounds, UndefinedBehaviorSanitizer misaligned
+// reference. AddressSanitizer reports out-of-bounds accesses, UndefinedBehaviorSanitizer misaligned
 // vectors. Scalars "on the device" are in the host's memory.
 #include <algorithm>
 #include <cstdint>
@@ -20,9 +20,9 @@ using namespace emopt;
 
 namespace {
 
-// Scalars in the device's memory.
+// Scalars "on the device".
 struct Memory {
-  std::deque<float> float32;  // its elements do not move
+  std::deque<float> float32;  // a deque, for stable addresses
   std::deque<double> float64;
   std::deque<int64_t> int64;
 
@@ -36,7 +36,7 @@ struct Memory {
   }
 };
 
-// The epilogue with some of its scalars, or none, in memory.
+// The epilogue with some or none of its scalars "on the device".
 StoreUpdate moved(const StoreUpdate& epilogue, Memory&, std::mt19937_64&) { return epilogue; }
 ApplyUpdate moved(ApplyUpdate epilogue, Memory& memory, std::mt19937_64& random) {
   uint64_t which = random() % 2 == 0 ? random() % 16 : 0;
@@ -50,8 +50,8 @@ ApplyUpdate moved(ApplyUpdate epilogue, Memory& memory, std::mt19937_64& random)
   return epilogue;
 }
 
-// Each element is in one chunk; in a row with a phase almost all are accessed as vectors. Returns
-// the number of such rows.
+// Checks that each element is in one chunk, and that almost all elements of a row with a phase are
+// accessed as vectors. Returns the number of such rows.
 template <class Launch>
 int64_t check_chunks(const Launch& launch, uint32_t num_blocks) {
   int64_t num_vector_rows = 0, remaining = 0;
@@ -69,7 +69,7 @@ int64_t check_chunks(const Launch& launch, uint32_t num_blocks) {
   return num_vector_rows;
 }
 
-// Sweeps a table, from the block of each row's element `first` on. Returns the number of rows that
+// Sweeps a table from the block of each row's element `first` on. Returns the number of rows that
 // were accessed as vectors.
 template <class Rule, class Epilogue, class Table>
 int64_t sweep(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
@@ -101,7 +101,7 @@ int64_t random_size(std::mt19937_64& random) {
 template <class Epilogue, class Rule>
 void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
   constexpr auto kOperands = static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>);
-  // A round is of one dtype, or of three mixes of dtypes, whose rows share launches.
+  // A round uses one dtype, or three mixes of dtypes. Rows of the same mix share launches.
   std::vector<std::vector<DType>> mixes(3, std::vector<DType>(kOperands));
   const bool is_uniform = random() % 2 == 0;
   for (auto& mix : mixes) {
@@ -115,8 +115,8 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
     is_skipped = epilogue.found_inf.value != 0.0;
   }
   Memory memory;
-  // Some rows count their steps on the device; the others have the shared step.
-  std::map<const float*, float> counters;  // expected
+  // Some rows count their steps on the device; the others use the shared step.
+  std::map<const float*, float> counters;  // and their expected values
   Rows<Rule, Epilogue> rows;
   int64_t num_filled = 0;
   for (int r = 0; r < 4; ++r) {
@@ -132,12 +132,12 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
       operands.emplace_back(mix[k], numel, before, random);
     }
     const bool is_wide = std::count(mix.begin() + kGrad, mix.end() - 1, DType::kFloat64) != 0;
-    // Of equal offsets in elements, those of two dtypes have different phases.
+    // Equal offsets in elements are different phases if a row has two dtypes.
     const bool may_be_split = !is_wide && !(offsets == Offsets::kEqual && is_uniform);
     if (count == num_with_master<Rule, Epilogue>() && may_be_split && random() % 3 == 0) {
       split(operands, random);
     }
-    // The update may be the gradient.
+    // The update may alias the gradient.
     const bool is_in_place = Epilogue::kOperands == 0 && mix[kUpdate] == mix[kGrad];
     if (is_in_place) operands[kUpdate] = operands[kGrad];
     float* counter = nullptr;
@@ -165,7 +165,7 @@ void check(const Rule& rule, Offsets offsets, std::mt19937_64& random) {
   for (const auto& [counter, wanted] : counters) CHECK(*counter == wanted);
   const bool has_phase = offsets == Offsets::kNone || (offsets == Offsets::kEqual && is_uniform);
   if (has_phase && !is_skipped)
-    CHECK(num_vector_rows == num_filled);  // else no vectors were tested
+    CHECK(num_vector_rows == num_filled);  // otherwise vectors were not tested
 }
 
 template <class Rule>
@@ -198,8 +198,8 @@ void test_advance() {
   }
 }
 
-// Random bits depend on all 64 bits of an index. Rows of more than 2^32 elements, of which the last
-// blocks run; and rows where the high 32 bits change within a chunk.
+// Random bits depend on all 64 bits of an index. Tests the last blocks of rows of more than 2^32
+// elements, and rows in which the high 32 bits change within a chunk.
 void test_long_rows() {
   constexpr int64_t kChunk = cuda::kMaxChunk;
   const auto check_row = [](int64_t numel, int64_t num_last, uint64_t first_index) {

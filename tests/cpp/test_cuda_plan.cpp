@@ -1,5 +1,5 @@
-// Plans: each chunk of each row is one block's, rows of different kinds never share a launch,
-// launches are few, and each counter is advanced once. No memory is accessed.
+// Plans: each chunk of each row has one block, rows of different kinds never share a launch, there
+// are few launches, and each counter is advanced once. No operand is accessed.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -17,12 +17,12 @@ using namespace emopt;
 
 namespace {
 
-// An address that identifies row `r`'s operand `k`.
+// An address that identifies operand `k` of row `r`.
 void* address(size_t r, int k) {
   return reinterpret_cast<void*>((r + 1) * 4096 + 16 * static_cast<size_t>(k));
 }
 
-// The host cannot read it.
+// An address that the host cannot read.
 const HostOrDeviceScalar kOnDevice{0.0, reinterpret_cast<const void*>(16)};
 
 constexpr cuda::Chip kChip{132, true};
@@ -54,7 +54,7 @@ constexpr size_t capacity() {
   return Launch::kCapacity;
 }
 
-// The fewest launches that `count` rows of one kind fit in.
+// The fewest launches that hold `count` rows of one kind.
 template <class Rule, class Epilogue>
 constexpr size_t fewest_launches(size_t count, DType dtype, bool allow_large) {
   constexpr size_t kSmall = capacity<Rule, Epilogue, float, cuda::kSmallLaunch>();
@@ -166,8 +166,8 @@ void test_kinds_do_not_mix(const Epilogue& epilogue = {}) {
   }
 }
 
-// Blocks read scalars only where the host does not know them. A step that the host knows to be
-// skipped has no launches.
+// Blocks read scalars only if the host does not know them. A step that the host knows to be skipped
+// has no launches.
 void test_setup() {
   const auto needs_setup = [](const HostOrDeviceScalar& step, const ApplyUpdate& epilogue,
                               DType dtype) {
@@ -198,8 +198,8 @@ void test_setup() {
   }
 }
 
-// Each counter once, on its device, even that of a row without elements. Launches are as few as
-// possible where the rows of each device are contiguous.
+// Each counter is advanced once, on its device, even for an empty row. Launches are as few as
+// possible if the rows of each device are contiguous.
 void test_counters() {
   constexpr size_t kCapacity = cuda::Advance::kCapacity;
   static_assert(sizeof(cuda::Advance) <= cuda::kSmallLaunch);
@@ -209,7 +209,7 @@ void test_counters() {
        {size_t{0}, size_t{1}, kCapacity, kCapacity + 1, 3 * kCapacity + 7}) {
     for (const bool is_mixed : {false, true}) {
       Table<3> table;
-      std::map<const float*, int8_t> devices;  // of counters that are not advanced yet
+      std::map<const float*, int8_t> devices;  // of the counters not yet advanced
       for (size_t r = 0; r < 4 * 3 * num_counters; ++r) {
         const size_t number = is_mixed ? random() % 4 : r / (3 * num_counters);
         const auto device = static_cast<int8_t>(static_cast<int>(number) - 1);
@@ -235,7 +235,7 @@ void test_counters() {
 
 // More blocks than a launch may have are split among launches; offsets have 64 bits.
 void test_huge_rows() {
-  constexpr int64_t kHalf = int64_t{1} << 30;  // two of them are one block too many
+  constexpr int64_t kHalf = int64_t{1} << 30;  // two rows of it exceed the limit by one block
   Table<3> table;
   for (const int64_t blocks : {kHalf, kHalf, kHalf - 1}) {
     const int64_t numel = blocks * cuda::kMaxChunk - 5;
@@ -252,7 +252,7 @@ void test_huge_rows() {
   CHECK(blocks == std::vector<int64_t>({kHalf, 2 * kHalf - 1}));
 }
 
-// Blocks make full waves, as far as chunks of full tiles allow.
+// Blocks fill their waves, as far as chunks of full tiles permit.
 void test_chunks() {
   std::mt19937_64 random(0);
   for (int round = 0; round < 10000; ++round) {
@@ -270,7 +270,7 @@ void test_chunks() {
   CHECK(cuda::chunk_for(3 * 528 * cuda::kMaxChunk, 528) == cuda::kMaxChunk);
 }
 
-// After the peel all operands are aligned for vectors; if there is such a peel, it is found.
+// After the peel all operands are aligned for vectors; if such a peel exists, it is found.
 void test_peel() {
   std::mt19937_64 random(0);
   constexpr DType kAll[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
@@ -280,7 +280,8 @@ void test_peel() {
     for (int k = 0; k < 4; ++k) {
       dtype[k] = kAll[random() % 4];
       uint64_t element = random() % 16;
-      if (round % 2 != 0) element = element / cuda::kHeld * cuda::kHeld + 3;  // so all can be
+      if (round % 2 != 0)
+        element = element / cuda::kHeld * cuda::kHeld + 3;  // so that a peel exists
       data[k] = reinterpret_cast<void*>(4096 + element * static_cast<uint64_t>(size_of(dtype[k])));
     }
     const auto is_aligned_after = [&](uint64_t elements) {

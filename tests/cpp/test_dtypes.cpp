@@ -1,4 +1,4 @@
-// The conversions: every 16-bit number, and rounding against the definition in exact arithmetic.
+// Conversions: all 16-bit numbers, and rounding against the definition in exact arithmetic.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -43,7 +43,7 @@ void check_all_patterns(Format format) {
     const Stored stored{static_cast<uint16_t>(bits)};
     const double value = value_of(stored.bits, format);
     CHECK(same(widen(stored), value));
-    // Back, from both arithmetic types.
+    // Converting back from both arithmetic types.
     const uint16_t from_float = Round<Stored>::from(static_cast<float>(value)).bits;
     const uint16_t from_double = Round<Stored>::from(value).bits;
     CHECK(std::isnan(value) || (from_float == stored.bits && from_double == stored.bits));
@@ -96,7 +96,7 @@ void check_format(Format format) {
   }
 }
 
-// Split masters of any high 16 bits, with low ones around a tie. All NaNs become one.
+// Split masters with all high 16 bits, and low bits around a tie. All NaNs become the same NaN.
 void check_split_masters() {
   std::mt19937_64 random(0);
   for (uint32_t high = 0; high < 0x10000; ++high) {
@@ -111,7 +111,7 @@ void check_split_masters() {
       CHECK(remainder.bits == wanted % 65536);
       CHECK(bit_cast<uint32_t>(join(param, remainder)) == wanted);
       if (std::isnan(master) || master == 0.0F) continue;
-      // From float64: to the nearest float32 first.
+      // A float64 is first rounded to float32.
       const double beside = std::nextafter(static_cast<double>(master), 0.0);
       CHECK(Round<SplitParam>::from(beside).bits == param.bits);
       CHECK(std::isinf(master) || Round<Remainder>::from(beside).bits == remainder.bits);

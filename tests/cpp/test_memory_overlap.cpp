@@ -1,4 +1,4 @@
-// Which operands share memory, against sets of all their bytes.
+// Memory overlap, against sets of all bytes of the operands.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -112,7 +112,7 @@ void test_self() {
 }
 
 void test_large() {
-  // Of 2^31 elements and more, without a look at each.
+  // 2^31 elements and more, too many to enumerate.
   const int64_t huge = int64_t{1} << 31;
   CHECK((Strided{4096, 4, {huge, 2}, {2, 1}}.self() == Sharing::kNone));
   CHECK((Strided{4096, 4, {huge, 2}, {1, 1}}.self() == Sharing::kSome));
@@ -125,14 +125,14 @@ void test_large() {
   CHECK(!share({4096, 4, {huge}, {2}}, {4100, 4, {huge}, {2}}));
   CHECK(share({4096, 4, {huge}, {2}}, {4100, 4, {huge}, {3}}));
   CHECK(share({4096, 8, {huge}, {2}}, {4100, 4, {huge}, {2}}));
-  // Steps without a common divisor, of which the 1000003rd of one is the 1000033rd of the other.
+  // Coprime strides: after a common element, the next one is 1000003 * 1000033 further.
   CHECK(share({4096, 4, {1000034}, {1000003}}, {4096, 4, {1000004}, {1000033}}));
   const uintptr_t second = 4096 + 4 * 1000003;
   CHECK(share({second, 4, {1000033}, {1000003}}, {4096, 4, {1000004}, {1000033}}));
   CHECK(!share({second, 4, {1000032}, {1000003}}, {4096, 4, {1000004}, {1000033}}));
 }
 
-// A search that would take too long is given up early.
+// A search that would take too long gives up early.
 void test_limit() {
   std::vector<int64_t> strides, sizes(24, 2);
   int64_t reach = 0;
@@ -175,7 +175,7 @@ bool are_apart(const std::vector<UsedMemory>& used, size_t count = SIZE_MAX) {
 void test_many() {
   int num_apart = 0;
   for (int round = 0; round < 3000; ++round) {
-    // Close together, or spread so far that some are surely apart.
+    // Close together, or so far apart that some cannot overlap.
     const int64_t reach = round % 3 == 0 ? 200 : 5000;
     std::vector<Strided> tensors;
     std::vector<UsedMemory> used;
@@ -198,7 +198,7 @@ void test_many() {
   CHECK(num_apart > 500);
 }
 
-// Ranges of many sizes, with and without one that intersects another.
+// Ranges of many sizes, with and without an overlap.
 void test_surely_apart() {
   for (int round = 0; round < 1000; ++round) {
     std::vector<UsedMemory> used;
@@ -239,13 +239,13 @@ void test_flat_buffers() {
     }
     if (!ascends) std::reverse(used.begin(), used.end());
     CHECK(are_apart(used));
-    // One that starts a byte early.
+    // A range that starts one byte early.
     used[100].view.range.begin -= 1;
     used[100].view.run += 1;
     CHECK(!are_apart(used));
     CHECK(pairs_of(used).size() == 1);
   }
-  // Up and down in one line.
+  // Ascending and descending in one line.
   const auto at = [](uintptr_t begin, uintptr_t end) {
     return UsedMemory{emopt::without_gaps({4096 + begin, 4096 + end}), true};
   };
@@ -253,7 +253,7 @@ void test_flat_buffers() {
   CHECK(!are_apart({at(20, 30), at(0, 10), at(5, 20)}));
 }
 
-// A thousand columns of each of three matrices, and of one that is only read.
+// A thousand columns of each of three modified matrices and of one that is read.
 void test_columns() {
   std::vector<UsedMemory> used;
   for (uintptr_t list = 0; list < 4; ++list) {

@@ -1,4 +1,4 @@
-// The index arithmetic: wherever a table is cut, each element is visited once, in full tiles.
+// Index arithmetic: wherever a table is cut, each element is visited once, in full tiles.
 #include <algorithm>
 #include <cstdint>
 #include <random>
@@ -80,7 +80,7 @@ void test_edges() {
 }
 
 void test_large() {
-  // Offsets beyond 2^31: no memory is accessed.
+  // Offsets beyond 2^31; no memory is accessed.
   const int64_t large = (int64_t{1} << 33) + 5;
   const Table<3> table = table_of({7, large, 9});
   const Place middle = place_of(table, 7 + large / 2, 128);
@@ -109,7 +109,7 @@ void test_random() {
   }
 }
 
-// A weight that is the parameter itself is written once.
+// A weight that is the parameter is written once.
 void test_what_is_written() {
   using namespace emopt;
   float here = 0, update = 0;

@@ -1,4 +1,4 @@
-// Stochastic rounding: its random bits, and which of the two neighbours they choose.
+// Stochastic rounding: its random bits, and the neighbour that they choose.
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -21,9 +21,9 @@ using emopt::widen;
 
 namespace {
 
-// As Python's integers give them, by the docstrings of emerging_optimizers/_rounding.py.
+// Values computed with Python integers from the definitions in emerging_optimizers/_rounding.py.
 void test_known_bits() {
-  CHECK(emopt::mix(0) == 0xe220a8397b1dcdafu);  // the first number of SplitMix64 from 0 on
+  CHECK(emopt::mix(0) == 0xe220a8397b1dcdafu);  // the first number of SplitMix64 with seed 0
   CHECK(rounding_key(0, 0, 0) == 0x238275bc38fcbe91u);
   CHECK(rounding_key(987654321, 0xffffffffu, uint64_t{1} << 40) == 0x5946ef75cb7d658cu);
   const uint64_t key = rounding_key(~uint64_t{0}, 3, 17);
@@ -44,7 +44,7 @@ void test_known_bits() {
   }
 }
 
-// The bits do not depend on the element that they are counted from.
+// The bits do not depend on the first element of the sequence.
 void test_bits_of_consecutive_elements() {
   std::mt19937_64 random(0);
   for (const uint64_t first :
@@ -59,7 +59,7 @@ void test_bits_of_consecutive_elements() {
   }
 }
 
-// Each bit is set half of the time, over elements, positions and steps.
+// Each bit is set half of the time, for different elements, positions and steps.
 void test_bits_are_even() {
   constexpr int kCount = 1 << 16;
   for (int dimension = 0; dimension < 3; ++dimension) {
@@ -94,7 +94,7 @@ void check_exact_values_stay() {
       CHECK(std::isnan(value) ? std::isnan(widen(Stored{result})) : result == bits);
     }
   }
-  // NaNs whose high 16 bits alone would be an infinity.
+  // NaNs whose high 16 bits are those of an infinity.
   for (const uint32_t bits : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu}) {
     CHECK(std::isnan(rounded_up_or_down<Stored>(bit_cast<float>(bits), ~0u)));
   }
@@ -127,7 +127,7 @@ void check_choices(const Format& format) {
     }
   };
   for (int round = 0; round < 200000; ++round) {
-    // All magnitudes, and those around the type's subnormal ones.
+    // All magnitudes, and those near the type's subnormal numbers.
     check(bit_cast<float>(static_cast<uint32_t>(random())));
     const double below_one = std::ldexp(static_cast<double>(random() >> 11), -53);
     check(static_cast<float>(std::ldexp(below_one, format.min_exponent + 1)));
@@ -145,7 +145,7 @@ void check_choices(const Format& format) {
   check(std::numeric_limits<float>::max());
 }
 
-// Over evenly distributed random bits, the mean is exact.
+// For uniformly distributed random bits, the mean is exact.
 template <class Stored>
 void check_chances(const Format& format) {
   const int lowest = format.min_exponent - format.mantissa_bits;
@@ -165,7 +165,7 @@ void check_chances(const Format& format) {
   }
 }
 
-// The mean is right with the elements' random bits, too.
+// The mean is also right for the elements' actual random bits.
 template <class Stored>
 void check_mean(const Format& format) {
   constexpr uint32_t kCount = 200000;

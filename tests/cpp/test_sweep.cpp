@@ -1,6 +1,6 @@
-// Each instruction set's loops against a reference, for each rule and epilogue. Nothing outside of
-// a row is written: the elements before an operand are compared, and AddressSanitizer knows its
-// end.
+// The loops of each instruction set against a reference, for each rule and epilogue. Checks that
+// nothing outside of a row is written: the elements before an operand are compared, and
+// AddressSanitizer reports writes past its end.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -16,7 +16,7 @@ using namespace emopt;
 
 namespace {
 
-// Wherever the table is cut.
+// The result does not depend on where the table is cut.
 template <class Epilogue, class Rule>
 void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
   const auto epilogue = random_epilogue<Epilogue>(random);

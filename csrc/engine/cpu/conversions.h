@@ -1,4 +1,4 @@
-// Between operands as they are stored and buffers of the arithmetic type, a tile at a time, for
+// Conversions between stored operands and buffers of the arithmetic type, a tile at a time, for
 // each instruction set.
 #pragma once
 
@@ -10,19 +10,19 @@
 
 namespace emopt::cpu {
 
-// Of n elements from `offset` on.
+// Each converts n elements from `offset` on.
 template <class Real>
 struct Conversions {
-  // Any dtype but those of split masters, of which join() makes numbers.
+  // Any dtype except those of split masters, for which there is join().
   void (*load)(Real* to, DType dtype, const void* from, int64_t offset, int64_t n);
   void (*join)(Real* to, const void* params, const void* remainders, int64_t offset, int64_t n);
   void (*store)(DType dtype, void* to, int64_t offset, const Real* from, int64_t n);
-  // To bfloat16 or float16; `random` are those of the first element.
+  // To bfloat16 or float16; `random` starts at the first of the n elements.
   void (*store_stochastically)(DType dtype, void* to, int64_t offset, const Real* from, int64_t n,
                                const RandomBits& random);
 };
 
-// Of float or double.
+// `Real` is float or double.
 template <class Real>
 const Conversions<Real>& conversions(Isa isa);
 

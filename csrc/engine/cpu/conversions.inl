@@ -1,4 +1,4 @@
-// The loops that convert. Included by for_each_isa.inl.
+// The conversion loops. Included by for_each_isa.inl.
 
 namespace emopt::cpu::EMOPT_UNIT {
 
@@ -29,7 +29,7 @@ void load(Real* to, DType dtype, const void* from, int64_t offset, int64_t n) {
       return widen_into<Real, Float16>(to, from, offset, n);
     case DType::kSplitParam:
     case DType::kRemainder:
-      std::abort();  // neither is a number by itself
+      std::abort();  // a split master needs join()
   }
 }
 

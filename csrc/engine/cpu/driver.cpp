@@ -4,7 +4,7 @@ namespace emopt::cpu {
 
 namespace {
 
-// Whether the element loop gets a copy of an operand.
+// Whether the element loop works on a copy of an operand.
 template <class Real, class EpilogueAt, int kOperands>
 bool must_stage(const EpilogueAt& epilogue, const Row<kOperands>& row, int k) {
   constexpr DType kReal = sizeof(Real) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
@@ -21,7 +21,7 @@ bool writes_weight(const Row<kOperands>& row) {
   return Epilogue::kOperands > 0 && is_written_there<Epilogue>(row, kOperands - 1);
 }
 
-// One part of one row, whose operands are all stored in the arithmetic type.
+// Sweeps some elements of a row whose operands are all stored in the arithmetic type.
 template <class Epilogue, class Real, int kOperands>
 void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& row, int64_t begin,
                     int64_t end) {
@@ -32,7 +32,7 @@ void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& 
   kernel.loop(kernel.constants, &epilogue, operands, end - begin, writes_weight<Epilogue>(row));
 }
 
-// One part of one row, tile by tile. Operands that are stored in another type are staged.
+// Sweeps some elements of a row, tile by tile. Operands of another type are staged in buffers.
 template <class Epilogue, class Real, int kOperands>
 void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kernel,
                  const Row<kOperands>& row, int64_t begin, int64_t end) {

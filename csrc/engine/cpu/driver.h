@@ -14,10 +14,11 @@
 
 namespace emopt::cpu {
 
-// Elements that are widened, computed and rounded together where an operand is not stored in the
-// arithmetic type: small enough for all operands to stay in the L1 cache. Adam on one Zen 3 core
-// with bfloat16 gradient and update and float32 states: over 32 Mi elements 64 takes 1.16 and 256
-// to 2048 take 1.09 to 1.15 times as long; over 1 Mi, which fits the cache, 256 and 512 take 0.9.
+// Elements that are widened, computed and rounded together if an operand is not stored in the
+// arithmetic type: few enough for all operands to stay in the L1 cache. Adam on one Zen 3 core with
+// bfloat16 gradient and update and float32 states: over 32 Mi elements, 64 takes 1.16 times as
+// long, 256 to 2048 take 1.09 to 1.15; over 1 Mi elements, which fit the cache, 256 and 512 take
+// 0.9.
 inline constexpr int64_t kTile = 128;
 
 // A rule and an epilogue at one step, in one arithmetic type.
@@ -36,11 +37,11 @@ struct Kernel {
   }
 };
 
-// What all rows of a table have in common.
+// The data that all rows of a table share.
 template <class Epilogue>
 struct Setup {
   Kernel<Epilogue, float> float32;
-  std::optional<Kernel<Epilogue, double>> float64;  // where any row needs it
+  std::optional<Kernel<Epilogue, double>> float64;  // only if a row needs it
   Epilogue epilogue;
   double step;
 

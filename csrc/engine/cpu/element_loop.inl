@@ -1,4 +1,4 @@
-// The loop that computes: a rule and an epilogue, element by element. Included by for_each_isa.inl.
+// The loop that computes a rule and an epilogue for each element. Included by for_each_isa.inl.
 
 namespace emopt::cpu::EMOPT_UNIT {
 

@@ -1,6 +1,6 @@
 // Includes EMOPT_INCLUDE once for each instruction set, inside its target region, with EMOPT_UNIT
-// set to the set's namespace: what is defined there out of line must not be shared with another
-// set. All other headers come before.
+// set to its namespace: out-of-line functions must not be shared between instruction sets. Include
+// all other headers before.
 
 #if defined(__clang__)
 #define EMOPT_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")

@@ -5,8 +5,7 @@
 
 namespace emopt::cpu {
 
-// In rising order. `baseline` is what the compiler targets by default: SSE2 on x86-64, NEON on
-// AArch64.
+// In ascending order. `baseline` is the compiler's default target: SSE2 on x86-64, NEON on AArch64.
 enum class Isa { kBaseline, kAVX2, kAVX512 };
 
 // Compilers with target regions (GCC, clang) build the x86-64 units; the others build the baseline.
@@ -19,11 +18,11 @@ enum class Isa { kBaseline, kAVX2, kAVX512 };
 const char* name(Isa isa);
 
 std::vector<Isa> compiled_isas();
-// Those that this machine can run, in rising order.
+// The compiled sets that this machine supports, in ascending order.
 std::vector<Isa> supported_isas();
 
-// The one in use: the highest supported one, or the one that EMERGING_OPTIMIZERS_ISA names. Chosen
-// once, at the first call. Throws std::runtime_error where that variable names none of
+// The set in use: the highest supported one, or the one that EMERGING_OPTIMIZERS_ISA names. Chosen
+// once, at the first call. Throws std::runtime_error if the variable's value is not in
 // `supported_isas()`.
 Isa active_isa();
 

@@ -1,4 +1,4 @@
-// The CPU engine: sweeps a rule over a whole table, by PyTorch's threads.
+// The CPU engine: sweeps a rule over a table, with PyTorch's threads.
 #pragma once
 
 #include "../epilogue.h"
@@ -7,8 +7,8 @@
 
 namespace emopt::cpu {
 
-// Shared out over PyTorch's threads where the table is large enough. The bits do not depend on the
-// number of threads, nor on the instruction set.
+// Uses several threads if the table is large enough. The results do not depend on the number of
+// threads or the instruction set, bit for bit.
 template <int kStates, class Epilogue>
 void sweep_in_parallel(const RuleInstance& rule, double step, const Epilogue& epilogue,
                        const Table<kNumOperands<kStates, Epilogue>>& table);

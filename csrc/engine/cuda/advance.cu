@@ -1,5 +1,4 @@
-// The kernel that advances counters, and the architectures that were compiled for. Depends on no
-// rule.
+// The kernel that advances counters, and the list of compiled architectures. Independent of rules.
 #include "chunk.h"
 #include "device_sweep.h"
 #include "kernel.h"

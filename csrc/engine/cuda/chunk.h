@@ -1,8 +1,8 @@
-// The work of one thread: it sweeps a rule over its elements of one chunk of one row.
+// The work of one thread: sweeping a rule over its elements of a row's chunk.
 //
 // Also compiles for the host, where threads run one after the other. The tests run it there under
-// AddressSanitizer and UndefinedBehaviorSanitizer, which report any access that is out of bounds or
-// misaligned.
+// AddressSanitizer and UndefinedBehaviorSanitizer, which report out-of-bounds and misaligned
+// accesses.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ struct Chunk {
     body = (length - head) / kHeld * kHeld;
   }
 
-  // Address of element i of operand k. Reads the row's address from the launch each time: keeping
-  // the addresses of all operands would take ten registers.
+  // The address of element i of operand k. Reads the row's address from the launch each time:
+  // keeping the addresses of all operands would take ten registers.
   template <class Bits>
   EMOPT_FN Bits* at(const Launch& launch, int k, uint32_t i) const {
     return static_cast<Bits*>(launch.data[k][row]) + (begin + i);
@@ -43,13 +43,13 @@ struct Chunk {
 };
 
 // The elements of a chunk that a thread holds: in the body, kHeld contiguous ones; outside it,
-// kHeld at a stride of kThreads. The elements outside are fewer than a block's threads, unless the
-// body is empty.
+// kHeld at a stride of kThreads. There are fewer elements outside than threads in a block, unless
+// the body is empty.
 template <class Launch>
 struct Place {
   const Chunk<Launch>& chunk;
   uint32_t thread;
-  uint32_t at;  // in the body; past its length, outside it
+  uint32_t at;  // an index in the body; from its length on, in the elements outside
 
   EMOPT_FN Place(const Chunk<Launch>& chunk_, uint32_t thread_)
       : chunk(chunk_), thread(thread_), at(thread_ * kHeld) {
@@ -71,7 +71,7 @@ struct Place {
   }
 };
 
-// What the threads of a block share.
+// The data that the threads of a block share.
 template <class Launch>
 struct Setup {
   Constants<typename Launch::Rule, typename Launch::Epilogue, typename Launch::Real> constants;
@@ -79,7 +79,7 @@ struct Setup {
   bool is_stochastic = false;
   uint64_t key = 0;
 
-  // For launches whose scalars are all known to the host.
+  // For launches whose scalars are all on the host.
   EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
 
   // For launches with scalars in device memory, step counters or stochastic rounding.
@@ -95,9 +95,9 @@ struct Setup {
   }
 };
 
-// The i-th scalar of a setup: the step, then the epilogue's. Each thread of a block reads one. The
-// scalar is selected before it is read, so one instruction loads all scalars of a type; branches
-// would load them in turn.
+// The i-th scalar of a setup: the step, then the epilogue's. Each thread of a block reads one. Its
+// address is selected before it is read, so that one instruction loads all scalars of a type;
+// branches would serialize the loads.
 template <class Launch>
 EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
   HostOrDeviceScalar scalar = i == 0 ? launch.step : launch.epilogue.scalar(i - 1);
@@ -110,9 +110,9 @@ EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
   return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;
 }
 
-// Calls `visit` with a value of the type that operand k is stored in. With float32 arithmetic only
-// the update may be float64: operands that are read are not. The parameter and the weight may be a
-// split master.
+// Calls `visit` with a value of operand k's stored type. With float32 arithmetic only the update
+// may be float64, since operands that are read are not. The parameter and the weight may be a split
+// master.
 template <class Launch, class Visit>
 EMOPT_FN void with_type_of(int k, DType dtype, Visit visit) {
   if (dtype == DType::kFloat32) {
@@ -141,7 +141,7 @@ struct HeldOperands {
 
   Packet<sizeof(Real)> packets[kOperands];
 
-  // All loads, before anything is computed.
+  // Issues all loads before anything is computed.
   EMOPT_FN void load(const Launch& launch, const Place<Launch>& place) {
     const uint32_t first = place.first();
     if (place.is_vector()) {
@@ -220,7 +220,7 @@ struct HeldOperands {
     }
   }
 
-  // The stored value; of a remainder, the master weight.
+  // The stored value; for a remainder, the master weight.
   template <class Stored>
   EMOPT_FN Real widened(int k, uint32_t i) const {
     if constexpr (std::is_same_v<Stored, Remainder>) {
@@ -272,8 +272,8 @@ struct HeldOperands {
   }
 };
 
-// `prepare(row)` returns a function that makes the setup. It may synchronise the block's threads;
-// it is called after the first loads were issued.
+// `prepare(row)` returns a function that makes the setup. It may synchronize the block's threads
+// and is called after the first loads were issued.
 template <class Launch, class Prepare>
 EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread, Prepare prepare) {
   const Chunk<Launch> chunk(launch, block);

@@ -37,7 +37,7 @@ std::string capability(int major, int minor) {
 
 void check_launch(cudaError_t error, int device) {
   if (error == cudaErrorNoKernelImageForDevice) {
-    cudaGetLastError();  // clears the error, which a later check would report again
+    cudaGetLastError();  // clear the error, or a later check reports it again
     int major = 0, minor = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));

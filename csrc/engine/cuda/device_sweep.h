@@ -1,4 +1,4 @@
-// The CUDA engine: sweeps a rule over the rows of a table that are on CUDA devices.
+// The CUDA engine: sweeps a rule over a table's rows on CUDA devices.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,8 @@
 
 namespace emopt::cuda {
 
-// On each device's current stream; returns before the work is done. Scalars on a device are read
-// there, and all rows must then be on that device. Advances the rows' counters.
+// Uses each device's current stream; returns before the work is done. Advances the rows' counters.
+// If a scalar is on a device, all rows must be on it.
 template <int kStates, class Epilogue>
 void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Epilogue& epilogue,

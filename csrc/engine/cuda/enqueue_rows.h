@@ -8,7 +8,7 @@
 
 namespace emopt::cuda {
 
-// The properties of a device that a plan depends on.
+// The device properties that a plan depends on.
 struct Chip {
   uint32_t multiprocessors;
   bool takes_large_launches;  // the driver allows more than 4096 bytes of arguments

@@ -1,5 +1,5 @@
-// The kernel. Without nvcc, only the function that advances counters. Sees no torch. A rule's
-// kernels are instantiated in its unit, units/<stem>_cuda.cu.
+// The kernels; without nvcc, only the function that advances counters. Independent of torch. A
+// rule's kernels are instantiated in its unit, units/<stem>_cuda.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,8 +20,8 @@ cudaError_t enqueue(const Advance& counters, cudaStream_t stream);
 
 namespace emopt::cuda {
 
-// Two kernels. Where the host knows all scalars, instructions read the constants from the kernel's
-// arguments, which takes no registers. Else each block reads the scalars and computes the
+// Two kernels. If the host knows all scalars, instructions read the constants from the kernel's
+// arguments, which takes no registers. Otherwise each block reads the scalars and computes the
 // constants.
 template <class Launch, bool kNeedsSetup>
 __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
       __shared__ double scalars[Launch::kScalars];
       __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
       const uint32_t i = threadIdx.x;
-      // Before the first loads of elements: storing the scalars would wait for those.
+      // Do this before the first loads of elements: storing the scalars would wait for them.
       if (i < Launch::kScalars) scalars[i] = read_scalar(launch, row, i);
       return [&launch, row] {
         __syncthreads();
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, Launch::num_blocks(kNeedsSetup))
 template <class Launch>
 cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stream) {
   static_assert(std::is_trivially_copyable_v<Launch> && sizeof(Launch) <= Launch::kBytes);
-  // Not <<<>>>: it copies the arguments, and its error is only found by cudaGetLastError().
+  // Not <<<>>>, which copies the arguments and reports errors only through cudaGetLastError().
   void* arguments[] = {const_cast<Launch*>(&launch)};
   const auto kernel = launch.needs_setup ? &sweep<Launch, true> : &sweep<Launch, false>;
   return cudaLaunchKernel(kernel, num_blocks, kThreads, arguments, 0, stream);

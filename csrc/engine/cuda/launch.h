@@ -1,5 +1,5 @@
-// The arguments of a kernel, as one struct passed by value. Nothing is copied to the device
-// beforehand and nothing must outlive the launch, so a captured launch can be replayed.
+// A kernel's arguments, one struct passed by value. Nothing is copied to the device beforehand and
+// nothing must outlive the launch, so a captured launch can be replayed.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct LaunchHead {
   static constexpr bool kMayBeSplit = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
   static constexpr uint32_t kScalars = 1 + Epilogue::kScalars;  // the step first
 
-  // Blocks that a multiprocessor holds at a time.
+  // Blocks that a multiprocessor holds at once.
   static constexpr uint32_t num_blocks(bool needs_setup) {
     const int blocks = kBlocks - (needs_setup ? 1 : 0) - (kOperands > 5 ? 1 : 0);
     return static_cast<uint32_t>(std::max(1, sizeof(Real) == sizeof(float) ? blocks : blocks / 2));
@@ -40,8 +40,8 @@ struct LaunchHead {
   Rule rule;
   Epilogue epilogue;
   HostOrDeviceScalar step;
-  Constants<Rule, Epilogue, Real> constants;  // unused where needs_setup
-  bool needs_setup = false;                   // each block computes the constants, or a key
+  Constants<Rule, Epilogue, Real> constants;  // unused if needs_setup
+  bool needs_setup = false;                   // whether blocks compute the constants, or a key
   uint32_t num_rows = 0;
   uint32_t chunk = kMaxChunk;  // elements that a block sweeps, a multiple of kTile
   DType dtype[kOperands];      // of all rows
@@ -57,9 +57,9 @@ struct LaunchHead {
   }
 };
 
-// A row's step and random bits, for epilogues that have steps by row.
+// A row's step and random bits, for epilogues with kHasRowSteps.
 struct RowStep {
-  float* counter;  // null where the launch's step applies
+  float* counter;  // null if the launch's step applies
   uint64_t position, first_index;
 };
 
@@ -88,7 +88,7 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
 
   using Head::Head;
 
-  // The row that a block sweeps: the last one whose first block is not after it.
+  // The row of a block: the last one whose first block is at or before it.
   EMOPT_FN uint32_t row_of(uint32_t block) const {
     uint32_t low = 0, high = this->num_rows;
     while (high - low > 1) {
@@ -99,7 +99,7 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   }
 };
 
-// Counters on a device, to be advanced by 1 unless `found_inf` is nonzero.
+// Counters on a device that are advanced by 1 unless `found_inf` is nonzero.
 struct Advance {
   static constexpr uint32_t kCapacity = static_cast<uint32_t>(
       (kSmallLaunch - sizeof(HostOrDeviceScalar) - sizeof(void*)) / sizeof(float*));
@@ -114,8 +114,8 @@ EMOPT_FN constexpr uint32_t vector_bytes(uint32_t size) {
   return kHeld * size < 16 ? kHeld * size : 16;
 }
 
-// The number of leading elements, less than kHeld, after which every operand is aligned for vector
-// accesses; kNoPhase where there is none.
+// The number of leading elements, fewer than kHeld, after which all operands are aligned for vector
+// accesses; kNoPhase if there is no such number.
 inline constexpr uint8_t kNoPhase = 255;
 
 inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) {

@@ -1,4 +1,4 @@
-// Plans the launches of a table: which rows share one, and how many there are.
+// Plans the launches of a table: how many there are, and their rows.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace emopt::cuda {
 
-// ---- which rows share launches ------------------------------------------------------------------
+// ---- grouping rows ------------------------------------------------------------------------------
 
 // The device and the dtype of each operand, which all rows of a launch share.
 template <int kOperands>
@@ -23,7 +23,7 @@ uint64_t launch_key(const Row<kOperands>& row) {
   return key;
 }
 
-// The rows on CUDA devices that have elements, grouped by key, else in order.
+// The non-empty rows on CUDA devices, grouped by key, otherwise in order.
 template <int kOperands>
 std::vector<const void*> rows_by_key(const Table<kOperands>& table) {
   using RowOf = Row<kOperands>;
@@ -55,22 +55,22 @@ void for_each_key(const Table<kOperands>& table, Visit visit) {
   }
 }
 
-// ---- in how many launches -----------------------------------------------------------------------
+// ---- filling launches ---------------------------------------------------------------------------
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements of a row that each block sweeps, for `total` in a launch. The blocks make full waves: a
-// last wave of a few blocks would leave most of the chip idle.
+// The elements of a row that each block sweeps, for `total` elements in a launch. Chosen so that
+// blocks fill their waves: a last wave of a few blocks would leave most of the chip idle.
 inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
   const int64_t times = ceil_div(total, blocks_at_a_time * kMaxChunk);
   return static_cast<uint32_t>(ceil_div(total, times * blocks_at_a_time * kTile)) * kTile;
 }
 
-// CUDA's limit of blocks in a launch. One row never exceeds it: no memory holds so many chunks.
+// CUDA's limit on the blocks of a launch. One row cannot exceed it: no memory holds so many chunks.
 inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-// Fills one launch with the first rows of one key and passes it to `enqueue(launch, blocks)`.
-// Returns the number of its rows; 0 where `enqueue` failed.
+// Fills one launch with the first rows of a key and passes it to `enqueue(launch, blocks)`. Returns
+// the number of its rows; 0 if `enqueue` failed.
 template <class Launch, class Enqueue>
 size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceScalar& step,
                         const typename Launch::Epilogue& epilogue, const void* const* rows,
@@ -111,12 +111,12 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
   return enqueue(launch, static_cast<uint32_t>(blocks)) ? launch.num_rows : 0;
 }
 
-// Passes rows of one key to `enqueue`, in as few launches as possible, until it returns false.
+// Passes the rows of a key to `enqueue`, in as few launches as possible, until it returns false.
 template <class Rule, class Epilogue, class Real, class Enqueue>
 void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
                const void* const* rows, size_t num_rows, const Chip& chip, Enqueue enqueue) {
   using Small = Launch<Rule, Epilogue, Real, kSmallLaunch>;
-  // Tensors of float64 are rarely many.
+  // Large launches are not worth compiling for float64: such tensors are rarely many.
   using Large =
       Launch<Rule, Epilogue, Real, sizeof(Real) == sizeof(float) ? kLargeLaunch : kSmallLaunch>;
   while (num_rows != 0) {
@@ -130,7 +130,7 @@ void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue&
   }
 }
 
-// Passes the counters of all rows that have one to `enqueue(device, advance)`.
+// Passes the rows' counters to `enqueue(device, advance)`.
 template <int kOperands, class Enqueue>
 void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& found_inf,
                       Enqueue enqueue) {
@@ -149,7 +149,7 @@ void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& f
   flush();
 }
 
-// Sweeps a table: `enqueue_key(first_row, rows, num_rows)` enqueues the rows of one key,
+// Sweeps a table. `enqueue_key(first_row, rows, num_rows)` enqueues the rows of a key,
 // `enqueue_advance(device, advance)` the kernel that advances counters.
 template <class Epilogue, int kOperands, class EnqueueKey, class EnqueueAdvance>
 void sweep_table(const Epilogue& epilogue, const Table<kOperands>& table, EnqueueKey enqueue_key,

@@ -1,5 +1,5 @@
-// A thread's elements of one operand, between memory and the arithmetic. All accesses to operands
-// are in this file; `make cuda-check` verifies that in the machine code.
+// Loads and stores a thread's elements of one operand. All accesses to operands are in this file;
+// `make cuda-check` verifies that in the machine code.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ template <class Stored>
 using BitsOf = std::conditional_t<sizeof(Stored) == 2, uint16_t,
                                   std::conditional_t<sizeof(Stored) == 4, uint32_t, uint64_t>>;
 
-// kHeld elements of a type of kSize bytes, as in memory.
+// kHeld elements of kSize bytes each, as stored in memory.
 template <uint32_t kSize>
 struct Packet {
   uint32_t words[kHeld * kSize / 4];
@@ -79,9 +79,9 @@ struct Packet {
     }
   }
 
-  // Loads every kThreads-th of the first `remaining` elements, 16-bit ones to a word each. Packing
-  // two into a word, or widening after the selection, would make the next operand's loads wait for
-  // this one's; pack_words() does that later.
+  // Loads every kThreads-th of the first `remaining` elements, each 16-bit element into a word.
+  // Packing two into a word, or widening after the selection, would make the next operand's loads
+  // wait for this one's; pack_words() does that later.
   template <class Bits>
   EMOPT_FN void load_singles(const Bits* from, uint32_t remaining) {
     using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
