@@ -1,0 +1,37 @@
+"""The loops of every rule are vectorized."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from emerging_optimizers import _build
+
+UNITS = Path(__file__).parent.parent / "csrc" / "units"
+
+
+def vectorized_loops(unit: Path, folder: Path) -> int:
+    """Compile a rule's unit; return how many vector loops its element loops become."""
+    options = [*_build.COMPILE_ARGS["unix"], "-std=c++17", "-DEMOPT_ABI=0"]
+    command = [_build.compiler(), *options, "-fopt-info-vec-optimized", "-c", str(unit)]
+    command += ["-o", str(folder / f"{unit.stem}.o")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return len(re.findall(r"element_loop\.inl:\d+:\d+: optimized: loop vectorized", report))
+
+
+def is_gcc() -> bool:
+    command = [_build.compiler(), "-dM", "-E", "-x", "c++", "/dev/null"]
+    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return "__GNUC__" in macros and "__clang__" not in macros
+
+
+@pytest.mark.slow
+def test_every_rule_is_vectorized(tmp_path: Path) -> None:
+    if not _build.has_compiler() or not is_gcc():
+        pytest.skip("needs the reports of GCC")
+    counts = {unit.stem: vectorized_loops(unit, tmp_path) for unit in UNITS.glob("*.cpp")}
+    # Each rule has the loops of the smallest one; its flags add others.
+    fewest = counts["lion"]
+    assert fewest > 0
+    assert {name: count for name, count in counts.items() if count < fewest} == {}
