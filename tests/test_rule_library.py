@@ -410,7 +410,7 @@ def test_a_library_of_other_headers(libraries: dict[str, str]) -> None:
     assert native is not None
     before = dict(native.rules)
     message = f"{libraries['old']} was compiled with the headers of another version"
-    with pytest.raises(RuntimeError, match=re.escape(message) + ".*compile it again"):
+    with pytest.raises(RuntimeError, match=re.escape(message) + ".*recompile it"):
         native._load_rule(libraries["old"], "SignDescent")
     assert native.rules == before
 

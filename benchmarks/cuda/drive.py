@@ -156,24 +156,28 @@ class Session:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="folder for drive.json and the runs' lines")
-    parser.add_argument("--seconds", type=float, default=300.0, help="for all, builds included")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="of the variants")
+    parser.add_argument("--output", type=Path, help="folder for drive.json and the runs' output")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time limit, including builds")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="variants to run")
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=MACRO=VALUE,MACRO=VALUE")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="in their names")
-    parser.add_argument("--list", action="store_true", help="show the variants and do nothing")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="TEXT", help="texts in case names"
+    )
+    parser.add_argument("--list", action="store_true", help="list the variants and exit")
     parser.add_argument("--build-only", action="store_true", help="needs no GPU")
-    parser.add_argument("--arch", metavar="sm_90", help="instead of this machine's GPU's")
+    parser.add_argument("--arch", metavar="sm_90", help="default: that of this machine's GPU")
     parser.add_argument("--simulate", action="store_true", help="on the host, with small tensors")
-    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="the sources to measure")
+    parser.add_argument("--csrc", type=Path, default=ROOT / "csrc", help="sources to measure")
     folder = ROOT / "build" / "drive-programs"
-    parser.add_argument("--build", type=Path, default=folder, help="for programs, which are kept")
+    parser.add_argument(
+        "--build", type=Path, default=folder, help="folder for programs, which are kept"
+    )
     parsed = parser.parse_args(arguments)
     if parsed.output is None and not parsed.list:
         parser.error("the following arguments are required: --output")
     unknown = set(parsed.only or ()) - {variant.name for variant in VARIANTS}
     if unknown:
-        parser.error(f"there is no variant {', '.join(sorted(unknown))}; see --list")
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}; see --list")
     return parsed
 
 

@@ -64,7 +64,7 @@ def find_nvcc() -> str:
     ]
     folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     found = shutil.which("nvcc", path=os.pathsep.join(folders))
-    return found or sys.exit("drive: there is no nvcc (set CUDA_HOME)")
+    return found or sys.exit("drive: nvcc not found; set CUDA_HOME")
 
 
 def run_briefly(command: list[str]) -> str:

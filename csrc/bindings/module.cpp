@@ -62,8 +62,8 @@ const RegisteredRule& load_rule(const std::string& path, const std::string& name
   const auto function = reinterpret_cast<Function>(find(*library, path, name));
   const RuleInfo* const info = function();
   TORCH_CHECK(info->abi == EMOPT_ABI, path,
-              " was compiled with the headers of another version of emerging_optimizers; compile "
-              "it again");
+              " was compiled with the headers of another version of emerging_optimizers; recompile "
+              "it");
   const auto* const rule = new RegisteredRule(register_rule(*info));
   library.release();
   return *rule;

@@ -35,7 +35,7 @@ Isa choose_isa() {
     names += (names.empty() ? "" : ", ") + std::string(name(isa));
   }
   throw std::runtime_error("EMERGING_OPTIMIZERS_ISA is '" + std::string(wanted) +
-                           "', but this build on this machine has: " + names);
+                           "'; expected one that this build and machine support: " + names);
 }
 
 }  // namespace

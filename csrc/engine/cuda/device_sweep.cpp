@@ -47,7 +47,7 @@ void check_launch(cudaError_t error, int device) {
     }
     TORCH_CHECK(false, "emerging_optimizers was compiled for GPUs of compute capability", compiled,
                 ", but cuda:", device, " has ", capability(major, minor),
-                "; compile it again with TORCH_CUDA_ARCH_LIST=", capability(major, minor));
+                "; rebuild it with TORCH_CUDA_ARCH_LIST=", capability(major, minor));
   }
   C10_CUDA_CHECK(error);
 }
