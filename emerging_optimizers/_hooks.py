@@ -1,5 +1,6 @@
 """Hooks around the update of weights, such as the one that keeps their norms."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from ._members import Member
 from ._weights import Masters
 
 
-class WeightHook:
+class WeightHook(ABC):
     """Runs before and after the update of weights, in groups that set its flag.
 
     Attributes:
@@ -19,13 +20,15 @@ class WeightHook:
 
     flag: str
 
+    @abstractmethod
     def check_group(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
         """Check a new group that sets the flag."""
 
+    @abstractmethod
     def joins(self, param: Tensor) -> bool:
         """Return whether a parameter takes part without a gradient, since processes communicate."""
-        return False
 
+    @abstractmethod
     def before_update(self, weights: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
         """Return what `after_update` needs: one item for each parameter.
 
@@ -33,8 +36,8 @@ class WeightHook:
             weights: This process's shards of the weights, as real numbers.
             params: The parameters.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def after_update(
         self, weights: Sequence[Tensor], params: Sequence[Tensor], kept: Sequence[Any]
     ) -> list[Tensor]:
@@ -43,7 +46,6 @@ class WeightHook:
         Returns:
             For each weight a tensor of one element: whether it is unchanged.
         """
-        raise NotImplementedError
 
 
 def before_update(hook: WeightHook, masters: Masters, members: Sequence[Member]) -> list[Any]:

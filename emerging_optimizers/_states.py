@@ -80,13 +80,13 @@ def operands_of(member: Member) -> dict[str, Any]:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check_param(member: Member) -> None:
+def check_param(member: Member, must_be_matrix: bool) -> None:
     """Raise for a parameter or a gradient that a step cannot use."""
     param, grad = member.param, member.grad
     assert grad is not None
     if not (_is_ordinary(param, param) and _is_ordinary(grad, param)):
         _check_param(member, grad)
-    if scales_by_shape(member.group, member.rule) and param.dim() != 2:
+    if must_be_matrix and param.dim() != 2:
         raise ValueError(
             f"use_shape_scaling needs 2-D parameters; this one has shape {tuple(param.shape)}"
         )
@@ -255,9 +255,10 @@ def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> lis
     rule = optimizer._rule_of(group)
     numbers = zip(call.scalars._fields, call.scalars, strict=True)
     unknown = [*find_unknown_numbers(group, rule), *(n for n in numbers if not has_value(n[1]))]
+    must_be_matrices = scales_by_shape(group, rule)
     for member in with_grad:
         try:
-            check_param(member)
+            check_param(member, must_be_matrices)
             for name, value in unknown:
                 check_has_value(name, value, member.param)
         except (TypeError, ValueError, RuntimeError) as error:
