@@ -24,7 +24,7 @@ from pathlib import Path
 # instruction set gives the same bits. -fno-math-errno and -fno-trapping-math let the compiler
 # vectorize loops with square roots and comparisons; they change no result. Nor does the limit of
 # unswitching, which moves a step's flags out of its loop: at GCC's default, 50 instructions, the
-# loop of AdEMAMix's step is not vectorized, and takes 8 times as long. Debug information would make
+# loop of AdEMAMix's step is not vectorized (tests/test_vectorized.py). Debug information would make
 # the module twenty times larger.
 COMPILE_ARGS = {
     "unix": [
