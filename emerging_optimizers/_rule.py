@@ -25,12 +25,14 @@ from ._hyperparameters import (
 )
 from ._native import native
 
-_NAMESPACE = "emerging_optimizers"
+# Of the package's operators, and of those of rules that users define.
+NAMESPACE = "emerging_optimizers"
+USER_NAMESPACE = "emerging_optimizers_user"
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
-# The formulas, for devices for which the operators have no kernel.
-_fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
+# By namespace: the formulas, for devices for which the operators have no kernel.
+_fallbacks: dict[str, Any] = {}
 
 
 # Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
@@ -73,31 +75,58 @@ class Rule:
         formula: Callable[..., Tensor],
         check: Callable[..., None] | None = None,
     ) -> None:
-        self.name = name
-        self.formula = formula
-        self._check = check
         parameters = inspect.signature(formula).parameters.values()
-        self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
-        self._declared = [
+        states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
+        declared = [
             Hyperparameter.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
+        self.formula = formula
+        self._check = check
+        self._describe(name, states, declared)
+        if native is not None and name in native.rules:
+            self._bind(native.rules[name], getattr(native, f"{name}_update"), NAMESPACE, name)
+
+    def _describe(
+        self, name: str, states: tuple[str, ...], declared: Sequence[Hyperparameter]
+    ) -> None:
+        """Take the rule's description. It has no native code yet."""
+        self.name = name
+        # How errors name the update function.
+        self.title = f"calculate_{name}_update"
+        self.states = states
+        self._declared = list(declared)
         self.hyperparameter_names = [declared.name for declared in self._declared]
         self.hyperparameters = [declared for declared in self._declared if declared.kind != "step"]
-        # The compiled module's handle of the rule.
-        self.native: Any = None if native is None else native.rules.get(name)
+        # The compiled module's handle of the rule, and the function that eager calls enter.
+        self.native: Any = None
+        self._eager: Any = None
         self._operator: Any = None
         # The device types for which the operator has kernels.
         self._native_devices: tuple[str, ...] = ()
-        if self.native is not None:
-            operator = f"{_NAMESPACE}::{name}_update_"
-            has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
-            self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
-            _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
-            self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
+        self._register_for_dtensors = self._make_dtensor_registration()
+
+    def _bind(self, handle: Any, eager: Callable[..., Any], namespace: str, stem: str) -> None:
+        """Take the native code.
+
+        Args:
+            handle: The compiled module's handle of the rule.
+            eager: The compiled module's function for eager calls.
+            namespace: The operator's namespace.
+            stem: The operator is ``{stem}_update_``.
+        """
+        name = f"{stem}_update_"
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
+        self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
+        if namespace not in _fallbacks:
+            _fallbacks[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+        _fallbacks[namespace].impl(name, self._fallback, "CompositeExplicitAutograd")
+        self._operator = getattr(getattr(torch.ops, namespace), name).default
         self._register_for_dtensors = self._make_dtensor_registration()
         self._register_for_dtensors()
+        self._eager = eager
+        self.native = handle
 
     def for_groups(
         self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
@@ -115,7 +144,7 @@ class Rule:
         """Return what the update function calls, with all its arguments and then ``out``."""
         if self._operator is None:
             return self._call
-        eager = getattr(native, f"{self.name}_update")
+        eager = self._eager
         traced = self._call
         is_compiling = torch.compiler.is_compiling
         register_for_dtensors = self._register_for_dtensors
@@ -143,7 +172,7 @@ class Rule:
     def _call(self, *arguments: Any) -> Any:
         """Call the operator through ``torch.ops`` if there is one, else apply the formula."""
         if not torch.compiler.is_compiling():
-            refuse_trace(f"calculate_{self.name}_update")
+            refuse_trace(self.title)
         num_tensors = 1 + len(self.states)
         out = arguments[-1]
         grads = _checks.read_operand("grad", arguments[0])
