@@ -7,7 +7,7 @@ with nothing compiled), the formula is applied tensor by tensor.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -127,6 +127,17 @@ class Rule:
         self._register_for_dtensors()
         self._eager = eager
         self.native = handle
+
+    def build_for(self, tensors: Iterable[Any]) -> bool:
+        """Return whether there is native code; a user's rule is built at its first use."""
+        return self.native is not None
+
+    def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
+        """Give a class of optimizers this rule; only users' rules do that."""
+        raise TypeError(
+            f"class {cls.__name__}: rule= takes a rule that emerging_optimizers.rule made; the"
+            " package's own rules have classes"
+        )
 
     def for_groups(
         self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
@@ -279,7 +290,7 @@ class Rule:
             for grad, *read, update in zip(grads.tensors, *lists, strict=True):
                 if update.numel() != 0:
                     # Exact so far: the update is a sign, which every dtype holds.
-                    scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
+                    scaled = update.to(arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
                     store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 
@@ -310,7 +321,7 @@ class Rule:
 
     def compute_update(self, grad: Tensor, states: list[Tensor], values: dict[str, Any]) -> Tensor:
         """Apply the formula in float32 or float64, and return the update in that dtype."""
-        real = _arithmetic_dtype((grad, *states))
+        real = arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **values)
         for state, wide in zip(states, widened, strict=True):
@@ -339,7 +350,7 @@ def _new_updates(grads: Operand, layouts: Operand) -> Operand:
     return Operand("out", updates, grads.is_single, True)
 
 
-def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
+def arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
     is_double = any(tensor.dtype == torch.float64 for tensor in read)
     return torch.float64 if is_double else torch.float32
 

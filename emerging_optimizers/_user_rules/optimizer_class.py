@@ -4,43 +4,37 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from .._base import SHARED_DEFAULTS, BaseOptimizer
-from .rule import UserRule
+from .._base import SHARED_DEFAULTS
+from .._optimizer import ScalarOptimizer
+from .signature import Signature
 
-# Arguments of every optimizer, which no hyperparameter may be named like.
+# Arguments of every optimizer. No hyperparameter may have these names, or those of `_TAKEN`.
 _OWN_DEFAULTS = {"weight_decay": 0.0, "weight_decay_method": "decoupled"}
-_TAKEN = ("lr", *_OWN_DEFAULTS, *SHARED_DEFAULTS, "grad_multiplier", "closure", "foreach", "initial_lr")
+_TAKEN = ("lr", "initial_lr", "foreach", "param_names", *_OWN_DEFAULTS, *SHARED_DEFAULTS)
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, Any]) -> None:
-    """Give a class its rule, and an ``__init__`` with the rule's hyperparameters.
+def complete_class(
+    cls: Any, rule: str, signature: Signature, defaults: Mapping[str, Any]
+) -> None:
+    """Give a class an ``__init__`` with a rule's hyperparameters.
 
     Args:
         cls: The class.
-        rule: Its rule; None for the rule of the class from which it derives.
-        defaults: Defaults of arguments, which override the rule's.
+        rule: The rule's name.
+        signature: The rule's arguments.
+        defaults: Defaults of the class's arguments, which override the rule's.
 
     Raises:
-        TypeError: There is no rule, the rule's arguments clash with the optimizer's, or a default
-            is of an unknown argument.
+        TypeError: The rule's arguments clash with the optimizer's, a default is of an unknown
+            argument, or a class in between has an ``__init__`` of its own.
     """
-    inherited = getattr(cls, "_class_defaults", {})
-    if rule is None:
-        rule = getattr(cls, "_rule", None)
-    elif inherited and rule is not cls._rule:
-        inherited = {}
-    if not isinstance(rule, UserRule):
-        raise TypeError(
-            f"class {cls.__name__}: rule= takes a rule that emerging_optimizers.rule made, not"
-            f" {type(rule).__name__}"
-        )
-    names = [h.name for h in rule.hyperparameters]
+    names = [h.name for h in signature.hyperparameters if h.kind != "step"]
     for name in names:
         if name in _TAKEN:
             raise TypeError(
-                f"class {cls.__name__}: the rule {rule.name} has a hyperparameter named {name}, which"
+                f"class {cls.__name__}: the rule {rule} has a hyperparameter named {name}, which"
                 " every optimizer has: rename it"
             )
     known = ("lr", *names, *_OWN_DEFAULTS, *SHARED_DEFAULTS)
@@ -49,47 +43,39 @@ def complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, A
             raise TypeError(
                 f"class {cls.__name__}: unknown argument {name!r}; expected {', '.join(known)}"
             )
-    if any("__init__" in vars(base) and base is not BaseOptimizer for base in _between(cls)):
-        raise TypeError(
-            f"class {cls.__name__}: give rule= to a class that derives from ScalarOptimizer, and"
-            " derive this one from that class"
-        )
-    cls._rule = rule
-    cls._class_defaults = {**inherited, **defaults}  # type: ignore[attr-defined]
+    for base in cls.__mro__[1 : cls.__mro__.index(ScalarOptimizer)]:
+        if "__init__" in vars(base) and "_class_defaults" not in vars(base):
+            raise TypeError(
+                f"class {cls.__name__}: {base.__name__} has an __init__ of its own; give rule= to a"
+                f" class that derives from ScalarOptimizer, and derive from {base.__name__} and it"
+            )
+    inherited = getattr(cls, "_class_defaults", {}) if _rule_name(cls) == rule else {}
+    cls._class_defaults = {**inherited, **defaults}
     if "__init__" not in vars(cls):
-        _add_init(cls, rule, names)
+        _add_init(cls, signature, names)
 
 
-def _between(cls: type[BaseOptimizer]) -> list[type]:
-    """Return the classes between a class and `ScalarOptimizer` that are not of rules."""
-    classes = []
-    for base in cls.__mro__[1:]:
-        if base.__name__ == "ScalarOptimizer":
-            break
-        if "_class_defaults" not in vars(base):
-            classes.append(base)
-    return classes
+def _rule_name(cls: Any) -> str | None:
+    return cls._rule.name if hasattr(cls, "_rule") else None
 
 
-def _add_init(cls: Any, rule: UserRule, names: list[str]) -> None:
+def _add_init(cls: Any, signature: Signature, names: list[str]) -> None:
     """Add ``__init__(params, lr, *, hyperparameters, weight_decay, ..., options)``."""
-    defaults = {**SHARED_DEFAULTS, **_OWN_DEFAULTS, **rule.signature.defaults, **cls._class_defaults}
+    defaults = {**SHARED_DEFAULTS, **_OWN_DEFAULTS, **signature.defaults, **cls._class_defaults}
     own = ("lr", *names, *_OWN_DEFAULTS)
-    keywords = [n if n not in defaults else f"{n}=_{n}" for n in own]
-    options = {n: v for n, v in cls._class_defaults.items() if n in SHARED_DEFAULTS}
+    arguments = [f"{name}=_{name}" if name in defaults else name for name in own]
     values = ", ".join(f"{name!r}: {name}" for name in own)
     text = (
-        f"def __init__(self, params, {keywords[0]}, *, {', '.join(keywords[1:])}, **options):\n"
+        f"def __init__(self, params, {arguments[0]}, *, {', '.join(arguments[1:])}, **options):\n"
         f"    _init(self, params, {{{values}}}, {{**_options, **options}})\n"
     )
-    base = next(base for base in cls.__mro__ if base.__name__ == "ScalarOptimizer")
     namespace: dict[str, Any] = {f"_{name}": defaults[name] for name in own if name in defaults}
-    namespace.update(_init=base.__init__, _options=options)
+    namespace["_init"] = ScalarOptimizer.__init__
+    namespace["_options"] = {n: v for n, v in cls._class_defaults.items() if n in SHARED_DEFAULTS}
     exec(compile(text, f"<class {cls.__name__}>", "exec"), namespace)
     init = namespace["__init__"]
     init.__qualname__ = f"{cls.__qualname__}.__init__"
     init.__module__ = cls.__module__
-    init.__doc__ = f"Create the optimizer; see :class:`{cls.__name__}`."
     init.__signature__ = _signature(own, defaults)
     cls.__init__ = init
 

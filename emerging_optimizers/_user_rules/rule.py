@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .build import library_for
 from .emitter import emit, struct_name
 from .graph import RuleError
 from .info import Info, describe
+from .optimizer_class import complete_class
 from .tracer import trace_rule
 
 # The rules of this process, by name.
@@ -168,6 +169,11 @@ class UserRule(Rule):
 
     # Called while a graph is traced, not by the graph.
     _build_for_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
+        """Give a class of optimizers this rule, and an ``__init__`` with its hyperparameters."""
+        complete_class(cls, self.name, self.signature, defaults)
+        cls._rule = self  # type: ignore[attr-defined]
 
     # ---- the formula -----------------------------------------------------------------------------
 
