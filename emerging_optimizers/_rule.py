@@ -61,19 +61,22 @@ class Rule:
 
     The formula's signature describes the rule, in the order of the update function's arguments:
     tensors (the gradient, then the states), then hyperparameters, with their domains as types. The
-    formula modifies the states in place, does not modify the gradient, and returns the update.
+    formula modifies the states in place, does not modify the gradient, and returns the update; or
+    None, if the step leaves the weights as they are.
 
     Args:
         name: Stem of the operator, ``{name}_update_``.
         formula: The equations.
         check: Raises an error if hyperparameters do not go together.
+        lowest_step: 1 if steps count from 1 with any hyperparameters.
     """
 
     def __init__(
         self,
         name: str,
-        formula: Callable[..., Tensor],
+        formula: Callable[..., Tensor | None],
         check: Callable[..., None] | None = None,
+        lowest_step: int = 0,
     ) -> None:
         parameters = inspect.signature(formula).parameters.values()
         states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
@@ -84,6 +87,7 @@ class Rule:
         ]
         self.formula = formula
         self._check = check
+        self._lowest_step = lowest_step
         self._describe(name, states, declared)
         if native is not None and name in native.rules:
             self._bind(native.rules[name], getattr(native, f"{name}_update"), NAMESPACE, name)
@@ -228,7 +232,7 @@ class Rule:
         for declared in self._declared:
             value = values[declared.name]
             if declared.kind == "step":
-                check_step(value, values.get("correct_bias", False))
+                check_step(value, values.get("correct_bias", False), self._lowest_step)
             elif declared.kind == "numbers":
                 for i, number in enumerate(value):
                     check_domain(f"{declared.name}[{i}]", number, declared.domain)
@@ -317,10 +321,19 @@ class Rule:
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> None:
-        store(update, self.compute_update(grad, states, values))
+        computed = self.compute_update(grad, states, values)
+        if computed is None:
+            update.zero_()
+        else:
+            store(update, computed)
 
-    def compute_update(self, grad: Tensor, states: list[Tensor], values: dict[str, Any]) -> Tensor:
-        """Apply the formula in float32 or float64, and return the update in that dtype."""
+    def compute_update(
+        self, grad: Tensor, states: list[Tensor], values: dict[str, Any]
+    ) -> Tensor | None:
+        """Apply the formula in float32 or float64, and return the update in that dtype.
+
+        Returns None if the step leaves the weights as they are.
+        """
         real = arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **values)

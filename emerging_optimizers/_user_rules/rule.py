@@ -56,8 +56,8 @@ class UserRule(Rule):
         signature = trace.signature
         self._describe(signature.name, signature.states, signature.hyperparameters)
         self.title = self.name
-        if signature.has_step and "correct_bias" not in self.hyperparameter_names:
-            self.lowest_step = 1
+        counts_from_1 = signature.has_step and "correct_bias" not in self.hyperparameter_names
+        self._lowest_step = 1 if counts_from_1 else 0
         functools.update_wrapper(self, function, updated=())
         self._function = self._make_function()
         self.__signature__ = inspect.signature(self._function)
