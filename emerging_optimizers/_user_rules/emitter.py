@@ -22,26 +22,26 @@ _OF_NUMBERS = {
     "min": "({1} < {0} ? {1} : {0})",  # as Python's
     "max": "({1} > {0} ? {1} : {0})",
     "as_number": "({0} ? 1.0 : 0.0)",
-    "floor_divide": "traced::floor_divide({0}, {1})",
-    "floor_modulo": "traced::floor_modulo({0}, {1})",
-    "one_minus_power": "one_minus_power({0}, {1})",
+    "floor_divide": "emopt::floor_divide({0}, {1})",
+    "floor_modulo": "emopt::floor_modulo({0}, {1})",
+    "one_minus_power": "emopt::one_minus_power({0}, {1})",
 }
 _OF_ELEMENTS = {
     "fill": "{0}",
-    "sqrt": "square_root({0})",
-    "rsqrt": "traced::reciprocal_root({0})",
-    "abs": "traced::absolute({0})",
-    "sign": "sign({0})",
-    "copysign": "traced::copy_sign({0}, {1})",
-    "max": "traced::maximum({0}, {1})",
-    "min": "traced::minimum({0}, {1})",
-    "as_number": "traced::as_number<Real>({0})",
+    "sqrt": "emopt::square_root({0})",
+    "rsqrt": "emopt::reciprocal_root({0})",
+    "abs": "emopt::absolute({0})",
+    "sign": "emopt::sign({0})",
+    "copysign": "emopt::copy_sign({0}, {1})",
+    "max": "emopt::maximum({0}, {1})",
+    "min": "emopt::minimum({0}, {1})",
+    "as_number": "emopt::as_number<Real>({0})",
 }
 _WIDTH = 72
 # Names that the struct has for itself, and C++'s that Python allows.
 _TAKEN = frozenset(
     """k which keeps_weight rule step Real Step kCase kName kStates kLowestStep kNumCases compute
-    hyperparameters hyperparameter optional_hyperparameter sign square_root one_minus_power traced
+    hyperparameters hyperparameter optional_hyperparameter emopt
     alignas alignof asm auto bitand bitor bool case catch char compl concept const consteval
     constexpr constinit const_cast co_await co_return co_yield decltype default delete do double
     dynamic_cast enum explicit export extern false float friend goto inline int long mutable
@@ -332,7 +332,7 @@ class _Code:
             complement = _complement_of_power(node)
             if complement is not None:
                 operands = [_bare(self.of(operand)) for operand in complement]
-                return f"one_minus_power({', '.join(operands)})"
+                return f"emopt::one_minus_power({', '.join(operands)})"
         operands = [self.of(operand) for operand in node.operands]
         if node.op in _INFIX:
             return f"({operands[0]} {node.op} {operands[1]})"
@@ -340,7 +340,7 @@ class _Code:
         form = form or (_OF_ELEMENTS if self.is_per_element else _OF_NUMBERS).get(node.op)
         if form is None:
             form = f"::{node.op}({', '.join(f'{{{i}}}' for i in range(len(operands)))})"
-        if "::" in form or form.startswith(("sign", "square_root")):
+        if "::" in form:
             operands = [_bare(operand) for operand in operands]
         if node.op == "neg":
             return f"(-{operands[0]})"
