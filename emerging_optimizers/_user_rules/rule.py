@@ -86,7 +86,9 @@ class UserRule(Rule):
         namespace: dict[str, Any] = {"_call": self.entry_point(), **defaults}
         exec(compile(text, f"<rule {self.name}>", "exec"), namespace)
         function: Callable[..., Any] = namespace[self.name]
-        return functools.update_wrapper(function, self.formula, assigned=("__doc__", "__module__"))
+        function.__doc__ = self.formula.__doc__
+        function.__module__ = self.formula.__module__
+        return function
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return what the rule calls, with all its arguments and then ``out``."""
