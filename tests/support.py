@@ -47,7 +47,7 @@ class Mix:
 
     def of(self, rule: Rule) -> tuple[torch.dtype, ...]:
         """The dtypes of a rule's states: the last ones, so that few states get mixes, too."""
-        return self.states[-len(rule.states) :]
+        return self.states[len(self.states) - len(rule.states) :]
 
 
 MIXES = {
