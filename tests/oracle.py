@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -351,7 +351,7 @@ def _rule(
     optimizers: Sequence[Optimizer],
     **others: Any,
 ) -> Rule:
-    function = getattr(CLASSES, name if IS_USER else f"calculate_{name}_update")
+    function = getattr(scalar_optimizers, f"calculate_{name}_update")
     return Rule(name, function, oracle, tuple(states.split()), cases, optimizers, **others)
 
 
@@ -407,206 +407,192 @@ _WARM_UP = {"num_beta_slow_warmup_steps": 3, "num_alpha_warmup_steps": 4, "alpha
 _SIM_WARM_UP = {"num_beta_fast_warmup_steps": 3, "min_beta_fast": 0.5, "alpha": 1.0}
 _SCALED = {"use_shape_scaling": True}
 
-_ADAM_CASES = {
-    "usual": _ADAM,
-    "first step": _ADAM | {"step": 1},
-    "second step": _ADAM | {"step": 2},
-    "late step": _ADAM | {"step": 1000},
-    "uncorrected": _ADAM | {"correct_bias": False},
-    "uncorrected step 0": _ADAM | {"correct_bias": False, "step": 0},
-    "nesterov": _ADAM | {"use_nesterov": True},
-    "nesterov first step": _ADAM | {"use_nesterov": True, "step": 1},
-    "nesterov uncorrected": _ADAM | {"use_nesterov": True, "correct_bias": False},
-    "zero betas": _ADAM | {"betas": (0.0, 0.0)},
-    "nesterov zero betas": _ADAM | {"use_nesterov": True, "betas": (0.0, 0.0)},
-    "betas near 1": _ADAM | {"betas": (0.9999, 0.99999), "step": 2, "eps": 1e-15},
-}
-_LION_CASES = {
-    "usual": {"momentum_beta": 0.9, "momentum_beta2": 0.99},
-    "one beta": {"momentum_beta": 0.9, "momentum_beta2": None},
-    "zero first beta": {"momentum_beta": 0.0, "momentum_beta2": 0.99},
-    "zero betas": {"momentum_beta": 0.0, "momentum_beta2": 0.0},
-    "betas near 1": {"momentum_beta": 0.9999, "momentum_beta2": 0.99999},
-}
-_LION_DEFAULTS = {"momentum_beta": 0.9, "momentum_beta2": 0.99}
-_ROOT = {"scale": 0.5}
+_TABLE = [
+    _rule(
+        "adam",
+        adam,
+        "exp_avg exp_avg_sq",
+        {
+            "usual": _ADAM,
+            "first step": _ADAM | {"step": 1},
+            "second step": _ADAM | {"step": 2},
+            "late step": _ADAM | {"step": 1000},
+            "uncorrected": _ADAM | {"correct_bias": False},
+            "uncorrected step 0": _ADAM | {"correct_bias": False, "step": 0},
+            "nesterov": _ADAM | {"use_nesterov": True},
+            "nesterov first step": _ADAM | {"use_nesterov": True, "step": 1},
+            "nesterov uncorrected": _ADAM | {"use_nesterov": True, "correct_bias": False},
+            "zero betas": _ADAM | {"betas": (0.0, 0.0)},
+            "nesterov zero betas": _ADAM | {"use_nesterov": True, "betas": (0.0, 0.0)},
+            "betas near 1": _ADAM | {"betas": (0.9999, 0.99999), "step": 2, "eps": 1e-15},
+        },
+        [
+            Optimizer("Adam", _ADAM_DEFAULTS),
+            Optimizer("AdamW", _ADAM_DEFAULTS),
+            Optimizer(
+                "Adam", _ADAM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
+            ),
+            Optimizer("Adam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+        ],
+    ),
+    _rule(
+        "ademamix",
+        ademamix,
+        "exp_avg_fast exp_avg_slow exp_avg_sq",
+        {
+            "usual": _ADEMAMIX,
+            "first step": _ADEMAMIX | {"step": 1},
+            "second step": _ADEMAMIX | {"step": 2},
+            "before the warm-ups' end": _ADEMAMIX | {"step": 99},
+            "at the warm-ups' end": _ADEMAMIX | {"step": 100},
+            "after the warm-ups' end": _ADEMAMIX | {"step": 1000},
+            "different warm-ups": _ADEMAMIX
+            | {"num_beta_slow_warmup_steps": 7, "num_alpha_warmup_steps": 1000},
+            "no warm-up": _ADEMAMIX
+            | {"num_beta_slow_warmup_steps": None, "num_alpha_warmup_steps": None},
+            "uncorrected": _ADEMAMIX | {"correct_bias": False},
+            "uncorrected step 0": _ADEMAMIX | {"correct_bias": False, "step": 0},
+            "zero fast beta": _ADEMAMIX | {"betas": (0.0, 0.999, 0.9999)},
+            "zero betas": _ADEMAMIX
+            | {
+                "betas": (0.0, 0.0, 0.0),
+                "num_beta_slow_warmup_steps": None,
+                "num_alpha_warmup_steps": None,
+            },
+            "negative alpha": _ADEMAMIX | {"alpha": -3.5},
+            "zero alpha": _ADEMAMIX | {"alpha": 0.0},
+        },
+        [
+            Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS),
+            Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS | _WARM_UP, "warm-up", _WARM_UP),
+        ],
+    ),
+    _rule(
+        "sim_ademamix",
+        sim_ademamix,
+        "exp_avg exp_avg_sq",
+        {
+            "usual": _SIM_ADEMAMIX,
+            "first step": _SIM_ADEMAMIX | {"step": 1},
+            "second step": _SIM_ADEMAMIX | {"step": 2},
+            "before the warm-up's end": _SIM_ADEMAMIX | {"step": 99},
+            "at the warm-up's end": _SIM_ADEMAMIX | {"step": 100},
+            "after the warm-up's end": _SIM_ADEMAMIX | {"step": 1000},
+            "no warm-up": _SIM_ADEMAMIX | {"num_beta_fast_warmup_steps": None},
+            "from zero": _SIM_ADEMAMIX | {"min_beta_fast": 0.0},
+            "uncorrected": _SIM_ADEMAMIX | {"correct_bias": False},
+            "uncorrected step 0": _SIM_ADEMAMIX | {"correct_bias": False, "step": 0},
+            "zero betas": _SIM_ADEMAMIX | {"betas": (0.0, 0.0), "num_beta_fast_warmup_steps": None},
+            "negative alpha": _SIM_ADEMAMIX | {"alpha": -3.5},
+            "zero alpha": _SIM_ADEMAMIX | {"alpha": 0.0},
+        },
+        [
+            Optimizer("SimplifiedAdEMAMix", _SIM_DEFAULTS),
+            Optimizer("SimplifiedAdEMAMix", _SIM_DEFAULTS | _SIM_WARM_UP, "warm-up", _SIM_WARM_UP),
+        ],
+    ),
+    _rule(
+        "laprop",
+        laprop,
+        "exp_avg exp_avg_sq",
+        {
+            "usual": _LAPROP,
+            "first step": _LAPROP | {"step": 1},
+            "second step": _LAPROP | {"step": 2},
+            "late step": _LAPROP | {"step": 1000},
+            "uncorrected": _LAPROP | {"correct_bias": False},
+            "uncorrected step 0": _LAPROP | {"correct_bias": False, "step": 0},
+            "zero betas": _LAPROP | {"betas": (0.0, 0.0)},
+            "zero first beta": _LAPROP | {"betas": (0.0, 0.99), "eps": 1e-3},
+        },
+        [
+            Optimizer("LaProp", _LAPROP_DEFAULTS),
+            Optimizer("LaProp", _LAPROP_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+        ],
+        normalises=True,
+    ),
+    _rule(
+        "lion",
+        lion,
+        "exp_avg",
+        {
+            "usual": {"momentum_beta": 0.9, "momentum_beta2": 0.99},
+            "one beta": {"momentum_beta": 0.9, "momentum_beta2": None},
+            "zero first beta": {"momentum_beta": 0.0, "momentum_beta2": 0.99},
+            "zero betas": {"momentum_beta": 0.0, "momentum_beta2": 0.0},
+            "betas near 1": {"momentum_beta": 0.9999, "momentum_beta2": 0.99999},
+        },
+        [Optimizer("Lion", {"momentum_beta": 0.9, "momentum_beta2": 0.99})],
+        is_sign=True,
+        same_as={"momentum_beta2": "momentum_beta"},
+    ),
+    _rule(
+        "signum",
+        signum,
+        "exp_avg",
+        {
+            "usual": _SIGNUM,
+            "uncorrected": _SIGNUM | {"correct_bias": False},
+            "uncorrected step 0": _SIGNUM | {"correct_bias": False, "step": 0},
+            "nesterov": _SIGNUM | {"use_nesterov": True},
+            "nesterov first step": _SIGNUM | {"use_nesterov": True, "step": 1},
+            "nesterov second step": _SIGNUM | {"use_nesterov": True, "step": 2},
+            "nesterov late step": _SIGNUM | {"use_nesterov": True, "step": 1000},
+            "nesterov uncorrected": _SIGNUM | {"use_nesterov": True, "correct_bias": False},
+            "zero beta": _SIGNUM | {"momentum_beta": 0.0},
+            "shape scaling": _SIGNUM | {"use_shape_scaling": True},
+            "nesterov shape scaling": _SIGNUM | {"use_nesterov": True, "use_shape_scaling": True},
+        },
+        [
+            Optimizer("Signum", _SIGNUM_DEFAULTS),
+            Optimizer(
+                "Signum", _SIGNUM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
+            ),
+            Optimizer("Signum", _SIGNUM_DEFAULTS | _SCALED, "shape scaling", _SCALED),
+        ],
+        is_sign=True,
+    ),
+]
 
 
-def _built_in() -> list[Rule]:
-    return [
-        _rule(
-            "adam",
+def _users_rules() -> dict[str, Rule]:
+    """The table of user_rules.py. Its keys say what the rules compute, as the built-in ones' do."""
+    adam, lion = (rule for rule in _TABLE if rule.name in ("adam", "lion"))
+    cases = {"usual": {"scale": 0.5}, "zero scale": {"scale": 0.0}}
+    return {
+        "adam": replace(
             adam,
-            "exp_avg exp_avg_sq",
-            _ADAM_CASES,
-            [
-                Optimizer("Adam", _ADAM_DEFAULTS),
-                Optimizer("AdamW", _ADAM_DEFAULTS),
-                Optimizer(
-                    "Adam", _ADAM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
-                ),
-                Optimizer("Adam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
-            ],
-        ),
-        _rule(
-            "ademamix",
-            ademamix,
-            "exp_avg_fast exp_avg_slow exp_avg_sq",
-            {
-                "usual": _ADEMAMIX,
-                "first step": _ADEMAMIX | {"step": 1},
-                "second step": _ADEMAMIX | {"step": 2},
-                "before the warm-ups' end": _ADEMAMIX | {"step": 99},
-                "at the warm-ups' end": _ADEMAMIX | {"step": 100},
-                "after the warm-ups' end": _ADEMAMIX | {"step": 1000},
-                "different warm-ups": _ADEMAMIX
-                | {"num_beta_slow_warmup_steps": 7, "num_alpha_warmup_steps": 1000},
-                "no warm-up": _ADEMAMIX
-                | {"num_beta_slow_warmup_steps": None, "num_alpha_warmup_steps": None},
-                "uncorrected": _ADEMAMIX | {"correct_bias": False},
-                "uncorrected step 0": _ADEMAMIX | {"correct_bias": False, "step": 0},
-                "zero fast beta": _ADEMAMIX | {"betas": (0.0, 0.999, 0.9999)},
-                "zero betas": _ADEMAMIX
-                | {
-                    "betas": (0.0, 0.0, 0.0),
-                    "num_beta_slow_warmup_steps": None,
-                    "num_alpha_warmup_steps": None,
-                },
-                "negative alpha": _ADEMAMIX | {"alpha": -3.5},
-                "zero alpha": _ADEMAMIX | {"alpha": 0.0},
-            },
-            [
-                Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS),
-                Optimizer("AdEMAMix", _ADEMAMIX_DEFAULTS | _WARM_UP, "warm-up", _WARM_UP),
-            ],
-        ),
-        _rule(
-            "sim_ademamix",
-            sim_ademamix,
-            "exp_avg exp_avg_sq",
-            {
-                "usual": _SIM_ADEMAMIX,
-                "first step": _SIM_ADEMAMIX | {"step": 1},
-                "second step": _SIM_ADEMAMIX | {"step": 2},
-                "before the warm-up's end": _SIM_ADEMAMIX | {"step": 99},
-                "at the warm-up's end": _SIM_ADEMAMIX | {"step": 100},
-                "after the warm-up's end": _SIM_ADEMAMIX | {"step": 1000},
-                "no warm-up": _SIM_ADEMAMIX | {"num_beta_fast_warmup_steps": None},
-                "from zero": _SIM_ADEMAMIX | {"min_beta_fast": 0.0},
-                "uncorrected": _SIM_ADEMAMIX | {"correct_bias": False},
-                "uncorrected step 0": _SIM_ADEMAMIX | {"correct_bias": False, "step": 0},
-                "zero betas": _SIM_ADEMAMIX
-                | {"betas": (0.0, 0.0), "num_beta_fast_warmup_steps": None},
-                "negative alpha": _SIM_ADEMAMIX | {"alpha": -3.5},
-                "zero alpha": _SIM_ADEMAMIX | {"alpha": 0.0},
-            },
-            [
-                Optimizer("SimplifiedAdEMAMix", _SIM_DEFAULTS),
-                Optimizer(
-                    "SimplifiedAdEMAMix", _SIM_DEFAULTS | _SIM_WARM_UP, "warm-up", _SIM_WARM_UP
-                ),
-            ],
-        ),
-        _rule(
-            "laprop",
-            laprop,
-            "exp_avg exp_avg_sq",
-            {
-                "usual": _LAPROP,
-                "first step": _LAPROP | {"step": 1},
-                "second step": _LAPROP | {"step": 2},
-                "late step": _LAPROP | {"step": 1000},
-                "uncorrected": _LAPROP | {"correct_bias": False},
-                "uncorrected step 0": _LAPROP | {"correct_bias": False, "step": 0},
-                "zero betas": _LAPROP | {"betas": (0.0, 0.0)},
-                "zero first beta": _LAPROP | {"betas": (0.0, 0.99), "eps": 1e-3},
-            },
-            [
-                Optimizer("LaProp", _LAPROP_DEFAULTS),
-                Optimizer("LaProp", _LAPROP_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
-            ],
-            normalises=True,
-        ),
-        _rule(
-            "lion",
-            lion,
-            "exp_avg",
-            _LION_CASES,
-            [Optimizer("Lion", _LION_DEFAULTS)],
-            is_sign=True,
-            same_as={"momentum_beta2": "momentum_beta"},
-        ),
-        _rule(
-            "signum",
-            signum,
-            "exp_avg",
-            {
-                "usual": _SIGNUM,
-                "uncorrected": _SIGNUM | {"correct_bias": False},
-                "uncorrected step 0": _SIGNUM | {"correct_bias": False, "step": 0},
-                "nesterov": _SIGNUM | {"use_nesterov": True},
-                "nesterov first step": _SIGNUM | {"use_nesterov": True, "step": 1},
-                "nesterov second step": _SIGNUM | {"use_nesterov": True, "step": 2},
-                "nesterov late step": _SIGNUM | {"use_nesterov": True, "step": 1000},
-                "nesterov uncorrected": _SIGNUM | {"use_nesterov": True, "correct_bias": False},
-                "zero beta": _SIGNUM | {"momentum_beta": 0.0},
-                "shape scaling": _SIGNUM | {"use_shape_scaling": True},
-                "nesterov shape scaling": _SIGNUM
-                | {"use_nesterov": True, "use_shape_scaling": True},
-            },
-            [
-                Optimizer("Signum", _SIGNUM_DEFAULTS),
-                Optimizer(
-                    "Signum",
-                    _SIGNUM_DEFAULTS | {"use_nesterov": True},
-                    "nesterov",
-                    {"nesterov": True},
-                ),
-                Optimizer("Signum", _SIGNUM_DEFAULTS | _SCALED, "shape scaling", _SCALED),
-            ],
-            is_sign=True,
-        ),
-    ]
-
-
-def _users() -> list[Rule]:
-    nesterov = {"use_nesterov": True}
-    return [
-        _rule(
-            "user_adam",
-            adam,
-            "exp_avg exp_avg_sq",
-            _ADAM_CASES,
-            [
+            name="user_adam",
+            function=CLASSES.user_adam,
+            optimizers=[
                 Optimizer("UserAdam", _ADAM_DEFAULTS),
-                Optimizer("UserAdam", _ADAM_DEFAULTS | nesterov, "nesterov", nesterov),
+                Optimizer(
+                    "UserAdam",
+                    _ADAM_DEFAULTS | {"use_nesterov": True},
+                    "nesterov",
+                    {"use_nesterov": True},
+                ),
                 Optimizer("UserAdam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
             ],
         ),
-        _rule(
-            "user_sign",
+        "lion": replace(
             lion,
-            "exp_avg",
-            _LION_CASES,
-            [Optimizer("UserSign", _LION_DEFAULTS)],
-            is_sign=True,
-            same_as={"momentum_beta2": "momentum_beta"},
+            name="user_sign",
+            function=CLASSES.user_sign,
+            optimizers=[Optimizer("UserSign", lion.optimizers[0].case)],
         ),
-        _rule(
+        "root": Rule(
             "user_root",
+            CLASSES.user_root,
             root,
-            "",
-            {"usual": _ROOT, "zero scale": {"scale": 0.0}},
+            (),
+            cases,
             [
                 Optimizer("UserRoot", {"scale": 1.0}),
-                Optimizer("UserRoot", _ROOT, "scaled", _ROOT),
+                Optimizer("UserRoot", {"scale": 0.5}, "scaled", {"scale": 0.5}),
             ],
         ),
-    ]
+    }
 
 
-# By what they compute: "adam" is Adam in both tables.
-_STEMS = {"user_adam": "adam", "user_sign": "lion"}
-RULES: dict[str, Rule] = {
-    _STEMS.get(rule.name, rule.name): rule for rule in (_users() if IS_USER else _built_in())
-}
+RULES: dict[str, Rule] = _users_rules() if IS_USER else {rule.name: rule for rule in _TABLE}
