@@ -149,7 +149,7 @@ ROWS: Rows = {
 def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception], str]]:
     group = optimizer.param_groups[0]
     found = [(key, *row) for key, rows in ROWS.items() if key in group for row in rows]
-    first = optimizer._state_names[0]
+    first = next(iter(optimizer._state_names), "exp_avg")
     dtype = "state_dtype must be a dtype, a dict of them or None, not int (16)"
     found += [
         ("state_dtype", {first: torch.int8}, ValueError, "Invalid state_dtype: torch.int8; "),
@@ -182,7 +182,9 @@ def refused(
 
 
 every_class = pytest.mark.parametrize(
-    "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
+    "cls",
+    CLASSES,
+    ids=lambda cls: f"{cls.__module__.removeprefix('emerging_optimizers.')}.{cls.__name__}",
 )
 
 

@@ -14,7 +14,9 @@ from emerging_optimizers._native import native
 
 CLASSES: list[Any] = [*(setup.cls for setup in SETUPS), *MEGATRON.values()]
 every_class = pytest.mark.parametrize(
-    "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
+    "cls",
+    CLASSES,
+    ids=lambda cls: f"{cls.__module__.removeprefix('emerging_optimizers.')}.{cls.__name__}",
 )
 every_path = pytest.mark.parametrize(
     "fused",

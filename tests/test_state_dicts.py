@@ -35,7 +35,7 @@ def _make_with_dtype(setup: Setup) -> Any:
 
 
 def _make_with_dtypes(setup: Setup) -> Any:
-    return lambda params: setup.make(params, state_dtype={setup.states[0]: BF16})
+    return lambda params: setup.make(params, state_dtype=dict.fromkeys(setup.states[:1], BF16))
 
 
 def _make_for_megatron(cls: Any) -> Any:
