@@ -26,7 +26,6 @@ from support import (
     make_operands,
     with_specials,
 )
-from test_fallback import rule_of
 from torch import Tensor
 
 from emerging_optimizers._native import native
@@ -231,7 +230,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 @rules_with_step
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 def test_step_on_the_device(rule: Rule, dtype: torch.dtype) -> None:
-    warmups = [h.name for h in rule_of(rule.name).hyperparameters if h.kind == "warm-up"]
+    warmups = [h.name for h in rule.implementation.hyperparameters if h.kind == "warm-up"]
     for case_name, case in rule.cases.items():
         if "step" not in case:
             continue

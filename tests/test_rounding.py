@@ -89,7 +89,7 @@ def test_update_is_rounded_once(name: str, dtype: torch.dtype) -> None:
 def _cases_that_store_the_gradient(rule: Rule) -> dict[str, Any]:
     """Betas of 0: averages become the gradient, its square, or its normalised value."""
     case = dict(rule.usual)
-    for name, kind, domain, length in RULES[rule].implementation.hyperparameters:
+    for name, kind, domain, length in rule.implementation.hyperparameters:
         if domain is Beta:
             case[name] = (0.0,) * length if kind == "numbers" else 0.0
         elif domain is NonNegative:

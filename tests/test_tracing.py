@@ -137,6 +137,7 @@ def test_jit_script_of_an_operator() -> None:
     assert_equal_bits(operands.states[0], other.states[0], "exp_avg")
 
 
+@pytest.mark.builtin_rules("users' rules are objects, which TorchScript takes for classes")
 @every_rule
 def test_jit_script_of_a_function(rule: Rule) -> None:
     with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments"):
