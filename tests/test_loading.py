@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run, set_grads
+from optimizers import (
+    MEGATRON,
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_params,
+    run,
+    set_grads,
+)
 from torch import Tensor, nn
 
 from emerging_optimizers import AdamW, Lion, megatron
@@ -15,14 +24,6 @@ pytestmark = pytest.mark.on_devices("tests-states")
 
 BF16, F32 = torch.bfloat16, torch.float32
 ways = pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
-MEGATRON = [
-    megatron.FusedAdam,
-    megatron.AdEMAMix,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
 MASTERS = {"master_weights": True}
 REMAINDERS = {"master_weights": True, "store_param_remainders": True}
 
@@ -377,7 +378,7 @@ def test_parameter_without_states(setup: Setup, fused: bool | None) -> None:
 
 
 @pytest.mark.parametrize("absent", [None, torch.tensor(9, device="meta")], ids=["None", "meta"])
-@pytest.mark.parametrize("cls", MEGATRON)
+@pytest.mark.parametrize("cls", MEGATRON.values())
 def test_absent_step_of_a_megatron_group(cls: Any, absent: Any) -> None:
     params = make_params()
     optimizer = cls(params)

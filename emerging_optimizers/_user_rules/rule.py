@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _dtensor, _native
 from .._build_cache import BuildError
 from .._rule import USER_NAMESPACE, Rule, arithmetic_dtype, store
 from .build import library_for
@@ -96,6 +96,8 @@ class UserRule(Rule):
 
         def call(*arguments: Any) -> Any:
             self._register_for_dtensors()
+            if not self.states and arguments[-1] is None:
+                arguments = (_dtensor.reduced(arguments[0]), *arguments[1:])
             if is_compiling():
                 self._build_for_devices(_device_types(arguments[0]))
                 return self._call(*arguments)
@@ -216,7 +218,9 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _tensors_of(grads: Any) -> Sequence[Any]:
-    return [grads] if isinstance(grads, Tensor) else grads if isinstance(grads, (list, tuple)) else []
+    return (
+        [grads] if isinstance(grads, Tensor) else grads if isinstance(grads, (list, tuple)) else []
+    )
 
 
 def _device_types(grads: Any) -> tuple[str, ...]:
