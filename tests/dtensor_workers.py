@@ -152,7 +152,7 @@ def check_updates(
                 continue
             assert_equal_bits(full(a), b, f"{rule.name} {form} {label}[{i}]")
     # A gradient that is a partial sum is replicated for a rule without states.
-    models = [lists.placed[name] for name in (*lists.states(), "grad")][0]
+    models = lists.placed[next(iter(lists.states()), "grad")]
     for update, state in zip(updates, models, strict=True):
         assert isinstance(update, DTensor) == isinstance(state, DTensor)
         if isinstance(state, DTensor):

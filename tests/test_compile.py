@@ -138,10 +138,11 @@ def test_exported_graph_keeps_the_operator(rule: Rule) -> None:
 
 def test_errors_keep_their_type_when_compiled(rule: Rule) -> None:
     lists = make_lists(rule)
-    if not rule.states:
-        lists.append([torch.empty_like(grad) for grad in lists[0]])
-    lists[1][2] = torch.rand(3, 3)
-    compiled = torch.compile(lambda: rule.function(*lists, **at_step(rule, 3)), backend="eager")
+    out = [torch.empty_like(grad) for grad in lists[0]]
+    [*lists, out][1][2] = torch.rand(3, 3)
+    compiled = torch.compile(
+        lambda: rule.function(*lists, **at_step(rule, 3), out=out), backend="eager"
+    )
     with pytest.raises(ValueError, match=r"has shape \(3, 3\) but grads\[2\] has shape"):
         compiled()
 

@@ -207,14 +207,7 @@ class _Emitter:
             for outcome in (True, False)
         }
         head = f"{indent}if ({_bare(text)}) {{"
-        return [
-            *code.lines,
-            head,
-            *parts[True],
-            f"{indent}}} else {{",
-            *parts[False],
-            f"{indent}}}",
-        ]
+        return [*code.lines, head, *parts[True], f"{indent}}} else {{", *parts[False], f"{indent}}}"]
 
     def _constants(self, case: Case, known: Mapping[Node, str], indent: str) -> list[str]:
         program = _Code(self.names, {}, " " * 8, is_per_element=True)
@@ -364,9 +357,7 @@ class _Code:
         later = {s for s, _ in written}
         results = []
         for state, text in written:
-            results.append(
-                (state, self._before(text, later - {state} if len(written) > 1 else set()))
-            )
+            results.append((state, self._before(text, later - {state} if len(written) > 1 else set())))
         update = self._before(update, later, "update")
         assignments = [f"{self.indent}{s} = {_bare(t)};" for s, t in results]
         return "\n".join([*self.lines, *assignments, f"{self.indent}return {_bare(update)};"])

@@ -31,9 +31,7 @@ def _of_tensors(name: str, *values: Any) -> None:
     """Raise for a number where torch takes tensors only."""
     for value in values:
         if not isinstance(value, (Element, torch.Tensor)):
-            raise RuleError(
-                f"{name} of a number: torch takes tensors only; use clamp or torch.where"
-            )
+            raise RuleError(f"{name} of a number: torch takes tensors only; use clamp or torch.where")
 
 
 def _scaled(value: Any, factor: Any) -> Any:

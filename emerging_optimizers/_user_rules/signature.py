@@ -59,9 +59,7 @@ def read_signature(function: Callable[..., Any]) -> Signature:
             raise RuleError(f"*{p.name}: name each state and hyperparameter")
         _check_name(p.name, "an argument")
         if p.name in _RESERVED:
-            raise RuleError(
-                f"an argument named {p.name}, which has a meaning of its own: rename it"
-            )
+            raise RuleError(f"an argument named {p.name}, which has a meaning of its own: rename it")
     for p in tensors:
         if p.default is not p.empty or p.name == "step":
             raise RuleError(

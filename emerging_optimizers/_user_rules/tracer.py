@@ -219,3 +219,5 @@ def _is_users(code: types.CodeType) -> bool:
     """Return whether code is inside of a copied function, such as a nested one."""
     name = code.co_filename
     return not name.startswith((_PACKAGE, _TORCH, "<frozen"))
+
+
