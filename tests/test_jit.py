@@ -22,7 +22,7 @@ import torch
 from support import run_python, without_torchs_own
 
 import emerging_optimizers
-from emerging_optimizers import _build, _jit
+from emerging_optimizers import _build, _build_cache, _jit
 from emerging_optimizers._native import _built_for, native
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts as compilers")
@@ -284,7 +284,7 @@ def uncompiled(tmp_path: Path) -> Path:
     """A folder with the package's sources, and nothing compiled."""
     ignored = shutil.ignore_patterns("__pycache__", "_C.*")
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=ignored)
-    shutil.copytree(_jit._sources(), tmp_path / "csrc", dirs_exist_ok=True)
+    shutil.copytree(_build_cache.csrc(), tmp_path / "csrc", dirs_exist_ok=True)
     compiler = tmp_path / "broken"
     compiler.write_text(BROKEN_COMPILER)
     compiler.chmod(0o755)
