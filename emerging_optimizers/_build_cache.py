@@ -48,7 +48,7 @@ class Product(ABC, Generic[Result]):
 
     Attributes:
         folder: Its folder in the cache, which is absolute.
-        stem: How the library's file name begins.
+        pattern: A pattern of the library's file name.
         what: What it is, in messages.
         then: What happens once an error is fixed, as a clause.
         retry: What to do once another process is done, as an imperative.
@@ -62,9 +62,9 @@ class Product(ABC, Generic[Result]):
     if_killed = ""
     file_mode = 0o666
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, pattern: str) -> None:
         self.folder = folder.absolute()
-        self.stem = stem
+        self.pattern = pattern
 
     @abstractmethod
     def missing_tool(self) -> tuple[str, str] | None:
@@ -200,7 +200,7 @@ def _build_product(product: Product[Result], build: Path, log: Path) -> Result:
         # Without locks, another process may have built it meanwhile. It cannot be loaded if the
         # library that was linked here has been, since both register the same operators.
         cached, fault = _cached(product)
-        if cached is not None and not fault and not any(_libraries(product, build)):
+        if cached is not None and not fault and not any(build.glob(product.pattern)):
             return product.load(cached)
         with contextlib.suppress(OSError):  # the disk may be full
             log.touch(product.file_mode)
@@ -287,15 +287,11 @@ def _default_root() -> str:
         return cpp_extension.get_default_build_root()
 
 
-def _libraries(product: Product[Result], folder: Path) -> list[Path]:
-    return list(folder.glob(f"{product.stem}*{SUFFIX}"))
-
-
 def _cached(product: Product[Result]) -> tuple[Path | None, str]:
     """Return the library in the cache, or None, and what is wrong with it."""
     product.check()
     library, fault = None, ""
-    for library in _libraries(product, product.folder):
+    for library in product.folder.glob(product.pattern):
         fault = _library.fault(library)
         if not fault:
             break

@@ -29,7 +29,7 @@ class _Kernels(_build_cache.Product[ModuleType]):
     if_killed = " (MAX_JOBS=1 needs the least memory)"
 
     def __init__(self, recipe: _build.Recipe, folder: Path) -> None:
-        super().__init__(folder, _NAME)
+        super().__init__(folder, f"{_NAME}*{_build_cache.SUFFIX}")
         self.recipe = recipe
 
     def missing_tool(self) -> tuple[str, str] | None:
