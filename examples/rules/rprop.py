@@ -11,17 +11,19 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def rprop(grad, previous_grad, size, *, etas=(0.5, 1.2), sizes=(1e-4, 5e3), step):
+def rprop(grad, previous_grad, step_size, *, etas=(0.5, 1.2), limits=(1e-4, 5e3), step):
     """Return the gradient's sign times the step size; 0 where the sign has changed."""
     if step == 1:
-        size = size + 1
+        step_size = step_size + 1
     shrink, grow = etas
     same = grad * previous_grad > 0
     turned = grad * previous_grad < 0
-    size = torch.where(same, grow * size, torch.where(turned, shrink * size, size))
-    size = size.clamp(*sizes)
+    step_size = torch.where(
+        same, grow * step_size, torch.where(turned, shrink * step_size, step_size)
+    )
+    step_size = step_size.clamp(*limits)
     grad = torch.where(turned, 0.0, grad)
-    return grad.sign() * size, grad, size
+    return grad.sign() * step_size, grad, step_size
 
 
 class Rprop(eo.ScalarOptimizer, rule=rprop, lr=1e-2):
