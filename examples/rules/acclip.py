@@ -1,7 +1,7 @@
 """ACClip: momentum, clipped element by element at an average of the gradients' sizes.
 
 Zhang et al., "Why are Adaptive Methods Good for Attention Models?",
-https://arxiv.org/abs/1912.03194, algorithm 2 with alpha = 1; with a `threshold`, its CClip.
+https://arxiv.org/abs/1912.03194, algorithm 2 with alpha = 1. A `threshold` replaces that average.
 """
 
 import emerging_optimizers as eo

@@ -2,7 +2,8 @@
 
 Luo et al., "Adaptive Gradient Methods with Dynamic Bound of Learning Rate",
 https://arxiv.org/abs/1902.09843. As in the authors' code, there is a bias correction and no
-division by the root of the step. `final_scale` is the final step size, in units of the learning rate.
+division by the root of the step. `final_scale` is the final step size in units of the learning
+rate.
 """
 
 import math
