@@ -50,9 +50,16 @@ class BaseOptimizer(torch.optim.Optimizer):
     # Those of them that need more than one native call. The hook's flag is added.
     _slow_flags: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Read the class's rule and hook."""
-        super().__init_subclass__(**arguments)
+    def __init_subclass__(cls, rule: Any = None, **defaults: Any) -> None:
+        """Read the class's rule and hook.
+
+        Args:
+            rule: The rule, if it is one that a user wrote.
+            **defaults: Then, defaults of the constructor's arguments.
+        """
+        super().__init_subclass__()
+        if rule is not None or defaults:
+            _complete_class(cls, rule, defaults)
         if "_rule" in vars(cls) and "_state_names" not in vars(cls):
             cls._state_names = cls._rule.states
         if hasattr(cls, "_rule"):
@@ -66,6 +73,15 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return the rule of a group, which may depend on its options."""
         return self._group_rule
 
+    def _build_rule(self, group: Mapping[str, Any]) -> GroupRule:
+        """Return the rule of a group; build its native code if the group can use it."""
+        found = self._rule_of(group)
+        if found.native is None and found.rule.build_for(group["params"]):
+            cls = type(self)
+            cls._group_rule = cls._rule.for_groups(cls._renamed, cls._state_names)
+            return self._rule_of(group)
+        return found
+
     def _grad(self, group: Mapping[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
         return param.grad
@@ -73,6 +89,15 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group, which may be another optimizer's, with this optimizer's keys."""
         return saved
+
+
+def _complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, Any]) -> None:
+    """Give a class a user's rule, or other defaults than its base has."""
+    known = getattr(cls, "_rule", None) if rule is None else rule
+    if not isinstance(known, Rule):
+        what = "has no rule" if rule is None else f"rule= is a {type(rule).__name__}"
+        raise TypeError(f"class {cls.__name__} {what}; use one that emerging_optimizers.rule made")
+    known.complete_class(cls, defaults)
 
 
 class StepScalars(NamedTuple):

@@ -142,7 +142,7 @@ def _update(
     if constants.has_step:
         hyperparameters = {**hyperparameters, "step": step}
     update = rule.compute_update(grad, states, hyperparameters)
-    if constants.lr == 0.0:
+    if update is None or constants.lr == 0.0:
         return  # 0 times a NaN would be a NaN
 
     hook = constants.hook

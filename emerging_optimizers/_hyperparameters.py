@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from numbers import Integral
+from types import NoneType
 from typing import Any, Literal, NamedTuple, NewType, get_args
 
 import torch
@@ -33,7 +34,7 @@ class Hyperparameter(NamedTuple):
     """A hyperparameter, as a formula's signature describes it."""
 
     name: str
-    kind: Literal["flag", "step", "warm-up", "number", "numbers"]
+    kind: Literal["flag", "step", "warm-up", "number", "optional", "numbers"]
     domain: Any = None
     length: int = 1
 
@@ -45,8 +46,12 @@ class Hyperparameter(NamedTuple):
             return cls(name, "step")
         if annotation == WarmupSteps | None:
             return cls(name, "warm-up", WarmupSteps)
-        if get_args(annotation):
-            return cls(name, "numbers", get_args(annotation)[0], len(get_args(annotation)))
+        arguments = get_args(annotation)
+        if NoneType in arguments:
+            (domain,) = (argument for argument in arguments if argument is not NoneType)
+            return cls(name, "optional", domain)
+        if arguments:
+            return cls(name, "numbers", arguments[0], len(arguments))
         return cls(name, "number", annotation)
 
     def read(self, name: str, value: Any) -> Any:
@@ -57,6 +62,8 @@ class Hyperparameter(NamedTuple):
             return read_numbers(name, value, self.length)
         if self.kind == "number":
             return read_number(name, value)
+        if self.kind == "optional":
+            return None if value is None else read_number(name, value, "a number or None")
         return None if value is None else read_whole_number(name, value, _WARMUP)
 
 
@@ -122,11 +129,11 @@ def _advice(value: Any) -> str:
     return f"; YAML reads {text} as text: write {number}e{signed}, or convert it with float()"
 
 
-def read_number(name: str, value: Any) -> float:
+def read_number(name: str, value: Any, expected: str = "a number") -> float:
     """Return as a float what Python takes for a number."""
     number = _as_float(value)
     if number is None:
-        raise TypeError(f"{name} must be a number, not {described(value)}{_advice(value)}")
+        raise TypeError(f"{name} must be {expected}, not {described(value)}{_advice(value)}")
     return number
 
 
@@ -224,6 +231,7 @@ _DOMAINS = {
     WarmupSteps: _Domain(lambda value: value >= 0.0, "{name} >= 0"),
     LearningRate: _Domain(lambda value: value >= _LOWEST_RATE, "{name} >= 0"),
     float: _Domain(lambda value: not math.isnan(value), "a number"),
+    int: _Domain(lambda value: float(value).is_integer(), "a whole number"),
 }
 
 
@@ -239,13 +247,20 @@ def check_domain(name: str, value: float, domain: Any) -> None:
         raise ValueError(f"{name} is {_number_text(value)}; expected {expected}")
 
 
-def check_step(step: int, correct_bias: bool) -> None:
-    """Raise for a number that no step has."""
+def check_step(step: int, correct_bias: bool, lowest: int = 0) -> None:
+    """Raise for a number that no step has.
+
+    Args:
+        step: The number.
+        correct_bias: Whether the rule divides by a bias correction, which is 0 at step 0.
+        lowest: The lowest step without one.
+    """
     if step >= 2**63:
         raise ValueError("step is beyond the range of int64")
     if correct_bias and step < 1:
         raise ValueError(
             f"step is {step}; expected step >= 1 (with bias correction, steps count from 1)"
         )
-    if step < 0:
-        raise ValueError(f"step is {step}; expected step >= 0")
+    if step < lowest:
+        reason = " (steps count from 1)" if lowest == 1 else ""
+        raise ValueError(f"step is {step}; expected step >= {lowest}{reason}")

@@ -7,7 +7,7 @@ with nothing compiled), the formula is applied tensor by tensor.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,12 +25,14 @@ from ._hyperparameters import (
 )
 from ._native import native
 
-_NAMESPACE = "emerging_optimizers"
+# Of the package's operators, and of those of rules that users define.
+NAMESPACE = "emerging_optimizers"
+USER_NAMESPACE = "emerging_optimizers_user"
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
 
-# The formulas, for devices for which the operators have no kernel.
-_fallbacks: Any = torch.library.Library(_NAMESPACE, "IMPL") if native is not None else None  # type: ignore[no-untyped-call]
+# By namespace: the formulas, for devices for which the operators have no kernel.
+_fallbacks: dict[str, Any] = {}
 
 
 # Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
@@ -59,45 +61,87 @@ class Rule:
 
     The formula's signature describes the rule, in the order of the update function's arguments:
     tensors (the gradient, then the states), then hyperparameters, with their domains as types. The
-    formula modifies the states in place, does not modify the gradient, and returns the update.
+    formula modifies the states in place, does not modify the gradient, and returns the update; or
+    None, if the step leaves the weights as they are.
 
     Args:
         name: Stem of the operator, ``{name}_update_``.
         formula: The equations.
         check: Raises an error if hyperparameters do not go together.
+        lowest_step: 1 if steps count from 1 with any hyperparameters.
     """
 
     def __init__(
         self,
         name: str,
-        formula: Callable[..., Tensor],
+        formula: Callable[..., Tensor | None],
         check: Callable[..., None] | None = None,
+        lowest_step: int = 0,
     ) -> None:
-        self.name = name
-        self.formula = formula
-        self._check = check
         parameters = inspect.signature(formula).parameters.values()
-        self.states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
-        self._declared = [
+        states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
+        declared = [
             Hyperparameter.from_annotation(p.name, p.annotation)
             for p in parameters
             if p.annotation is not Tensor
         ]
+        self.formula = formula
+        self._check = check
+        self._lowest_step = lowest_step
+        self._describe(name, states, declared)
+        if native is not None and name in native.rules:
+            self._bind(native.rules[name], getattr(native, f"{name}_update"), NAMESPACE, name)
+
+    def _describe(
+        self, name: str, states: tuple[str, ...], declared: Sequence[Hyperparameter]
+    ) -> None:
+        """Take the rule's description. It has no native code yet."""
+        self.name = name
+        # How errors name the update function.
+        self.title = f"calculate_{name}_update"
+        self.states = states
+        self._declared = list(declared)
         self.hyperparameter_names = [declared.name for declared in self._declared]
         self.hyperparameters = [declared for declared in self._declared if declared.kind != "step"]
-        # The compiled module's handle of the rule.
-        self.native: Any = None if native is None else native.rules.get(name)
+        # The compiled module's handle of the rule, and the function that eager calls enter.
+        self.native: Any = None
+        self._eager: Any = None
         self._operator: Any = None
         # The device types for which the operator has kernels.
         self._native_devices: tuple[str, ...] = ()
-        if self.native is not None:
-            operator = f"{_NAMESPACE}::{name}_update_"
-            has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
-            self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
-            _fallbacks.impl(f"{name}_update_", self._fallback, "CompositeExplicitAutograd")
-            self._operator = getattr(getattr(torch.ops, _NAMESPACE), f"{name}_update_").default
+        self._register_for_dtensors = self._make_dtensor_registration()
+
+    def _bind(self, handle: Any, eager: Callable[..., Any], namespace: str, stem: str) -> None:
+        """Take the native code.
+
+        Args:
+            handle: The compiled module's handle of the rule.
+            eager: The compiled module's function for eager calls.
+            namespace: The operator's namespace.
+            stem: The operator is ``{stem}_update_``.
+        """
+        name = f"{stem}_update_"
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
+        self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
+        if namespace not in _fallbacks:
+            _fallbacks[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+        _fallbacks[namespace].impl(name, self._fallback, "CompositeExplicitAutograd")
+        self._operator = getattr(getattr(torch.ops, namespace), name).default
         self._register_for_dtensors = self._make_dtensor_registration()
         self._register_for_dtensors()
+        self._eager = eager
+        self.native = handle
+
+    def build_for(self, tensors: Iterable[Any]) -> bool:
+        """Return whether there is native code; a user's rule is built at its first use."""
+        return self.native is not None
+
+    def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
+        """Give a class of optimizers this rule; only users' rules do that."""
+        raise TypeError(
+            f"class {cls.__name__}: rule= takes a rule that emerging_optimizers.rule made; the"
+            " package's own rules have classes"
+        )
 
     def for_groups(
         self, renamed: Mapping[str, GroupKey], state_names: tuple[str, ...]
@@ -115,7 +159,7 @@ class Rule:
         """Return what the update function calls, with all its arguments and then ``out``."""
         if self._operator is None:
             return self._call
-        eager = getattr(native, f"{self.name}_update")
+        eager = self._eager
         traced = self._call
         is_compiling = torch.compiler.is_compiling
         register_for_dtensors = self._register_for_dtensors
@@ -143,7 +187,7 @@ class Rule:
     def _call(self, *arguments: Any) -> Any:
         """Call the operator through ``torch.ops`` if there is one, else apply the formula."""
         if not torch.compiler.is_compiling():
-            refuse_trace(f"calculate_{self.name}_update")
+            refuse_trace(self.title)
         num_tensors = 1 + len(self.states)
         out = arguments[-1]
         grads = _checks.read_operand("grad", arguments[0])
@@ -188,7 +232,7 @@ class Rule:
         for declared in self._declared:
             value = values[declared.name]
             if declared.kind == "step":
-                check_step(value, values.get("correct_bias", False))
+                check_step(value, values.get("correct_bias", False), self._lowest_step)
             elif declared.kind == "numbers":
                 for i, number in enumerate(value):
                     check_domain(f"{declared.name}[{i}]", number, declared.domain)
@@ -250,7 +294,7 @@ class Rule:
             for grad, *read, update in zip(grads.tensors, *lists, strict=True):
                 if update.numel() != 0:
                     # Exact so far: the update is a sign, which every dtype holds.
-                    scaled = update.to(_arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
+                    scaled = update.to(arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
                     store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 
@@ -277,11 +321,20 @@ class Rule:
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> None:
-        store(update, self.compute_update(grad, states, values))
+        computed = self.compute_update(grad, states, values)
+        if computed is None:
+            update.zero_()
+        else:
+            store(update, computed)
 
-    def compute_update(self, grad: Tensor, states: list[Tensor], values: dict[str, Any]) -> Tensor:
-        """Apply the formula in float32 or float64, and return the update in that dtype."""
-        real = _arithmetic_dtype((grad, *states))
+    def compute_update(
+        self, grad: Tensor, states: list[Tensor], values: dict[str, Any]
+    ) -> Tensor | None:
+        """Apply the formula in float32 or float64, and return the update in that dtype.
+
+        Returns None if the step leaves the weights as they are.
+        """
+        real = arithmetic_dtype((grad, *states))
         widened = [state.to(real) for state in states]
         update = self.formula(grad.to(real), *widened, **values)
         for state, wide in zip(states, widened, strict=True):
@@ -310,7 +363,7 @@ def _new_updates(grads: Operand, layouts: Operand) -> Operand:
     return Operand("out", updates, grads.is_single, True)
 
 
-def _arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
+def arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
     is_double = any(tensor.dtype == torch.float64 for tensor in read)
     return torch.float64 if is_double else torch.float32
 

@@ -69,7 +69,9 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
     for group in groups:
         rule = optimizer._rule_of(group)
         fused = group["fused"]
-        if rule[0] is None or (fused is not None and fused is not True):  # `rule.native`, faster
+        if rule[0] is None and fused is not False:  # `rule.native`, faster
+            rule = optimizer._build_rule(group)
+        if rule[0] is None or (fused is not None and fused is not True):
             is_one_call = False
         if group["stochastic_rounding"] is not False:
             draws = True

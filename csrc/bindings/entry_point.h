@@ -60,7 +60,7 @@ inline NewUpdates new_updates(const TensorArgument& grads, const TensorArgument&
 inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count) {
   const RuleInfo& info = *rule.info;
   const size_t expected = 1 + info.num_states + info.num_hyperparameters + 1;
-  TORCH_CHECK_TYPE(static_cast<size_t>(count) == expected, info.name, "_update takes ", expected,
+  TORCH_CHECK_TYPE(static_cast<size_t>(count) == expected, rule.function, " takes ", expected,
                    " arguments, not ", count);
   const SingleTensorCall messages(THPVariable_Check(arguments[0]));
   OperatorCall call;

@@ -6,6 +6,8 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <optional>
 
 #include "operand_checks.h"
 #include "python_arguments.h"
@@ -69,6 +71,30 @@ struct FloatsKind {
   }
 };
 
+// NaN stands for None, so it is no value.
+struct OptionalFloatKind {
+  static constexpr const char* kSchema = "float?";
+  static void put_optional(const HyperparameterInfo& info, std::optional<double> value,
+                           RuleInstance& rule) {
+    if (value.has_value() && std::isnan(*value)) check_domain(info.name, -1, *value, info.domain);
+    put(info, rule, value.value_or(std::numeric_limits<double>::quiet_NaN()));
+  }
+  static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
+    put_optional(info, read_optional_number(info.name, value), rule);
+  }
+  static void read(const HyperparameterInfo& info, const c10::IValue& value, RuleInstance& rule) {
+    put_optional(info, value.toOptional<double>(), rule);
+  }
+  static c10::IValue to_ivalue(const HyperparameterInfo& info, const RuleInstance& rule) {
+    const auto value = get<double>(info, rule);
+    return std::isnan(value) ? c10::IValue() : c10::IValue(value);
+  }
+  static void check(const HyperparameterInfo& info, const RuleInstance& rule) {
+    const auto value = get<double>(info, rule);
+    if (!std::isnan(value)) check_domain(info.name, -1, value, info.domain);
+  }
+};
+
 struct FlagKind {
   static constexpr const char* kSchema = "bool";
   static void read(const HyperparameterInfo& info, PyObject* value, RuleInstance& rule) {
@@ -109,6 +135,8 @@ void with_kind(Kind kind, const Visit& visit) {
       return visit(FloatKind());
     case Kind::kFloats:
       return visit(FloatsKind());
+    case Kind::kOptionalFloat:
+      return visit(OptionalFloatKind());
     case Kind::kFlag:
       return visit(FlagKind());
     case Kind::kWarmupSteps:
@@ -182,7 +210,9 @@ HostOrDeviceScalar checked_step(const RuleInstance& rule, const StepArgumentValu
   }
   TORCH_CHECK_VALUE(value >= static_cast<double>(lowest), "step is ", number_text(value),
                     "; expected step >= ", lowest,
-                    lowest == 1 ? " (with bias correction, steps count from 1)" : "");
+                    rule.corrects_bias() ? " (with bias correction, steps count from 1)"
+                    : lowest == 1        ? " (steps count from 1)"
+                                         : "");
   return {value};
 }
 
@@ -198,12 +228,15 @@ std::string number_text(double value) {
 void check_domain(const char* name, int index, double value, Domain domain) {
   const bool is_inside = domain == Domain::kBeta          ? value >= 0.0 && value < 1.0
                          : domain == Domain::kNonNegative ? value >= 0.0
-                                                          : !std::isnan(value);
+                         : domain == Domain::kInteger
+                             ? std::isfinite(value) && std::floor(value) == value
+                             : !std::isnan(value);
   if (is_inside) return;
   const std::string full_name =
       index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
   const std::string expected = domain == Domain::kBeta          ? "0 <= " + full_name + " < 1"
                                : domain == Domain::kNonNegative ? full_name + " >= 0"
+                               : domain == Domain::kInteger     ? "a whole number"
                                                                 : "a number";
   TORCH_CHECK_VALUE(false, full_name, " is ", number_text(value), "; expected ", expected);
 }

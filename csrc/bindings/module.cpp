@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../engine/cpu/isa.h"
@@ -55,16 +56,21 @@ void* find(at::DynamicLibrary& library, const std::string& path, const std::stri
   }
 }
 
-// Loads the rule `name` from a shared library, which stays loaded, and registers it.
-const RegisteredRule& load_rule(const std::string& path, const std::string& name) {
+// Loads the rule of a struct from a shared library, which stays loaded, and registers it.
+const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
+                                const std::string& operator_namespace, const std::string& name) {
   std::unique_ptr<at::DynamicLibrary> library = open_library(path);
   using Function = const RuleInfo* (*)();
-  const auto function = reinterpret_cast<Function>(find(*library, path, name));
+  const auto function = reinterpret_cast<Function>(find(*library, path, symbol));
   const RuleInfo* const info = function();
   TORCH_CHECK(info->abi == EMOPT_ABI, path,
               " was compiled with the headers of another version of emerging_optimizers; recompile "
               "it");
-  const auto* const rule = new RegisteredRule(register_rule(*info));
+  const cpu::Isa isa = cpu::active_isa();
+  TORCH_CHECK((info->loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
+              " was not compiled for ", cpu::name(isa),
+              ", the instruction set in use; recompile it for that");
+  const auto* const rule = new RegisteredRule(register_rule(*info, operator_namespace, name));
   library.release();
   return *rule;
 }
@@ -84,7 +90,7 @@ PyObject* enter(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 // A Python function without pybind11's dispatch overhead. It lives as long as the process.
 py::object entry_point(const RegisteredRule& rule) {
-  auto* const entry = new EntryPoint{&rule, std::string(rule.info->name) + "_update", {}};
+  auto* const entry = new EntryPoint{&rule, rule.function, {}};
   // METH_FASTCALL makes Python call it with `enter`'s signature.
   const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&enter));
   entry->definition = {entry->name.c_str(), function, METH_FASTCALL, nullptr};
@@ -92,11 +98,16 @@ py::object entry_point(const RegisteredRule& rule) {
   return py::reinterpret_steal<py::object>(PyCFunction_New(&entry->definition, self.ptr()));
 }
 
-// Adds `<name>_update` to the module, and `rules[name]` for the optimizers' step.
-void bind_rule(const py::module_& module, const RegisteredRule& rule) {
-  const std::string name = rule.info->name;
-  module.attr((name + "_update").c_str()) = entry_point(rule);
-  module.attr("rules")[name.c_str()] = py::capsule(&rule);
+// What Python has of a rule: the handle that the optimizers' step takes, and the entry point.
+std::pair<py::object, py::object> handles(const RegisteredRule& rule) {
+  return {py::capsule(&rule), entry_point(rule)};
+}
+
+// Adds `rules[name]` and `<name>_update` to the module.
+void bind_rule(const py::module_& module, const std::string& name,
+               const std::pair<py::object, py::object>& rule) {
+  module.attr("rules")[name.c_str()] = rule.first;
+  module.attr((name + "_update").c_str()) = rule.second;
 }
 
 std::vector<std::string> names(const std::vector<cpu::Isa>& isas) {
@@ -124,13 +135,21 @@ const char built_for[] = "emerging_optimizers is built for torch " TORCH_VERSION
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("rules") = py::dict();
-  for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, *rule);
+  for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, rule->name, handles(*rule));
   m.def("step", torch::wrap_pybind_function(optimizer_step));
-  // For rules that are compiled separately; not public yet.
+  // For rules that are compiled separately; not public yet. In the package's namespace, a rule
+  // becomes an attribute of the module, like those of the package.
   m.def("_load_rule",
-        torch::wrap_pybind_function([m](const std::string& path, const std::string& name) {
-          bind_rule(m, load_rule(path, name));
-        }));
+        torch::wrap_pybind_function([m](const std::string& path, const std::string& symbol,
+                                        const std::string& operator_namespace,
+                                        const std::string& name) {
+          const RegisteredRule& rule = load_rule(path, symbol, operator_namespace, name);
+          auto loaded = handles(rule);
+          if (operator_namespace == kNamespace) bind_rule(m, rule.name, loaded);
+          return loaded;
+        }),
+        py::arg("path"), py::arg("symbol"), py::arg("operator_namespace") = kNamespace,
+        py::arg("name") = "");
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda_architectures") = py::cast(cuda_architectures());

@@ -17,10 +17,6 @@ namespace emopt {
 
 namespace {
 
-constexpr const char* kNamespace = "emerging_optimizers";
-
-std::string operator_name(const RuleInfo& info) { return std::string(info.name) + "_update_"; }
-
 // ---- the computation ----------------------------------------------------------------------------
 
 template <int kStates>
@@ -140,20 +136,21 @@ struct MetaKernel final : RuleKernel {
 };
 
 // Called during torch.jit.trace.
-struct TracerKernel final : RuleKernel {
-  using RuleKernel::RuleKernel;
+struct TracerKernel final : c10::OperatorKernel {
+  const std::string function;
+  explicit TracerKernel(std::string function_) : function(std::move(function_)) {}
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
-    refuse_trace("calculate_" + std::string(info.name) + "_update");
+    refuse_trace(function);
   }
 };
 
-template <class Kernel>
-torch::CppFunction boxed(const RuleInfo& info) {
-  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(info));
+template <class Kernel, class Argument>
+torch::CppFunction boxed(const Argument& argument) {
+  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(argument));
 }
 
-std::string schema_of(const RuleInfo& info) {
-  std::string text = operator_name(info) + "(Tensor(a!)[] updates, Tensor[] grads";
+std::string schema_of(const RuleInfo& info, const std::string& operator_name) {
+  std::string text = operator_name + "(Tensor(a!)[] updates, Tensor[] grads";
   char alias = 'b';
   for (uint32_t s = 0; s < info.num_states; ++s) {
     text += std::string(", Tensor(") + alias++ + "!)[] " + info.states[s] + "s";
@@ -165,8 +162,8 @@ std::string schema_of(const RuleInfo& info) {
 }
 
 // Never destroyed: a library's destructor removes its registrations.
-torch::Library& add_library() {
-  return *new torch::Library(torch::Library::FRAGMENT, kNamespace, std::nullopt, __FILE__,
+torch::Library& add_library(const std::string& name_space) {
+  return *new torch::Library(torch::Library::FRAGMENT, name_space, std::nullopt, __FILE__,
                              __LINE__);
 }
 
@@ -174,28 +171,34 @@ torch::Library& add_library() {
 
 // ---- the operator -------------------------------------------------------------------------------
 
-RegisteredRule register_rule(const RuleInfo& info) {
+RegisteredRule register_rule(const RuleInfo& info, const std::string& name_space,
+                             const std::string& given_name) {
   TORCH_INTERNAL_ASSERT(info.num_states <= kMaxStates && info.num_bytes <= kMaxRuleBytes);
   for (const uint32_t bytes : info.constants_bytes) {
     TORCH_INTERNAL_ASSERT(bytes <= kMaxConstantsBytes);
   }
-  const std::string name = std::string(kNamespace) + "::" + operator_name(info);
+  const std::string name = given_name.empty() ? info.name : given_name;
+  const std::string function = name_space == kNamespace ? "calculate_" + name + "_update" : name;
+  const std::string operator_name = name + "_update_";
+  const std::string full_name = name_space + "::" + operator_name;
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
-  TORCH_CHECK(!dispatcher.findSchema({name, ""}).has_value(), "a rule named ", info.name,
-              " is already registered; compile this one with a different kName");
-  torch::Library& library = add_library();
-  library.def(schema_of(info).c_str(), {at::Tag::pt2_compliant_tag});
-  const auto implement = [&](c10::DispatchKey key, torch::CppFunction function) {
-    library.impl(operator_name(info).c_str(), torch::dispatch(key, std::move(function)));
+  TORCH_CHECK(!dispatcher.findSchema({full_name, ""}).has_value(), "a rule named ", name,
+              " is already registered; ",
+              given_name.empty() ? "compile this one with a different kName"
+                                 : "register this one under a different name");
+  torch::Library& library = add_library(name_space);
+  library.def(schema_of(info, operator_name).c_str(), {at::Tag::pt2_compliant_tag});
+  const auto implement = [&](c10::DispatchKey key, torch::CppFunction kernel) {
+    library.impl(operator_name.c_str(), torch::dispatch(key, std::move(kernel)));
   };
   implement(c10::DispatchKey::CPU, boxed<NativeKernel>(info));
   if (info.has_cuda_kernels()) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
   implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
-  implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(info));
+  implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(function));
   // Updates are not differentiable. Without this, PyTorch's autograd fallback would search all
   // lists for tensors that require gradients.
   implement(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough());
-  return {&info, dispatcher.findSchemaOrThrow(name.c_str(), "")};
+  return {&info, name, function, dispatcher.findSchemaOrThrow(full_name.c_str(), "")};
 }
 
 HostOrDeviceScalar check_call(const OperatorCall& call) {

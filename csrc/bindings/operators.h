@@ -17,16 +17,23 @@
 
 namespace emopt {
 
+// The namespace of the package's operators.
+inline constexpr const char* kNamespace = "emerging_optimizers";
+
 // A rule and its registered operator.
 struct RegisteredRule {
   const RuleInfo* info;
+  std::string name;      // the stem of the operator: "<name>_update_"
+  std::string function;  // what users call, for messages: "calculate_adam_update"
   c10::OperatorHandle handle;
 
   size_t num_lists() const { return kFirstState + info->num_states; }
 };
 
-// Registers a rule's operator. Raises if its name is taken.
-RegisteredRule register_rule(const RuleInfo& info);
+// Registers a rule's operator. Raises, before it registers anything, if its name is taken. In a
+// namespace other than the package's, `name` is that of the function that users call.
+RegisteredRule register_rule(const RuleInfo& info, const std::string& name_space = kNamespace,
+                             const std::string& name = "");
 
 // A call of an operator.
 struct OperatorCall {

@@ -120,6 +120,14 @@ double read_number(const char* name, PyObject* value) {
   return *number;
 }
 
+std::optional<double> read_optional_number(const char* name, PyObject* value) {
+  if (value == Py_None) return std::nullopt;
+  const auto number = as_number(value);
+  TORCH_CHECK_TYPE(number.has_value(), name, " must be a number or None, not ", described(value),
+                   advice(value));
+  return number;
+}
+
 bool read_flag(const char* name, PyObject* value) {
   if (value == Py_True) return true;
   if (value == Py_False) return false;

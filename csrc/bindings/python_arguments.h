@@ -10,6 +10,7 @@
 namespace emopt {
 
 double read_number(const char* name, PyObject* value);
+std::optional<double> read_optional_number(const char* name, PyObject* value);
 bool read_flag(const char* name, PyObject* value);
 int64_t read_whole_number(const char* name, PyObject* value, const char* expected);
 std::optional<int64_t> read_warmup_steps(const char* name, PyObject* value);

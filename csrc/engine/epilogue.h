@@ -16,6 +16,7 @@
 //   bool is_skipped() const                       whether the step is a no-op; reads the scalars
 //   template <class Real> struct At {
 //     At(const Epilogue&)                         once per step; reads the scalars
+//     void hold()                                 the rule has no update: weights keep every bit
 //     void scale_by(Real)                         once per row: the row's factor for updates
 //     Real before(Real grad, Real weight...) const     -> the gradient that the rule gets
 //     Real after(Real update, Real& weight...) const   -> the value for the first operand
@@ -46,6 +47,7 @@ struct StoreUpdate {
     Real scale = 1;
 
     EMOPT_FN explicit At(const StoreUpdate&) {}
+    EMOPT_FN void hold() {}  // the update is 0
     EMOPT_FN void scale_by(Real factor) { scale = factor; }
 
     EMOPT_FN Real before(Real grad) const { return grad; }
@@ -132,6 +134,7 @@ struct ApplyUpdate {
       moves = rate != 0.0;
     }
 
+    EMOPT_FN void hold() { moves = false; }
     EMOPT_FN void scale_by(Real factor) { lr *= factor; }
 
     EMOPT_FN Real before(Real grad, Real weight) const {

@@ -6,11 +6,10 @@
 #pragma once
 
 #include <cstdint>
-#include <iterator>
-#include <type_traits>
 
 #include "dtypes.h"
 #include "epilogue.h"
+#include "rule_traits.h"
 
 namespace emopt {
 
@@ -26,12 +25,6 @@ inline constexpr int kMaxStates = 5;
   APPLY(0, Epilogue)                               \
   APPLY(1, Epilogue) APPLY(2, Epilogue) APPLY(3, Epilogue) APPLY(4, Epilogue) APPLY(5, Epilogue)
 
-template <class Rule, class = void>
-inline constexpr int kNumStates = 0;
-template <class Rule>
-inline constexpr int kNumStates<Rule, std::void_t<decltype(Rule::kStates)>> =
-    static_cast<int>(std::size(Rule::kStates));
-
 template <int kStates, class Epilogue>
 inline constexpr int kNumOperands = kFirstState + kStates + Epilogue::kOperands;
 
@@ -45,10 +38,10 @@ EMOPT_FN bool is_written(int k, const void* data, const void* update) {
 }
 
 // Whether the result is stored in operand k. An unchanged parameter keeps its bits, and so does its
-// remainder; any other master weight is stored.
-template <class EpilogueAt>
-EMOPT_FN bool is_stored(int k, DType dtype, const EpilogueAt& epilogue) {
-  return epilogue.stores() || (k != kUpdate && dtype != DType::kRemainder);
+// master weight; states are always stored.
+template <class Epilogue, int kOperands, class EpilogueAt>
+EMOPT_FN bool is_stored(int k, const EpilogueAt& epilogue) {
+  return epilogue.stores() || (k != kUpdate && k < kOperands - Epilogue::kOperands);
 }
 
 inline constexpr int8_t kHost = -1;  // a device index

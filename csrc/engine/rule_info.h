@@ -33,7 +33,7 @@ inline constexpr int kNumPrecisions = 2;  // by kPrecision<Real>
 template <class Real>
 inline constexpr int kPrecision = sizeof(Real) == sizeof(double) ? 1 : 0;
 
-enum class Kind : uint8_t { kFloat, kFloats, kFlag, kWarmupSteps, kStep };
+enum class Kind : uint8_t { kFloat, kFloats, kOptionalFloat, kFlag, kWarmupSteps, kStep };
 
 struct HyperparameterInfo {
   const char* name;
@@ -65,15 +65,18 @@ struct RuleInfo {
   uint32_t num_bytes;    // of the rule's struct
   int32_t correct_bias;  // the offsets of these flags; -1 if the rule does not have them
   int32_t use_shape_scaling;
+  int32_t lowest_step;
   double (*shape_scale)(int64_t rows, int64_t cols);  // null if there is none
   void (*check)(const void* rule, ErrorText& error);  // null if there is none
 
   uint32_t constants_bytes[kNumPrecisions];
   void (*make_constants[kNumPrecisions])(const void* rule, double step, void* constants);
-  ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];  // null if not compiled
-  EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];          // null without CUDA
+  bool (*keeps_weight[kNumPrecisions])(const void* constants);  // null if no step does
+  ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];   // null if not compiled
+  EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];           // null without CUDA
 
   // The loop for an instruction set, or for the highest lower one that the unit was compiled for.
+  // Null if it was compiled only for higher ones.
   template <class Epilogue, class Real>
   ElementLoop loop_of(int isa) const {
     while (isa > 0 && loops[isa][Epilogue::kIndex][kPrecision<Real>] == nullptr) --isa;
@@ -116,7 +119,8 @@ struct RuleInstance {
 
   bool flag(int32_t offset) const { return offset >= 0 && bytes[offset] != 0; }
   // With bias correction steps count from 1, since it divides by 1 - beta^step.
-  int64_t lowest_step() const { return flag(info->correct_bias) ? 1 : 0; }
+  bool corrects_bias() const { return flag(info->correct_bias); }
+  int64_t lowest_step() const { return corrects_bias() ? 1 : info->lowest_step; }
   bool scales_by_shape() const {
     return info->shape_scale != nullptr && flag(info->use_shape_scaling);
   }

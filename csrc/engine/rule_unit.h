@@ -5,7 +5,8 @@
 //   EMOPT_RULE(Adam)
 //
 // defines `emopt_rule_Adam()`, which returns the rule's RuleInfo, in the package or in a shared
-// library. If EMOPT_CUDA is set, a unit compiled by nvcc has its kernels (cuda/kernel.h).
+// library. If EMOPT_CUDA is set, a unit compiled by nvcc has its kernels (cuda/kernel.h). A library
+// for one machine may have the loops of one instruction set only (cpu/for_each_isa.inl).
 #pragma once
 
 #include <array>
@@ -47,6 +48,14 @@ HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
           static_cast<uint32_t>(offset)};
 }
 template <class Rule>
+HyperparameterInfo describe(const OptionalHyperparameter<Rule>& hyperparameter) {
+  using Number = Hyperparameter<Rule, double>;
+  HyperparameterInfo info =
+      describe<Rule>(Number{hyperparameter.name, hyperparameter.member, hyperparameter.domain});
+  info.kind = Kind::kOptionalFloat;
+  return info;
+}
+template <class Rule>
 HyperparameterInfo describe(StepArgument) {
   return {"step", Kind::kStep, Domain::kAny, 1, 0};
 }
@@ -65,6 +74,12 @@ inline constexpr const char* const* kStatesOf = nullptr;
 template <class Rule>
 inline constexpr const char* const* kStatesOf<Rule, std::void_t<decltype(Rule::kStates)>> =
     Rule::kStates;
+
+template <class Rule, class = void>
+inline constexpr int kLowestStep = 0;
+template <class Rule>
+inline constexpr int kLowestStep<Rule, std::void_t<decltype(Rule::kLowestStep)>> =
+    Rule::kLowestStep;
 
 template <class Rule, class = void>
 inline constexpr decltype(RuleInfo::check) kCheck = nullptr;
@@ -86,6 +101,15 @@ void make_constants(const void* rule, double step, void* constants) {
   static_assert(sizeof(Step) <= kMaxConstantsBytes && alignof(Step) <= 16);
   static_assert(std::is_trivially_copyable_v<Step> && std::is_trivially_destructible_v<Step>);
   new (constants) Step(*static_cast<const Rule*>(rule), step);
+}
+
+template <class Step>
+constexpr bool (*keeps_weight_of())(const void* constants) {
+  if constexpr (kMayKeepWeight<Step>) {
+    return [](const void* constants) { return static_cast<const Step*>(constants)->keeps_weight; };
+  } else {
+    return nullptr;
+  }
 }
 
 template <class Rule, class Epilogue, class Real>
@@ -127,15 +151,27 @@ RuleInfo make_info() {
       sizeof(Rule),
       offset("correct_bias"),
       offset("use_shape_scaling"),
+      kLowestStep<Rule>,
       kShapeScale<Rule>,
       kCheck<Rule>,
       {sizeof(Float), sizeof(Double)},
       {&make_constants<Rule, float>, &make_constants<Rule, double>},
+      {keeps_weight_of<Float>(), keeps_weight_of<Double>()},
       {
+#if EMOPT_COMPILES_BASELINE
           EMOPT_LOOPS(baseline),
-#if EMOPT_X86_UNITS
+#else
+          {},
+#endif
+#if EMOPT_COMPILES_AVX2
           EMOPT_LOOPS(avx2),
+#else
+          {},
+#endif
+#if EMOPT_COMPILES_AVX512
           EMOPT_LOOPS(avx512),
+#else
+          {},
 #endif
       },
       {{enqueue_rows<Rule, StoreUpdate, float>(), enqueue_rows<Rule, StoreUpdate, double>()},

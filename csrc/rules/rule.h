@@ -6,24 +6,38 @@
 //   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
 //   static constexpr const char* kStates[]         its states, in the order that users pass them
 //   <hyperparameters>                              public members: double, double[N], bool, int64_t
+//   static constexpr int kLowestStep               (optional) 1 if steps count from 1; default 0
 //   static constexpr auto hyperparameters()        their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
 //   void check(ErrorText&) const                   (optional) rejects combinations of values
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
 //
-// and, with steps counting from 1 if it has a member `correct_bias` that is true,
+// and, with steps counting from 1 if kLowestStep says so or it has a member `correct_bias` that is
+// true,
 //
 //   template <class Real> struct Step {
 //     Step(const Rule&, double step)               once per step, in double: reduces schedules and
 //                                                  bias corrections to constants of type Real
 //     Real operator()(Real grad, Real& state...) const -> update         once per element
+//     bool keeps_weight                            (optional) whether this step has no update:
+//                                                  operator() returns 0, and parameter and master
+//                                                  keep every bit, weight decay included
+//     int which                                    with kNumCases: the step's case
+//     template <int kCase> Real compute(Real grad, Real& state...) const
+//                                                  with kNumCases: what operator() computes in a
+//                                                  case
 //   };
 //
 // A rule without states omits kStates. `Step` holds only numbers and flags: it is copied as bytes.
 //
 // A branch on a flag of `Step` in `operator()` is free: the flag is the same for all elements, so
-// the compiler moves the branch out of the loop (GCC 12: one vector loop for each case).
+// the compiler moves the branch out of the loop (GCC 12: one vector loop for each case). GCC does
+// not do that to a large body. A rule with such branches has
+//
+//   static constexpr int kNumCases                 (optional) the number of its cases
+//
+// and the CPU's loops choose the case outside.
 #pragma once
 
 #include <math.h>
@@ -82,6 +96,7 @@ enum class Domain : uint8_t {
   kAny,          // any number but NaN
   kBeta,         // [0, 1)
   kNonNegative,  // [0, inf]
+  kInteger,      // a whole number; neither NaN nor infinite
 };
 
 template <class Rule, class Value>
@@ -95,6 +110,20 @@ struct Hyperparameter {
 template <class Rule, class Value>
 constexpr Hyperparameter<Rule, Value> hyperparameter(const char* name, Value Rule::* member,
                                                      Domain domain = Domain::kNonNegative) {
+  return {name, member, domain};
+}
+
+// A double that may be None, which is passed as NaN.
+template <class Rule>
+struct OptionalHyperparameter {
+  const char* name;
+  double Rule::* member;
+  Domain domain;
+};
+
+template <class Rule>
+constexpr OptionalHyperparameter<Rule> optional_hyperparameter(
+    const char* name, double Rule::* member, Domain domain = Domain::kNonNegative) {
   return {name, member, domain};
 }
 

@@ -16,9 +16,10 @@ bool is_written_there(const Row<kOperands>& row, int k) {
   return is_written<Epilogue, kOperands>(k, row.data[k], row.data[kUpdate]);
 }
 
-template <class Epilogue, int kOperands>
-bool writes_weight(const Row<kOperands>& row) {
-  return Epilogue::kOperands > 0 && is_written_there<Epilogue>(row, kOperands - 1);
+template <class Epilogue, class EpilogueAt, int kOperands>
+bool writes_weight(const EpilogueAt& epilogue, const Row<kOperands>& row) {
+  return Epilogue::kOperands > 0 && epilogue.stores() &&
+         is_written_there<Epilogue>(row, kOperands - 1);
 }
 
 // Sweeps some elements of a row whose operands are all stored in the arithmetic type.
@@ -29,7 +30,8 @@ void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& 
   for (int k = 0; k < kOperands; ++k) operands[k] = static_cast<Real*>(row.data[k]) + begin;
   auto epilogue = kernel.epilogue;
   epilogue.scale_by(static_cast<Real>(row.scale));
-  kernel.loop(kernel.constants, &epilogue, operands, end - begin, writes_weight<Epilogue>(row));
+  kernel.loop(kernel.constants, &epilogue, operands, end - begin,
+              writes_weight<Epilogue>(epilogue, row));
 }
 
 // Sweeps some elements of a row, tile by tile. Operands of another type are staged in buffers.
@@ -66,10 +68,10 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
         convert.load(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
     }
-    kernel.loop(kernel.constants, &epilogue, operands, n, writes_weight<Epilogue>(row));
+    kernel.loop(kernel.constants, &epilogue, operands, n, writes_weight<Epilogue>(epilogue, row));
     for (int k = 0; k < kOperands; ++k) {
       if (!is_staged[k] || !is_written_there<Epilogue>(row, k)) continue;
-      if (!is_stored(k, row.dtype[k], epilogue)) continue;
+      if (!is_stored<Epilogue, kOperands>(k, epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
         const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));
         convert.store_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, random);

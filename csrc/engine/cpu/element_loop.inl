@@ -2,8 +2,18 @@
 
 namespace emopt::cpu::EMOPT_UNIT {
 
-template <bool kWritesWeight, class Step, class EpilogueAt, class Real, std::size_t... kState,
-          std::size_t... kWeight>
+// The update of an element, in a case of the rule; kCase is -1 for a rule without cases.
+template <int kCase, class Step, class Real, class... State>
+EMOPT_FN Real update_of(const Step& step, Real grad, State&... states) {
+  if constexpr (kCase < 0) {
+    return step(grad, states...);
+  } else {
+    return step.template compute<kCase>(grad, states...);
+  }
+}
+
+template <int kCase, bool kWritesWeight, class Step, class EpilogueAt, class Real,
+          std::size_t... kState, std::size_t... kWeight>
 void run(const Step& shared_step, const EpilogueAt& shared_epilogue, void* const* operands,
          int64_t n, Real /*type*/, std::index_sequence<kState...>,
          std::index_sequence<kWeight...>) {
@@ -19,25 +29,42 @@ void run(const Step& shared_step, const EpilogueAt& shared_epilogue, void* const
   for (int64_t i = 0; i < n; ++i) {
     [[maybe_unused]] Real state[] = {states[kState][i]..., Real(0)};
     [[maybe_unused]] Real weight[] = {weights[kWeight][i]..., Real(0)};
-    const Real result = step(epilogue.before(grad[i], weight[kWeight]...), state[kState]...);
+    const Real result =
+        update_of<kCase>(step, epilogue.before(grad[i], weight[kWeight]...), state[kState]...);
     update[i] = epilogue.after(result, weight[kWeight]...);
     ((states[kState][i] = state[kState]), ...);
     if constexpr (kWritesWeight) ((weights[kWeight][i] = weight[kWeight]), ...);
   }
 }
 
-// An ElementLoop.
-template <class Rule, class Epilogue, class Real>
-void element_loop(const void* constants, const void* epilogue_at, void* const* operands, int64_t n,
+template <int kCase, class Rule, class Epilogue, class Real>
+void loop_of_case(const void* constants, const void* epilogue_at, void* const* operands, int64_t n,
                   bool writes_weight) {
   const auto& step = *static_cast<const typename Rule::template Step<Real>*>(constants);
   const auto& epilogue = *static_cast<const typename Epilogue::template At<Real>*>(epilogue_at);
   constexpr auto kStates = std::make_index_sequence<kNumStates<Rule>>();
   constexpr auto kWeights = std::make_index_sequence<Epilogue::kOperands>();
   if (Epilogue::kOperands > 0 && writes_weight) {
-    run<true>(step, epilogue, operands, n, Real(), kStates, kWeights);
+    run<kCase, true>(step, epilogue, operands, n, Real(), kStates, kWeights);
   } else {
-    run<false>(step, epilogue, operands, n, Real(), kStates, kWeights);
+    run<kCase, false>(step, epilogue, operands, n, Real(), kStates, kWeights);
+  }
+}
+
+// An ElementLoop. Chooses the step's case outside of the loop over elements.
+template <class Rule, class Epilogue, class Real, int kCase = 0>
+void element_loop(const void* constants, const void* epilogue_at, void* const* operands, int64_t n,
+                  bool writes_weight) {
+  if constexpr (kNumCases<Rule> == 0) {
+    loop_of_case<-1, Rule, Epilogue, Real>(constants, epilogue_at, operands, n, writes_weight);
+  } else {
+    const auto& step = *static_cast<const typename Rule::template Step<Real>*>(constants);
+    if (kCase + 1 == kNumCases<Rule> || step.which == kCase) {
+      loop_of_case<kCase, Rule, Epilogue, Real>(constants, epilogue_at, operands, n, writes_weight);
+    } else if constexpr (kCase + 1 < kNumCases<Rule>) {
+      element_loop<Rule, Epilogue, Real, kCase + 1>(constants, epilogue_at, operands, n,
+                                                    writes_weight);
+    }
   }
 }
 

@@ -1,6 +1,25 @@
 // Includes EMOPT_INCLUDE once for each instruction set, inside its target region, with EMOPT_UNIT
 // set to its namespace: out-of-line functions must not be shared between instruction sets. Include
 // all other headers before.
+//
+// A unit that is compiled with EMOPT_ONLY_ISA_baseline, EMOPT_ONLY_ISA_avx2 or
+// EMOPT_ONLY_ISA_avx512 has only that instruction set.
+
+#if defined(EMOPT_ONLY_ISA_baseline) || defined(EMOPT_ONLY_ISA_avx2) || \
+    defined(EMOPT_ONLY_ISA_avx512)
+#define EMOPT_ALL_ISAS 0
+#else
+#define EMOPT_ALL_ISAS 1
+#endif
+#if EMOPT_ALL_ISAS || defined(EMOPT_ONLY_ISA_baseline)
+#define EMOPT_COMPILES_BASELINE 1
+#endif
+#if EMOPT_X86_UNITS && (EMOPT_ALL_ISAS || defined(EMOPT_ONLY_ISA_avx2))
+#define EMOPT_COMPILES_AVX2 1
+#endif
+#if EMOPT_X86_UNITS && (EMOPT_ALL_ISAS || defined(EMOPT_ONLY_ISA_avx512))
+#define EMOPT_COMPILES_AVX512 1
+#endif
 
 #if defined(__clang__)
 #define EMOPT_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
@@ -10,11 +29,13 @@
 #define EMOPT_INDEPENDENT_ITERATIONS __pragma(loop(ivdep))
 #endif
 
+#if EMOPT_COMPILES_BASELINE
 #define EMOPT_UNIT baseline
 #include EMOPT_INCLUDE
 #undef EMOPT_UNIT
+#endif
 
-#if EMOPT_X86_UNITS
+#if EMOPT_COMPILES_AVX2
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
@@ -26,10 +47,16 @@
 #undef EMOPT_UNIT
 #if defined(__clang__)
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#if EMOPT_COMPILES_AVX512
+#if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
                              apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif

@@ -182,7 +182,7 @@ struct HeldOperands {
       if (!is_written<Epilogue, kOperands>(k, launch.data[k][row], launch.data[kUpdate][row])) {
         continue;
       }
-      if (!is_stored(k, launch.dtype[k], setup.constants.epilogue)) continue;
+      if (!is_stored<Epilogue, kOperands>(k, setup.constants.epilogue)) continue;
       with_type_of<Launch>(k, launch.dtype[k], [&](auto type) {
         using Stored = decltype(type);
         Packet<sizeof(Stored)> rounded;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../operands.h"
+#include "../rule_traits.h"
 #include "tuning.h"
 
 namespace emopt::cuda {
@@ -18,7 +19,9 @@ struct Constants {
   typename Epilogue::template At<Real> epilogue;
 
   EMOPT_FN Constants(const Rule& rule, double step_, const Epilogue& epilogue_)
-      : step(rule, step_), epilogue(epilogue_) {}
+      : step(rule, step_), epilogue(epilogue_) {
+    if (keeps_weight(step)) epilogue.hold();
+  }
 };
 
 template <class Rule_, class Epilogue_, class Real_>

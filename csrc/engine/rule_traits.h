@@ -1,0 +1,40 @@
+// What a rule and its `Step` may provide (rules/rule.h), for the engines' code.
+#pragma once
+
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#include "../rules/rule.h"
+
+namespace emopt {
+
+template <class Rule, class = void>
+inline constexpr int kNumStates = 0;
+template <class Rule>
+inline constexpr int kNumStates<Rule, std::void_t<decltype(Rule::kStates)>> =
+    static_cast<int>(std::size(Rule::kStates));
+
+// 0: the rule is not divided into cases.
+template <class Rule, class = void>
+inline constexpr int kNumCases = 0;
+template <class Rule>
+inline constexpr int kNumCases<Rule, std::void_t<decltype(Rule::kNumCases)>> = Rule::kNumCases;
+
+template <class Step, class = void>
+inline constexpr bool kMayKeepWeight = false;
+template <class Step>
+inline constexpr bool
+    kMayKeepWeight<Step, std::void_t<decltype(std::declval<const Step&>().keeps_weight)>> = true;
+
+// Whether a step leaves weights as they are.
+template <class Step>
+EMOPT_FN bool keeps_weight(const Step& step) {
+  if constexpr (kMayKeepWeight<Step>) {
+    return step.keeps_weight;
+  } else {
+    return false;
+  }
+}
+
+}  // namespace emopt

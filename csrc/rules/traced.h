@@ -1,0 +1,65 @@
+// Functions that rules traced from Python use beyond those of rule.h.
+//
+// On elements, they give the same bits on every instruction set and on CUDA, and vectorize: each is
+// one instruction, or a few selects.
+#pragma once
+
+#include <math.h>
+
+#include "rule.h"
+
+namespace emopt {
+
+// ---- on elements --------------------------------------------------------------------------------
+
+// NaN if either is NaN, like torch.maximum and torch.minimum; the first one's bits if both are. Of
+// zeros of both signs, either way, the second: torch leaves open which.
+template <class Real>
+EMOPT_FN Real maximum(Real a, Real b) {
+  const Real larger = a > b ? a : b;  // b if either is NaN
+  return a != a ? a : larger;
+}
+template <class Real>
+EMOPT_FN Real minimum(Real a, Real b) {
+  const Real smaller = a < b ? a : b;
+  return a != a ? a : smaller;
+}
+
+EMOPT_FN float absolute(float x) { return ::fabsf(x); }
+EMOPT_FN double absolute(double x) { return ::fabs(x); }
+
+// The magnitude of x with the sign of y, also of a zero or a NaN.
+EMOPT_FN float copy_sign(float x, float y) { return ::copysignf(x, y); }
+EMOPT_FN double copy_sign(double x, double y) { return ::copysign(x, y); }
+
+// Rounded twice, unlike torch.rsqrt on some devices.
+template <class Real>
+EMOPT_FN Real reciprocal_root(Real x) {
+  return Real(1) / square_root(x);
+}
+
+// 1 or 0.
+template <class Real>
+EMOPT_FN Real as_number(bool is_true) {
+  return is_true ? Real(1) : Real(0);
+}
+
+// ---- once per step ------------------------------------------------------------------------------
+
+// a % b and a // b of Python's floats: the remainder has the sign of b. fmod() is exact, so host
+// and device agree. Where Python raises an error, for b = 0, both are NaN.
+EMOPT_FN double floor_modulo(double a, double b) {
+  const double remainder = ::fmod(a, b);
+  if (remainder == 0.0) return ::copysign(0.0, b);
+  return (b < 0.0) != (remainder < 0.0) ? remainder + b : remainder;
+}
+EMOPT_FN double floor_divide(double a, double b) {
+  const double remainder = ::fmod(a, b);
+  double quotient = (a - remainder) / b;  // whole, but for rounding
+  if (remainder != 0.0 && (b < 0.0) != (remainder < 0.0)) quotient -= 1.0;
+  if (quotient == 0.0) return ::copysign(0.0, a / b);
+  const double below = ::floor(quotient);
+  return quotient - below > 0.5 ? below + 1.0 : below;
+}
+
+}  // namespace emopt

@@ -1,0 +1,221 @@
+"""Python functions, run with proxies in place of numbers and tensors.
+
+A rule is called as a copy of its function that has other globals: there, the functions of ``math``
+and ``torch`` take proxies, and so do those functions of the user that it calls. The original and
+its module are not touched. The copy needs no source text.
+"""
+
+import builtins
+import functools
+import importlib
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .graph import RuleError
+from .proxies import OPERATIONS, Number, Proxy, apply, call, refusal
+
+# The functions of math that take per-step numbers.
+_MATH = (
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1"
+    " fabs floor fmod hypot log log10 log1p log2 pow sin sinh sqrt tan tanh trunc"
+).split()
+_TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
+# Functions that make a tensor of a number.
+_CONSTANTS = ("tensor", "as_tensor", "scalar_tensor")
+_RANDOM = ("random", "numpy.random", "secrets")
+
+
+def _has_proxy(*arguments: Any, **options: Any) -> bool:
+    return any(isinstance(value, Proxy) for value in (*arguments, *options.values()))
+
+
+class _Float(type):
+    """``float`` of a per-step number is that number."""
+
+    def __call__(cls, value: Any = 0.0) -> Any:
+        return value if isinstance(value, Number) else float(value)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, (float, Number))
+
+
+class _LiftedFloat(metaclass=_Float):
+    pass
+
+
+def _extreme(name: str) -> Callable[..., Any]:
+    plain = getattr(builtins, name)
+
+    def extreme(*values: Any, **options: Any) -> Any:
+        if len(values) == 1 and isinstance(values[0], (tuple, list)):
+            values = tuple(values[0])
+        if options or not _has_proxy(*values):
+            return plain(*values, **options)
+        if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
+            raise RuleError(
+                f"{name}() of tensors: use torch.{name}imum, or clamp with {name} of a number"
+            )
+        return functools.reduce(lambda a, b: apply(name, a, b), values)
+
+    return extreme
+
+
+class Lifting:
+    """Makes the copies for one rule."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, Any] = {}
+        # The code of the functions that were copied: where errors are located.
+        self.codes: set[types.CodeType] = set()
+        self._builtins = {
+            **vars(builtins),
+            "__import__": self._import,
+            "float": _LiftedFloat,
+            "min": _extreme("min"),
+            "max": _extreme("max"),
+        }
+
+    def lift(self, value: Any) -> Any:
+        """Return a value as the rule sees it: functions take proxies, constants are unchanged."""
+        if isinstance(value, types.ModuleType):
+            return _Module(self, value)
+        if isinstance(value, functools.partial):
+            return functools.partial(self.lift(value.func), *value.args, **value.keywords)
+        if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
+            return types.MethodType(self.lift(value.__func__), value.__self__)
+        if not callable(value) or isinstance(value, type):
+            return value
+        name = getattr(value, "__name__", "")
+        module = getattr(value, "__module__", None) or ""
+        if module == "math":
+            return _math_function(name, value)
+        if getattr(torch, name, None) is value or module in _TORCH_MODULES:
+            return _torch_function(name, value)
+        wrapped = getattr(value, "__wrapped__", None)
+        if isinstance(wrapped, types.FunctionType) and not isinstance(value, types.FunctionType):
+            return self.lift(wrapped)  # functools.cache
+        is_users = isinstance(value, types.FunctionType) and not module.startswith("torch.")
+        return self.copy(value) if is_users else value
+
+    def copy(self, function: types.FunctionType) -> Callable[..., Any]:
+        """Return a copy of a function, made at its first call."""
+        found = self._copies.get(id(function))
+        if found is None:
+            found = self._copies[id(function)] = self._lazy_copy(function)
+        return found  # type: ignore[no-any-return]
+
+    def _lazy_copy(self, function: types.FunctionType) -> Callable[..., Any]:
+        copied: Callable[..., Any] | None = None
+
+        @functools.wraps(function)
+        def call_copy(*arguments: Any, **options: Any) -> Any:
+            nonlocal copied
+            if copied is None:
+                copied = self._make_copy(function)
+            return copied(*arguments, **options)
+
+        return call_copy
+
+    def _make_copy(self, function: types.FunctionType) -> Callable[..., Any]:
+        self.codes.add(function.__code__)
+        names = _names_in(function.__code__)
+        found = {name: function.__globals__[name] for name in names & set(function.__globals__)}
+        own = {name: self.lift(value) for name, value in found.items()}
+        own["__builtins__"] = self._builtins
+        own["__name__"] = function.__globals__.get("__name__", "")
+        copied = types.FunctionType(
+            function.__code__,
+            own,
+            function.__name__,
+            function.__defaults__,
+            tuple(map(self._lift_cell, function.__closure__ or ())),
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        return copied
+
+    def _lift_cell(self, cell: types.CellType) -> types.CellType:
+        try:
+            return types.CellType(self.lift(cell.cell_contents))
+        except ValueError:  # not assigned yet
+            return cell
+
+    def _import(self, *arguments: Any, **options: Any) -> Any:
+        return self.lift(importlib.__import__(*arguments, **options))
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Return the names that a function's code, and that of functions in it, may look up."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+class _Module:
+    """A module, whose functions take proxies."""
+
+    def __init__(self, lifting: Lifting, module: types.ModuleType) -> None:
+        self._lifting = lifting
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if self._module.__name__ in _RANDOM:
+            raise refusal("random", f"{self._module.__name__}.{name}")
+        return self._lifting.lift(getattr(self._module, name))
+
+
+def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*values: Any) -> Any:
+        if not _has_proxy(*values):
+            return plain(*values)
+        if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
+            raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
+        if name == "log" and len(values) == 2:
+            return apply("log", values[0]) / function_of_base(values[1])
+        if name in ("isnan", "isinf", "isfinite"):
+            return OPERATIONS[name](*values)
+        if name not in _MATH:
+            raise RuleError(f"math.{name} of a per-step number: rules do not have it")
+        return apply({"fabs": "abs"}.get(name, name), *values)
+
+    def function_of_base(base: Any) -> Any:
+        return apply("log", base) if isinstance(base, Proxy) else math.log(base)
+
+    return function
+
+
+def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*arguments: Any, **options: Any) -> Any:
+        operation = OPERATIONS.get(name.rstrip("_"))
+        if name in _CONSTANTS and len(arguments) >= 1 and isinstance(arguments[0], Number):
+            return arguments[0]
+        if _has_proxy(*arguments, **options):
+            if operation is None:
+                raise refusal(name, f"torch.{name}")
+            if not any(isinstance(value, Proxy) for value in arguments[:3]):
+                raise RuleError(f"torch.{name} of these arguments: pass tensors by position")
+            if not _has_element(*arguments, **options):
+                raise RuleError(f"torch.{name} of numbers: use math.{name} or an operator")
+            result = call(operation, f"torch.{name}", *arguments, **options)
+            is_in_place = name.endswith("_")
+            return arguments[0].assign(result) if is_in_place else result
+        if refusal_of_random(name):
+            raise refusal(name, f"torch.{name}")
+        return plain(*arguments, **options)
+
+    return function
+
+
+def _has_element(*arguments: Any, **options: Any) -> bool:
+    values = (*arguments, *options.values())
+    return any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values)
+
+
+def refusal_of_random(name: str) -> bool:
+    """Return whether a function of torch draws random numbers."""
+    return name.startswith("rand") or name in ("bernoulli", "normal", "poisson", "manual_seed")

@@ -1,0 +1,472 @@
+"""What a rule computes with while it is traced: objects that record the operations on them."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+
+from .graph import Graph, Node, RuleError
+
+# The known functions and methods of tensors, by name (operations.py).
+OPERATIONS: dict[str, Callable[..., Any]] = {}
+
+_NOT_ELEMENTWISE = "it is not an operation on single elements, or its bits differ between machines"
+# Why operations that users may expect are missing; otherwise `_NOT_ELEMENTWISE`.
+_REASONS = {
+    "reduces a tensor to one number; a rule sees one element at a time": (
+        "sum mean norm std var prod all any amax amin argmax argmin median max min dot vdot inner"
+        " matmul mm mv bmm cumsum cumprod softmax logsumexp count_nonzero dist cosine_similarity"
+        " vector_norm matrix_norm sort topk nonzero"
+    ),
+    "changes the shape; a rule sees one element at a time": (
+        "view reshape flatten unsqueeze squeeze expand expand_as view_as transpose permute t T mT"
+        " cat stack split chunk narrow select repeat tile flip roll index_select gather scatter"
+        " shape size dim ndim numel stride unbind contiguous __getitem__ __setitem__ __len__"
+    ),
+    "needs values on the host, and a rule is compiled without any": "item tolist numpy cpu cuda",
+    "draws random numbers, which a rule cannot": (
+        "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform"
+        " dropout multinomial exponential random poisson manual_seed"
+    ),
+    "gives other bits on other machines, so no rule has it on elements": (
+        "exp log tanh sigmoid erf sin cos tan atan atan2 arctan2 exp2 expm1 log1p log2 log10 softplus"
+        " sinh cosh asin acos logaddexp hypot logit gelu silu erfinv lgamma digamma"
+    ),
+    "changes the dtype; rules compute in float32, and in float64 where an operand is": (
+        "half bfloat16 double int long"
+    ),
+}
+_REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+
+
+def refusal(name: str, what: str) -> RuleError:
+    """Return the error for an operation that rules do not have."""
+    plain = name.removeprefix("linalg_").removeprefix("special_")
+    return RuleError(f"{what}: {_REASON_OF.get(plain, _NOT_ELEMENTWISE)}")
+
+
+class Tracing(Protocol):
+    """What proxies need of a trace."""
+
+    graph: Graph
+
+    def decide(self, condition: Node) -> bool:
+        """Return the outcome of a condition in this run of the rule."""
+
+
+class _Dtype:
+    """The arithmetic type, which is known only where the rule runs."""
+
+    def __repr__(self) -> str:
+        return "the arithmetic dtype"
+
+
+DTYPE = _Dtype()
+
+
+class Proxy:
+    """A value."""
+
+    __slots__ = ("node", "trace")
+    __array_ufunc__ = None  # numpy's numbers leave operators to this class
+
+    def __init__(self, trace: Tracing, node: Node) -> None:
+        self.trace = trace
+        self.node = node
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return call_torch(function, *args, **(kwargs or {}))
+
+    def __pos__(self) -> "Proxy":
+        return self
+
+    def __neg__(self) -> "Proxy":
+        return apply("neg", self)
+
+    def __abs__(self) -> "Proxy":
+        return apply("abs", self)
+
+    def __pow__(self, exponent: Any) -> "Proxy":
+        return power(self, exponent)
+
+    def __rpow__(self, base: Any) -> "Proxy":
+        return power(base, self)
+
+    def __invert__(self) -> "Proxy":
+        return apply("!", self)
+
+    def __add__(self, other: Any) -> "Proxy":
+        return apply("+", self, other)
+
+    def __radd__(self, other: Any) -> "Proxy":
+        return apply("+", other, self)
+
+    def __sub__(self, other: Any) -> "Proxy":
+        return apply("-", self, other)
+
+    def __rsub__(self, other: Any) -> "Proxy":
+        return apply("-", other, self)
+
+    def __mul__(self, other: Any) -> "Proxy":
+        return apply("*", self, other)
+
+    def __rmul__(self, other: Any) -> "Proxy":
+        return apply("*", other, self)
+
+    def __truediv__(self, other: Any) -> "Proxy":
+        return apply("/", self, other)
+
+    def __rtruediv__(self, other: Any) -> "Proxy":
+        return apply("/", other, self)
+
+    def __lt__(self, other: Any) -> "Proxy":
+        return apply("<", self, other)
+
+    def __le__(self, other: Any) -> "Proxy":
+        return apply("<=", self, other)
+
+    def __gt__(self, other: Any) -> "Proxy":
+        return apply(">", self, other)
+
+    def __ge__(self, other: Any) -> "Proxy":
+        return apply(">=", self, other)
+
+    def __eq__(self, other: object) -> "Proxy":  # type: ignore[override]
+        return apply("==", self, other)
+
+    def __ne__(self, other: object) -> "Proxy":  # type: ignore[override]
+        return apply("!=", self, other)
+
+    def __and__(self, other: Any) -> "Proxy":
+        return apply("&&", self, other)
+
+    def __rand__(self, other: Any) -> "Proxy":
+        return apply("&&", other, self)
+
+    def __or__(self, other: Any) -> "Proxy":
+        return apply("||", self, other)
+
+    def __ror__(self, other: Any) -> "Proxy":
+        return apply("||", other, self)
+
+    def __xor__(self, other: Any) -> "Proxy":
+        return apply("!=", truth(self), truth(other))
+
+    __rxor__ = __xor__
+
+
+class Number(Proxy):
+    """A hyperparameter, the step, or what is computed from them: float64, once per step."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "a per-step number"
+
+    def __bool__(self) -> bool:
+        condition = self.node if self.node.kind == "flag" else (self != 0.0).node
+        return self.trace.decide(condition)
+
+    def __float__(self) -> float:
+        raise RuleError(
+            "a hyperparameter or the step has no value while the rule is traced: compute with it, or"
+            " with functions of math"
+        )
+
+    def __index__(self) -> int:
+        raise RuleError(
+            "a hyperparameter or the step has no value while the rule is traced: it cannot count"
+            " rounds or be an index"
+        )
+
+    __int__ = __float__  # type: ignore[assignment]
+
+    def __round__(self, digits: int | None = None) -> "Proxy":
+        raise RuleError("round() of a per-step number: use math.floor or math.ceil")
+
+    def __floor__(self) -> "Proxy":
+        return apply("floor", self)
+
+    def __ceil__(self) -> "Proxy":
+        return apply("ceil", self)
+
+    def __floordiv__(self, other: Any) -> "Proxy":
+        return apply("floor_divide", self, other)
+
+    def __rfloordiv__(self, other: Any) -> "Proxy":
+        return apply("floor_divide", other, self)
+
+    def __mod__(self, other: Any) -> "Proxy":
+        return apply("floor_modulo", self, other)
+
+    def __rmod__(self, other: Any) -> "Proxy":
+        return apply("floor_modulo", other, self)
+
+    def item(self) -> "Number":
+        return self
+
+
+class Element(Proxy):
+    """An element of a tensor. In-place operations give the object another value."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "an element of a tensor"
+
+    def __bool__(self) -> bool:
+        raise RuleError(
+            "`if`, `and`, `or` or `not` on a tensor's values: use torch.where(condition, a, b), and"
+            " `&`, `|`, `~` on conditions"
+        )
+
+    def __iter__(self) -> Any:
+        raise RuleError("a tensor cannot be iterated over: a rule sees one element at a time")
+
+    def __float__(self) -> float:
+        raise refusal("item", "float() of a tensor")
+
+    __int__ = __index__ = __float__  # type: ignore[assignment]
+
+    @property
+    def dtype(self) -> _Dtype:
+        return DTYPE
+
+    @property
+    def data(self) -> "Element":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        stem = name.rstrip("_")
+        operation = OPERATIONS.get(stem) if not name.startswith("__") else None
+        if operation is None:
+            if name.startswith("__") and name.strip("_") not in ("getitem", "setitem", "len"):
+                raise AttributeError(name)
+            raise refusal(stem, f"Tensor.{name}")
+
+        def method(*arguments: Any, **options: Any) -> Any:
+            result = call(operation, f"Tensor.{name}", self, *arguments, **options)
+            return self.assign(result) if name.endswith("_") else result
+
+        return method
+
+    def __getitem__(self, index: Any) -> Any:
+        raise refusal("__getitem__", "indexing a tensor")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise refusal("__setitem__", "indexing a tensor (use torch.where)")
+
+    def __len__(self) -> int:
+        raise refusal("__len__", "len() of a tensor")
+
+    def assign(self, value: Any) -> "Element":
+        """Take another value in place."""
+        node = as_element(self.trace, value)
+        if self.node.kind == "mask":
+            raise RuleError("a comparison's result cannot be modified in place")
+        self.node = node
+        return self
+
+    def __iadd__(self, other: Any) -> "Element":
+        return self.assign(self + other)
+
+    def __isub__(self, other: Any) -> "Element":
+        return self.assign(self - other)
+
+    def __imul__(self, other: Any) -> "Element":
+        return self.assign(self * other)
+
+    def __itruediv__(self, other: Any) -> "Element":
+        return self.assign(self / other)
+
+    def __ipow__(self, other: Any) -> "Element":  # type: ignore[misc]
+        return self.assign(power(self, other))
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
+def call(operation: Callable[..., Any], name: str, *arguments: Any, **options: Any) -> Any:
+    if options.pop("out", None) is not None:
+        raise RuleError(f"{name} with out=: assign the result, or use the method that ends in _")
+    try:
+        return operation(*arguments, **options)
+    except TypeError as error:
+        if isinstance(error, RuleError):
+            raise
+        raise RuleError(f"{name} with these arguments: {_shorten(error)}") from error
+
+
+def _shorten(error: TypeError) -> str:
+    return str(error).rpartition("<lambda>() ")[2]
+
+
+def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call one of torch's functions, or a method of tensors, with proxies."""
+    name = getattr(function, "__name__", str(function))
+    stem = name if name.startswith("__") else name.rstrip("_")
+    plain = stem.strip("_")
+    operation = _OPERATORS.get(plain) if stem.startswith("__") else OPERATIONS.get(plain)
+    if operation is None:
+        raise refusal(plain, f"torch.{name}")
+    result = call(operation, f"torch.{name}", *arguments, **options)
+    if name.endswith("_") and not name.startswith("__") and isinstance(arguments[0], Element):
+        return arguments[0].assign(result)
+    return result
+
+
+# Operators of tensors that are constants: `torch.tensor(2.0) * grad`.
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: apply("+", a, b),
+    "radd": lambda a, b: apply("+", b, a),
+    "sub": lambda a, b: apply("-", a, b),
+    "rsub": lambda a, b: apply("-", b, a),
+    "mul": lambda a, b: apply("*", a, b),
+    "rmul": lambda a, b: apply("*", b, a),
+    "truediv": lambda a, b: apply("/", a, b),
+    "rtruediv": lambda a, b: apply("/", b, a),
+    "div": lambda a, b: apply("/", a, b),
+    "rdiv": lambda a, b: apply("/", b, a),
+    "pow": lambda a, b: power(a, b),
+    "rpow": lambda a, b: power(b, a),
+    "lt": lambda a, b: apply("<", a, b),
+    "le": lambda a, b: apply("<=", a, b),
+    "gt": lambda a, b: apply(">", a, b),
+    "ge": lambda a, b: apply(">=", a, b),
+    "eq": lambda a, b: apply("==", a, b),
+    "ne": lambda a, b: apply("!=", a, b),
+}
+
+
+def trace_of(*values: Any) -> Tracing:
+    for value in values:
+        if isinstance(value, Proxy):
+            return value.trace
+    raise RuleError("no argument is a value of the rule")
+
+
+def node_of(trace: Tracing, value: Any) -> Node:
+    """Return the node of a proxy or a constant."""
+    if isinstance(value, Proxy):
+        return value.node
+    if isinstance(value, Real):
+        return trace.graph.constant(float(value))
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0 and not value.is_complex():
+            return trace.graph.constant(float(value))
+        raise RuleError(
+            f"a tensor of shape {tuple(value.shape)} that is not an argument of the rule: make it a"
+            " state, or a number"
+        )
+    if value is None:
+        raise RuleError(
+            "None in a computation; a hyperparameter may be None here: ask `is None` first"
+        )
+    raise RuleError(f"a rule computes with numbers and its arguments, not with a {_type(value)}")
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__
+
+
+def wrap(trace: Tracing, node: Node) -> Proxy:
+    return Element(trace, node) if node.is_per_element else Number(trace, node)
+
+
+def as_number(trace: Tracing, node: Node) -> Node:
+    """Return a truth value as 0 or 1, and a number as it is."""
+    if node.kind == "mask":
+        return trace.graph.node("element", "as_number", node)
+    if node.kind == "flag":
+        return trace.graph.node("number", "as_number", node)
+    return node
+
+
+def as_element(trace: Tracing, value: Any) -> Node:
+    """Return what a tensor can hold."""
+    node = as_number(trace, node_of(trace, value))
+    return node if node.is_per_element else trace.graph.node("element", "fill", node)
+
+
+def truth(value: Any) -> Any:
+    """Check that a value is a condition."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Proxy) and value.node.kind in ("flag", "mask"):
+        return value
+    if isinstance(value, Number):
+        return value != 0.0
+    raise RuleError("`&`, `|`, `^`, `~` or torch.where on something that is not a condition")
+
+
+def apply(op: str, *values: Any) -> Proxy:
+    """Return an operation on proxies and constants."""
+    trace = trace_of(*values)
+    if op in ("&&", "||", "!"):
+        values = tuple(map(truth, values))
+        nodes = [_condition(trace, value) for value in values]
+    else:
+        nodes = [as_number(trace, node_of(trace, value)) for value in values]
+    return wrap(trace, trace.graph.apply(op, *nodes))
+
+
+def _condition(trace: Tracing, value: Any) -> Node:
+    if isinstance(value, bool):
+        zero = trace.graph.constant(0.0)
+        return trace.graph.node("flag", "==" if value else "!=", zero, zero)
+    return node_of(trace, value)
+
+
+def where(condition: Any, chosen: Any, other: Any) -> Proxy:
+    """Return one of two values."""
+    if isinstance(condition, bool):
+        trace = trace_of(chosen, other)
+        return wrap(trace, node_of(trace, chosen if condition else other))
+    trace = trace_of(condition, chosen, other)
+    test = _condition(trace, truth(condition))
+    yes, no = (as_number(trace, node_of(trace, value)) for value in (chosen, other))
+    return wrap(trace, trace.graph.apply("where", test, yes, no))
+
+
+_MOST_FACTORS = 16
+
+
+def power(base: Any, exponent: Any) -> Proxy:
+    """Return a power: products and square roots if the exponent is a multiple of a half."""
+    trace = trace_of(base, exponent)
+    n = node_of(trace, exponent).constant()
+    if n is not None and (2 * n).is_integer() and abs(n) <= _MOST_FACTORS:
+        if isinstance(base, Element) or n.is_integer():
+            return _repeated(trace, base, abs(n)) if n >= 0 else 1 / _repeated(trace, base, -n)
+    if isinstance(base, Element) or isinstance(exponent, Element):
+        raise RuleError(
+            "a power of elements has to have an integer or half-integer exponent that is a"
+            f" constant, of at most {_MOST_FACTORS}"
+        )
+    return apply("pow", base, exponent)
+
+
+def _repeated(trace: Tracing, base: Any, exponent: float) -> Any:
+    """Return a power by multiplication, from left to right, and then by the square root."""
+    count = int(math.floor(exponent))
+    result: Any = None
+    for _ in range(count):
+        result = base if result is None else apply("*", result, base)
+    if exponent != count:
+        root = apply("sqrt", base)
+        result = root if result is None else apply("*", result, root)
+    if result is None:
+        one = trace.graph.constant(1.0)
+        return wrap(trace, as_element(trace, wrap(trace, one)) if _is_element(base) else one)
+    return wrap(trace, node_of(trace, result))
+
+
+def _is_element(value: Any) -> bool:
+    return isinstance(value, Element)

@@ -1,0 +1,160 @@
+"""A rule's signature: its gradient, states and hyperparameters."""
+
+import inspect
+import keyword
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .._hyperparameters import Beta, Hyperparameter, NonNegative, check_domain
+from .graph import RuleError
+
+MAX_STATES = 5
+# A rule's struct has 256 bytes.
+_MAX_NUMBERS = 32
+# What the operator, the update function or an optimizer's state call something else.
+_RESERVED = ("out", "self", "updates", "grads", "step_tensor", "master_param", "params")
+_DOMAINS = (Beta, NonNegative, float, int)
+
+
+class Signature(NamedTuple):
+    """What a rule takes.
+
+    Attributes:
+        grad: The gradient's name.
+        states: The states' names.
+        hyperparameters: The hyperparameters and, where it is named, the step, in their order.
+        defaults: The defaults of those that have one.
+        name: The rule's name.
+    """
+
+    grad: str
+    states: tuple[str, ...]
+    hyperparameters: tuple[Hyperparameter, ...]
+    defaults: dict[str, Any]
+    name: str
+
+    @property
+    def has_step(self) -> bool:
+        return any(h.kind == "step" for h in self.hyperparameters)
+
+
+def read_signature(function: Callable[..., Any]) -> Signature:
+    """Return a rule's signature.
+
+    Raises:
+        RuleError: It has no gradient, too many states, variable arguments, or a name, default or
+            annotation that cannot be used.
+    """
+    name = function.__name__
+    if name == "<lambda>":
+        raise RuleError("a rule needs a name: use `def`, not a lambda")
+    _check_name(name, "the rule")
+    parameters = inspect.signature(function).parameters.values()
+    tensors = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for p in parameters:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise RuleError(f"*{p.name}: name each state and hyperparameter")
+        _check_name(p.name, "an argument")
+        if p.name in _RESERVED:
+            raise RuleError(f"an argument named {p.name}, which has a meaning of its own: rename it")
+    for p in tensors:
+        if p.default is not p.empty or p.name == "step":
+            raise RuleError(
+                f"{p.name} is positional, so it is a tensor: write `*` before the hyperparameters"
+                " and the step"
+            )
+    if not tensors:
+        raise RuleError("the first positional argument is the gradient; there is none")
+    states = tuple(p.name for p in tensors[1:])
+    if len(states) > MAX_STATES:
+        raise RuleError(f"{len(states)} states; at most {MAX_STATES} are supported")
+    keywords = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    hyperparameters = tuple(_read(function, p) for p in keywords)
+    if sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
+        raise RuleError(f"more than {_MAX_NUMBERS} numbers in hyperparameters")
+    names = [f"{state}s" for state in states] + [h.name for h in hyperparameters]
+    for twice in {n for n in names if names.count(n) > 1}:
+        raise RuleError(f"the list of states {twice} and the hyperparameter {twice}: rename one")
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    return Signature(tensors[0].name, states, hyperparameters, defaults, name)
+
+
+def _check_name(name: str, what: str) -> None:
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
+        raise RuleError(
+            f"{what} is named {name}: names start with a letter and have letters, digits and _,"
+            " all of ASCII"
+        )
+
+
+def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperparameter:
+    """Return a keyword-only argument as a hyperparameter; check its default."""
+    name, default = parameter.name, parameter.default
+    has_default = default is not parameter.empty
+    if name == "step":
+        return Hyperparameter(name, "step")
+    annotation = _resolve(function, parameter)
+    if annotation is None:
+        hyperparameter = _infer(name, default if has_default else None, has_default)
+    else:
+        hyperparameter = _from_annotation(name, annotation)
+    if has_default:
+        value = hyperparameter.read(name, default)
+        for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
+            if number is not None and hyperparameter.kind != "flag":
+                full_name = f"{name}[{i}]" if isinstance(value, tuple) else name
+                check_domain(full_name, number, hyperparameter.domain)
+    return hyperparameter
+
+
+def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """Return an annotation, also where it is text; None without one."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return None
+    if isinstance(annotation, str):
+        closure = inspect.getclosurevars(inspect.unwrap(function))
+        try:
+            return eval(annotation, dict(inspect.unwrap(function).__globals__), closure.nonlocals)
+        except Exception as error:
+            raise RuleError(f"{parameter.name}: {annotation}: {error}") from error
+    return annotation
+
+
+def _infer(name: str, default: Any, has_default: bool) -> Hyperparameter:
+    """Return a hyperparameter without an annotation, from its default and its name."""
+    is_beta = re.fullmatch(r"betas?\d*", name) is not None
+    domain: Any = Beta if is_beta else NonNegative if name == "eps" else float
+    if isinstance(default, bool):
+        return Hyperparameter(name, "flag")
+    if has_default and default is None:
+        return Hyperparameter(name, "optional", domain)
+    if isinstance(default, (tuple, list)):
+        if not default:
+            raise RuleError(f"{name} has no values")
+        return Hyperparameter(name, "numbers", domain, len(default))
+    return Hyperparameter(name, "number", domain)
+
+
+def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
+    arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if annotation is bool:
+        return Hyperparameter(name, "flag")
+    if annotation in _DOMAINS:
+        return Hyperparameter(name, "number", annotation)
+    if origin in (types.UnionType, typing.Union) and len(arguments) == 2:
+        inner = [a for a in arguments if a is not type(None)]
+        if len(inner) == 1 and inner[0] in _DOMAINS:
+            return Hyperparameter(name, "optional", inner[0])
+    is_tuple = origin is tuple and arguments and Ellipsis not in arguments
+    if is_tuple and arguments[0] in _DOMAINS and len(set(arguments)) == 1:
+        return Hyperparameter(name, "numbers", arguments[0], len(arguments))
+    shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    raise RuleError(
+        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or a"
+        " tuple of a fixed number of one of them"
+    )

@@ -1,0 +1,223 @@
+"""Traces a rule: runs its function once for each outcome of its conditions."""
+
+import contextlib
+import inspect
+import linecache
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import operations  # noqa: F401  (fills the table of operations)
+from .._hyperparameters import Hyperparameter
+from .graph import Case, Graph, Node, RuleError, inputs_of
+from .lifting import Lifting
+from .proxies import Element, Number, Proxy, as_element
+from .signature import Signature, read_signature
+
+MAX_RUNS = 256
+MAX_CASES = 16
+_MAX_CONDITIONS = 24
+_PACKAGE = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class Trace(NamedTuple):
+    """A rule, as traced.
+
+    Attributes:
+        signature: Its arguments.
+        cases: What it computes, for each outcome of its conditions.
+        modifies_grad: Whether the function modifies its gradient in place.
+        shares: Whether a result may be one of the arguments, or several results the same tensor.
+    """
+
+    signature: Signature
+    cases: tuple[Case, ...]
+    modifies_grad: bool
+    shares: bool
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the tensors that the rule reads."""
+        names = set().union(*(inputs_of(case.results) for case in self.cases))
+        return tuple(n for n in (self.signature.grad, *self.signature.states) if n in names)
+
+
+def trace_rule(function: Callable[..., Any]) -> Trace:
+    """Trace a function.
+
+    Raises:
+        RuleError: It cannot be compiled.
+    """
+    plain = inspect.unwrap(function)
+    if not isinstance(plain, types.FunctionType):
+        raise RuleError(f"rule expects a function, not {type(function).__name__}")
+    lifting = Lifting()
+    with _located(plain, lifting):
+        return _Tracer(plain, read_signature(plain), lifting).trace()
+
+
+class _Run:
+    """One run of the function: the outcomes of its conditions."""
+
+    def __init__(self, graph: Graph, prefix: list[bool]) -> None:
+        self.graph = graph
+        self.outcomes: list[tuple[Node, bool]] = []
+        self._prefix = prefix
+
+    def decide(self, condition: Node) -> bool:
+        if condition.op == "!":
+            return not self.decide(condition.operands[0])
+        for known, outcome in self.outcomes:
+            if known is condition:
+                return outcome
+        if len(self.outcomes) == _MAX_CONDITIONS:
+            raise RuleError(
+                f"more than {_MAX_CONDITIONS} conditions in a row: a loop has to end after a number"
+                " of rounds that is known when the rule is defined"
+            )
+        made = len(self.outcomes)
+        outcome = self._prefix[made] if made < len(self._prefix) else True
+        self.outcomes.append((condition, outcome))
+        return outcome
+
+
+class _Tracer:
+    def __init__(
+        self, function: types.FunctionType, signature: Signature, lifting: Lifting
+    ) -> None:
+        self.signature = signature
+        self.graph = Graph()
+        self.function = lifting.copy(function)
+        self.modifies_grad = self.shares = False
+
+    def trace(self) -> Trace:
+        cases = []
+        pending: list[list[bool]] = [[]]
+        while pending:
+            prefix = pending.pop()
+            run = _Run(self.graph, prefix)
+            cases.append(self._trace_case(run))
+            if len(cases) > MAX_RUNS:
+                raise RuleError(f"more than {MAX_RUNS} combinations of conditions")
+            taken = [outcome for _, outcome in run.outcomes]
+            for i in range(len(taken) - 1, len(prefix) - 1, -1):
+                pending.append([*taken[:i], False])
+        self._check_results(cases)
+        return Trace(self.signature, tuple(cases), self.modifies_grad, self.shares)
+
+    def _trace_case(self, run: _Run) -> Case:
+        signature = self.signature
+        operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
+        before = operands[0].node
+        values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
+        result = self.function(*operands, **values)
+        update, states = self._split(result, operands[1:])
+        results = [value for value in (update, *states) if isinstance(value, Element)]
+        own = {id(operand) for operand in operands}
+        moved = (s for s, own_state in zip(states, operands[1:], strict=True) if s is not own_state)
+        is_shared = any(id(value) in own for value in (update, *moved))
+        self.shares |= is_shared or len({id(value) for value in results}) < len(results)
+        self.modifies_grad |= operands[0].node is not before
+        return Case(
+            outcomes=tuple(run.outcomes),
+            update=None if update is None else as_element(run, update),
+            states=tuple(as_element(run, state) for state in states),
+        )
+
+    def _input(self, run: _Run, name: str) -> Element:
+        return Element(run, self.graph.node("element", "input", leaf=name))
+
+    def _proxy(self, run: _Run, h: Hyperparameter) -> Any:
+        """Return what stands for a hyperparameter; None for one that is None in this run."""
+        if h.kind == "step":
+            return Number(run, self.graph.node("number", "step"))
+        if h.kind == "numbers":
+            return tuple(
+                Number(run, self.graph.node("number", "hyperparameter", leaf=(h.name, i)))
+                for i in range(h.length)
+            )
+        if h.kind == "optional" and run.decide(self.graph.node("flag", "is None", leaf=h.name)):
+            return None
+        kind: Any = "flag" if h.kind == "flag" else "number"
+        return Number(run, self.graph.node(kind, "hyperparameter", leaf=(h.name, None)))
+
+    def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any]]:
+        """Return the update and the states' values from what the function returned."""
+        names = self.signature.states
+        if not isinstance(result, tuple):
+            if result is not None and not _is_value(result):
+                raise RuleError(
+                    f"the rule returns a {type(result).__name__}; expected the update, or a tuple of"
+                    " the update and the states"
+                )
+            return result, list(states)
+        update, *new = result or (None,)
+        if len(new) != len(names):
+            raise RuleError(
+                f"the rule returns the update and {len(new)} states; expected"
+                f" {len(names)}: {', '.join(names) or 'none'}"
+            )
+        for name, value in zip(names, new, strict=True):
+            if not _is_value(value):
+                raise RuleError(f"the rule returns {value!r} for the state {name}")
+        if update is not None and not _is_value(update):
+            raise RuleError(f"the rule returns {update!r} for the update")
+        return update, new
+
+    def _check_results(self, cases: list[Case]) -> None:
+        if all(case.update is None for case in cases):
+            raise RuleError("the rule never returns an update")
+        for i, name in enumerate(self.signature.states):
+            own = self.graph.node("element", "input", leaf=name)
+            if all(case.states[i] is own for case in cases):
+                raise RuleError(
+                    f"the state {name} is never written: return its new value after the update, or"
+                    f" modify it in place, as with {name}.mul_(...)"
+                )
+        if not any(inputs_of(case.results) for case in cases):
+            raise RuleError("the rule depends on no tensor")
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, (Proxy, bool, int, float)) or (
+        isinstance(value, torch.Tensor) and value.dim() == 0
+    )
+
+
+# ---- locations of errors -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
+    """Name the rule and the line in errors."""
+    try:
+        yield
+    except RecursionError:
+        raise
+    except Exception as error:
+        code, line = function.__code__, function.__code__.co_firstlineno
+        for frame in _frames(error):
+            if frame.tb_frame.f_code in lifting.codes or _is_users(frame.tb_frame.f_code):
+                code, line = frame.tb_frame.f_code, frame.tb_lineno
+        source = linecache.getline(code.co_filename, line).strip()
+        what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
+        place = f"{code.co_filename}:{line}" + (f": `{source}`" if source else "")
+        raise RuleError(f"rule {function.__name__}, {place}: {what}") from error
+
+
+def _frames(error: BaseException) -> Iterator[types.TracebackType]:
+    frame = error.__traceback__
+    while frame is not None:
+        yield frame
+        frame = frame.tb_next
+
+
+def _is_users(code: types.CodeType) -> bool:
+    """Return whether code is inside of a copied function, such as a nested one."""
+    name = code.co_filename
+    return not name.startswith((_PACKAGE, _TORCH, "<frozen"))
+
+
