@@ -33,6 +33,9 @@ _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in 
 
 # By namespace: the formulas, for devices for which the operators have no kernel.
 _fallbacks: dict[str, Any] = {}
+# The rule of each operator, by the operator's name. Users may define a rule again.
+_rules: dict[str, "Rule"] = {}
+_taking_dtensors: set[str] = set()
 
 
 # Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
@@ -123,10 +126,18 @@ class Rule:
         name = f"{stem}_update_"
         has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
         self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
-        if namespace not in _fallbacks:
-            _fallbacks[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
-        _fallbacks[namespace].impl(name, self._fallback, "CompositeExplicitAutograd")
         self._operator = getattr(getattr(torch.ops, namespace), name).default
+        key = self._operator.name()
+        is_new = key not in _rules
+        _rules[key] = self
+        if is_new:
+            if namespace not in _fallbacks:
+                _fallbacks[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+
+            def fall_back(*arguments: Any, **options: Any) -> None:
+                _rules[key]._fallback(*arguments, **options)
+
+            _fallbacks[namespace].impl(name, fall_back, "CompositeExplicitAutograd")
         self._register_for_dtensors = self._make_dtensor_registration()
         self._register_for_dtensors()
         self._eager = eager
@@ -177,7 +188,10 @@ class Rule:
         def register_for_dtensors() -> None:
             nonlocal is_registered
             if not is_registered and _dtensor.are_imported():
-                _dtensor.register(self._operator, self._operate_on_dtensors)
+                key = self._operator.name()
+                if key not in _taking_dtensors:
+                    _taking_dtensors.add(key)
+                    _dtensor.register(self._operator, _operate_on_dtensors(key))
                 is_registered = True
 
         # Called while a graph is traced, not by the graph.
@@ -341,6 +355,16 @@ class Rule:
             if wide is not state:
                 store(state, wide)
         return update
+
+
+def _operate_on_dtensors(key: str) -> Callable[..., None]:
+    """Return the kernel of an operator for DTensors."""
+    return lambda *arguments, **options: _rules[key]._operate_on_dtensors(*arguments, **options)
+
+
+def loaded_user_rules() -> list[str]:
+    """Return the names of users' rules whose native code is loaded."""
+    return sorted({rule.name for key, rule in _rules.items() if key.startswith(USER_NAMESPACE)})
 
 
 def refuse_trace(what: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .graph import RuleError
-from .rule import UserRule, loaded_rules
+from .rule import UserRule
 
-__all__ = ["RuleError", "UserRule", "loaded_rules", "rule"]
+__all__ = ["RuleError", "UserRule", "rule"]
 
 
 def rule(function: Callable[..., Any]) -> UserRule:

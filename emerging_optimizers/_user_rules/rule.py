@@ -260,7 +260,3 @@ def _register(rule: UserRule) -> None:
 def _place(rule: UserRule) -> tuple[str, str]:
     return rule.__module__, rule.__qualname__  # type: ignore[attr-defined]
 
-
-def loaded_rules() -> list[str]:
-    """Return the names of the rules whose native code is loaded."""
-    return sorted({rule.name for rule in _RULES.values() if rule.native is not None})
