@@ -4,11 +4,11 @@ import torch
 
 from ._distribution import __version__, name_clash
 from ._native import native, reason
-from ._rule import loaded_user_rules
+from ._operators import loaded_user_rules
 
 
 def show_config() -> None:
-    """Print the versions, compiled module, instruction sets, CUDA support, rules and thread count in use.
+    """Print what is in use: versions, compiled module, instruction sets, CUDA, rules and threads.
 
     Without a compiled module, the reason is printed, such as ``EMERGING_OPTIMIZERS_JIT=0``.
 

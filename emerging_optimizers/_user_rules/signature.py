@@ -59,7 +59,7 @@ def read_signature(function: Callable[..., Any]) -> Signature:
             raise RuleError(f"*{p.name}: name each state and hyperparameter")
         _check_name(p.name, "an argument")
         if p.name in _RESERVED:
-            raise RuleError(f"an argument named {p.name}, which has a meaning of its own: rename it")
+            raise RuleError(f"an argument named {p.name}, which means something else: rename it")
     for p in tensors:
         if p.default is not p.empty or p.name == "step":
             raise RuleError(
@@ -155,6 +155,6 @@ def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
         return Hyperparameter(name, "numbers", arguments[0], len(arguments))
     shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     raise RuleError(
-        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or a"
-        " tuple of a fixed number of one of them"
+        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or"
+        " a tuple of a fixed number of one of them"
     )
