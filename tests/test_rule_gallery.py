@@ -12,6 +12,8 @@ from rule_references import GALLERY, GALLERY_RULES, GalleryRule
 from support import assert_equal_bits, to_numpy
 from torch import Tensor
 
+from emerging_optimizers._native import native
+
 every_rule = pytest.mark.parametrize("rule", list(GALLERY_RULES.values()), ids=str)
 every_case = pytest.mark.parametrize(
     ("rule", "case"),
@@ -145,6 +147,7 @@ def test_call(
         before = [[state.clone() for state in states] for states in lists]
         arguments = rule.arguments(case, step)
         updates = rule.rule(grads, *lists, **arguments)
+        assert rule.rule.is_compiled == (native is not None)
         assert len(updates) == len(grads)
         for i, (grad, update) in enumerate(zip(grads, updates, strict=True)):
             old = [states[i] for states in before]
