@@ -36,6 +36,8 @@ def run_blocks(page: str, with_cuda: bool) -> list[str]:
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Rules of other tests may have the names of those of a page.
+    monkeypatch.setattr("emerging_optimizers._user_rules.rule._RULES", {})
 
 
 @every_page
