@@ -1,6 +1,7 @@
 """The documentation's code runs as it stands, and prints what it says; its pages are complete."""
 
 import ast
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def run_blocks(page: str, with_cuda: bool) -> list[str]:
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Rules of other tests may have the names of those of a page.
-    monkeypatch.setattr("emerging_optimizers._user_rules.rule._RULES", {})
+    module = importlib.import_module("emerging_optimizers._user_rules.rule")
+    monkeypatch.setattr(module, "_RULES", {})
 
 
 @every_page
