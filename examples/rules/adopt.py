@@ -1,7 +1,7 @@
 """ADOPT: Adam whose average is of gradients normalized by the *previous* second moment.
 
 Taniguchi et al., "ADOPT: Modified Adam Can Converge with Any beta2 with the Optimal Rate",
-https://arxiv.org/abs/2411.02853, with the clipping of its section 5.
+https://arxiv.org/abs/2411.02853, with the authors' clipping.
 """
 
 import emerging_optimizers as eo

@@ -1,8 +1,8 @@
 """Rprop: a step size for each element, which grows while the gradient keeps its sign.
 
 Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the RPROP
-algorithm", ICNN 1993, in the form of `torch.optim.Rprop`. Step sizes are in units of the learning
-rate, and start at 1.
+algorithm", ICNN 1993, https://doi.org/10.1109/ICNN.1993.298623, in the form of `torch.optim.Rprop`.
+Step sizes are in units of the learning rate, and start at 1.
 """
 
 import torch
