@@ -1,3 +1,4 @@
+import os
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -28,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where tensors are; emulated: CUDA devices on the host (tests/emulation.py)",
     )
+    parser.addoption(
+        "--rules",
+        choices=["built-in", "user"],
+        default="built-in",
+        help="the rules that tests are crossed with; user: those of tests/user_rules.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
         import emulation
 
         emulation.start()
+    if config.getoption("--rules") == "user":
+        # Before oracle.py is imported, here and in the processes that tests start.
+        os.environ["EMOPT_TEST_RULES"] = "user"
+        import user_rules
+
+        for rule in user_rules.ALL:
+            rule.compile()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,6 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         repeated = [item for item in items if _repeats_the_cpu(item)]
         items[:] = [item for item in items if not _repeats_the_cpu(item)]
         config.hook.pytest_deselected(items=repeated)
+    if config.getoption("--rules") == "user":
+        others = [item for item in items if item.get_closest_marker("builtin_rules")]
+        items[:] = [item for item in items if not item.get_closest_marker("builtin_rules")]
+        config.hook.pytest_deselected(items=others)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import RULES, Array, Rule
+from oracle import CLASSES, IS_USER, RULES, Array, Rule
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import ScalarOptimizer, megatron, scalar_optimizers
+from emerging_optimizers import ScalarOptimizer, megatron
 
 METHODS = ("decoupled", "independent", "l2", "palm")
 
@@ -40,7 +40,7 @@ class Setup:
 _ALL = [
     Setup(
         f"{row.cls} {row.label}".strip(),
-        getattr(scalar_optimizers, row.cls),
+        getattr(CLASSES, row.cls),
         rule,
         row.case,
         row.arguments,
@@ -53,9 +53,11 @@ SETUPS = [setup for setup in _ALL if not setup.arguments]
 VARIANTS = [setup for setup in _ALL if setup.arguments]
 # The classes for Megatron-Core, by name.
 MEGATRON: dict[str, type[megatron.MegatronMixin]] = {
-    name: getattr(megatron, name)
-    for name in megatron.__all__
-    if name[0].isupper() and name != "MegatronMixin"
+    name: cls
+    for name, cls in vars(CLASSES if IS_USER else megatron).items()
+    if isinstance(cls, type)
+    and issubclass(cls, megatron.MegatronMixin)
+    and cls is not megatron.MegatronMixin
 }
 every_optimizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
 every_variant = pytest.mark.parametrize("setup", SETUPS + VARIANTS, ids=str)

@@ -6,13 +6,16 @@ evaluated twice, on the operands and on their absolute values; the second is the
 in which the error of a sum is measured, so that cancellation is not held against the arithmetic.
 """
 
+import importlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from emerging_optimizers import scalar_optimizers
@@ -233,7 +236,16 @@ def signum(
     return Expected(_sign(before_sign, scale), (momentum,), before_sign, scale)
 
 
+def root(grad: Array, *, scale: float) -> Expected:
+    update, *_ = _evaluate(lambda g: (scale * np.sign(g) * np.sqrt(np.abs(g)),), grad)
+    return Expected(update, ())
+
+
 # ---- the table -----------------------------------------------------------------------------------
+
+# With `pytest --rules user`, the rules and optimizers of user_rules.py.
+IS_USER = os.environ.get("EMOPT_TEST_RULES") == "user"
+CLASSES: Any = importlib.import_module("user_rules") if IS_USER else scalar_optimizers
 
 
 @dataclass(frozen=True)
@@ -306,6 +318,17 @@ class Rule:
         values = self.defaults | dict(case)
         same = {a: values[b] for a, b in self.same_as.items() if values[a] is None}
         return values | same
+
+    @property
+    def operator(self) -> Any:
+        """The operator's packet."""
+        namespace = "emerging_optimizers_user" if IS_USER else "emerging_optimizers"
+        return getattr(getattr(torch.ops, namespace), f"{self.name}_update_")
+
+    @property
+    def title(self) -> str:
+        """How errors name the function."""
+        return self.name if IS_USER else f"calculate_{self.name}_update"
 
     def __str__(self) -> str:
         return self.name
@@ -531,4 +554,45 @@ _TABLE = [
     ),
 ]
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}
+
+def _users_rules() -> dict[str, Rule]:
+    """The table of user_rules.py. Its keys say what the rules compute, as the built-in ones' do."""
+    adam, lion = (rule for rule in _TABLE if rule.name in ("adam", "lion"))
+    cases = {"usual": {"scale": 0.5}, "zero scale": {"scale": 0.0}}
+    return {
+        "adam": replace(
+            adam,
+            name="user_adam",
+            function=CLASSES.user_adam,
+            optimizers=[
+                Optimizer("UserAdam", _ADAM_DEFAULTS),
+                Optimizer(
+                    "UserAdam",
+                    _ADAM_DEFAULTS | {"use_nesterov": True},
+                    "nesterov",
+                    {"use_nesterov": True},
+                ),
+                Optimizer("UserAdam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+            ],
+        ),
+        "lion": replace(
+            lion,
+            name="user_sign",
+            function=CLASSES.user_sign,
+            optimizers=[Optimizer("UserSign", lion.optimizers[0].case)],
+        ),
+        "root": Rule(
+            "user_root",
+            CLASSES.user_root,
+            root,
+            (),
+            cases,
+            [
+                Optimizer("UserRoot", {"scale": 1.0}),
+                Optimizer("UserRoot", {"scale": 0.5}, "scaled", {"scale": 0.5}),
+            ],
+        ),
+    }
+
+
+RULES: dict[str, Rule] = _users_rules() if IS_USER else {rule.name: rule for rule in _TABLE}

@@ -47,7 +47,7 @@ class Mix:
 
     def of(self, rule: Rule) -> tuple[torch.dtype, ...]:
         """The dtypes of a rule's states: the last ones, so that few states get mixes, too."""
-        return self.states[-len(rule.states) :]
+        return self.states[len(self.states) - len(rule.states) :]
 
 
 MIXES = {
@@ -133,7 +133,12 @@ class Operands:
 
     @property
     def update_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.grad.dtype, self.states[0].dtype)
+        return torch.promote_types(self.grad.dtype, self.model.dtype)
+
+    @property
+    def model(self) -> Tensor:
+        """The tensor as which an update is laid out."""
+        return self.states[0] if self.states else self.grad
 
 
 def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> Operands:
@@ -434,10 +439,9 @@ def check_call(
         where = label if is_single else f"{label}[{i}]"
         where += f" shape {tuple(position.grad.shape)}"
         if given is None:
-            state = position.states[0]
             assert update.dtype == position.update_dtype
             assert update.shape == position.grad.shape
-            assert update.stride() == torch.empty_like(state).stride()
+            assert update.stride() == torch.empty_like(position.model).stride()
         if given is not position.grad:
             assert_equal_bits(position.grad, old.grad, f"{rule} {where}: grad")
         assert not update.requires_grad

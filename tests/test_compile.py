@@ -43,7 +43,7 @@ def at_step(rule: Rule, step: Any) -> dict[str, Any]:
 
 
 def operator(rule: Rule) -> Any:
-    return getattr(torch.ops.emerging_optimizers, f"{rule.name}_update_").default
+    return rule.operator.default
 
 
 def arguments(rule: Rule, requires_grad: bool) -> tuple[list[Any], dict[str, Any]]:

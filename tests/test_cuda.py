@@ -458,7 +458,7 @@ def test_compiled(rule: Rule, mode: str) -> None:
 @every_rule
 def test_opcheck(rule: Rule) -> None:
     positions = [to(make_operands(rule, (5, 3), FLOAT32, i), "cuda") for i in range(2)]
-    operator = getattr(torch.ops.emerging_optimizers, f"{rule.name}_update_").default
+    operator = rule.operator.default
     updates = [torch.empty_like(position.grad) for position in positions]
     states = [[p.states[i] for p in positions] for i in range(len(rule.states))]
     names = [argument.name for argument in operator._schema.arguments]

@@ -82,7 +82,7 @@ def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
     elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 
     def through_the_dispatcher(rule: Rule) -> Rule:
-        operator = getattr(torch.ops.emerging_optimizers, f"{rule.name}_update_").default
+        operator = rule.operator.default
         names = [argument.name for argument in operator._schema.arguments]
         hyperparameters = names[2 + len(rule.states) : -1]
 

@@ -61,6 +61,7 @@ def test_shapes(rule: Rule, mix: Mix) -> None:
         check_call(rule, rule.usual, make_operands(rule, shape, mix))
 
 
+@pytest.mark.builtin_rules("only Signum scales by the shape")
 @every_mix
 def test_shape_scaling_differs_by_position(mix: Mix) -> None:
     rule = RULES["signum"]

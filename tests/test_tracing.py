@@ -52,7 +52,7 @@ def call_with_out(rule: Rule) -> Callable[..., Tensor]:
 
 
 def call_operator(rule: Rule) -> Callable[..., Tensor]:
-    operator = getattr(torch.ops.emerging_optimizers, f"{rule.name}_update_")
+    operator = rule.operator
 
     def function(grad: Tensor, *states: Tensor) -> Tensor:
         update = torch.empty_like(grad)
@@ -81,7 +81,7 @@ def assert_refuses(function: Callable[..., Tensor], operands: Operands, what: st
 @every_entry
 def test_jit_trace(rule: Rule, form: Callable[..., Any]) -> None:
     operands = operands_of(rule)
-    assert_refuses(form(rule), operands, f"calculate_{rule.name}_update")
+    assert_refuses(form(rule), operands, rule.title)
     # Later calls work.
     other = operands.clone()
     got = form(rule)(*tensors_of(operands))
@@ -96,7 +96,7 @@ def test_jit_trace_of_the_fallback(
     module = __import__(f"emerging_optimizers.scalar_optimizers.{rule.name}", fromlist=["_call"])
     monkeypatch.setattr(module._RULE, "_operator", None)
     monkeypatch.setattr(module, "_call", module._RULE.entry_point())
-    assert_refuses(form(rule), operands_of(rule), f"calculate_{rule.name}_update")
+    assert_refuses(form(rule), operands_of(rule), rule.title)
 
 
 @every_optimizer
