@@ -7,7 +7,8 @@ Adam, written in Python, is compared with the package's Adam: calls of the updat
 ``out=``, and steps of the optimizer. ADOPT and RAdam (``examples/rules``) are compared with the
 roof, with a loop of PyTorch operations over the tensors, and with the formula under
 ``torch.compile``, tensor by tensor. Each contender is checked first, and all of a table are timed
-in turn; see ``harness.py``.
+in turn; see ``harness.py``. The last table is the distance between a rule and its formula in
+PyTorch's float32 operations, over 20 steps from the same states.
 """
 
 import argparse
@@ -46,7 +47,10 @@ import emerging_optimizers as eo
 from emerging_optimizers.scalar_optimizers import calculate_adam_update
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "rules"))
+from adabelief import adabelief
+from adan import adan
 from adopt import Adopt, adopt
+from cautious_adam import cautious_adam
 from radam import RAdam, radam
 
 OURS = "rule"
@@ -237,6 +241,55 @@ def measure_build() -> dict[str, float]:
     }
 
 
+# ---- the distance from PyTorch's float32 ---------------------------------------------------------
+
+_ELEMENTS = 1 << 16
+_STEPS = 20
+
+
+def measure_distance(rule: Any) -> dict[str, float]:
+    """Compare updates with those of the formula in PyTorch's float32, from the same states.
+
+    Returns:
+        The part of the updates that are equal, and percentiles of the distance in units of the last
+        place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.zeros(_ELEMENTS) for _ in rule.states]
+    distances = []
+    for step in range(1, _STEPS + 1):
+        grad = torch.randn(_ELEMENTS, generator=generator)
+        grad *= 10.0 ** torch.randint(-3, 2, (_ELEMENTS,), generator=generator)
+        values = {"step": step} if rule.signature.has_step else {}
+        before = [state.clone() for state in states]
+        update = rule(grad, *states, **values)
+        wanted = rule.compute_update(grad, before, {**rule.signature.defaults, **values})
+        if wanted is not None:
+            distances.append((_ordered(update) - _ordered(wanted)).abs())
+    all_distances = torch.cat(distances).double()
+    return {
+        "equal": float((all_distances == 0).double().mean()),
+        "p99": float(all_distances.quantile(0.99)),
+        "p99.9": float(all_distances.quantile(0.999)),
+    }
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Number the float32 numbers in ascending order."""
+    bits = values.view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def report_distances(distances: dict[str, dict[str, float]]) -> str:
+    """Return the table of distances."""
+    rows = [
+        [name, "", f"{d['equal']:.1%}", f"{d['p99']:.0f}", f"{d['p99.9']:.0f}"]
+        for name, d in distances.items()
+    ]
+    header = ["rule", "", "equal updates", "99 %: ulp", "99.9 %: ulp"]
+    return f"\nDistance from PyTorch's float32\n\n{format_table(header, rows)}"
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 _SECONDS = {"definition": 0.020, "first native use": 10.0, "use in the next process": 0.050}
@@ -308,10 +361,14 @@ def main() -> None:
             for rule, cls in ((adopt, Adopt), (radam, RAdam)):
                 gc.collect()
                 add(shape, cls.__name__, other_tables(rule, cls, shape, arguments.budget))
+    measured = (adopt, radam, adabelief, cautious_adam, adan)
+    distances = {rule.name: measure_distance(rule) for rule in measured}
+    print(report_distances(distances))
     verdicts += _build_verdicts(measure_build())
     print(report_targets(verdicts) + busy_warning(comparisons))
     if arguments.json is not None:
-        write_json(arguments.json, {"run": run, "figures": figures, "targets": verdicts})
+        report_all = {"run": run, "figures": figures, "targets": verdicts, "distances": distances}
+        write_json(arguments.json, report_all)
 
 
 def _build_verdicts(seconds: dict[str, float]) -> Sequence[Verdict]:

@@ -101,7 +101,7 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     try:
         torch._C.parse_schema(f"rule(float {name}) -> ()")
     except RuntimeError:
-        raise RuleError(f"{name} has a meaning in torch's schemas of operators: rename it") from None
+        raise RuleError(f"{name} means something else in torch's schemas: rename it") from None
     annotation = _resolve(function, parameter)
     if annotation is None:
         hyperparameter = _infer(name, default if has_default else None, has_default)
