@@ -125,8 +125,13 @@ def abi(csrc: Path) -> str:
 
     A rule in a separate library works with a module of the same hash.
     """
+    return f"0x{hash_of_headers([csrc / 'engine' / 'rule_unit.h'])}"
+
+
+def hash_of_headers(first: list[Path]) -> str:
+    """Return a hash of headers and of those that they include, as 16 hexadecimal digits."""
     headers: dict[Path, str] = {}
-    pending = [csrc / "engine" / "rule_unit.h"]
+    pending = list(first)
     while pending:
         header = pending.pop().resolve()
         if header in headers or not header.is_file():
@@ -135,7 +140,7 @@ def abi(csrc: Path) -> str:
         for name in re.findall(r'"([\w./]+\.(?:h|inl))"', headers[header]):
             pending += [header.parent / name, header.parent / "cpu" / name]
     text = "".join(headers[header] for header in sorted(headers))
-    return f"0x{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compiler() -> str:
@@ -143,9 +148,14 @@ def compiler() -> str:
     return os.environ.get("CXX", "").strip() or ("cl" if sys.platform == "win32" else "c++")
 
 
+def compiler_words() -> list[str]:
+    """Return the words of the C++ compiler's command."""
+    return _words(compiler())
+
+
 def has_compiler() -> bool:
     """Return whether the C++ compiler, or the program that starts it, is installed."""
-    return shutil.which(_words(compiler())[0]) is not None
+    return shutil.which(compiler_words()[0]) is not None
 
 
 def compiler_variables(folder: Path) -> dict[str, str]:

@@ -4,10 +4,11 @@ import torch
 
 from ._distribution import __version__, name_clash
 from ._native import native, reason
+from ._operators import loaded_user_rules
 
 
 def show_config() -> None:
-    """Print the versions, compiled module, instruction sets, CUDA support and thread count in use.
+    """Print what is in use: versions, compiled module, instruction sets, CUDA, rules and threads.
 
     Without a compiled module, the reason is printed, such as ``EMERGING_OPTIMIZERS_JIT=0``.
 
@@ -32,6 +33,9 @@ def show_config() -> None:
         compiled = ", ".join(native.compiled_isas())
         print(f"CPU instruction sets: {compiled} compiled, {native.active_isa()} in use")
         print(f"CUDA: {', '.join(native.cuda_architectures) or 'no'}")
+    rules = loaded_user_rules()
+    if rules:
+        print(f"rules: {', '.join(rules)}")
     print(f"threads: {torch.get_num_threads()}")
     clash = name_clash()
     if clash is not None:

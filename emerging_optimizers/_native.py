@@ -70,11 +70,11 @@ def _find() -> tuple[ModuleType | None, str]:
     if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
         reason += "; EMERGING_OPTIMIZERS_JIT=0"
     else:
-        from . import _jit  # only imports without a compiled module need it
+        from . import _build_cache, _jit  # only imports without a compiled module need it
 
         try:
             module = _jit.load_module()
-        except _jit.BuildError as error:
+        except _build_cache.BuildError as error:
             warnings.warn(
                 "emerging_optimizers runs without its native kernels and falls back to PyTorch"
                 f" operations: {reason}; {error.reason}. {error.remedy}.",

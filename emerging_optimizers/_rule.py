@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _checks, _dtensor
+from . import _checks, _dtensor, _operators
 from ._checks import Operand
 from ._hyperparameters import (
     Hyperparameter,
@@ -25,15 +25,8 @@ from ._hyperparameters import (
 )
 from ._native import native
 
-# Of the package's operators, and of those of rules that users define.
-NAMESPACE = "emerging_optimizers"
-USER_NAMESPACE = "emerging_optimizers_user"
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
-
-# By namespace: the formulas, for devices for which the operators have no kernel.
-_fallbacks: dict[str, Any] = {}
-
 
 # Where a group keeps a hyperparameter: a key; or a key, an index into the numbers under that key,
 # and how many numbers there are.
@@ -90,7 +83,9 @@ class Rule:
         self._lowest_step = lowest_step
         self._describe(name, states, declared)
         if native is not None and name in native.rules:
-            self._bind(native.rules[name], getattr(native, f"{name}_update"), NAMESPACE, name)
+            self._bind(
+                native.rules[name], getattr(native, f"{name}_update"), _operators.NAMESPACE, name
+            )
 
     def _describe(
         self, name: str, states: tuple[str, ...], declared: Sequence[Hyperparameter]
@@ -109,7 +104,7 @@ class Rule:
         self._operator: Any = None
         # The device types for which the operator has kernels.
         self._native_devices: tuple[str, ...] = ()
-        self._register_for_dtensors = self._make_dtensor_registration()
+        self._register_for_dtensors = _operators.dtensor_registration(None)
 
     def _bind(self, handle: Any, eager: Callable[..., Any], namespace: str, stem: str) -> None:
         """Take the native code.
@@ -120,14 +115,10 @@ class Rule:
             namespace: The operator's namespace.
             stem: The operator is ``{stem}_update_``.
         """
-        name = f"{stem}_update_"
-        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA")
+        self._operator = _operators.connect(self, namespace, stem)
+        has_cuda = _operators.has_cuda_kernel(self._operator)
         self._native_devices = ("cpu", "cuda") if has_cuda else ("cpu",)
-        if namespace not in _fallbacks:
-            _fallbacks[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
-        _fallbacks[namespace].impl(name, self._fallback, "CompositeExplicitAutograd")
-        self._operator = getattr(getattr(torch.ops, namespace), name).default
-        self._register_for_dtensors = self._make_dtensor_registration()
+        self._register_for_dtensors = _operators.dtensor_registration(self._operator)
         self._register_for_dtensors()
         self._eager = eager
         self.native = handle
@@ -169,20 +160,6 @@ class Rule:
             return traced(*arguments) if is_compiling() else eager(*arguments)
 
         return call
-
-    def _make_dtensor_registration(self) -> Callable[[], None]:
-        """Return a function that lets the operator take DTensors, once their module is imported."""
-        is_registered = self._operator is None
-
-        def register_for_dtensors() -> None:
-            nonlocal is_registered
-            if not is_registered and _dtensor.are_imported():
-                _dtensor.register(self._operator, self._operate_on_dtensors)
-                is_registered = True
-
-        # Called while a graph is traced, not by the graph.
-        register_for_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
-        return register_for_dtensors
 
     def _call(self, *arguments: Any) -> Any:
         """Call the operator through ``torch.ops`` if there is one, else apply the formula."""
@@ -245,11 +222,11 @@ class Rule:
         if self._check is not None:
             self._check(**values)
 
-    def _fallback(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+    def operate_on_devices(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for other devices. Arguments are in the order of its schema."""
         self._apply(*self._read_operator(arguments), step_tensor)
 
-    def _operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+    def operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for DTensors, likewise."""
         operands, values = self._read_operator(arguments)
         self._apply_locally(self._operate, operands, values, step_tensor)

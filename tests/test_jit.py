@@ -22,7 +22,7 @@ import torch
 from support import run_python, without_torchs_own
 
 import emerging_optimizers
-from emerging_optimizers import _build, _jit
+from emerging_optimizers import _build, _build_cache, _jit
 from emerging_optimizers._native import _built_for, native
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts as compilers")
@@ -56,7 +56,7 @@ except _jit.BuildError as error:
 # Notes each compilation, which does not begin while there is a file called `hold`.
 COMPILER = """#!/bin/sh
 case " $* " in
-*" -c "*)
+*" {option} "*)
   echo compiled >> "{folder}/log"
   for i in $(seq 600); do [ -e "{folder}/hold" ] || break; sleep 0.1; done;;
 esac
@@ -69,7 +69,10 @@ def recipe_of(source: Path) -> _build.Recipe:
 
 
 class Workers:
-    """Processes that all want one module, by a compiler that notes its calls."""
+    """Processes that all want one library, by a compiler that notes its calls."""
+
+    code = WORKER
+    option = "-c"  # of the calls that count
 
     def __init__(self, folder: Path, source: str) -> None:
         self.source = folder / "stub.cpp"
@@ -79,7 +82,7 @@ class Workers:
         self.log = folder / "log"
         self.log.touch()
         self.compiler = folder / "c++"
-        self.compiler.write_text(COMPILER.format(folder=folder))
+        self.compiler.write_text(COMPILER.format(folder=folder, option=self.option))
         self.compiler.chmod(0o755)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.outputs: list[Path] = []
@@ -89,7 +92,7 @@ class Workers:
             self.outputs.append(self.log.with_name(f"output{len(self.outputs)}"))
             with self.outputs[-1].open("w") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(self.source), str(self.folder)],
+                    [sys.executable, "-c", self.code, str(self.source), str(self.folder)],
                     env={
                         **os.environ,
                         "CXX": str(self.compiler),
@@ -284,7 +287,7 @@ def uncompiled(tmp_path: Path) -> Path:
     """A folder with the package's sources, and nothing compiled."""
     ignored = shutil.ignore_patterns("__pycache__", "_C.*")
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=ignored)
-    shutil.copytree(_jit._sources(), tmp_path / "csrc", dirs_exist_ok=True)
+    shutil.copytree(_build_cache.csrc(), tmp_path / "csrc", dirs_exist_ok=True)
     compiler = tmp_path / "broken"
     compiler.write_text(BROKEN_COMPILER)
     compiler.chmod(0o755)

@@ -15,7 +15,7 @@ import torch
 from support import without_torchs_own
 from test_jit import MODULE, recipe_of
 
-from emerging_optimizers import _build, _compile, _jit, _library
+from emerging_optimizers import _build, _build_cache, _compile, _jit, _library
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts as compilers")
 
@@ -222,21 +222,21 @@ def test_build_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     refuse_locks(monkeypatch, name)
-    other = tmp_path / f"{_jit._prefix()}of-another-process"
+    other = tmp_path / f"{_build_cache._prefix()}of-another-process"
     other.mkdir()
     killed = tmp_path / "build-of-last-week"
     killed.mkdir()
     os.utime(killed, (0, 0))
     builds = []
 
-    def build(_: _build.Recipe, folder: Path, build: Path, log: Path) -> SimpleNamespace:
+    def build(_: object, build: Path, log: Path) -> SimpleNamespace:
         builds.append(build)
         assert build.is_dir()
         assert other.is_dir()
         assert not killed.exists()
         return SimpleNamespace(answer=42)
 
-    monkeypatch.setattr(_jit, "_build_module", build)
+    monkeypatch.setattr(_build_cache, "_build_product", build)
     assert _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path).answer == 42
     assert builds[0].parent == tmp_path
     assert not builds[0].exists()
@@ -268,10 +268,10 @@ def test_builders_without_locks(
 
 
 def test_builds_of_other_machines_are_left(tmp_path: Path) -> None:
-    ours, others = tmp_path / f"{_jit._prefix()}1", tmp_path / "build-another-machine-1"
+    ours, others = tmp_path / f"{_build_cache._prefix()}1", tmp_path / "build-another-machine-1"
     ours.mkdir()
     others.mkdir()
-    _jit._remove_killed(tmp_path, is_locked=True)
+    _build_cache._remove_killed(tmp_path, is_locked=True)
     assert [path.name for path in tmp_path.iterdir()] == [others.name]
 
 
@@ -305,7 +305,7 @@ def test_folder_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(_jit.tempfile if what == "mkdtemp" else Path, what, refuse)
+    monkeypatch.setattr(_build_cache.tempfile if what == "mkdtemp" else Path, what, refuse)
     with pytest.raises(_jit.BuildError) as caught:
         _jit.load_once(recipe_of(tmp_path / "stub.cpp"), tmp_path)
     reason = f"{tmp_path} cannot be written ({type(error).__name__}: {error})"

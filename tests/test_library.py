@@ -11,7 +11,7 @@ import pytest
 from support import run_python, without_torchs_own
 from test_jit import FIRST_IMPORT, MODULE, PACKAGE, recipe_of
 
-from emerging_optimizers import _jit, _library, _native
+from emerging_optimizers import _build_cache, _jit, _library, _native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads headers of ELF")
 
@@ -160,7 +160,7 @@ def test_bad_library_is_removed(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
     FAULTS[spoilt][0](library)
-    monkeypatch.setattr(_jit, "_build_module", lambda *_: not os.path.lexists(library))
+    monkeypatch.setattr(_build_cache, "_build_product", lambda *_: not os.path.lexists(library))
     assert _jit.load_once(recipe_of(tmp_path / "missing"), tmp_path) is True
 
 

@@ -29,7 +29,7 @@ CLASSES = {
 NAMES = {cls._rule.name for cls in CLASSES.values()}
 COMPILED = NAMES if native is None else set(native.rules)  # before any test loads others
 FUNCTIONS = {f"calculate_{name}_update" for name in NAMES}
-SHARED_HEADERS = {"all", "rule", "schedules"}
+SHARED_HEADERS = {"all", "rule", "schedules", "traced"}
 
 
 def _stems(pattern: str, suffix: str = "") -> set[str]:

@@ -8,12 +8,15 @@ import pytest
 
 from emerging_optimizers import _build
 
-UNITS = Path(__file__).parent.parent / "csrc" / "units"
+_TESTS = Path(__file__).parent
+CSRC = _TESTS.parent / "csrc"
+UNITS = CSRC / "units"
 
 
 def vectorized_loops(unit: Path, folder: Path) -> int:
     """Compile a rule's unit; return how many vector loops its element loops become."""
     options = [*_build.COMPILE_ARGS["unix"], "-std=c++17", "-DEMOPT_ABI=0"]
+    options += [f"-I{path}" for path in (CSRC, _TESTS / "cpp")]
     command = [_build.compiler(), *options, "-fopt-info-vec-optimized", "-c", str(unit)]
     command += ["-o", str(folder / f"{unit.stem}.o")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -35,3 +38,20 @@ def test_every_rule_is_vectorized(tmp_path: Path) -> None:
     fewest = counts["lion"]
     assert fewest > 0
     assert {name: count for name, count in counts.items() if count < fewest} == {}
+
+
+@pytest.mark.slow
+def test_every_case_is_vectorized(tmp_path: Path) -> None:
+    if not _build.has_compiler() or not is_gcc():
+        pytest.skip("needs the reports of GCC")
+    counts = {}
+    for name in ("SignDescent", "PatientDescent"):
+        unit = tmp_path / f"{name}.cpp"
+        lines = [
+            '#include "plugin_rules.h"',
+            '#include "engine/rule_unit.h"',
+            f"EMOPT_RULE({name})",
+        ]
+        unit.write_text("\n".join([*lines, ""]))
+        counts[name] = vectorized_loops(unit, tmp_path)
+    assert counts["PatientDescent"] >= 3 * counts["SignDescent"] > 0

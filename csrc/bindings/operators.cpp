@@ -149,11 +149,12 @@ torch::CppFunction boxed(const Argument& argument) {
   return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(argument));
 }
 
-std::string schema_of(const RuleInfo& info, const std::string& operator_name) {
+// `plural` follows the name of a state, in that of its list.
+std::string schema_of(const RuleInfo& info, const std::string& operator_name, const char* plural) {
   std::string text = operator_name + "(Tensor(a!)[] updates, Tensor[] grads";
   char alias = 'b';
   for (uint32_t s = 0; s < info.num_states; ++s) {
-    text += std::string(", Tensor(") + alias++ + "!)[] " + info.states[s] + "s";
+    text += std::string(", Tensor(") + alias++ + "!)[] " + info.states[s] + plural;
   }
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     text += ", " + schema_of(info.hyperparameters[i]);
@@ -187,7 +188,9 @@ RegisteredRule register_rule(const RuleInfo& info, const std::string& name_space
               given_name.empty() ? "compile this one with a different kName"
                                  : "register this one under a different name");
   torch::Library& library = add_library(name_space);
-  library.def(schema_of(info, operator_name).c_str(), {at::Tag::pt2_compliant_tag});
+  // A user's state may be named "a": "as" is a word of the schemas' language.
+  const char* const plural = name_space == kNamespace ? "s" : "_list";
+  library.def(schema_of(info, operator_name, plural).c_str(), {at::Tag::pt2_compliant_tag});
   const auto implement = [&](c10::DispatchKey key, torch::CppFunction kernel) {
     library.impl(operator_name.c_str(), torch::dispatch(key, std::move(kernel)));
   };

@@ -6,38 +6,36 @@
 //   static constexpr const char* kName             the stem of its operator: "<kName>_update_"
 //   static constexpr const char* kStates[]         its states, in the order that users pass them
 //   <hyperparameters>                              public members: double, double[N], bool, int64_t
-//   static constexpr int kLowestStep               (optional) 1 if steps count from 1; default 0
 //   static constexpr auto hyperparameters()        their argument names and domains, in the order
 //                                                  that users pass them; `StepArgument` is `step`
+//   static constexpr int kLowestStep               (optional) 1 if steps count from 1, as they do
+//                                                  if its member `correct_bias` is true; else 0
 //   void check(ErrorText&) const                   (optional) rejects combinations of values
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
 //
-// and, with steps counting from 1 if kLowestStep says so or it has a member `correct_bias` that is
-// true,
+// and
 //
 //   template <class Real> struct Step {
 //     Step(const Rule&, double step)               once per step, in double: reduces schedules and
 //                                                  bias corrections to constants of type Real
 //     Real operator()(Real grad, Real& state...) const -> update         once per element
-//     bool keeps_weight                            (optional) whether this step has no update:
-//                                                  operator() returns 0, and parameter and master
-//                                                  keep every bit, weight decay included
-//     int which                                    with kNumCases: the step's case
-//     template <int kCase> Real compute(Real grad, Real& state...) const
-//                                                  with kNumCases: what operator() computes in a
-//                                                  case
+//     bool keeps_weight                            (optional) true if this step has no update:
+//                                                  operator() returns 0; parameter and master keep
+//                                                  every bit, and nothing decays
 //   };
 //
 // A rule without states omits kStates. `Step` holds only numbers and flags: it is copied as bytes.
 //
 // A branch on a flag of `Step` in `operator()` is free: the flag is the same for all elements, so
-// the compiler moves the branch out of the loop (GCC 12: one vector loop for each case). GCC does
-// not do that to a large body. A rule with such branches has
+// the compiler moves the branch out of the loop (GCC 12: one vector loop for each case). It does
+// not do that to a large body. For such a body, a rule may name its cases, and `Step` compute one
+// of them, as operator() does; the CPU's engine then chooses the case outside of its loop:
 //
-//   static constexpr int kNumCases                 (optional) the number of its cases
+//   static constexpr int kNumCases
 //
-// and the CPU's loops choose the case outside.
+//   int Step::which                                the step's case, below kNumCases
+//   template <int kCase> Real Step::compute(Real grad, Real& state...) const
 #pragma once
 
 #include <math.h>

@@ -4,11 +4,46 @@ from collections.abc import Callable
 from typing import Any
 
 from .graph import RuleError
-from .rule import UserRule, loaded_rules
+from .rule import UserRule
 
-__all__ = ["RuleError", "UserRule", "loaded_rules", "rule"]
+__all__ = ["RuleError", "UserRule", "rule"]
 
 
 def rule(function: Callable[..., Any]) -> UserRule:
-    """Make an optimizer's rule of a function, as a decorator."""
+    """Make the rule of an element-wise optimizer of a Python function, as a decorator.
+
+    The function gets tensors of one shape: the gradient, and then the states. It returns the
+    update, or a tuple of the update and the new states, in their order; it may also modify states
+    in place. An update of None leaves the weights alone in that step. Keyword-only parameters are
+    hyperparameters; `step` is the step number, counted from 1.
+
+    The function is traced at its definition: each operation must be one on elements, and an ``if``
+    may depend on hyperparameters and on the step. See the guide "Write your own optimizer".
+
+    Args:
+        function: The formula.
+
+    Returns:
+        The rule, which is called like the function: with tensors or with sequences of them, and
+        with `out`. A class of optimizers takes it as ``class Name(ScalarOptimizer, rule=...)``.
+
+    Raises:
+        RuleError: The function cannot be compiled; the message names the line and the operation.
+
+    Example:
+        >>> import torch
+        >>> import emerging_optimizers as eo
+        >>> @eo.rule
+        ... def momentum(grad, exp_avg, *, beta: eo.Beta = 0.9):
+        ...     exp_avg.mul_(beta).add_(grad, alpha=1 - beta)
+        ...     return exp_avg
+        >>> class Momentum(eo.ScalarOptimizer, rule=momentum, lr=0.1):
+        ...     "SGD with an average of the gradients."
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Momentum([weight], lr=1.0, beta=0.5)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0., 0.])
+    """
     return UserRule(function)

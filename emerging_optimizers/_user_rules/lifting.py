@@ -9,6 +9,7 @@ import builtins
 import functools
 import importlib
 import math
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,19 @@ from typing import Any
 import torch
 
 from .graph import RuleError
-from .proxies import OPERATIONS, Number, Proxy, apply, call, refusal
+from .proxies import OPERATIONS, Number, Proxy, apply, call
+from .refusals import refusal
 
 # The functions of math that take per-step numbers.
-_MATH = (
-    "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1"
-    " fabs floor fmod hypot log log10 log1p log2 pow sin sinh sqrt tan tanh trunc"
-).split()
+_MATH = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1
+        fabs floor fmod hypot log log10 log1p log2 pow sin sinh sqrt tan tanh trunc
+        """,
+    )
+)
 _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
 # Functions that make a tensor of a number.
 _CONSTANTS = ("tensor", "as_tensor", "scalar_tensor")
@@ -106,7 +113,7 @@ class Lifting:
         found = self._copies.get(id(function))
         if found is None:
             found = self._copies[id(function)] = self._lazy_copy(function)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _lazy_copy(self, function: types.FunctionType) -> Callable[..., Any]:
         copied: Callable[..., Any] | None = None

@@ -3,6 +3,7 @@
 A method that ends in ``_`` is the operation without it, and then modifies its tensor.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,11 @@ from .proxies import (
     Element,
     Number,
     Proxy,
+    Tracing,
     apply,
     as_element,
     as_number,
     node_of,
-    power,
     trace_of,
     truth,
     where,
@@ -31,7 +32,9 @@ def _of_tensors(name: str, *values: Any) -> None:
     """Raise for a number where torch takes tensors only."""
     for value in values:
         if not isinstance(value, (Element, torch.Tensor)):
-            raise RuleError(f"{name} of a number: torch takes tensors only; use clamp or torch.where")
+            raise RuleError(
+                f"{name} of a number: torch takes tensors only; use clamp or torch.where"
+            )
 
 
 def _scaled(value: Any, factor: Any) -> Any:
@@ -166,6 +169,44 @@ def _isfinite(x: Any) -> Proxy:
     return apply("<", apply("abs", x), float("inf"))
 
 
+_MOST_FACTORS = 16
+
+
+def _power(base: Any, exponent: Any) -> Proxy:
+    """Return a power: products and square roots if the exponent is a multiple of a half."""
+    trace = trace_of(base, exponent)
+    n = node_of(trace, exponent).constant()
+    if n is not None and abs(n) <= _MOST_FACTORS:
+        is_element = isinstance(base, Element)
+        if n.is_integer() or (is_element and (2 * n).is_integer()):
+            return (
+                _repeated(trace, base, n) if n >= 0 else apply("/", 1.0, _repeated(trace, base, -n))
+            )
+    if isinstance(base, Element) or isinstance(exponent, Element):
+        raise RuleError(
+            "a power of elements has to have an integer or half-integer exponent that is a"
+            f" constant, of at most {_MOST_FACTORS}"
+        )
+    return apply("pow", base, exponent)
+
+
+def _repeated(trace: Tracing, base: Any, exponent: float) -> Proxy:
+    """Return a power by multiplication, from left to right, and then by the square root."""
+    count = math.floor(exponent)
+    result: Any = None
+    for _ in range(count):
+        result = base if result is None else apply("*", result, base)
+    if exponent != count:
+        root = apply("sqrt", base)
+        result = root if result is None else apply("*", result, root)
+    if result is None:
+        one = trace.graph.constant(1.0)
+        return wrap(
+            trace, as_element(trace, wrap(trace, one)) if isinstance(base, Element) else one
+        )
+    return wrap(trace, node_of(trace, result))
+
+
 def _binary(op: str) -> Callable[[Any, Any], Proxy]:
     return lambda a, b: apply(op, a, b)
 
@@ -200,7 +241,7 @@ OPERATIONS.update(
         "sqrt": _unary("sqrt"),
         "rsqrt": _unary("rsqrt"),
         "reciprocal": lambda x: apply("/", 1.0, x),
-        "pow": power,
+        "pow": _power,
         "addcmul": _addcmul,
         "addcdiv": _addcdiv,
         "lerp": _lerp,
@@ -242,5 +283,28 @@ OPERATIONS.update(
         "to": _to,
         "type_as": _to,
         "float": _float,
+    }
+)
+# Operators of tensors that are constants: `torch.tensor(2.0) * grad`.
+OPERATIONS.update(
+    {
+        "__add__": lambda a, b: apply("+", a, b),
+        "__radd__": lambda a, b: apply("+", b, a),
+        "__sub__": lambda a, b: apply("-", a, b),
+        "__rsub__": lambda a, b: apply("-", b, a),
+        "__mul__": lambda a, b: apply("*", a, b),
+        "__rmul__": lambda a, b: apply("*", b, a),
+        "__truediv__": lambda a, b: apply("/", a, b),
+        "__rtruediv__": lambda a, b: apply("/", b, a),
+        "__div__": lambda a, b: apply("/", a, b),
+        "__rdiv__": lambda a, b: apply("/", b, a),
+        "__pow__": lambda a, b: _power(a, b),
+        "__rpow__": lambda a, b: _power(b, a),
+        "__lt__": lambda a, b: apply("<", a, b),
+        "__le__": lambda a, b: apply("<=", a, b),
+        "__gt__": lambda a, b: apply(">", a, b),
+        "__ge__": lambda a, b: apply(">=", a, b),
+        "__eq__": lambda a, b: apply("==", a, b),
+        "__ne__": lambda a, b: apply("!=", a, b),
     }
 )

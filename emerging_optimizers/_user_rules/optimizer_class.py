@@ -15,9 +15,7 @@ _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def complete_class(
-    cls: Any, rule: str, signature: Signature, defaults: Mapping[str, Any]
-) -> None:
+def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[str, Any]) -> None:
     """Give a class an ``__init__`` with a rule's hyperparameters.
 
     Args:

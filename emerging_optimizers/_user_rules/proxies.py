@@ -1,6 +1,5 @@
 """What a rule computes with while it is traced: objects that record the operations on them."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
@@ -8,43 +7,10 @@ from typing import Any, Protocol
 import torch
 
 from .graph import Graph, Node, RuleError
+from .refusals import refusal
 
 # The known functions and methods of tensors, by name (operations.py).
 OPERATIONS: dict[str, Callable[..., Any]] = {}
-
-_NOT_ELEMENTWISE = "it is not an operation on single elements, or its bits differ between machines"
-# Why operations that users may expect are missing; otherwise `_NOT_ELEMENTWISE`.
-_REASONS = {
-    "reduces a tensor to one number; a rule sees one element at a time": (
-        "sum mean norm std var prod all any amax amin argmax argmin median max min dot vdot inner"
-        " matmul mm mv bmm cumsum cumprod softmax logsumexp count_nonzero dist cosine_similarity"
-        " vector_norm matrix_norm sort topk nonzero"
-    ),
-    "changes the shape; a rule sees one element at a time": (
-        "view reshape flatten unsqueeze squeeze expand expand_as view_as transpose permute t T mT"
-        " cat stack split chunk narrow select repeat tile flip roll index_select gather scatter"
-        " shape size dim ndim numel stride unbind contiguous __getitem__ __setitem__ __len__"
-    ),
-    "needs values on the host, and a rule is compiled without any": "item tolist numpy cpu cuda",
-    "draws random numbers, which a rule cannot": (
-        "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform"
-        " dropout multinomial exponential random poisson manual_seed"
-    ),
-    "gives other bits on other machines, so no rule has it on elements": (
-        "exp log tanh sigmoid erf sin cos tan atan atan2 arctan2 exp2 expm1 log1p log2 log10 softplus"
-        " sinh cosh asin acos logaddexp hypot logit gelu silu erfinv lgamma digamma"
-    ),
-    "changes the dtype; rules compute in float32, and in float64 where an operand is": (
-        "half bfloat16 double int long"
-    ),
-}
-_REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-
-
-def refusal(name: str, what: str) -> RuleError:
-    """Return the error for an operation that rules do not have."""
-    plain = name.removeprefix("linalg_").removeprefix("special_")
-    return RuleError(f"{what}: {_REASON_OF.get(plain, _NOT_ELEMENTWISE)}")
 
 
 class Tracing(Protocol):
@@ -176,8 +142,8 @@ class Number(Proxy):
 
     def __float__(self) -> float:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: compute with it, or"
-            " with functions of math"
+            "a hyperparameter or the step has no value while the rule is traced: compute with it,"
+            " also by functions of math"
         )
 
     def __index__(self) -> int:
@@ -186,7 +152,7 @@ class Number(Proxy):
             " rounds or be an index"
         )
 
-    __int__ = __float__  # type: ignore[assignment]
+    __int__ = __float__
 
     def __round__(self, digits: int | None = None) -> "Proxy":
         raise RuleError("round() of a per-step number: use math.floor or math.ceil")
@@ -233,7 +199,7 @@ class Element(Proxy):
     def __float__(self) -> float:
         raise refusal("item", "float() of a tensor")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     @property
     def dtype(self) -> _Dtype:
@@ -286,8 +252,13 @@ class Element(Proxy):
     def __itruediv__(self, other: Any) -> "Element":
         return self.assign(self / other)
 
-    def __ipow__(self, other: Any) -> "Element":  # type: ignore[misc]
+    def __ipow__(self, other: Any) -> "Element":
         return self.assign(power(self, other))
+
+
+def power(base: Any, exponent: Any) -> Proxy:
+    result: Proxy = OPERATIONS["pow"](base, exponent)
+    return result
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -312,37 +283,13 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     """Call one of torch's functions, or a method of tensors, with proxies."""
     name = getattr(function, "__name__", str(function))
     stem = name if name.startswith("__") else name.rstrip("_")
-    plain = stem.strip("_")
-    operation = _OPERATORS.get(plain) if stem.startswith("__") else OPERATIONS.get(plain)
+    operation = OPERATIONS.get(stem)
     if operation is None:
-        raise refusal(plain, f"torch.{name}")
+        raise refusal(stem.strip("_"), f"torch.{name}")
     result = call(operation, f"torch.{name}", *arguments, **options)
     if name.endswith("_") and not name.startswith("__") and isinstance(arguments[0], Element):
         return arguments[0].assign(result)
     return result
-
-
-# Operators of tensors that are constants: `torch.tensor(2.0) * grad`.
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: apply("+", a, b),
-    "radd": lambda a, b: apply("+", b, a),
-    "sub": lambda a, b: apply("-", a, b),
-    "rsub": lambda a, b: apply("-", b, a),
-    "mul": lambda a, b: apply("*", a, b),
-    "rmul": lambda a, b: apply("*", b, a),
-    "truediv": lambda a, b: apply("/", a, b),
-    "rtruediv": lambda a, b: apply("/", b, a),
-    "div": lambda a, b: apply("/", a, b),
-    "rdiv": lambda a, b: apply("/", b, a),
-    "pow": lambda a, b: power(a, b),
-    "rpow": lambda a, b: power(b, a),
-    "lt": lambda a, b: apply("<", a, b),
-    "le": lambda a, b: apply("<=", a, b),
-    "gt": lambda a, b: apply(">", a, b),
-    "ge": lambda a, b: apply(">=", a, b),
-    "eq": lambda a, b: apply("==", a, b),
-    "ne": lambda a, b: apply("!=", a, b),
-}
 
 
 def trace_of(*values: Any) -> Tracing:
@@ -433,40 +380,3 @@ def where(condition: Any, chosen: Any, other: Any) -> Proxy:
     test = _condition(trace, truth(condition))
     yes, no = (as_number(trace, node_of(trace, value)) for value in (chosen, other))
     return wrap(trace, trace.graph.apply("where", test, yes, no))
-
-
-_MOST_FACTORS = 16
-
-
-def power(base: Any, exponent: Any) -> Proxy:
-    """Return a power: products and square roots if the exponent is a multiple of a half."""
-    trace = trace_of(base, exponent)
-    n = node_of(trace, exponent).constant()
-    if n is not None and (2 * n).is_integer() and abs(n) <= _MOST_FACTORS:
-        if isinstance(base, Element) or n.is_integer():
-            return _repeated(trace, base, abs(n)) if n >= 0 else 1 / _repeated(trace, base, -n)
-    if isinstance(base, Element) or isinstance(exponent, Element):
-        raise RuleError(
-            "a power of elements has to have an integer or half-integer exponent that is a"
-            f" constant, of at most {_MOST_FACTORS}"
-        )
-    return apply("pow", base, exponent)
-
-
-def _repeated(trace: Tracing, base: Any, exponent: float) -> Any:
-    """Return a power by multiplication, from left to right, and then by the square root."""
-    count = int(math.floor(exponent))
-    result: Any = None
-    for _ in range(count):
-        result = base if result is None else apply("*", result, base)
-    if exponent != count:
-        root = apply("sqrt", base)
-        result = root if result is None else apply("*", result, root)
-    if result is None:
-        one = trace.graph.constant(1.0)
-        return wrap(trace, as_element(trace, wrap(trace, one)) if _is_element(base) else one)
-    return wrap(trace, node_of(trace, result))
-
-
-def _is_element(value: Any) -> bool:
-    return isinstance(value, Element)

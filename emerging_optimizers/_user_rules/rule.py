@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _dtensor, _native
 from .._build_cache import BuildError
-from .._rule import USER_NAMESPACE, Rule, arithmetic_dtype, store
+from .._operators import USER_NAMESPACE
+from .._rule import Rule, arithmetic_dtype, store
 from .build import library_for
 from .emitter import emit, struct_name
 from .graph import RuleError
@@ -255,16 +256,10 @@ def _register(rule: UserRule) -> None:
     known = _RULES.get(rule.name)
     if known is not None and _place(known) != _place(rule):
         raise RuleError(
-            f"rule {rule.name}: {known.__module__}.{known.__qualname__} is a rule of that name, too;"  # type: ignore[attr-defined]
-            " rename one of them"
+            f"rule {rule.name}: {'.'.join(_place(known))} has the same name; rename one of them"
         )
     _RULES[rule.name] = rule
 
 
 def _place(rule: UserRule) -> tuple[str, str]:
     return rule.__module__, rule.__qualname__  # type: ignore[attr-defined]
-
-
-def loaded_rules() -> list[str]:
-    """Return the names of the rules whose native code is loaded."""
-    return sorted({rule.name for rule in _RULES.values() if rule.native is not None})

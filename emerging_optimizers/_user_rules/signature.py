@@ -8,6 +8,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from .._hyperparameters import Beta, Hyperparameter, NonNegative, check_domain
 from .graph import RuleError
 
@@ -59,7 +61,7 @@ def read_signature(function: Callable[..., Any]) -> Signature:
             raise RuleError(f"*{p.name}: name each state and hyperparameter")
         _check_name(p.name, "an argument")
         if p.name in _RESERVED:
-            raise RuleError(f"an argument named {p.name}, which has a meaning of its own: rename it")
+            raise RuleError(f"an argument named {p.name}, which means something else: rename it")
     for p in tensors:
         if p.default is not p.empty or p.name == "step":
             raise RuleError(
@@ -75,9 +77,9 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     hyperparameters = tuple(_read(function, p) for p in keywords)
     if sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
         raise RuleError(f"more than {_MAX_NUMBERS} numbers in hyperparameters")
-    names = [f"{state}s" for state in states] + [h.name for h in hyperparameters]
+    names = [f"{state}_list" for state in states] + [h.name for h in hyperparameters]
     for twice in {n for n in names if names.count(n) > 1}:
-        raise RuleError(f"the list of states {twice} and the hyperparameter {twice}: rename one")
+        raise RuleError(f"the operator's list {twice} and the hyperparameter {twice}: rename one")
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
     return Signature(tensors[0].name, states, hyperparameters, defaults, name)
 
@@ -96,6 +98,10 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     has_default = default is not parameter.empty
     if name == "step":
         return Hyperparameter(name, "step")
+    try:
+        torch._C.parse_schema(f"rule(float {name}) -> ()")
+    except RuntimeError:
+        raise RuleError(f"{name} means something else in torch's schemas: rename it") from None
     annotation = _resolve(function, parameter)
     if annotation is None:
         hyperparameter = _infer(name, default if has_default else None, has_default)
@@ -155,6 +161,6 @@ def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
         return Hyperparameter(name, "numbers", arguments[0], len(arguments))
     shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     raise RuleError(
-        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or a"
-        " tuple of a fixed number of one of them"
+        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or"
+        " a tuple of a fixed number of one of them"
     )

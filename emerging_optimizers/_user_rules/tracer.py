@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import operations  # noqa: F401  (fills the table of operations)
 from .._hyperparameters import Hyperparameter
+from . import operations  # noqa: F401  (fills the table of operations)
 from .graph import Case, Graph, Node, RuleError, inputs_of
 from .lifting import Lifting
 from .proxies import Element, Number, Proxy, as_element
@@ -150,8 +150,8 @@ class _Tracer:
         if not isinstance(result, tuple):
             if result is not None and not _is_value(result):
                 raise RuleError(
-                    f"the rule returns a {type(result).__name__}; expected the update, or a tuple of"
-                    " the update and the states"
+                    f"the rule returns a {type(result).__name__}; expected the update, or a tuple"
+                    " of the update and the states"
                 )
             return result, list(states)
         update, *new = result or (None,)
@@ -219,5 +219,3 @@ def _is_users(code: types.CodeType) -> bool:
     """Return whether code is inside of a copied function, such as a nested one."""
     name = code.co_filename
     return not name.startswith((_PACKAGE, _TORCH, "<frozen"))
-
-

@@ -180,7 +180,7 @@ void sweep_by_hand(const Rule& rule, double step, const emopt::ApplyUpdate& opti
     if (options.method == WeightDecay::kL2) grad += static_cast<Real>(decay) * weight;
     const Real update = update_by_hand(rule_step, grad, operands, i,
                                        std::make_index_sequence<emopt::kNumStates<Rule>>());
-    if (lr == 0.0) continue;
+    if (lr == 0.0 || emopt::keeps_weight(rule_step)) continue;
     const Real rate = static_cast<Real>(lr) * static_cast<Real>(row.scale);
     const Real finite = std::min(std::max(weight, -kMax), kMax);
     weight = kept * weight - (static_cast<Real>(lost) * finite + rate * update);

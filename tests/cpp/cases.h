@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <cmath>
 #include <cstdint>
 #include <iterator>
 #include <random>
@@ -12,6 +13,7 @@
 #include "buffers.h"
 #include "check.h"
 #include "engine/table.h"
+#include "plugin_rules.h"
 #include "rules.h"
 
 template <size_t kCount, class Value>
@@ -84,13 +86,12 @@ struct Rows {
   }
 };
 
-// With a learning rate of 0 no weight changes, even if gradients are NaN. `sweep(rule, step,
-// epilogue, table)` is the engine's function.
+// No weight changes in a step 3 that leaves weights as they are, even if gradients are NaN.
+// `sweep(rule, step, epilogue, table)` is the engine's function.
 template <class Rule, class Sweep>
-void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
+void check_kept_weights(const Rule& rule, const emopt::ApplyUpdate& epilogue, int8_t device,
+                        std::mt19937_64& random, Sweep sweep) {
   constexpr int kOperands = kNumOperandsOf<Rule, emopt::ApplyUpdate>;
-  auto epilogue = random_epilogue<emopt::ApplyUpdate>(random);
-  epilogue.lr.value = 0.0;
   for (const emopt::DType dtype : kTypes) {
     const bool has_master = emopt::size_of(dtype) == 2 && random() % 2 == 0;
     std::vector<Buffer> operands(kOperands - 1, Buffer(dtype, 300, random() % 5, random));
@@ -112,6 +113,19 @@ void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep 
     if (has_master) CHECK(operands.back().bytes == before.back().bytes);
     CHECK(std::isnan(operands[emopt::kFirstState].get(0)));
   }
+}
+
+template <class Rule, class Sweep>
+void check_lr_0(const Rule& rule, int8_t device, std::mt19937_64& random, Sweep sweep) {
+  auto epilogue = random_epilogue<emopt::ApplyUpdate>(random);
+  epilogue.lr.value = 0.0;
+  check_kept_weights(rule, epilogue, device, random, sweep);
+}
+
+// In step 3, the first waits, so that no weight changes, the second is free, the third clips. In
+// later steps, none waits.
+inline std::vector<emopt::PatientDescent> patient_rules() {
+  return {{0.9, 3.0, 0.5}, {0.9, 0.0, std::nan("")}, {0.9, 2.0, 0.5}};
 }
 
 // A row that is too long for memory, in reserved address space. Uses Lion with stochastic rounding;

@@ -1,7 +1,9 @@
-// Rules that are not in the package, with the fewest and the most states that a rule can have.
+// Rules that are not in the package: with the fewest and the most states that a rule can have, and
+// with all that is optional.
 #pragma once
 
 #include "rules/rule.h"
+#include "rules/traced.h"
 
 namespace emopt {
 
@@ -57,6 +59,56 @@ struct FiveMomenta {
       fourth = beta[3] * fourth + grad;
       fifth = beta[4] * fifth + grad;
       return (first + second + third + fourth + fifth) / step;
+    }
+  };
+};
+
+// Averages gradients, and follows the average once `patience` steps have passed. Three cases: it
+// waits, is free, or is clipped.
+struct PatientDescent {
+  static constexpr const char* kName = "patient_descent";
+  static constexpr const char* kStates[] = {"average"};
+  static constexpr int kLowestStep = 1;
+  static constexpr int kNumCases = 3;
+
+  double beta;
+  double patience;
+  double limit;  // of the update's magnitude
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("beta", &PatientDescent::beta, Domain::kBeta),
+                           hyperparameter("patience", &PatientDescent::patience, Domain::kInteger),
+                           optional_hyperparameter("limit", &PatientDescent::limit),
+                           StepArgument{});
+  }
+
+  template <class Real>
+  struct Step {
+    ExponentialMovingAverage<Real> momentum;
+    Real limit;
+    int which;
+    bool keeps_weight;
+
+    EMOPT_FN Step(const PatientDescent& rule, double step)
+        : momentum(rule.beta),
+          limit(static_cast<Real>(rule.limit)),
+          which(step <= rule.patience      ? 0
+                : rule.limit != rule.limit ? 1
+                                           : 2),
+          keeps_weight(which == 0) {}
+
+    template <int kCase>
+    EMOPT_FN Real compute(Real grad, Real& average) const {
+      average = momentum(average, grad);
+      if constexpr (kCase == 0) return Real(0);
+      if constexpr (kCase == 1) return average;
+      return minimum(maximum(average, -limit), limit);
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& average) const {
+      return which == 0   ? compute<0>(grad, average)
+             : which == 1 ? compute<1>(grad, average)
+                          : compute<2>(grad, average);
     }
   };
 };

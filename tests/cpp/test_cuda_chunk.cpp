@@ -14,6 +14,7 @@
 #include "cases.h"
 #include "check.h"
 #include "launches.h"
+#include "plugin_rules.h"
 #include "run_on_host.h"
 
 using namespace emopt;
@@ -182,7 +183,13 @@ void check_rule(const Rule& rule) {
     Memory memory;
     sweep(same, {step}, moved(epilogue, memory, random), table);
   };
-  for (int round = 0; round < 5; ++round) check_lr_0(rule, 0, random, sweep_moved);
+  for (int round = 0; round < 5; ++round) {
+    check_lr_0(rule, 0, random, sweep_moved);
+    if constexpr (std::is_same_v<Rule, PatientDescent>) {
+      if (rule.patience < 3.0) continue;
+      check_kept_weights(rule, random_epilogue<ApplyUpdate>(random), 0, random, sweep_moved);
+    }
+  }
 }
 
 // More counters than a block has threads.
@@ -219,6 +226,7 @@ void test_long_rows() {
 
 int main() {
   for_each_rule([](const auto& rule) { check_rule(rule); });
+  for (const auto& rule : patient_rules()) check_rule(rule);
   test_advance();
   test_long_rows();
 }
