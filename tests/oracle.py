@@ -587,7 +587,7 @@ def _users_rules() -> dict[str, Rule]:
             (),
             cases,
             [
-                Optimizer("UserRoot", {"scale": 0.125}),
+                Optimizer("UserRoot", {"scale": 8.0}),
                 Optimizer("UserRoot", {"scale": 0.5}, "scaled", {"scale": 0.5}),
             ],
         ),
