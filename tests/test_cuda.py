@@ -30,7 +30,11 @@ from torch import Tensor
 
 from emerging_optimizers._native import native
 
-pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
+pytestmark = [
+    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.on_devices("tests-cuda"),
+    pytest.mark.cuda,
+]
 
 FLOAT32 = MIXES["float32"]
 # Around the elements of a thread, half a tile, a tile and a chunk of the engine.
