@@ -55,7 +55,7 @@ python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 USER_RULE_TESTS := autograd bits changes_between_steps checkpoints compile dispatch distributed \
     dtypes_and_layouts errors failed_steps fake_tensors fallback function_arguments functions \
     grad_scaling hyperparameters loading megatron_checkpoints megatron_grads megatron_remainders \
-    megatron_states megatron_steps optimizer_errors overlap registry rounding sharding state_dicts \
+    megatron_states megatron_steps optimizer_errors overlap registry rounding state_dicts \
     states stochastic_rounding tracing trajectories weight_decay zero_lr
 
 test-user-rules: $(INSTALLED)  ## Run the tests of rules with those of tests/user_rules.py
