@@ -36,6 +36,7 @@ from emerging_optimizers._rule import Rule
 from emerging_optimizers.scalar_optimizers import ScalarOptimizer
 
 pytestmark = [
+    pytest.mark.builtin_rules("compiles the built-in rules as plugins"),
     pytest.mark.on_devices("tests-cuda"),
     needs_native,
     pytest.mark.skipif("sys.platform == 'win32'", reason="compiles by c++"),

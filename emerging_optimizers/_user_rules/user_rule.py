@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _dtensor, _native
 from .._build_cache import BuildError
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
@@ -97,6 +97,8 @@ class UserRule(Rule):
 
         def call(*arguments: Any) -> Any:
             self._register_for_dtensors()
+            if not self.states and arguments[-1] is None:
+                arguments = (_dtensor.reduced(arguments[0]), *arguments[1:])
             if is_compiling():
                 self._build_for_devices(_device_types(arguments[0]))
                 return self._call(*arguments)
