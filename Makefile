@@ -107,6 +107,7 @@ bench: $(INSTALLED)  ## Measure functions and optimizers, also distributed; resu
 	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
+	$(PY) benchmarks/bench_rules.py --json build/bench_rules.json
 
 # For machines without network: uses only the packages that are installed.
 # make gpu-check GPU_CHECK_ARGS="--only build,bits"

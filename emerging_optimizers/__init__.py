@@ -13,7 +13,8 @@ except ImportError as error:
     raise explain_import_error(error) from error
 
 if TYPE_CHECKING:
-    from ._user_rules import RuleError, rule
+    from ._user_rules import RuleError as RuleError
+    from ._user_rules import rule as rule
 
 __all__ = ["Beta", "NonNegative", "RuleError", "__version__", "rule", "scalar_optimizers"]
 __all__ += ["show_config"]

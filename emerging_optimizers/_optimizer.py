@@ -1,7 +1,7 @@
 """The base class of the optimizers: constructor, groups, ``step`` and state dicts."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -79,17 +79,31 @@ class ScalarOptimizer(BaseOptimizer):
         differentiable: Not supported; True raises a ValueError.
     """
 
-    def __init__(
-        self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
-    ) -> None:
-        for name in options:
-            if name not in self._option_defaults:
-                raise TypeError(
-                    f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}"
-                )
-        defaults = {**hyperparameters, **self._option_defaults, **options}
-        check_group(self, defaults, is_new=True)
-        super().__init__(params, defaults)
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
+        ) -> None: ...
+
+        # Classes with `rule=`, whose `__init__` is made when they are.
+        @overload
+        def __init__(self, params: ParamsT, lr: float | Tensor = ..., **arguments: Any) -> None: ...
+
+        def __init__(self, *arguments: Any, **options: Any) -> None: ...
+
+    else:
+
+        def __init__(
+            self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
+        ) -> None:
+            for name in options:
+                if name not in self._option_defaults:
+                    cls = type(self).__name__
+                    raise TypeError(f"{cls}.__init__() got an unexpected keyword argument {name!r}")
+            defaults = {**hyperparameters, **self._option_defaults, **options}
+            check_group(self, defaults, is_new=True)
+            super().__init__(params, defaults)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

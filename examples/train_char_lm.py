@@ -1,5 +1,7 @@
 """Train a small character-level language model with any of the rules.
 
+One of them, ADOPT, is not the package's: ``rules/adopt.py`` defines it in Python.
+
 The text is Python's help topics (``pydoc_data.topics``), so nothing is downloaded. The last tenth
 is held out. ``train`` is an ordinary training loop with an optimizer of this package.
 
@@ -37,7 +39,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import ScalarOptimizer
-from emerging_optimizers.registry import get_optimizer_cls, get_optimizer_names
+from emerging_optimizers.registry import (
+    get_optimizer_cls,
+    get_optimizer_names,
+    register_optimizer,
+)
 
 try:
     from char_lm.results import Run, describe_machine, draw, finite, print_table, table_rows
@@ -47,6 +53,7 @@ except ModuleNotFoundError as missing:
 from char_lm.model import CharacterModel
 from char_lm.text import Text, baselines, held_out_batches, load_text, random_batch
 from char_lm.timing import time_steps
+from rules.adopt import Adopt
 
 DEFAULT_STEPS = 160
 WARMUP_STEPS = 20
@@ -77,6 +84,7 @@ class Rule:
 # update's typical size: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for both AdEMAMix
 # rules. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
 _TUNED = {
+    "adopt": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "adam": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "ademamix": Rule(
         2e-3,
@@ -100,6 +108,8 @@ _TUNED = {
         },
     ),
 }
+# Rules in Python train like the others.
+register_optimizer("adopt")(Adopt)
 # Every registered rule. Adam is trained as AdamW.
 RULES = {name: _TUNED.get(name, Rule()) for name in get_optimizer_names() if name != "adamw"}
 

@@ -38,7 +38,7 @@ def run_blocks(page: str, with_cuda: bool) -> list[str]:
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Rules of other tests may have the names of those of a page.
-    module = importlib.import_module("emerging_optimizers._user_rules.rule")
+    module = importlib.import_module("emerging_optimizers._user_rules.user_rule")
     monkeypatch.setattr(module, "_RULES", {})
 
 

@@ -16,7 +16,7 @@ from processes import launch
 from support import run_python
 
 ROOT = Path(__file__).parent.parent
-RULES = sorted(oracle.RULES)
+RULES = sorted([*oracle.RULES, "adopt"])
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]

@@ -194,3 +194,51 @@ def test_first_import_compiles_what_the_wheel_carries(
     assert written == []
     assert again["warnings"] == []
     assert again["module"] == seen["module"]
+
+
+RULE = """
+import json, sys, warnings
+import torch
+import emerging_optimizers as eo
+code = '''
+@eo.rule
+def momentum(grad, exp_avg, *, beta=0.9):
+    exp_avg.mul_(beta).add_(grad, alpha=1 - beta)
+    return exp_avg
+'''
+exec(code)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    update = momentum(torch.tensor([1.0, -2.0]), torch.zeros(2), beta=0.5)
+    momentum(torch.zeros(2), torch.zeros(2))
+messages = [str(warning.message) for warning in caught]
+print(json.dumps([update.tolist(), momentum.is_compiled, messages]))
+"""
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_rules_in_python(environment: Environment, tmp_path: Path, has_compiler: bool) -> None:
+    """A rule is compiled against the wheel's headers; without a compiler, its formula runs."""
+    path = str(environment.python.parent) + (f":{os.environ['PATH']}" if has_compiler else "")
+    done = subprocess.run(
+        [str(environment.python), "-W", "ignore:Failed to initialize NumPy", "-c", RULE],
+        env={"PATH": path, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    update, is_compiled, messages = json.loads(done.stdout)
+    assert update == [0.5, -1.0]
+    assert is_compiled is has_compiler
+    written = without_torchs_own(done.stderr)
+    if has_compiler:
+        assert messages == []
+        (line,) = written
+        assert line.startswith("emerging_optimizers: compiled the rule momentum in ")
+    else:
+        assert written == []
+        (message,) = messages
+        assert message.startswith("the rule momentum runs its formula in PyTorch operations")
+        assert "no C++ compiler (c++) was found" in message

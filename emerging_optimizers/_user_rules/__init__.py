@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .graph import RuleError
-from .rule import UserRule
+from .user_rule import UserRule
 
 __all__ = ["RuleError", "UserRule", "rule"]
 
