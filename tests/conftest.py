@@ -49,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["EMOPT_TEST_RULES"] = "user"
         import user_rules
 
+        if config.getoption("--device") == "emulated":
+            # The emulated module cannot load rules that are built for the compiled one.
+            os.environ["EMERGING_OPTIMIZERS_JIT"] = "0"
+            config.addinivalue_line("filterwarnings", "ignore:the rule user_.* runs its formula")
+            return
         for rule in user_rules.ALL:
             rule.compile()
 
