@@ -174,7 +174,7 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         if self._module.__name__ in _RANDOM:
-            raise refusal("random", f"{self._module.__name__}.{name}")
+            raise refusal(f"{self._module.__name__}.{name}", "random")
         return self._lifting.lift(getattr(self._module, name))
 
 
@@ -184,7 +184,7 @@ def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(*values)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
             if name not in OPERATIONS:
-                raise refusal(name, f"math.{name} of a tensor")
+                raise refusal(f"math.{name} of a tensor", name)
             raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
         if name == "log" and len(values) == 2:
             return apply("log", values[0]) / function_of_base(values[1])
@@ -210,7 +210,7 @@ def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             return arguments[0]
         if _has_proxy(*arguments, **options):
             if operation is None:
-                raise refusal(name, f"torch.{name}")
+                raise refusal(f"torch.{name}", name)
             if not any(isinstance(value, Proxy) for value in arguments[:3]):
                 raise RuleError(f"torch.{name} with tensors by keyword: pass them by position")
             if not _has_element(*arguments, **options):
@@ -221,7 +221,7 @@ def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             is_in_place = name.endswith("_")
             return arguments[0].assign(result) if is_in_place else result
         if refusal_of_random(name):
-            raise refusal(name, f"torch.{name}")
+            raise refusal(f"torch.{name}", name)
         return plain(*arguments, **options)
 
     return function

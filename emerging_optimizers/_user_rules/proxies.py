@@ -195,7 +195,7 @@ class Element(ElementRefusals, Proxy):
         raise RuleError("a tensor cannot be iterated over: a rule sees one element at a time")
 
     def __float__(self) -> float:
-        raise refusal("item", "float() of a tensor")
+        raise refusal("float() of a tensor", "item")
 
     __int__ = __index__ = __float__
 
@@ -213,7 +213,7 @@ class Element(ElementRefusals, Proxy):
         if operation is None:
             if name.startswith("__") and name.strip("_") not in ("getitem", "setitem", "len"):
                 raise AttributeError(name)
-            raise refusal(stem, f"Tensor.{name}")
+            raise refusal(f"Tensor.{name}", stem)
 
         def method(*arguments: Any, **options: Any) -> Any:
             result = call(operation, f"Tensor.{name}", self, *arguments, **options)
@@ -222,13 +222,13 @@ class Element(ElementRefusals, Proxy):
         return method
 
     def __getitem__(self, index: Any) -> Any:
-        raise refusal("__getitem__", "indexing a tensor")
+        raise refusal("indexing a tensor", "__getitem__")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise refusal("__setitem__", "indexing a tensor (use torch.where)")
+        raise refusal("indexing a tensor (use torch.where)", "__setitem__")
 
     def __len__(self) -> int:
-        raise refusal("__len__", "len() of a tensor")
+        raise refusal("len() of a tensor", "__len__")
 
     def assign(self, value: Any) -> "Element":
         """Take another value in place."""
@@ -285,7 +285,7 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     stem = name if name.startswith("__") else name.rstrip("_")
     operation = OPERATIONS.get(stem)
     if operation is None:
-        raise refusal(stem.strip("_"), f"torch.{name}")
+        raise refusal(f"torch.{name}", stem.strip("_"))
     result = call(operation, f"torch.{name}", *arguments, **options)
     if name.endswith("_") and not name.startswith("__") and isinstance(arguments[0], Element):
         return arguments[0].assign(result)

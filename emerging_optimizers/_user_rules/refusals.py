@@ -37,8 +37,13 @@ _REASONS = {
 _REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
 
-def refusal(name: str, what: str) -> RuleError:
-    """Return the error for an operation that rules do not have."""
+def refusal(what: str, name: str) -> RuleError:
+    """Return the error for an operation that rules do not have.
+
+    Args:
+        what: The operation, as the message names it.
+        name: The name of torch's function or of the tensor's method.
+    """
     plain = name.removeprefix("linalg_").removeprefix("special_")
     return RuleError(f"{what}: {_REASON_OF.get(plain, _NOT_ELEMENTWISE)}")
 
