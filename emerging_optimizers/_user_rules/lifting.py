@@ -56,6 +56,7 @@ class _LiftedFloat(metaclass=_Float):
 
 def _extreme(name: str) -> Callable[..., Any]:
     plain = getattr(builtins, name)
+    other = "max" if name == "min" else "min"
 
     def extreme(*values: Any, **options: Any) -> Any:
         if len(values) == 1 and isinstance(values[0], (tuple, list)):
@@ -64,7 +65,8 @@ def _extreme(name: str) -> Callable[..., Any]:
             return plain(*values, **options)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
             raise RuleError(
-                f"{name}() of tensors: use torch.{name}imum, or clamp with {name} of a number"
+                f"{name}() of tensors: use torch.{name}imum(a, b), or clamp({other}=...) with a"
+                " number"
             )
         return functools.reduce(lambda a, b: apply(name, a, b), values)
 
@@ -172,7 +174,7 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         if self._module.__name__ in _RANDOM:
-            raise refusal("random", f"{self._module.__name__}.{name}")
+            raise refusal(f"{self._module.__name__}.{name}", "random")
         return self._lifting.lift(getattr(self._module, name))
 
 
@@ -181,13 +183,18 @@ def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if not _has_proxy(*values):
             return plain(*values)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
+            if name not in OPERATIONS:
+                raise refusal(f"math.{name} of a tensor", name)
             raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
         if name == "log" and len(values) == 2:
             return apply("log", values[0]) / function_of_base(values[1])
         if name in ("isnan", "isinf", "isfinite"):
             return OPERATIONS[name](*values)
         if name not in _MATH:
-            raise RuleError(f"math.{name} of a per-step number: rules do not have it")
+            raise RuleError(
+                f"math.{name} is not available in rules: compute it outside, and pass the result as"
+                " a hyperparameter"
+            )
         return apply({"fabs": "abs"}.get(name, name), *values)
 
     def function_of_base(base: Any) -> Any:
@@ -203,16 +210,18 @@ def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             return arguments[0]
         if _has_proxy(*arguments, **options):
             if operation is None:
-                raise refusal(name, f"torch.{name}")
+                raise refusal(f"torch.{name}", name)
             if not any(isinstance(value, Proxy) for value in arguments[:3]):
-                raise RuleError(f"torch.{name} of these arguments: pass tensors by position")
+                raise RuleError(f"torch.{name} with tensors by keyword: pass them by position")
             if not _has_element(*arguments, **options):
-                raise RuleError(f"torch.{name} of numbers: use math.{name} or an operator")
+                raise RuleError(
+                    f"torch.{name} of numbers: use operators, min(), max() or functions of math"
+                )
             result = call(operation, f"torch.{name}", *arguments, **options)
             is_in_place = name.endswith("_")
             return arguments[0].assign(result) if is_in_place else result
         if refusal_of_random(name):
-            raise refusal(name, f"torch.{name}")
+            raise refusal(f"torch.{name}", name)
         return plain(*arguments, **options)
 
     return function

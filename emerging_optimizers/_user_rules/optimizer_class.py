@@ -44,8 +44,9 @@ def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[
     for base in cls.__mro__[1 : cls.__mro__.index(ScalarOptimizer)]:
         if "__init__" in vars(base) and "_class_defaults" not in vars(base):
             raise TypeError(
-                f"class {cls.__name__}: {base.__name__} has an __init__ of its own; give rule= to a"
-                f" class that derives from ScalarOptimizer, and derive from {base.__name__} and it"
+                f"class {cls.__name__}: {base.__name__} defines __init__, which takes no"
+                " hyperparameters of a rule; derive a class from ScalarOptimizer with rule=..., and"
+                f" then another from {base.__name__} and that one"
             )
     inherited = getattr(cls, "_class_defaults", {}) if _rule_name(cls) == rule else {}
     cls._class_defaults = {**inherited, **defaults}

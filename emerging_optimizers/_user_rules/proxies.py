@@ -1,5 +1,6 @@
 """What a rule computes with while it is traced: objects that record the operations on them."""
 
+import re
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
@@ -7,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from .graph import Graph, Node, RuleError
-from .refusals import refusal
+from .refusals import ElementRefusals, NumberRefusals, refusal
 
 # The known functions and methods of tensors, by name (operations.py).
 OPERATIONS: dict[str, Callable[..., Any]] = {}
@@ -128,7 +129,7 @@ class Proxy:
     __rxor__ = __xor__
 
 
-class Number(Proxy):
+class Number(NumberRefusals, Proxy):
     """A hyperparameter, the step, or what is computed from them: float64, once per step."""
 
     __slots__ = ()
@@ -142,20 +143,17 @@ class Number(Proxy):
 
     def __float__(self) -> float:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: compute with it,"
-            " also by functions of math"
+            "a hyperparameter or the step has no value while the rule is traced: use operators and"
+            " functions of math, not int() or NumPy"
         )
 
     def __index__(self) -> int:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: it cannot count"
-            " rounds or be an index"
+            "a hyperparameter or the step has no value while the rule is traced: it cannot be"
+            " an index or the length of a loop"
         )
 
     __int__ = __float__
-
-    def __round__(self, digits: int | None = None) -> "Proxy":
-        raise RuleError("round() of a per-step number: use math.floor or math.ceil")
 
     def __floor__(self) -> "Proxy":
         return apply("floor", self)
@@ -164,13 +162,13 @@ class Number(Proxy):
         return apply("ceil", self)
 
     def __floordiv__(self, other: Any) -> "Proxy":
-        return apply("floor_divide", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_divide", self, other)
 
     def __rfloordiv__(self, other: Any) -> "Proxy":
         return apply("floor_divide", other, self)
 
     def __mod__(self, other: Any) -> "Proxy":
-        return apply("floor_modulo", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_modulo", self, other)
 
     def __rmod__(self, other: Any) -> "Proxy":
         return apply("floor_modulo", other, self)
@@ -179,7 +177,7 @@ class Number(Proxy):
         return self
 
 
-class Element(Proxy):
+class Element(ElementRefusals, Proxy):
     """An element of a tensor. In-place operations give the object another value."""
 
     __slots__ = ()
@@ -197,7 +195,7 @@ class Element(Proxy):
         raise RuleError("a tensor cannot be iterated over: a rule sees one element at a time")
 
     def __float__(self) -> float:
-        raise refusal("item", "float() of a tensor")
+        raise refusal("float() of a tensor", "item")
 
     __int__ = __index__ = __float__
 
@@ -215,7 +213,7 @@ class Element(Proxy):
         if operation is None:
             if name.startswith("__") and name.strip("_") not in ("getitem", "setitem", "len"):
                 raise AttributeError(name)
-            raise refusal(stem, f"Tensor.{name}")
+            raise refusal(f"Tensor.{name}", stem)
 
         def method(*arguments: Any, **options: Any) -> Any:
             result = call(operation, f"Tensor.{name}", self, *arguments, **options)
@@ -224,19 +222,21 @@ class Element(Proxy):
         return method
 
     def __getitem__(self, index: Any) -> Any:
-        raise refusal("__getitem__", "indexing a tensor")
+        raise refusal("indexing a tensor", "__getitem__")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise refusal("__setitem__", "indexing a tensor (use torch.where)")
+        raise refusal("indexing a tensor (use torch.where)", "__setitem__")
 
     def __len__(self) -> int:
-        raise refusal("__len__", "len() of a tensor")
+        raise refusal("len() of a tensor", "__len__")
 
     def assign(self, value: Any) -> "Element":
         """Take another value in place."""
         node = as_element(self.trace, value)
         if self.node.kind == "mask":
-            raise RuleError("a comparison's result cannot be modified in place")
+            raise RuleError(
+                "the result of a comparison cannot be modified in place: assign to a variable"
+            )
         self.node = node
         return self
 
@@ -266,7 +266,7 @@ def power(base: Any, exponent: Any) -> Proxy:
 
 def call(operation: Callable[..., Any], name: str, *arguments: Any, **options: Any) -> Any:
     if options.pop("out", None) is not None:
-        raise RuleError(f"{name} with out=: assign the result, or use the method that ends in _")
+        raise RuleError(f"{name} with out=: assign the result, or use the in-place method (add_)")
     try:
         return operation(*arguments, **options)
     except TypeError as error:
@@ -276,7 +276,7 @@ def call(operation: Callable[..., Any], name: str, *arguments: Any, **options: A
 
 
 def _shorten(error: TypeError) -> str:
-    return str(error).rpartition("<lambda>() ")[2]
+    return re.sub(r"^.*\w>?\(\) ", "", str(error))  # without the name of a private function
 
 
 def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -285,7 +285,7 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     stem = name if name.startswith("__") else name.rstrip("_")
     operation = OPERATIONS.get(stem)
     if operation is None:
-        raise refusal(stem.strip("_"), f"torch.{name}")
+        raise refusal(f"torch.{name}", stem.strip("_"))
     result = call(operation, f"torch.{name}", *arguments, **options)
     if name.endswith("_") and not name.startswith("__") and isinstance(arguments[0], Element):
         return arguments[0].assign(result)
@@ -296,7 +296,7 @@ def trace_of(*values: Any) -> Tracing:
     for value in values:
         if isinstance(value, Proxy):
             return value.trace
-    raise RuleError("no argument is a value of the rule")
+    raise RuleError("no argument is a tensor or a hyperparameter of the rule: pass them directly")
 
 
 def node_of(trace: Tracing, value: Any) -> Node:
@@ -310,13 +310,13 @@ def node_of(trace: Tracing, value: Any) -> Node:
             return trace.graph.constant(float(value))
         raise RuleError(
             f"a tensor of shape {tuple(value.shape)} that is not an argument of the rule: make it a"
-            " state, or a number"
+            " state, or use a number"
         )
     if value is None:
         raise RuleError(
-            "None in a computation; a hyperparameter may be None here: ask `is None` first"
+            "None in a computation: if a hyperparameter may be None, test `is None` first"
         )
-    raise RuleError(f"a rule computes with numbers and its arguments, not with a {_type(value)}")
+    raise RuleError(f"a rule computes with numbers and its arguments, not with {_type(value)}")
 
 
 def _type(value: Any) -> str:
@@ -350,7 +350,10 @@ def truth(value: Any) -> Any:
         return value
     if isinstance(value, Number):
         return value != 0.0
-    raise RuleError("`&`, `|`, `^`, `~` or torch.where on something that is not a condition")
+    raise RuleError(
+        "`&`, `|`, `^`, `~` or torch.where on something that is not a condition: compare it, as in"
+        " `x > 0`"
+    )
 
 
 def apply(op: str, *values: Any) -> Proxy:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -21,7 +22,7 @@ from .emitter import emit, struct_name
 from .graph import RuleError
 from .info import Info, describe
 from .optimizer_class import complete_class
-from .tracer import trace_rule
+from .tracer import is_users, trace_rule
 
 # The rules of this process, by name.
 _RULES: weakref.WeakValueDictionary[str, "UserRule"] = weakref.WeakValueDictionary()
@@ -169,7 +170,7 @@ class UserRule(Rule):
                 f"the rule {self.name} runs its formula in PyTorch operations, tensor by tensor:"
                 f" {reason}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=_level_of_user(),
             )
 
     # Called while a graph is traced, not by the graph.
@@ -209,6 +210,16 @@ class UserRule(Rule):
         The first call in a process measures the memory bandwidth, which takes a moment.
         """
         return describe(self._trace)
+
+
+def _level_of_user() -> int:
+    """Return the ``stacklevel`` with which the caller's warning points at the user's line."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code):
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def _as_tensor(value: Any, like: Tensor) -> Tensor:
