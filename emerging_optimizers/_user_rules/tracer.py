@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import linecache
+import random
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .._hyperparameters import Hyperparameter
-from . import operations  # noqa: F401  (fills the table of operations)
-from .graph import Case, Graph, Node, RuleError, inputs_of
+from . import operations, shadows  # noqa: F401  (operations fills its table)
+from .graph import Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
 from .proxies import Element, Number, Proxy, as_element
 from .signature import Signature, read_signature
@@ -113,7 +114,8 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
-        result = self.function(*operands, **values)
+        with no_error_is_lost(), _no_random_numbers():
+            result = self.function(*operands, **values)
         update, states = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
         own = {id(operand) for operand in operands}
@@ -128,7 +130,8 @@ class _Tracer:
         )
 
     def _input(self, run: _Run, name: str) -> Element:
-        return Element(run, self.graph.node("element", "input", leaf=name))
+        node = self.graph.node("element", "input", leaf=name)
+        return Element(run, node, shadows.of_argument())
 
     def _proxy(self, run: _Run, h: Hyperparameter) -> Any:
         """Return what stands for a hyperparameter; None for one that is None in this run."""
@@ -141,8 +144,9 @@ class _Tracer:
             )
         if h.kind == "optional" and run.decide(self.graph.node("flag", "is None", leaf=h.name)):
             return None
-        kind: Any = "flag" if h.kind == "flag" else "number"
-        return Number(run, self.graph.node(kind, "hyperparameter", leaf=(h.name, None)))
+        if h.kind == "flag":
+            return run.decide(self.graph.node("flag", "hyperparameter", leaf=(h.name, None)))
+        return Number(run, self.graph.node("number", "hyperparameter", leaf=(h.name, None)))
 
     def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any]]:
         """Return the update and the states' values from what the function returned."""
@@ -181,6 +185,17 @@ class _Tracer:
             raise RuleError("the rule depends on no tensor")
 
 
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Raise if random numbers were drawn; they would be constants of the rule."""
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    yield
+    if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
+        random.setstate(python)
+        torch.set_rng_state(pytorch)
+        raise RuleError("the rule draws random numbers, which would be the same in every step")
+
+
 def _is_value(value: Any) -> bool:
     return isinstance(value, (Proxy, bool, int, float)) or (
         isinstance(value, torch.Tensor) and value.dim() == 0
@@ -199,9 +214,10 @@ def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
         raise
     except Exception as error:
         code, line = function.__code__, function.__code__.co_firstlineno
-        for frame in _frames(error):
-            if frame.tb_frame.f_code in lifting.codes or _is_users(frame.tb_frame.f_code):
-                code, line = frame.tb_frame.f_code, frame.tb_lineno
+        places = [(frame.tb_frame.f_code, frame.tb_lineno) for frame in _frames(error)]
+        for own, at in [*places, *reversed(getattr(error, "places", ()))]:
+            if own in lifting.codes or _is_users(own):
+                code, line = own, at
         source = linecache.getline(code.co_filename, line).strip()
         what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
         place = f"{code.co_filename}:{line}" + (f": `{source}`" if source else "")
@@ -218,4 +234,4 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
 def _is_users(code: types.CodeType) -> bool:
     """Return whether code is inside of a copied function, such as a nested one."""
     name = code.co_filename
-    return not name.startswith((_PACKAGE, _TORCH, "<frozen"))
+    return not name.startswith((_PACKAGE, _TORCH, "<frozen", contextlib.__file__))
