@@ -25,7 +25,6 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (lambda x, n: n % x, "`%` of a tensor: rounds elements to integers"),
     (lambda x, n: x << 1, "`<<`: rules have no integers; multiply by a power of 2"),
     (lambda x, n: 1 >> n, "`>>`: rules have no integers; divide by a power of 2"),
-    (lambda x, n: divmod(n, 2), "divmod(): use `//` and `%` on hyperparameters and `step`"),
     (lambda x, n: round(x), "round() of a tensor: rounds elements to integers"),
     (lambda x, n: round(n, 2), "round() of a per-step number: use math.floor or math.ceil"),
     (lambda x, n: x.floor(), "Tensor.floor: rounds elements to integers"),

@@ -64,7 +64,6 @@ class _Refusals:
     __matmul__ = __rmatmul__ = _refuse("`@`", _REASON_OF["matmul"])
     __lshift__ = __rlshift__ = _refuse("`<<`", "rules have no integers; multiply by a power of 2")
     __rshift__ = __rrshift__ = _refuse("`>>`", "rules have no integers; divide by a power of 2")
-    __divmod__ = __rdivmod__ = _refuse("divmod()", "use `//` and `%` on hyperparameters and `step`")
 
 
 class NumberRefusals(_Refusals):
@@ -92,6 +91,7 @@ class ElementRefusals(_Refusals):
     __slots__ = ()
     __floordiv__ = __rfloordiv__ = _refuse("`//` of a tensor", _REASON_OF["floor_divide"])
     __mod__ = __rmod__ = _refuse("`%` of a tensor", _REASON_OF["remainder"])
+    __divmod__ = __rdivmod__ = _refuse("divmod() of a tensor", _REASON_OF["remainder"])
     __round__ = _refuse("round() of a tensor", _REASON_OF["round"])
     __floor__ = _refuse("math.floor of a tensor", _REASON_OF["floor"])
     __ceil__ = _refuse("math.ceil of a tensor", _REASON_OF["ceil"])

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import linecache
 import os
+import random
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .._hyperparameters import Hyperparameter
-from . import operations  # noqa: F401  (fills the table of operations)
-from .graph import Case, Graph, Node, RuleError, inputs_of
+from . import operations, shadows  # noqa: F401  (operations fills its table)
+from .graph import Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
 from .proxies import Element, Number, Proxy, as_element
 from .signature import Signature, read_signature
@@ -114,7 +115,8 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
-        result = self.function(*operands, **values)
+        with no_error_is_lost(), _no_random_numbers():
+            result = self.function(*operands, **values)
         update, states = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
         own = {id(operand) for operand in operands}
@@ -129,7 +131,8 @@ class _Tracer:
         )
 
     def _input(self, run: _Run, name: str) -> Element:
-        return Element(run, self.graph.node("element", "input", leaf=name))
+        node = self.graph.node("element", "input", leaf=name)
+        return Element(run, node, shadows.of_argument())
 
     def _proxy(self, run: _Run, h: Hyperparameter) -> Any:
         """Return what stands for a hyperparameter; None for one that is None in this run."""
@@ -142,8 +145,9 @@ class _Tracer:
             )
         if h.kind == "optional" and run.decide(self.graph.node("flag", "is None", leaf=h.name)):
             return None
-        kind: Any = "flag" if h.kind == "flag" else "number"
-        return Number(run, self.graph.node(kind, "hyperparameter", leaf=(h.name, None)))
+        if h.kind == "flag":
+            return run.decide(self.graph.node("flag", "hyperparameter", leaf=(h.name, None)))
+        return Number(run, self.graph.node("number", "hyperparameter", leaf=(h.name, None)))
 
     def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any]]:
         """Return the update and the states' values from what the function returned."""
@@ -189,6 +193,15 @@ class _Tracer:
             raise RuleError("the rule uses neither the gradient nor a state")
 
 
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Raise if random numbers were drawn; they would be constants of the rule."""
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    yield
+    if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
+        raise RuleError("the rule draws random numbers, which would be the same in every step")
+
+
 def _is_value(value: Any) -> bool:
     return isinstance(value, (Proxy, bool, int, float)) or (
         isinstance(value, torch.Tensor) and value.dim() == 0
@@ -207,9 +220,10 @@ def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
         raise
     except Exception as error:
         code, line = function.__code__, function.__code__.co_firstlineno
-        for frame in _frames(error):
-            if frame.tb_frame.f_code in lifting.codes or is_users(frame.tb_frame.f_code):
-                code, line = frame.tb_frame.f_code, frame.tb_lineno
+        places = [(frame.tb_frame.f_code, frame.tb_lineno) for frame in _frames(error)]
+        for own, at in [*places, *reversed(getattr(error, "places", ()))]:
+            if own in lifting.codes or is_users(own):
+                code, line = own, at
         source = linecache.getline(code.co_filename, line).strip()
         what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
         place = f"{code.co_filename}:{line}" + (f": `{source}`" if source else "")
@@ -225,4 +239,5 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
 
 def is_users(code: types.CodeType) -> bool:
     """Return whether code is the user's, and not of this package, of torch or generated."""
-    return not code.co_filename.startswith((_PACKAGE, _TORCH, "<frozen", "<rule ", "<class "))
+    others = (_PACKAGE, _TORCH, contextlib.__file__, "<frozen", "<rule ", "<class ")
+    return not code.co_filename.startswith(others)
