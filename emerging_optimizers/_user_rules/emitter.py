@@ -9,7 +9,7 @@ from .graph import Case, Node, RuleError
 from .tracer import MAX_CASES, Trace
 
 _DOMAINS = {Beta: "kBeta", NonNegative: "kNonNegative", float: "kAny", int: "kInteger"}
-# Names that the struct has for itself, and C++'s that Python allows.
+# Names that the struct uses, and reserved words of C++ that are names in Python.
 _TAKEN = frozenset(
     re.findall(
         r"\w+",

@@ -25,8 +25,8 @@ def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[
         defaults: Defaults of the class's arguments, which override the rule's.
 
     Raises:
-        TypeError: The rule's arguments clash with the optimizer's, a default is of an unknown
-            argument, or a class in between has an ``__init__`` of its own.
+        TypeError: The rule's arguments clash with the optimizer's, a default is for an unknown
+            argument, or a base defines ``__init__``.
     """
     names = [h.name for h in signature.hyperparameters if h.kind != "step"]
     for name in names:

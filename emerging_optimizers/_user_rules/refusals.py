@@ -61,6 +61,10 @@ class _Refusals:
     """Operators that no value has. Python's errors would name this package's classes."""
 
     __slots__ = ()
+
+    def __format__(self, specification: str) -> str:
+        return repr(self)
+
     __matmul__ = __rmatmul__ = _refuse("`@`", _REASON_OF["matmul"])
     __lshift__ = __rlshift__ = _refuse("`<<`", "rules have no integers; multiply by a power of 2")
     __rshift__ = __rrshift__ = _refuse("`>>`", "rules have no integers; divide by a power of 2")

@@ -205,7 +205,7 @@ class UserRule(Rule):
     # ---- what is known ---------------------------------------------------------------------------
 
     def info(self) -> Info:
-        """Return the rule's states, hyperparameters, memory traffic, and the time that takes.
+        """Return the rule's states, hyperparameters, memory traffic, and the time that this takes.
 
         The first call in a process measures the memory bandwidth, which takes a moment.
         """
