@@ -127,10 +127,11 @@ def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return None
-    if isinstance(annotation, str):
+    while isinstance(annotation, str):  # twice so if it is quoted, too
         closure = inspect.getclosurevars(inspect.unwrap(function))
+        names = dict(inspect.unwrap(function).__globals__)
         try:
-            return eval(annotation, dict(inspect.unwrap(function).__globals__), closure.nonlocals)
+            annotation = eval(annotation, names, closure.nonlocals)
         except Exception as error:
             raise RuleError(f"{parameter.name}: {annotation}: {error}") from error
     return annotation
