@@ -6,7 +6,7 @@ from typing import Any
 
 from .._base import SHARED_DEFAULTS
 from .._optimizer import ScalarOptimizer
-from .signature import Signature
+from .signature import Signature, check_default
 
 # Arguments of every optimizer. No hyperparameter may have these names, or those of `_TAKEN`.
 _OWN_DEFAULTS = {"weight_decay": 0.0, "weight_decay_method": "decoupled"}
@@ -26,7 +26,8 @@ def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[
 
     Raises:
         TypeError: The rule's arguments clash with the optimizer's, a default is for an unknown
-            argument, or a base defines ``__init__``.
+            argument or of another type, or a base defines ``__init__``.
+        ValueError: A hyperparameter's default is outside its domain.
     """
     names = [h.name for h in signature.hyperparameters if h.kind != "step"]
     for name in names:
@@ -41,6 +42,9 @@ def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[
             raise TypeError(
                 f"class {cls.__name__}: unknown argument {name!r}; expected {', '.join(known)}"
             )
+    for hyperparameter in signature.hyperparameters:
+        if hyperparameter.name in defaults:
+            check_default(hyperparameter, defaults[hyperparameter.name])
     for base in cls.__mro__[1 : cls.__mro__.index(ScalarOptimizer)]:
         if "__init__" in vars(base) and "_class_defaults" not in vars(base):
             raise TypeError(

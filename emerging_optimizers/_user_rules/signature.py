@@ -112,12 +112,18 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     else:
         hyperparameter = _from_annotation(name, annotation)
     if has_default:
-        value = hyperparameter.read(name, default)
-        for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
-            if number is not None and hyperparameter.kind != "flag":
-                full_name = f"{name}[{i}]" if isinstance(value, tuple) else name
-                check_domain(full_name, number, hyperparameter.domain)
+        check_default(hyperparameter, default)
     return hyperparameter
+
+
+def check_default(hyperparameter: Hyperparameter, default: Any) -> None:
+    """Raise for a default of another type, or outside of the domain."""
+    name = hyperparameter.name
+    value = hyperparameter.read(name, default)
+    for i, number in enumerate(value if isinstance(value, tuple) else (value,)):
+        if number is not None and hyperparameter.kind != "flag":
+            full_name = f"{name}[{i}]" if isinstance(value, tuple) else name
+            check_domain(full_name, number, hyperparameter.domain)
 
 
 def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
@@ -125,10 +131,11 @@ def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return None
-    if isinstance(annotation, str):
+    while isinstance(annotation, str):  # twice so if it is quoted, too
         closure = inspect.getclosurevars(inspect.unwrap(function))
+        names = dict(inspect.unwrap(function).__globals__)
         try:
-            return eval(annotation, dict(inspect.unwrap(function).__globals__), closure.nonlocals)
+            annotation = eval(annotation, names, closure.nonlocals)
         except Exception as error:
             raise RuleError(f"{parameter.name}: {annotation}: {error}") from error
     return annotation
