@@ -199,6 +199,8 @@ def _no_random_numbers() -> Iterator[None]:
     python, pytorch = random.getstate(), torch.get_rng_state()
     yield
     if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
+        random.setstate(python)
+        torch.set_rng_state(pytorch)
         raise RuleError("the rule draws random numbers, which would be the same in every step")
 
 

@@ -144,6 +144,8 @@ class UserRule(Rule):
                     stem, handle, eager = _loaded(self.name, self.source)
                 except BuildError as error:
                     return f"{error.reason}. {error.remedy}"
+                except RuntimeError as error:  # the library cannot be loaded
+                    return str(error)
                 self._bind(handle, eager, USER_NAMESPACE, stem)
         return None
 
@@ -157,14 +159,17 @@ class UserRule(Rule):
 
     def _build_for_devices(self, devices: tuple[str, ...]) -> None:
         """Build the native code at its first use; warn, once, if the formula runs instead."""
-        if self.native is not None or self._has_warned:
+        if self.native is not None:
             return
+        reason: str | None
         if "cpu" in devices:
-            reason = self._load()
+            if self._why_not_native is None:
+                self._why_not_native = self._load()
+            reason = self._why_not_native
         else:
             others = sorted(set(devices) - set(_WITHOUT_VALUES))
             reason = f"there are no kernels for {' and '.join(others)}" if others else None
-        if reason is not None:
+        if reason is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"the rule {self.name} runs its formula in PyTorch operations, tensor by tensor:"
@@ -230,9 +235,9 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _tensors_of(grads: Any) -> Sequence[Any]:
-    return (
-        [grads] if isinstance(grads, Tensor) else grads if isinstance(grads, (list, tuple)) else []
-    )
+    if isinstance(grads, Tensor):
+        return [grads]
+    return grads if isinstance(grads, (list, tuple)) else []
 
 
 def _device_types(grads: Any) -> tuple[str, ...]:
