@@ -413,6 +413,10 @@ def test_a_library_of_other_headers(libraries: dict[str, str]) -> None:
     message = f"{libraries['old']} was compiled with the headers of another version"
     with pytest.raises(RuntimeError, match=re.escape(message) + ".*recompile it"):
         native._load_rule(libraries["old"], "SignDescent")
+    with pytest.raises(RuntimeError, match=re.escape(message) + ".*rebuild the package"):
+        native._load_rule(
+            libraries["old"], "SignDescent", operator_namespace="user_rules", name="sign_descent"
+        )
     assert native.rules == before
 
 

@@ -1,6 +1,11 @@
 """What a rule computes, as a graph: values of one step, and values of one element."""
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import CodeType, FrameType
 from typing import Literal, NamedTuple, TypeAlias
 
 # "number" and "flag" are computed once per step, in float64, from the hyperparameters and the step.
@@ -13,6 +18,37 @@ LOGICAL = ("&&", "||", "!")
 
 class RuleError(TypeError):
     """A rule that cannot be compiled. The message names the rule, the line and the operation."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        # The code that runs, from the inside, and its lines: while a rule runs.
+        self.places: list[tuple[CodeType, int]] = []
+        raised = _RAISED.get()
+        if raised is not None:
+            raised.append(self)
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_code.co_name != RUN:
+                self.places.append((frame.f_code, frame.f_lineno))
+                frame = frame.f_back
+
+
+# The name of the method that runs a rule (tracer.py).
+RUN = "_trace_case"
+# The errors since a run of a rule began; its function, or torch, may have caught them.
+_RAISED: ContextVar[list[RuleError] | None] = ContextVar("raised", default=None)
+
+
+@contextmanager
+def no_error_is_lost() -> Iterator[None]:
+    """Raise the first `RuleError` that was raised inside, even if it was caught there."""
+    raised: list[RuleError] = []
+    token = _RAISED.set(raised)
+    try:
+        yield
+    finally:
+        _RAISED.reset(token)
+    if raised:
+        raise raised[0]
 
 
 class Node:

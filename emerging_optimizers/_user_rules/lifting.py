@@ -6,6 +6,7 @@ its module are not touched. The copy needs no source text.
 """
 
 import builtins
+import dis
 import functools
 import importlib
 import math
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
+from .calls import OPERATIONS, call
 from .graph import RuleError
-from .proxies import OPERATIONS, Number, Proxy, apply, call
+from .proxies import Element, Number, Proxy, apply
 from .refusals import refusal
 
 # The functions of math that take per-step numbers.
@@ -34,6 +36,7 @@ _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
 # Functions that make a tensor of a number.
 _CONSTANTS = ("tensor", "as_tensor", "scalar_tensor")
 _RANDOM = ("random", "numpy.random", "secrets")
+_GENERATORS = ("Random", "SystemRandom", "RandomState", "Generator")
 
 
 def _has_proxy(*arguments: Any, **options: Any) -> bool:
@@ -54,17 +57,41 @@ class _LiftedFloat(metaclass=_Float):
     pass
 
 
+def _type(value: Any, *rest: Any) -> Any:
+    if isinstance(value, Proxy):
+        raise RuleError(f"type() of {value!r}: use isinstance, or a hyperparameter")
+    return type(value, *rest)
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    """Return whether what a proxy stands for is of a class."""
+    flat = classes if isinstance(classes, tuple) else (classes,)
+    plain: dict[Any, Any] = {_LiftedFloat: float, _type: type}
+    known: tuple[Any, ...] = tuple(plain.get(c, c) for c in flat)
+    if isinstance(value, Element):
+        return issubclass(torch.Tensor, known)
+    if isinstance(value, Number):
+        outcomes = {issubclass(kind, known) for kind in (int, float)}
+        if len(outcomes) > 1:
+            raise RuleError("isinstance that tells an int from a float: a number may be either")
+        return outcomes.pop()
+    return isinstance(value, known)
+
+
 def _extreme(name: str) -> Callable[..., Any]:
     plain = getattr(builtins, name)
+    other = "max" if name == "min" else "min"
 
     def extreme(*values: Any, **options: Any) -> Any:
-        if len(values) == 1 and isinstance(values[0], (tuple, list)):
+        if len(values) == 1 and isinstance(values[0], (tuple, list)) and values[0]:
             values = tuple(values[0])
+            options.pop("default", None)
         if options or not _has_proxy(*values):
             return plain(*values, **options)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
             raise RuleError(
-                f"{name}() of tensors: use torch.{name}imum, or clamp with {name} of a number"
+                f"{name}() of tensors: use torch.{name}imum(a, b), or clamp({other}=...) with a"
+                " number"
             )
         return functools.reduce(lambda a, b: apply(name, a, b), values)
 
@@ -82,6 +109,8 @@ class Lifting:
             **vars(builtins),
             "__import__": self._import,
             "float": _LiftedFloat,
+            "isinstance": _isinstance,
+            "type": _type,
             "min": _extreme("min"),
             "max": _extreme("max"),
         }
@@ -92,9 +121,13 @@ class Lifting:
             return _Module(self, value)
         if isinstance(value, functools.partial):
             return functools.partial(self.lift(value.func), *value.args, **value.keywords)
+        if isinstance(value, type):
+            return value
+        if _is_random(value) or _is_random(getattr(value, "__self__", None)):
+            return _Random(value)
         if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
             return types.MethodType(self.lift(value.__func__), value.__self__)
-        if not callable(value) or isinstance(value, type):
+        if not callable(value):
             return value
         name = getattr(value, "__name__", "")
         module = getattr(value, "__module__", None) or ""
@@ -129,6 +162,7 @@ class Lifting:
 
     def _make_copy(self, function: types.FunctionType) -> Callable[..., Any]:
         self.codes.add(function.__code__)
+        _refuse_global(function.__code__)
         names = _names_in(function.__code__)
         found = {name: function.__globals__[name] for name in names & set(function.__globals__)}
         own = {name: self.lift(value) for name, value in found.items()}
@@ -154,6 +188,17 @@ class Lifting:
         return self.lift(importlib.__import__(*arguments, **options))
 
 
+def _refuse_global(code: types.CodeType) -> None:
+    """Raise for `global` and `nonlocal`: a rule is traced once, and its copy has own variables."""
+    for step in dis.get_instructions(code):
+        is_outer = step.opname == "STORE_DEREF" and step.argval in code.co_freevars
+        if step.opname == "STORE_GLOBAL" or is_outer:
+            raise RuleError(
+                f"{code.co_name} assigns {step.argval}, a variable outside of it: a rule keeps"
+                " nothing but its states"
+            )
+
+
 def _names_in(code: types.CodeType) -> set[str]:
     """Return the names that a function's code, and that of functions in it, may look up."""
     names = set(code.co_names)
@@ -172,8 +217,27 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         if self._module.__name__ in _RANDOM:
-            raise refusal("random", f"{self._module.__name__}.{name}")
+            raise refusal(f"{self._module.__name__}.{name}", "random")
         return self._lifting.lift(getattr(self._module, name))
+
+
+def _is_random(value: Any) -> bool:
+    """Return whether a value is a generator of random numbers, of Python or numpy."""
+    kind = type(value)
+    return kind.__name__ in _GENERATORS and kind.__module__.partition(".")[0] in ("random", "numpy")
+
+
+class _Random:
+    """A generator of random numbers, or a method of one."""
+
+    def __init__(self, value: Any) -> None:
+        self._name = getattr(value, "__qualname__", type(value).__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        raise refusal(f"{self._name}.{name}", "random")
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise refusal(self._name, "random")
 
 
 def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,17 +245,20 @@ def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if not _has_proxy(*values):
             return plain(*values)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
+            if name not in OPERATIONS:
+                raise refusal(f"math.{name} of a tensor", name)
             raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
         if name == "log" and len(values) == 2:
-            return apply("log", values[0]) / function_of_base(values[1])
+            top, bottom = (apply("log", v) if _has_proxy(v) else math.log(v) for v in values)
+            return apply("/", top, bottom)
         if name in ("isnan", "isinf", "isfinite"):
             return OPERATIONS[name](*values)
         if name not in _MATH:
-            raise RuleError(f"math.{name} of a per-step number: rules do not have it")
+            raise RuleError(
+                f"math.{name} is not available in rules: compute it outside, and pass the result as"
+                " a hyperparameter"
+            )
         return apply({"fabs": "abs"}.get(name, name), *values)
-
-    def function_of_base(base: Any) -> Any:
-        return apply("log", base) if isinstance(base, Proxy) else math.log(base)
 
     return function
 
@@ -203,16 +270,14 @@ def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             return arguments[0]
         if _has_proxy(*arguments, **options):
             if operation is None:
-                raise refusal(name, f"torch.{name}")
-            if not any(isinstance(value, Proxy) for value in arguments[:3]):
-                raise RuleError(f"torch.{name} of these arguments: pass tensors by position")
+                raise refusal(f"torch.{name}", name)
             if not _has_element(*arguments, **options):
-                raise RuleError(f"torch.{name} of numbers: use math.{name} or an operator")
-            result = call(operation, f"torch.{name}", *arguments, **options)
-            is_in_place = name.endswith("_")
-            return arguments[0].assign(result) if is_in_place else result
+                raise RuleError(
+                    f"torch.{name} of numbers: use operators, min(), max() or functions of math"
+                )
+            return call(operation, f"torch.{name}", plain, *arguments, **options)
         if refusal_of_random(name):
-            raise refusal(name, f"torch.{name}")
+            raise refusal(f"torch.{name}", name)
         return plain(*arguments, **options)
 
     return function

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from .calls import OPERATIONS
 from .graph import RuleError
 from .proxies import (
     DTYPE,
-    OPERATIONS,
     Element,
     Number,
     Proxy,
@@ -26,6 +26,7 @@ from .proxies import (
     where,
     wrap,
 )
+from .refusals import refusal
 
 
 def _of_tensors(name: str, *values: Any) -> None:
@@ -33,45 +34,48 @@ def _of_tensors(name: str, *values: Any) -> None:
     for value in values:
         if not isinstance(value, (Element, torch.Tensor)):
             raise RuleError(
-                f"{name} of a number: torch takes tensors only; use clamp or torch.where"
+                f"{name} of a number: PyTorch expects tensors there; use operators or clamp"
             )
 
 
 def _scaled(value: Any, factor: Any) -> Any:
-    is_one = isinstance(factor, (int, float)) and factor == 1
-    return value if is_one else apply("*", factor, value)
+    if isinstance(factor, (int, float)) and factor == 1:
+        return value
+    is_known = not isinstance(value, Proxy) and not isinstance(factor, Proxy)
+    return factor * value if is_known else apply("*", factor, value)
 
 
-def _add(a: Any, b: Any, alpha: Any = 1) -> Proxy:
-    return apply("+", a, _scaled(b, alpha))
+def _add(input: Any, other: Any, *, alpha: Any = 1) -> Proxy:
+    return apply("+", input, _scaled(other, alpha))
 
 
-def _sub(a: Any, b: Any, alpha: Any = 1) -> Proxy:
-    return apply("-", a, _scaled(b, alpha))
+def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Proxy:
+    return apply("-", input, _scaled(other, alpha))
 
 
-def _div(a: Any, b: Any, rounding_mode: str | None = None) -> Proxy:
+def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Proxy:
     if rounding_mode is not None:
-        raise RuleError("div with rounding_mode")
-    return apply("/", a, b)
+        raise RuleError("div with rounding_mode: rules cannot round elements to integers")
+    return apply("/", input, other)
 
 
-def _square(x: Any) -> Proxy:
-    return apply("*", x, x)
+def _square(input: Any) -> Proxy:
+    return apply("*", input, input)
 
 
-def _addcmul(a: Any, b: Any, c: Any, value: Any = 1) -> Proxy:
-    _of_tensors("addcmul", a, b, c)
-    return apply("+", a, apply("*", _scaled(b, value), c))
+def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Proxy:
+    _of_tensors("addcmul", input, tensor1, tensor2)
+    return apply("+", input, apply("*", _scaled(tensor1, value), tensor2))
 
 
-def _addcdiv(a: Any, b: Any, c: Any, value: Any = 1) -> Proxy:
-    _of_tensors("addcdiv", a, b, c)
-    return apply("+", a, apply("/", _scaled(b, value), c))
+def _addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Proxy:
+    _of_tensors("addcdiv", input, tensor1, tensor2)
+    return apply("+", input, apply("/", _scaled(tensor1, value), tensor2))
 
 
-def _lerp(start: Any, end: Any, weight: Any) -> Proxy:
+def _lerp(input: Any, end: Any, weight: Any) -> Proxy:
     """Interpolate from the nearer end, so that weights of 0 and 1 give the ends."""
+    start = input
     _of_tensors("lerp", start, end)
     trace = trace_of(start, end, weight)
     difference = apply("-", end, start)
@@ -87,57 +91,60 @@ def _lerp(start: Any, end: Any, weight: Any) -> Proxy:
     return apply("+", nearer, apply("*", factor, difference))
 
 
-def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+def _clamp(input: Any, min: Any = None, max: Any = None) -> Any:
     if min is None and max is None:
-        raise RuleError("clamp without min or max")
+        raise RuleError("clamp without min and max: pass at least one of them")
     if min is not None:
-        x = apply("max", x, min)
-    return x if max is None else apply("min", x, max)
+        input = apply("max", input, min)
+    return input if max is None else apply("min", input, max)
 
 
-def _maximum(a: Any, b: Any) -> Proxy:
-    _of_tensors("maximum", a, b)
-    return apply("max", a, b)
+def _extreme(op: str) -> Callable[..., Proxy]:
+    """Return the larger or smaller of two tensors; `max` and `min` of one reduce it."""
+
+    def extreme(input: Any, other: Any = None) -> Proxy:
+        if other is None or isinstance(other, int):
+            raise refusal(f"torch.{op} of one tensor", op)
+        _of_tensors(f"{op}imum", input, other)
+        return apply(op, input, other)
+
+    return extreme
 
 
-def _minimum(a: Any, b: Any) -> Proxy:
-    _of_tensors("minimum", a, b)
-    return apply("min", a, b)
-
-
-def _where(condition: Any, chosen: Any, other: Any) -> Proxy:
+def _where(condition: Any, input: Any, other: Any) -> Proxy:
     if isinstance(condition, (bool, Number)):
         raise RuleError(
             "torch.where on a condition that is the same for all elements: use `a if condition"
             " else b`"
         )
-    return where(condition, chosen, other)
+    return where(condition, input, other)
 
 
-def _masked_fill(x: Any, mask: Any, value: Any) -> Proxy:
-    return where(mask, value, x)
+def _masked_fill(input: Any, mask: Any, value: Any) -> Proxy:
+    return where(mask, value, input)
 
 
-def _copy(x: Any, value: Any = None) -> Proxy:
-    """`clone`, or `copy_` and `fill_` with a value."""
-    trace = trace_of(x)
+def _copy(input: Any, value: Any = None) -> Proxy:
+    """`clone`, or `fill_` and others with a value."""
+    trace = trace_of(input)
     if value is None:
-        return wrap(trace, x.node)
+        return wrap(trace, input.node)
+    input.check_is_float()
     return wrap(trace, as_element(trace, value))
 
 
 def _filled(value: float) -> Callable[[Any], Proxy]:
-    return lambda x: _copy(x, value)
+    return lambda input: _copy(input, value)
 
 
-def _detach(x: Any) -> Any:
-    return x
+def _detach(input: Any) -> Any:
+    return input
 
 
 def _to(x: Any, dtype: Any = None, **options: Any) -> Any:
     """Turn a condition into a number; a number stays as it is."""
     if options or not (dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))):
-        raise RuleError(f"Tensor.to({dtype}): a rule has no control of devices or layouts")
+        raise RuleError(f"Tensor.to({dtype}): remove it; a rule cannot choose devices or layouts")
     if x.node.kind == "mask":
         return _as_float(x)
     if isinstance(dtype, torch.dtype):
@@ -157,23 +164,24 @@ def _as_float(x: Any) -> Proxy:
     return wrap(trace, as_number(trace, x.node))
 
 
-def _isnan(x: Any) -> Proxy:
-    return apply("!=", x, x)
+def _isnan(input: Any) -> Proxy:
+    return apply("!=", input, input)
 
 
-def _isinf(x: Any) -> Proxy:
-    return apply("==", apply("abs", x), float("inf"))
+def _isinf(input: Any) -> Proxy:
+    return apply("==", apply("abs", input), float("inf"))
 
 
-def _isfinite(x: Any) -> Proxy:
-    return apply("<", apply("abs", x), float("inf"))
+def _isfinite(input: Any) -> Proxy:
+    return apply("<", apply("abs", input), float("inf"))
 
 
 _MOST_FACTORS = 16
 
 
-def _power(base: Any, exponent: Any) -> Proxy:
+def _power(input: Any, exponent: Any) -> Proxy:
     """Return a power: products and square roots if the exponent is a multiple of a half."""
+    base = input
     trace = trace_of(base, exponent)
     n = node_of(trace, exponent).constant()
     if n is not None and abs(n) <= _MOST_FACTORS:
@@ -184,8 +192,8 @@ def _power(base: Any, exponent: Any) -> Proxy:
             )
     if isinstance(base, Element) or isinstance(exponent, Element):
         raise RuleError(
-            "a power of elements has to have an integer or half-integer exponent that is a"
-            f" constant, of at most {_MOST_FACTORS}"
+            "the exponent of an element must be a constant multiple of 1/2, and at most"
+            f" {_MOST_FACTORS}; an element cannot be the exponent"
         )
     return apply("pow", base, exponent)
 
@@ -208,15 +216,15 @@ def _repeated(trace: Tracing, base: Any, exponent: float) -> Proxy:
 
 
 def _binary(op: str) -> Callable[[Any, Any], Proxy]:
-    return lambda a, b: apply(op, a, b)
+    return lambda input, other: apply(op, input, other)
 
 
 def _unary(op: str) -> Callable[[Any], Proxy]:
-    return lambda x: apply(op, x)
+    return lambda input: apply(op, input)
 
 
-def _logical_xor(a: Any, b: Any) -> Proxy:
-    return apply("!=", truth(a), truth(b))
+def _logical_xor(input: Any, other: Any) -> Proxy:
+    return apply("!=", truth(input), truth(other))
 
 
 OPERATIONS.update(
@@ -229,7 +237,7 @@ OPERATIONS.update(
         "div": _div,
         "divide": _div,
         "true_divide": _binary("/"),
-        "rsub": lambda a, b, alpha=1: apply("-", b, _scaled(a, alpha)),
+        "rsub": lambda input, other, *, alpha=1: _sub(other, input, alpha=alpha),
         "neg": _unary("neg"),
         "negative": _unary("neg"),
         "abs": _unary("abs"),
@@ -240,18 +248,20 @@ OPERATIONS.update(
         "square": _square,
         "sqrt": _unary("sqrt"),
         "rsqrt": _unary("rsqrt"),
-        "reciprocal": lambda x: apply("/", 1.0, x),
+        "reciprocal": lambda input: apply("/", 1.0, input),
         "pow": _power,
         "addcmul": _addcmul,
         "addcdiv": _addcdiv,
         "lerp": _lerp,
         "clamp": _clamp,
         "clip": _clamp,
-        "clamp_min": lambda x, min: _clamp(x, min=min),
-        "clamp_max": lambda x, max: _clamp(x, max=max),
-        "relu": lambda x: _clamp(x, min=0.0),
-        "maximum": _maximum,
-        "minimum": _minimum,
+        "clamp_min": lambda input, min: _clamp(input, min=min),
+        "clamp_max": lambda input, max: _clamp(input, max=max),
+        "relu": lambda input: _clamp(input, min=0.0),
+        "maximum": _extreme("max"),
+        "minimum": _extreme("min"),
+        "max": _extreme("max"),
+        "min": _extreme("min"),
         "where": _where,
         "masked_fill": _masked_fill,
         "lt": _binary("<"),
@@ -273,12 +283,12 @@ OPERATIONS.update(
         "isinf": _isinf,
         "isfinite": _isfinite,
         "clone": _copy,
-        "copy": lambda x, value: _copy(x, value),
-        "fill": lambda x, value: _copy(x, value),
+        "copy": lambda input, src: _copy(input, src),
+        "fill": lambda input, value: _copy(input, value),
         "zero": _filled(0.0),
         "zeros_like": _filled(0.0),
         "ones_like": _filled(1.0),
-        "full_like": lambda x, fill_value: _copy(x, fill_value),
+        "full_like": lambda input, fill_value: _copy(input, fill_value),
         "detach": _detach,
         "to": _to,
         "type_as": _to,

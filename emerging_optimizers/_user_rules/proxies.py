@@ -1,16 +1,15 @@
-"""What a rule computes with while it is traced: objects that record the operations on them."""
+"""What a rule computes with while it is traced: objects that record the operations on them.
 
-from collections.abc import Callable
+calls.py gives them Python's operators, and torch's functions and methods.
+"""
+
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from .graph import Graph, Node, RuleError
-from .refusals import refusal
-
-# The known functions and methods of tensors, by name (operations.py).
-OPERATIONS: dict[str, Callable[..., Any]] = {}
+from .refusals import ElementRefusals, NumberRefusals, refusal
 
 
 class Tracing(Protocol):
@@ -25,8 +24,15 @@ class Tracing(Protocol):
 class _Dtype:
     """The arithmetic type, which is known only where the rule runs."""
 
+    __hash__ = object.__hash__
+
     def __repr__(self) -> str:
         return "the arithmetic dtype"
+
+    def __eq__(self, other: object) -> bool:
+        raise RuleError(
+            "a dtype in a condition: a rule computes in float32, and in float64 where an operand is"
+        )
 
 
 DTYPE = _Dtype()
@@ -44,91 +50,11 @@ class Proxy:
 
     __hash__ = object.__hash__
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return call_torch(function, *args, **(kwargs or {}))
-
-    def __pos__(self) -> "Proxy":
-        return self
-
-    def __neg__(self) -> "Proxy":
-        return apply("neg", self)
-
-    def __abs__(self) -> "Proxy":
-        return apply("abs", self)
-
-    def __pow__(self, exponent: Any) -> "Proxy":
-        return power(self, exponent)
-
-    def __rpow__(self, base: Any) -> "Proxy":
-        return power(base, self)
-
-    def __invert__(self) -> "Proxy":
-        return apply("!", self)
-
-    def __add__(self, other: Any) -> "Proxy":
-        return apply("+", self, other)
-
-    def __radd__(self, other: Any) -> "Proxy":
-        return apply("+", other, self)
-
-    def __sub__(self, other: Any) -> "Proxy":
-        return apply("-", self, other)
-
-    def __rsub__(self, other: Any) -> "Proxy":
-        return apply("-", other, self)
-
-    def __mul__(self, other: Any) -> "Proxy":
-        return apply("*", self, other)
-
-    def __rmul__(self, other: Any) -> "Proxy":
-        return apply("*", other, self)
-
-    def __truediv__(self, other: Any) -> "Proxy":
-        return apply("/", self, other)
-
-    def __rtruediv__(self, other: Any) -> "Proxy":
-        return apply("/", other, self)
-
-    def __lt__(self, other: Any) -> "Proxy":
-        return apply("<", self, other)
-
-    def __le__(self, other: Any) -> "Proxy":
-        return apply("<=", self, other)
-
-    def __gt__(self, other: Any) -> "Proxy":
-        return apply(">", self, other)
-
-    def __ge__(self, other: Any) -> "Proxy":
-        return apply(">=", self, other)
-
-    def __eq__(self, other: object) -> "Proxy":  # type: ignore[override]
-        return apply("==", self, other)
-
-    def __ne__(self, other: object) -> "Proxy":  # type: ignore[override]
-        return apply("!=", self, other)
-
-    def __and__(self, other: Any) -> "Proxy":
-        return apply("&&", self, other)
-
-    def __rand__(self, other: Any) -> "Proxy":
-        return apply("&&", other, self)
-
-    def __or__(self, other: Any) -> "Proxy":
-        return apply("||", self, other)
-
-    def __ror__(self, other: Any) -> "Proxy":
-        return apply("||", other, self)
-
-    def __xor__(self, other: Any) -> "Proxy":
-        return apply("!=", truth(self), truth(other))
-
-    __rxor__ = __xor__
+    def __format__(self, specification: str) -> str:
+        return repr(self)
 
 
-class Number(Proxy):
+class Number(NumberRefusals, Proxy):
     """A hyperparameter, the step, or what is computed from them: float64, once per step."""
 
     __slots__ = ()
@@ -136,26 +62,29 @@ class Number(Proxy):
     def __repr__(self) -> str:
         return "a per-step number"
 
+    def __hash__(self) -> NoReturn:
+        raise RuleError(
+            "a hyperparameter or the step has no value while the rule is traced: it cannot be in a"
+            " set or a key"
+        )
+
     def __bool__(self) -> bool:
-        condition = self.node if self.node.kind == "flag" else (self != 0.0).node
+        condition = self.node if self.node.kind == "flag" else apply("!=", self, 0.0).node
         return self.trace.decide(condition)
 
     def __float__(self) -> float:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: compute with it,"
-            " also by functions of math"
+            "a hyperparameter or the step has no value while the rule is traced: use operators and"
+            " functions of math, not int() or NumPy"
         )
 
     def __index__(self) -> int:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: it cannot count"
-            " rounds or be an index"
+            "a hyperparameter or the step has no value while the rule is traced: it cannot be"
+            " an index or the length of a loop"
         )
 
     __int__ = __float__
-
-    def __round__(self, digits: int | None = None) -> "Proxy":
-        raise RuleError("round() of a per-step number: use math.floor or math.ceil")
 
     def __floor__(self) -> "Proxy":
         return apply("floor", self)
@@ -164,25 +93,36 @@ class Number(Proxy):
         return apply("ceil", self)
 
     def __floordiv__(self, other: Any) -> "Proxy":
-        return apply("floor_divide", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_divide", self, other)
 
     def __rfloordiv__(self, other: Any) -> "Proxy":
         return apply("floor_divide", other, self)
 
     def __mod__(self, other: Any) -> "Proxy":
-        return apply("floor_modulo", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_modulo", self, other)
 
     def __rmod__(self, other: Any) -> "Proxy":
         return apply("floor_modulo", other, self)
 
-    def item(self) -> "Number":
-        return self
+    def __divmod__(self, other: Any) -> tuple["Proxy", "Proxy"]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple["Proxy", "Proxy"]:
+        return other // self, other % self
 
 
-class Element(Proxy):
-    """An element of a tensor. In-place operations give the object another value."""
+class Element(ElementRefusals, Proxy):
+    """An element of a tensor. In-place operations give the object another value.
 
-    __slots__ = ()
+    Attributes:
+        shadow: What PyTorch computes for it (shadows.py).
+    """
+
+    __slots__ = ("shadow",)
+
+    def __init__(self, trace: Tracing, node: Node, shadow: torch.Tensor | None = None) -> None:
+        super().__init__(trace, node)
+        self.shadow = shadow
 
     def __repr__(self) -> str:
         return "an element of a tensor"
@@ -197,7 +137,7 @@ class Element(Proxy):
         raise RuleError("a tensor cannot be iterated over: a rule sees one element at a time")
 
     def __float__(self) -> float:
-        raise refusal("item", "float() of a tensor")
+        raise refusal("float() of a tensor", "item")
 
     __int__ = __index__ = __float__
 
@@ -209,94 +149,41 @@ class Element(Proxy):
     def data(self) -> "Element":
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        stem = name.rstrip("_")
-        operation = OPERATIONS.get(stem) if not name.startswith("__") else None
-        if operation is None:
-            if name.startswith("__") and name.strip("_") not in ("getitem", "setitem", "len"):
-                raise AttributeError(name)
-            raise refusal(stem, f"Tensor.{name}")
-
-        def method(*arguments: Any, **options: Any) -> Any:
-            result = call(operation, f"Tensor.{name}", self, *arguments, **options)
-            return self.assign(result) if name.endswith("_") else result
-
-        return method
-
     def __getitem__(self, index: Any) -> Any:
-        raise refusal("__getitem__", "indexing a tensor")
+        raise refusal("indexing a tensor", "__getitem__")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise refusal("__setitem__", "indexing a tensor (use torch.where)")
+        raise refusal("indexing a tensor (use torch.where)", "__setitem__")
 
     def __len__(self) -> int:
-        raise refusal("__len__", "len() of a tensor")
+        raise refusal("len() of a tensor", "__len__")
+
+    def check_is_float(self) -> None:
+        """Raise for a tensor that cannot hold every number."""
+        if self.shadow is not None and not self.shadow.is_floating_point():
+            raise RuleError(
+                "a tensor of integers or of conditions cannot be filled or modified in place: make"
+                " it of floats, as torch.where(condition, 1.0, 0.0)"
+            )
 
     def assign(self, value: Any) -> "Element":
         """Take another value in place."""
-        node = as_element(self.trace, value)
         if self.node.kind == "mask":
-            raise RuleError("a comparison's result cannot be modified in place")
-        self.node = node
+            self.node = node_of(self.trace, truth(value))
+            return self
+        self.check_is_float()
+        self.node = as_element(self.trace, value)
         return self
 
-    def __iadd__(self, other: Any) -> "Element":
-        return self.assign(self + other)
 
-    def __isub__(self, other: Any) -> "Element":
-        return self.assign(self - other)
-
-    def __imul__(self, other: Any) -> "Element":
-        return self.assign(self * other)
-
-    def __itruediv__(self, other: Any) -> "Element":
-        return self.assign(self / other)
-
-    def __ipow__(self, other: Any) -> "Element":
-        return self.assign(power(self, other))
-
-
-def power(base: Any, exponent: Any) -> Proxy:
-    result: Proxy = OPERATIONS["pow"](base, exponent)
-    return result
-
-
-# ---- operations ----------------------------------------------------------------------------------
-
-
-def call(operation: Callable[..., Any], name: str, *arguments: Any, **options: Any) -> Any:
-    if options.pop("out", None) is not None:
-        raise RuleError(f"{name} with out=: assign the result, or use the method that ends in _")
-    try:
-        return operation(*arguments, **options)
-    except TypeError as error:
-        if isinstance(error, RuleError):
-            raise
-        raise RuleError(f"{name} with these arguments: {_shorten(error)}") from error
-
-
-def _shorten(error: TypeError) -> str:
-    return str(error).rpartition("<lambda>() ")[2]
-
-
-def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
-    """Call one of torch's functions, or a method of tensors, with proxies."""
-    name = getattr(function, "__name__", str(function))
-    stem = name if name.startswith("__") else name.rstrip("_")
-    operation = OPERATIONS.get(stem)
-    if operation is None:
-        raise refusal(stem.strip("_"), f"torch.{name}")
-    result = call(operation, f"torch.{name}", *arguments, **options)
-    if name.endswith("_") and not name.startswith("__") and isinstance(arguments[0], Element):
-        return arguments[0].assign(result)
-    return result
+# ---- values and operations on them ---------------------------------------------------------------
 
 
 def trace_of(*values: Any) -> Tracing:
     for value in values:
         if isinstance(value, Proxy):
             return value.trace
-    raise RuleError("no argument is a value of the rule")
+    raise RuleError("no argument is a tensor or a hyperparameter of the rule: pass them directly")
 
 
 def node_of(trace: Tracing, value: Any) -> Node:
@@ -310,13 +197,13 @@ def node_of(trace: Tracing, value: Any) -> Node:
             return trace.graph.constant(float(value))
         raise RuleError(
             f"a tensor of shape {tuple(value.shape)} that is not an argument of the rule: make it a"
-            " state, or a number"
+            " state, or use a number"
         )
     if value is None:
         raise RuleError(
-            "None in a computation; a hyperparameter may be None here: ask `is None` first"
+            "None in a computation: if a hyperparameter may be None, test `is None` first"
         )
-    raise RuleError(f"a rule computes with numbers and its arguments, not with a {_type(value)}")
+    raise RuleError(f"a rule computes with numbers and its arguments, not with {_type(value)}")
 
 
 def _type(value: Any) -> str:
@@ -348,17 +235,29 @@ def truth(value: Any) -> Any:
         return value
     if isinstance(value, Proxy) and value.node.kind in ("flag", "mask"):
         return value
-    if isinstance(value, Number):
-        return value != 0.0
-    raise RuleError("`&`, `|`, `^`, `~` or torch.where on something that is not a condition")
+    raise RuleError(
+        "`&`, `|`, `^`, `~` or torch.where on something that is not a condition: compare it, as in"
+        " `x > 0`"
+    )
+
+
+def is_condition(value: Any) -> bool:
+    return isinstance(value, bool) or (
+        isinstance(value, Proxy) and value.node.kind in ("flag", "mask")
+    )
+
+
+# Of conditions of elements. The operation on numbers would have the value 2, or another type.
+_OF_CONDITIONS = {"+": "||", "max": "||", "*": "&&", "min": "&&"}
 
 
 def apply(op: str, *values: Any) -> Proxy:
     """Return an operation on proxies and constants."""
     trace = trace_of(*values)
+    if op in _OF_CONDITIONS and all(map(is_condition, values)):
+        op = _OF_CONDITIONS[op] if any(isinstance(v, Element) for v in values) else op
     if op in ("&&", "||", "!"):
-        values = tuple(map(truth, values))
-        nodes = [_condition(trace, value) for value in values]
+        nodes = [_condition(trace, truth(value)) for value in values]
     else:
         nodes = [as_number(trace, node_of(trace, value)) for value in values]
     return wrap(trace, trace.graph.apply(op, *nodes))
@@ -373,10 +272,10 @@ def _condition(trace: Tracing, value: Any) -> Node:
 
 def where(condition: Any, chosen: Any, other: Any) -> Proxy:
     """Return one of two values."""
-    if isinstance(condition, bool):
-        trace = trace_of(chosen, other)
-        return wrap(trace, node_of(trace, chosen if condition else other))
     trace = trace_of(condition, chosen, other)
+    if is_condition(chosen) and is_condition(other):
+        no = apply("&&", apply("!", condition), other)
+        return apply("||", apply("&&", condition, chosen), no)
     test = _condition(trace, truth(condition))
-    yes, no = (as_number(trace, node_of(trace, value)) for value in (chosen, other))
-    return wrap(trace, trace.graph.apply("where", test, yes, no))
+    yes, no_node = (as_number(trace, node_of(trace, value)) for value in (chosen, other))
+    return wrap(trace, trace.graph.apply("where", test, yes, no_node))

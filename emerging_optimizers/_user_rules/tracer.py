@@ -3,6 +3,8 @@
 import contextlib
 import inspect
 import linecache
+import os
+import random
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .._hyperparameters import Hyperparameter
-from . import operations  # noqa: F401  (fills the table of operations)
-from .graph import Case, Graph, Node, RuleError, inputs_of
+from . import operations, shadows  # noqa: F401  (operations fills its table)
+from .graph import Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
 from .proxies import Element, Number, Proxy, as_element
 from .signature import Signature, read_signature
@@ -20,8 +22,8 @@ from .signature import Signature, read_signature
 MAX_RUNS = 256
 MAX_CASES = 16
 _MAX_CONDITIONS = 24
-_PACKAGE = str(Path(__file__).parents[1])
-_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Trace(NamedTuple):
@@ -53,7 +55,7 @@ def trace_rule(function: Callable[..., Any]) -> Trace:
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, types.FunctionType):
-        raise RuleError(f"rule expects a function, not {type(function).__name__}")
+        raise RuleError(f"rule must decorate a function, not {type(function).__name__}")
     lifting = Lifting()
     with _located(plain, lifting):
         return _Tracer(plain, read_signature(plain), lifting).trace()
@@ -75,8 +77,8 @@ class _Run:
                 return outcome
         if len(self.outcomes) == _MAX_CONDITIONS:
             raise RuleError(
-                f"more than {_MAX_CONDITIONS} conditions in a row: a loop has to end after a number"
-                " of rounds that is known when the rule is defined"
+                f"more than {_MAX_CONDITIONS} conditions in a row: the length of a loop must be"
+                " known when the rule is defined"
             )
         made = len(self.outcomes)
         outcome = self._prefix[made] if made < len(self._prefix) else True
@@ -101,7 +103,7 @@ class _Tracer:
             run = _Run(self.graph, prefix)
             cases.append(self._trace_case(run))
             if len(cases) > MAX_RUNS:
-                raise RuleError(f"more than {MAX_RUNS} combinations of conditions")
+                raise RuleError(f"more than {MAX_RUNS} combinations of conditions: use torch.where")
             taken = [outcome for _, outcome in run.outcomes]
             for i in range(len(taken) - 1, len(prefix) - 1, -1):
                 pending.append([*taken[:i], False])
@@ -113,7 +115,8 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
-        result = self.function(*operands, **values)
+        with no_error_is_lost(), _no_random_numbers():
+            result = self.function(*operands, **values)
         update, states = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
         own = {id(operand) for operand in operands}
@@ -128,7 +131,8 @@ class _Tracer:
         )
 
     def _input(self, run: _Run, name: str) -> Element:
-        return Element(run, self.graph.node("element", "input", leaf=name))
+        node = self.graph.node("element", "input", leaf=name)
+        return Element(run, node, shadows.of_argument())
 
     def _proxy(self, run: _Run, h: Hyperparameter) -> Any:
         """Return what stands for a hyperparameter; None for one that is None in this run."""
@@ -141,8 +145,9 @@ class _Tracer:
             )
         if h.kind == "optional" and run.decide(self.graph.node("flag", "is None", leaf=h.name)):
             return None
-        kind: Any = "flag" if h.kind == "flag" else "number"
-        return Number(run, self.graph.node(kind, "hyperparameter", leaf=(h.name, None)))
+        if h.kind == "flag":
+            return run.decide(self.graph.node("flag", "hyperparameter", leaf=(h.name, None)))
+        return Number(run, self.graph.node("number", "hyperparameter", leaf=(h.name, None)))
 
     def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any]]:
         """Return the update and the states' values from what the function returned."""
@@ -162,23 +167,41 @@ class _Tracer:
             )
         for name, value in zip(names, new, strict=True):
             if not _is_value(value):
-                raise RuleError(f"the rule returns {value!r} for the state {name}")
+                raise RuleError(
+                    f"the rule returns {value!r} for the state {name}; expected a tensor or a"
+                    " number"
+                )
         if update is not None and not _is_value(update):
-            raise RuleError(f"the rule returns {update!r} for the update")
+            raise RuleError(
+                f"the rule returns {update!r} for the update; expected a tensor, a number or None"
+            )
         return update, new
 
     def _check_results(self, cases: list[Case]) -> None:
         if all(case.update is None for case in cases):
-            raise RuleError("the rule never returns an update")
+            raise RuleError(
+                "the rule never returns an update: return it first, before the new states"
+            )
         for i, name in enumerate(self.signature.states):
             own = self.graph.node("element", "input", leaf=name)
             if all(case.states[i] is own for case in cases):
                 raise RuleError(
-                    f"the state {name} is never written: return its new value after the update, or"
+                    f"the state {name} is never updated: return its new value after the update, or"
                     f" modify it in place, as with {name}.mul_(...)"
                 )
         if not any(inputs_of(case.results) for case in cases):
-            raise RuleError("the rule depends on no tensor")
+            raise RuleError("the rule uses neither the gradient nor a state")
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Raise if random numbers were drawn; they would be constants of the rule."""
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    yield
+    if random.getstate() != python or not torch.equal(torch.get_rng_state(), pytorch):
+        random.setstate(python)
+        torch.set_rng_state(pytorch)
+        raise RuleError("the rule draws random numbers, which would be the same in every step")
 
 
 def _is_value(value: Any) -> bool:
@@ -199,9 +222,10 @@ def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
         raise
     except Exception as error:
         code, line = function.__code__, function.__code__.co_firstlineno
-        for frame in _frames(error):
-            if frame.tb_frame.f_code in lifting.codes or _is_users(frame.tb_frame.f_code):
-                code, line = frame.tb_frame.f_code, frame.tb_lineno
+        places = [(frame.tb_frame.f_code, frame.tb_lineno) for frame in _frames(error)]
+        for own, at in [*places, *reversed(getattr(error, "places", ()))]:
+            if own in lifting.codes or is_users(own):
+                code, line = own, at
         source = linecache.getline(code.co_filename, line).strip()
         what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
         place = f"{code.co_filename}:{line}" + (f": `{source}`" if source else "")
@@ -215,7 +239,7 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
         frame = frame.tb_next
 
 
-def _is_users(code: types.CodeType) -> bool:
-    """Return whether code is inside of a copied function, such as a nested one."""
-    name = code.co_filename
-    return not name.startswith((_PACKAGE, _TORCH, "<frozen"))
+def is_users(code: types.CodeType) -> bool:
+    """Return whether code is the user's, and not of this package, of torch or generated."""
+    others = (_PACKAGE, _TORCH, contextlib.__file__, "<frozen", "<rule ", "<class ")
+    return not code.co_filename.startswith(others)

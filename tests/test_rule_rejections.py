@@ -1,0 +1,370 @@
+"""What a rule cannot be is refused at its definition, with the rule's name, line and reason."""
+
+import functools
+import linecache
+import math
+import random
+from random import random as draw
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import emerging_optimizers as eo
+from emerging_optimizers.megatron import MegatronMixin
+
+GENERATOR = np.random.default_rng(0)
+SIGNATURE = "grad, a, *, h=0.3, pair=(0.1, 0.2), n: int = 3, o=None, step"
+
+
+def define(text: str, name: str = "<refused>") -> Any:
+    """Execute a rule's text, whose source Python finds, and return what it defines as `bad`."""
+    lines = text.splitlines(keepends=True)
+    linecache.cache[name] = (len(text), None, lines, name)
+    namespace = {**globals(), "__name__": "refused"}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace["bad"]
+
+
+def refusal(body: str, signature: str = SIGNATURE) -> tuple[str, str, int]:
+    """Return the error of a rule, and the source and line where its body says "# here"."""
+    lines = ["@eo.rule", f"def bad({signature}):", *(f"    {line}" for line in body.split("\n"))]
+    with pytest.raises(eo.RuleError) as caught:
+        define("\n".join(lines) + "\n")
+    marked = [i for i, line in enumerate(lines) if line.endswith("# here")]
+    line = marked[0] if marked else 2
+    return str(caught.value), lines[line].strip(), line + 1
+
+
+# The update's expression, and what the error says.
+EXPRESSIONS = [
+    # decisions on elements
+    ("grad if grad > 0 else a", "use torch.where(condition, a, b)"),
+    ("grad and a", "`if`, `and`, `or` or `not` on a tensor's values"),
+    ("grad or a", "`if`, `and`, `or` or `not` on a tensor's values"),
+    ("grad * (not a)", "`if`, `and`, `or` or `not` on a tensor's values"),
+    ("grad * (0 < a < 1)", "`if`, `and`, `or` or `not` on a tensor's values"),
+    ("max(grad, a)", "max() of tensors: use torch.maximum"),
+    ("min(0.0, grad)", "min() of tensors: use torch.minimum"),
+    # more or less than one element
+    ("grad / grad.norm()", "Tensor.norm: reduces a tensor to one number"),
+    ("grad - grad.mean()", "Tensor.mean: reduces a tensor"),
+    ("grad * torch.sum(a)", "torch.sum: reduces a tensor"),
+    ("grad / grad.max()", "max of one tensor: reduces a tensor"),
+    ("grad / torch.linalg.vector_norm(grad)", "vector_norm: reduces a tensor"),
+    ("grad * (a > 0).any()", "Tensor.any: reduces a tensor"),
+    ("grad @ a", "`@` of a tensor: reduces a tensor"),
+    ("grad.view(-1)", "Tensor.view: changes the shape"),
+    ("grad.t()", "Tensor.t: changes the shape"),
+    ("grad * grad.shape[0]", "Tensor.shape: changes the shape"),
+    ("grad[0]", "indexing a tensor: changes the shape"),
+    ("grad[a > 0]", "indexing a tensor: changes the shape"),
+    ("grad * len(grad)", "len() of a tensor: changes the shape"),
+    ("[x for x in grad][0]", "a tensor cannot be iterated over"),
+    ("torch.stack([grad, a]).sum(0)", "torch.stack: changes the shape"),
+    ("grad * torch.tensor([2.0])", "a tensor of shape (1,) that is not an argument"),
+    # values on the host
+    ("grad * grad.item()", "Tensor.item: needs values on the host"),
+    ("grad * float(a)", "float() of a tensor: needs values on the host"),
+    ("grad * int(a)", "of a tensor: needs values on the host"),
+    ("grad.cpu()", "Tensor.cpu: needs values on the host"),
+    ("grad * int(h)", "has no value while the rule is traced"),
+    ("grad * [1, 2][step]", "it cannot count rounds or be an index"),
+    ("grad * sum(h for _ in range(n))", "it cannot count rounds or be an index"),
+    ("grad * {1: 2}.get(step, 3)", "it cannot be in a set or a key"),
+    ("grad * round(h)", "round() of a per-step number"),
+    # random numbers
+    ("grad + torch.randn_like(grad)", "torch.randn_like: draws random numbers"),
+    ("grad * torch.rand(())", "torch.rand: draws random numbers"),
+    ("grad.normal_()", "Tensor.normal_: draws random numbers"),
+    ("torch.nn.functional.dropout(grad, 0.5)", "dropout: draws random numbers"),
+    ("grad * random.random()", "random.random: draws random numbers"),
+    ("grad * draw()", "Random.random: draws random numbers"),
+    ("grad * np.random.rand()", "numpy.random.rand: draws random numbers"),
+    ("grad * GENERATOR.normal()", "Generator.normal: draws random numbers"),
+    # other bits on other machines
+    ("torch.exp(grad)", "torch.exp: gives other bits on other machines"),
+    ("grad.log()", "Tensor.log: gives other bits on other machines"),
+    ("torch.tanh(grad)", "torch.tanh: gives other bits on other machines"),
+    ("torch.atan2(grad, a)", "torch.atan2: gives other bits on other machines"),
+    ("math.exp(grad)", "math.exp of a tensor"),
+    ("grad**h", "a power of elements has to have an integer or half-integer exponent"),
+    ("2**grad", "a power of elements has to have"),
+    ("grad**0.3", "a power of elements has to have"),
+    ("grad**17", "of at most 16"),
+    ("grad // 2", "`//` of a tensor"),
+    ("grad % 2", "`%` of a tensor"),
+    ("grad.floor()", "Tensor.floor: it is not an operation on single elements"),
+    # dtypes
+    ("grad.to(torch.float32)", "Tensor.to(torch.float32): remove it"),
+    ("grad.half()", "Tensor.half: changes the dtype"),
+    ("grad.to('cpu')", "a rule has no control of devices"),
+    ("grad * (1e-3 if grad.dtype == torch.float64 else 1)", "a dtype in a condition"),
+    # unknown names and arguments
+    ("undefined(grad)", "NameError: name 'undefined' is not defined"),
+    ("torch.foo(grad)", "has no attribute 'foo'"),
+    ("grad.foo()", "Tensor.foo: it is not an operation on single elements"),
+    ("grad.maximum_(a)", "Tensor.maximum_: it is not an operation"),
+    ("grad.clone_()", "Tensor.clone_: it is not an operation"),
+    ("grad.clamp(0, 1, 2)", "Tensor.clamp with these arguments"),
+    ("grad.clamp()", "clamp without min or max"),
+    ("grad.add(a, beta=2)", "unexpected keyword argument 'beta'"),
+    ("grad.div(a, rounding_mode='floor')", "div with rounding_mode"),
+    ("torch.add(grad, a, out=a)", "torch.add with out="),
+    ("torch.sqrt(h) * grad", "torch.sqrt of numbers: use math.sqrt"),
+    ("math.gcd(n, 2) * grad", "math.gcd of a per-step number"),
+    ("grad * o", "may be None here: ask `is None` first"),
+    ("grad + 'x'", "not with a str"),
+    ("grad + 1j", "not with a complex"),
+    ("grad + np.ones(2)", "not with a ndarray"),
+    ("grad * isinstance(n, int)", "isinstance that tells an int from a float"),
+    ("grad * (type(h) is float)", "type() of a per-step number"),
+    # what PyTorch refuses
+    ("torch.maximum(grad, 0.0)", "maximum of a number: torch takes tensors only"),
+    ("torch.lerp(grad, 1.0, h)", "lerp of a number: torch takes tensors only"),
+    ("torch.copysign(2.0, grad)", "torch.copysign: PyTorch refuses it"),
+    ("torch.gt(1.0, grad) * grad", "torch.gt: PyTorch refuses it"),
+    ("grad.clamp(min=a, max=1.0)", "Tensor.clamp: PyTorch refuses it"),
+    ("grad.masked_fill(grad > 0, a)", "Tensor.masked_fill: PyTorch refuses it"),
+    ("1 - (grad > 0)", "PyTorch refuses it: Subtraction"),
+    ("(grad > 0) - (a > 0)", "PyTorch refuses it: Subtraction"),
+    ("-(grad > 0)", "PyTorch refuses it: Negation"),
+    ("abs(grad > 0)", "PyTorch refuses it"),
+    ("grad.lerp(grad > 0, h)", "Tensor.lerp: PyTorch refuses it"),
+    ("torch.where(grad > 0, 1, 2) ** -1", "PyTorch refuses it: Integers"),
+    ("torch.where(grad > 0, 1, 2).add_(0.5)", "Tensor.add_: PyTorch refuses it"),
+    ("torch.where(grad > 0, 1, 2).fill_(0.5)", "a tensor of integers or of conditions"),
+    ("torch.full_like(grad > 0, 0.5)", "a tensor of integers or of conditions"),
+    # conditions
+    ("(grad > 0).sign()", "Tensor.sign of conditions: turn them into numbers first"),
+    ("grad & a", "on something that is not a condition"),
+    ("(grad > 0) & h", "on something that is not a condition"),
+    ("~grad", "on something that is not a condition"),
+    ("torch.where(grad, grad, a)", "on something that is not a condition"),
+    ("torch.where(step == 1, grad, a)", "use `a if condition else b`"),
+    ("grad * ~(step == 1)", "use `not`"),
+]
+
+
+@pytest.mark.parametrize(("expression", "reason"), EXPRESSIONS, ids=[e for e, _ in EXPRESSIONS])
+def test_expressions(expression: str, reason: str) -> None:
+    body = f"a.add_(grad)\nupdate = {expression}  # here\nreturn update"
+    error, source, line = refusal(body)
+    assert error.startswith(f"rule bad, <refused>:{line}: `{source}`: ")
+    assert reason in error
+
+
+BODIES = {
+    "tensor in an if": ("if grad > 0:  # here\n    grad = a\nreturn grad, a * h", "torch.where"),
+    "loop over the step": (
+        "i = 0\nwhile i < step:  # here\n    i += 1\nreturn grad * i, a * h",
+        "a loop has to end after a number of rounds that is known",
+    ),
+    "item assignment": ("a[:] = grad  # here\nreturn a", "indexing a tensor (use torch.where)"),
+    "in-place on a constant": (
+        "c = torch.tensor(0.0)\nc.add_(grad)  # here\nreturn c, a * h",
+        "modifies a tensor that is not an argument of the rule",
+    ),
+    "operator on a constant": (
+        "c = torch.tensor(2.0)\nc += h  # here\nreturn c * grad, a * h",
+        "modifies a tensor that is not an argument of the rule",
+    ),
+    "integers modified": (
+        "x = torch.where(grad > 0, 1, 0)\nx += a  # here\nreturn x, a * h",
+        "PyTorch refuses it: result type",
+    ),
+    "conditions modified": (
+        "x = grad > 0\nx *= 2  # here\nreturn x, a * h",
+        "PyTorch refuses it: result type",
+    ),
+    "error that is caught": (
+        "try:\n    grad /= grad.norm()  # here\nexcept Exception:\n    pass\nreturn grad, a * h",
+        "Tensor.norm: reduces a tensor",
+    ),
+    "hasattr": (
+        "x = grad if hasattr(grad, 'foo') else a  # here\nreturn x, a * h",
+        "Tensor.foo",
+    ),
+    "lambda inside": (
+        "f = lambda x: x.sum()  # here\nreturn f(grad), a * h",
+        "Tensor.sum: reduces a tensor",
+    ),
+    "exception of its own": ("raise ValueError('own')  # here", "ValueError: own"),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies(name: str) -> None:
+    body, reason = BODIES[name]
+    error, source, line = refusal(body)
+    assert error.startswith(f"rule bad, <refused>:{line}: `{source}`: ")
+    assert reason in error
+
+
+# Errors of the rule as a whole, which name its first line.
+WHOLE = [
+    ("return grad", "the state a is never written"),
+    ("return grad, a", "the state a is never written"),
+    ("return grad, a * h, a", "the rule returns the update and 2 states; expected 1: a"),
+    ("a.add_(grad)\nreturn (a,)", "the rule returns the update and 0 states; expected 1: a"),
+    ("return [grad, a * h]", "the rule returns a list"),
+    ("return {'update': grad}", "the rule returns a dict"),
+    ("return 'grad'", "the rule returns a str"),
+    ("return grad, None", "the rule returns None for the state a"),
+    ("return 'grad', a * h", "the rule returns 'grad' for the update"),
+    ("a.add_(grad)", "the rule never returns an update"),
+    ("return None, a * h", "the rule never returns an update"),
+    ("return 1.0, 2.0", "the rule depends on no tensor"),
+    ("return grad * torch.empty(()).uniform_(), a * h", "the rule draws random numbers"),
+    ("global count\ncount = step\nreturn grad, a * h", "bad assigns count, a variable outside"),
+]
+
+
+@pytest.mark.parametrize(("body", "reason"), WHOLE, ids=[body for body, _ in WHOLE])
+def test_results(body: str, reason: str) -> None:
+    error, _, _ = refusal(body)
+    assert error.startswith("rule bad, <refused>:")
+    assert reason in error
+
+
+SIGNATURES = [
+    ("", "there is none"),
+    ("*, h=1.0", "the first positional argument is the gradient"),
+    ("grad, h=1.0", "h is positional, so it is a tensor: write `*`"),
+    ("grad, step", "step is positional"),
+    ("grad, *states", "*states: name each state and hyperparameter"),
+    ("grad, **options", "*options: name each state and hyperparameter"),
+    ("grad, a, b, c, d, e, f", "6 states; at most 5 are supported"),
+    ("grad, out", "an argument named out, which means something else"),
+    ("grad, *, self=1.0", "an argument named self"),
+    ("grad, *, größe=1.0", "an argument is named größe"),
+    ("grad, *, _h=1.0", "an argument is named _h"),
+    ("grad, *, h='x'", "h must be a number, not str"),
+    ("grad, *, h=()", "h has no values"),
+    ("grad, *, pair=(0.1, 'x')", "pair[1] must be a number"),
+    ("grad, *, betas=(0.9, 1.5)", "betas[1] is 1.5; expected 0 <= betas[1] < 1"),
+    ("grad, *, beta=1.0", "expected 0 <= beta < 1"),
+    ("grad, *, eps=-1.0", "eps"),
+    ("grad, *, h: eo.NonNegative = -1.0", "h is -1; expected"),
+    ("grad, *, n: int = 2.5", "n"),
+    ("grad, *, f: bool = 1", "f must be a bool, not int (1)"),
+    ("grad, *, h: str = 'x'", "expected Beta, NonNegative, float, int"),
+    ("grad, *, h: tuple[float, ...] = (1.0,)", "a tuple of a fixed number"),
+    ("grad, *, h: 'Missing' = 1.0", "h: Missing: name 'Missing' is not defined"),
+    ("grad, *, h=" + repr((1.0,) * 33), "more than 32 numbers"),
+]
+
+
+@pytest.mark.parametrize(("signature", "reason"), SIGNATURES, ids=[s[:40] for s, _ in SIGNATURES])
+def test_signatures(signature: str, reason: str) -> None:
+    error, _, _ = refusal("return grad * 2", signature)
+    assert error.startswith("rule bad, <refused>:")
+    assert reason in error
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (lambda grad: grad, "use `def`, not a lambda"),
+        (int, "rule expects a function, not type"),
+        (functools.partial(torch.add), "rule expects a function, not partial"),
+        (torch.add, "rule expects a function, not builtin"),
+        (3, "rule expects a function, not int"),
+    ],
+    ids=["lambda", "class", "partial", "builtin", "number"],
+)
+def test_what_is_no_function(value: Any, reason: str) -> None:
+    with pytest.raises(eo.RuleError, match=reason):
+        eo.rule(value)
+
+
+def test_too_many_cases() -> None:
+    lines = [f"if step == {i}:\n    return grad * {i} + a, a.square()" for i in range(16)]
+    with pytest.raises(eo.RuleError, match=r"rule bad: .*cases, which differ"):
+        define(
+            "@eo.rule\ndef bad(grad, a, *, step):\n    "
+            + "\n".join(lines).replace("\n", "\n    ")
+            + "\n    return grad, a * 2\n"
+        )
+
+
+def test_too_many_combinations() -> None:
+    flags = [f"f{i}" for i in range(9)]
+    body = "\n".join(f"if {flag}:\n    grad = grad * {i + 2}" for i, flag in enumerate(flags))
+    signature = "grad, *, " + ", ".join(f"{flag}=False" for flag in flags)
+    error, _, _ = refusal(body + "\nreturn grad", signature)
+    assert "more than 256 combinations of conditions" in error
+
+
+def test_error_in_a_helper_names_the_helpers_line() -> None:
+    def helper(x: Any) -> Any:
+        x = x * 2
+        return x.mean()
+
+    with pytest.raises(eo.RuleError) as caught:
+
+        @eo.rule
+        def bad(grad):
+            return grad - helper(grad)
+
+    assert f"{__file__}:{helper.__code__.co_firstlineno + 2}: `return x.mean()`" in str(
+        caught.value
+    )
+
+
+def test_no_source_text_is_needed_for_errors() -> None:
+    with pytest.raises(eo.RuleError, match=r"^rule bad, <string>:2: Tensor.sum: reduces"):
+        exec("@eo.rule\ndef bad(grad): return grad / grad.sum()\n", {"eo": eo})
+
+
+def test_randomness_of_the_program_is_untouched() -> None:
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    refusal("a.add_(grad)\nreturn grad * torch.empty(()).uniform_()")
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), pytorch)
+    assert math.isfinite(draw())
+
+
+# ---- class statements ----------------------------------------------------------------------------
+
+
+@eo.rule
+def rejections_plain(grad, *, scale=1.0):
+    return grad * scale
+
+
+@eo.rule
+def rejections_lr(grad, *, lr=1.0):
+    return grad * lr
+
+
+@eo.rule
+def rejections_beta(grad, *, beta=0.5):
+    return grad * beta
+
+
+CLASSES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown argument": (
+        {"rule": rejections_plain, "foo": 1},
+        "unknown argument 'foo'; expected lr",
+    ),
+    "hyperparameter lr": ({"rule": rejections_lr}, "a hyperparameter named lr, which every"),
+    "no rule": ({"rule": 3}, "rule= takes a rule that emerging_optimizers.rule made"),
+    "plain function": ({"rule": rejections_plain.formula}, "rule= takes a rule"),
+    "argument without a rule": ({"lr": 0.1}, "rule= takes a rule .*; none is given"),
+    "default of a wrong type": ({"rule": rejections_plain, "scale": "x"}, "scale must be a number"),
+    "default outside the domain": ({"rule": rejections_beta, "beta": 1.0}, "beta is 1; expected"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_statements(name: str) -> None:
+    arguments, reason = CLASSES[name]
+    with pytest.raises((TypeError, ValueError), match=reason):
+        type("Refused", (eo.ScalarOptimizer,), {}, **arguments)
+
+
+def test_rule_is_not_for_the_mixin() -> None:
+    with pytest.raises(TypeError, match="rule"):
+        type("Refused", (MegatronMixin, eo.ScalarOptimizer), {}, rule=3)
