@@ -26,8 +26,8 @@ SOURCES := setup.py pyproject.toml emerging_optimizers/_build.py $(shell find cs
 CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install test python-test emulated-test cpp-test lint cuda-check gpu-check format demo bench chart wheel \
-    clean
+.PHONY: help install test python-test test-user-rules emulated-test cpp-test lint cuda-check gpu-check format demo \
+    bench chart wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -46,10 +46,20 @@ $(INSTALLED): $(TORCH_STAMP) $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,demo,lint,wheel]"
 	@mkdir -p $(@D) && rm -f build/.installed-* && touch $@
 
-test: cpp-test python-test emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
+test: cpp-test python-test test-user-rules emulated-test  ## Run all tests: C++ under sanitizers, Python, doctests
 
 python-test: $(INSTALLED)  ## Run the Python tests and doctests alone
 	$(PY) -m pytest $(PYTEST_PROCESSES) --doctest-modules emerging_optimizers tests $(PYTEST_ARGS)
+
+# The tests of a rule's functions and optimizers, with rules that are defined in Python.
+USER_RULE_TESTS := autograd bits changes_between_steps checkpoints compile dispatch distributed \
+    dtypes_and_layouts errors failed_steps fake_tensors fallback function_arguments functions \
+    grad_scaling hyperparameters loading megatron_checkpoints megatron_grads megatron_remainders \
+    megatron_states megatron_steps optimizer_errors overlap registry rounding state_dicts \
+    states stochastic_rounding tracing trajectories weight_decay zero_lr
+
+test-user-rules: $(INSTALLED)  ## Run the tests of rules with those of tests/user_rules.py
+	$(PY) -m pytest $(PYTEST_PROCESSES) --rules user $(USER_RULE_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
 
 # The CUDA engine's code, run on the host by emulated CUDA devices. With a CUDA build of PyTorch,
 # python-test and gpu-check use real devices instead.

@@ -95,9 +95,9 @@ def _complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, 
     """Give a class a user's rule, or other defaults than its base has."""
     known = getattr(cls, "_rule", None) if rule is None else rule
     if not isinstance(known, Rule):
-        given = "none is given" if rule is None else f"not {type(rule).__name__}"
+        given = ", and none is given" if rule is None else f", not {type(rule).__name__}"
         raise TypeError(
-            f"class {cls.__name__}: rule= takes a rule that emerging_optimizers.rule made; {given}"
+            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule{given}"
         )
     known.complete_class(cls, defaults)
 

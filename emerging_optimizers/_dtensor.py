@@ -34,6 +34,19 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, Tensor) and is_dtensor(value) else value  # type: ignore[attr-defined]
 
 
+def reduced(grads: Any) -> Any:
+    """Return gradients without partial sums, for updates that are placed like them."""
+    if not are_imported():
+        return grads
+    if isinstance(grads, (list, tuple)):
+        return [reduced(grad) for grad in grads]
+    if not is_dtensor(grads) or not any(p.is_partial() for p in grads.placements):
+        return grads
+    replicate = sys.modules[_MODULE].Replicate()
+    placements = [replicate if p.is_partial() else p for p in grads.placements]
+    return grads.redistribute(placements=placements)
+
+
 def register(operator: Any, function: Callable[..., None]) -> None:
     """Call ``function``, with the operator's arguments, where an argument is a DTensor.
 

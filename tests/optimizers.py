@@ -60,6 +60,9 @@ MEGATRON: dict[str, type[megatron.MegatronMixin]] = {
     and cls is not megatron.MegatronMixin
 }
 every_optimizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
+every_optimizer_with_states = pytest.mark.parametrize(
+    "setup", [setup for setup in SETUPS if setup.states], ids=str
+)
 every_variant = pytest.mark.parametrize("setup", SETUPS + VARIANTS, ids=str)
 
 

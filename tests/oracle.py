@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from emerging_optimizers import scalar_optimizers
@@ -320,15 +319,15 @@ class Rule:
         return values | same
 
     @property
-    def operator(self) -> Any:
-        """The operator's packet."""
-        namespace = "emerging_optimizers_user" if IS_USER else "emerging_optimizers"
-        return getattr(getattr(torch.ops, namespace), f"{self.name}_update_")
+    def implementation(self) -> Any:
+        """The package's rule."""
+        if IS_USER:
+            return self.function
+        return importlib.import_module(f"{scalar_optimizers.__name__}.{self.name}")._RULE
 
     @property
-    def title(self) -> str:
-        """How errors name the function."""
-        return self.name if IS_USER else f"calculate_{self.name}_update"
+    def operator(self) -> Any:
+        return self.implementation._operator
 
     def __str__(self) -> str:
         return self.name
@@ -588,7 +587,7 @@ def _users_rules() -> dict[str, Rule]:
             (),
             cases,
             [
-                Optimizer("UserRoot", {"scale": 1.0}),
+                Optimizer("UserRoot", {"scale": 8.0}),
                 Optimizer("UserRoot", {"scale": 0.5}, "scaled", {"scale": 0.5}),
             ],
         ),

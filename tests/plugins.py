@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-from test_fallback import rule_of
 
 from emerging_optimizers import _build
 from emerging_optimizers._native import native
@@ -84,7 +83,7 @@ def load_copies(folder: Path) -> dict[str, Rule]:
     assert native is not None
     for struct in structs:
         native._load_rule(str(path), struct)
-    return {name: plugin_of(rule_of(name)) for name in oracle.RULES}
+    return {name: plugin_of(rule.implementation) for name, rule in oracle.RULES.items()}
 
 
 def struct_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """Operands, calls and expected results for the tests of the update functions."""
 
+import inspect
 import math
 import os
 import subprocess
@@ -12,7 +13,7 @@ import interpreters
 import numpy as np
 import pytest
 import torch
-from oracle import RULES, Array, Expected, Rule, Value, is_square
+from oracle import IS_USER, RULES, Array, Expected, Rule, Value, is_square
 from torch import Tensor
 
 import emerging_optimizers
@@ -22,6 +23,9 @@ Case = Mapping[str, Any]
 
 needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
 every_rule = pytest.mark.parametrize("rule", list(RULES.values()), ids=str)
+every_rule_with_states = pytest.mark.parametrize(
+    "rule", [rule for rule in RULES.values() if rule.states], ids=str
+)
 every_case = pytest.mark.parametrize(
     ("rule", "case_name"),
     [
@@ -184,6 +188,15 @@ def with_specials(rule: Rule, mix: Mix, seed: int) -> Operands:
         is_special = torch.rand(tensor.shape, generator=generator) < 0.2
         tensor.copy_(torch.where(is_special, chosen, tensor))
     return operands
+
+
+def calls_in_python(rule: Rule) -> tuple[Any, str, Any]:
+    """What to patch so that eager calls do not enter the compiled module at once."""
+    implementation = rule.implementation
+    if IS_USER:
+        return implementation, "_eager", implementation._call
+    module = inspect.getmodule(implementation.formula)
+    return module, "_call", implementation._call
 
 
 def call(rule: Rule, case: Case, operands: Operands | Sequence[Operands], out: Any = None) -> Any:

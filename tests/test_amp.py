@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_grads, make_params
+from optimizers import (
+    MEGATRON,
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_grads,
+    make_params,
+)
 from processes import launch
 from torch import Tensor, nn
 
 from emerging_optimizers import AdamW, Lion, ScalarOptimizer, megatron
 
 SCALE = 2.0**10
-MEGATRON = [
-    megatron.AdEMAMix,
-    megatron.FusedAdam,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_is_declared_with_fused_only(setup: Setup, capturable: bool) -> None:
     assert not handles_scaling(setup.cls.__new__(setup.cls))
 
 
-@pytest.mark.parametrize("cls", MEGATRON)
+@pytest.mark.parametrize("cls", MEGATRON.values())
 def test_megatron_declares_it_with_capturable_too(cls: type[ScalarOptimizer]) -> None:
     for capturable in (False, True):
         optimizer = cls(make_params(), lr=0.1, capturable=capturable)

@@ -16,6 +16,7 @@ from support import (
     check_call,
     every_mix,
     every_rule,
+    every_rule_with_states,
     lay_out,
     make_operands,
 )
@@ -50,7 +51,7 @@ def test_version_counter_of_grad_as_out(rule: Rule) -> None:
 
 
 @pytest.mark.real
-@every_rule
+@every_rule_with_states
 def test_backward_notices_a_modified_state(rule: Rule) -> None:
     operands = make_operands(rule, (4, 5), FLOAT32)
     weight = torch.ones(4, 5, requires_grad=True)
@@ -97,7 +98,7 @@ def test_inference_mode(rule: Rule, mix: Mix) -> None:
     wanted = call(rule, rule.usual, wanted_operands)
     with torch.inference_mode():
         inside = operands.clone()
-        assert inside.states[0].is_inference()
+        assert inside.grad.is_inference()
         for used in (inside, outside):
             update = call(rule, rule.usual, used)
             assert_equal_results(rule, (update, used), (wanted, wanted_operands))

@@ -227,6 +227,7 @@ print(json.dumps({"isa": native and native.active_isa(), "digests": test_bits.di
 """
 
 
+@pytest.mark.builtin_rules("test_rule_bits.py compares them")
 @needs_native
 def test_instruction_sets(num_threads: None) -> None:
     assert native is not None
@@ -244,6 +245,7 @@ def test_instruction_sets(num_threads: None) -> None:
         assert not different, f"{isa} differs from {native.active_isa()}: {different}"
 
 
+@pytest.mark.builtin_rules("has no rule")
 @needs_native
 def test_unknown_instruction_set_is_an_error() -> None:
     # Falling back silently would change the speed: whoever forces an instruction set wants it.
@@ -254,6 +256,7 @@ def test_unknown_instruction_set_is_an_error() -> None:
     assert done.returncode != 0, f"it was imported all the same: {done.stderr}"
 
 
+@pytest.mark.builtin_rules("has no rule")
 @needs_native
 def test_empty_instruction_set_is_the_default() -> None:
     assert native is not None

@@ -8,6 +8,7 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
+    every_optimizer_with_states,
     make_params,
     run,
     set_grads,
@@ -52,7 +53,7 @@ def test_params_replaced_in_groups(setup: Setup, fused: bool | None) -> None:
     assert not torch.equal(replaced, kept)
 
 
-@every_optimizer
+@every_optimizer_with_states
 def test_data_swapped(setup: Setup, fused: bool | None) -> None:
     params, others = make_params(), make_params()
     optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)
@@ -71,7 +72,7 @@ def test_data_swapped(setup: Setup, fused: bool | None) -> None:
     assert optimizer.state[params[0]][setup.states[0]].dtype == torch.float32
 
 
-@every_optimizer
+@every_optimizer_with_states
 def test_states_replaced(setup: Setup, fused: bool | None) -> None:
     params, others = make_params(), make_params()
     optimizer, other = setup.make(params, fused=fused), setup.make(others, fused=fused)

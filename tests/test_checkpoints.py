@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run
+from optimizers import Setup, assert_same, contents, every_optimizer_with_states, make_params, run
 from torch import Tensor
 
 import emerging_optimizers
@@ -16,7 +16,7 @@ from emerging_optimizers import Adam, AdamW
 pytestmark = pytest.mark.on_devices("tests-optimizers")
 
 
-@every_optimizer
+@every_optimizer_with_states
 @pytest.mark.parametrize(
     "how",
     ["deepcopy", *(pytest.param(how, marks=pytest.mark.real) for how in ("pickle", "state_dict"))],
@@ -45,7 +45,7 @@ def test_copies_continue(setup: Setup, how: str, fused: bool | None) -> None:
     assert_same(contents(other), contents(optimizer))
 
 
-@every_optimizer
+@every_optimizer_with_states
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
 def test_loaded_dtypes(setup: Setup, saved: torch.dtype, fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
@@ -72,7 +72,7 @@ def test_additional_entries_load_unchanged(fused: bool | None) -> None:
     assert extra.tolist() == [1 + 2**20, 3]
 
 
-@every_optimizer
+@every_optimizer_with_states
 def test_older_state_dicts(setup: Setup, fused: bool | None) -> None:
     params = make_params()
     optimizer = setup.make(params, lr=0.05, fused=fused)

@@ -26,12 +26,15 @@ from support import (
     make_operands,
     with_specials,
 )
-from test_fallback import rule_of
 from torch import Tensor
 
 from emerging_optimizers._native import native
 
-pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
+pytestmark = [
+    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.on_devices("tests-cuda"),
+    pytest.mark.cuda,
+]
 
 FLOAT32 = MIXES["float32"]
 # Around the elements of a thread, half a tile, a tile and a chunk of the engine.
@@ -231,7 +234,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 @rules_with_step
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 def test_step_on_the_device(rule: Rule, dtype: torch.dtype) -> None:
-    warmups = [h.name for h in rule_of(rule.name).hyperparameters if h.kind == "warm-up"]
+    warmups = [h.name for h in rule.implementation.hyperparameters if h.kind == "warm-up"]
     for case_name, case in rule.cases.items():
         if "step" not in case:
             continue
@@ -458,7 +461,7 @@ def test_compiled(rule: Rule, mode: str) -> None:
 @every_rule
 def test_opcheck(rule: Rule) -> None:
     positions = [to(make_operands(rule, (5, 3), FLOAT32, i), "cuda") for i in range(2)]
-    operator = rule.operator.default
+    operator = rule.operator
     updates = [torch.empty_like(position.grad) for position in positions]
     states = [[p.states[i] for p in positions] for i in range(len(rule.states))]
     names = [argument.name for argument in operator._schema.arguments]

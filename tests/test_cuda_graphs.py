@@ -19,7 +19,11 @@ from torch.nn import Parameter
 
 from emerging_optimizers import ScalarOptimizer
 
-pytestmark = [pytest.mark.cuda, pytest.mark.real]
+pytestmark = [
+    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.cuda,
+    pytest.mark.real,
+]
 
 COUNT = 1000
 # Less than a vector, some vectors, and more than a tile.

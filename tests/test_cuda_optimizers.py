@@ -32,9 +32,13 @@ from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers import LaProp, ScalarOptimizer
 
-pytestmark = [pytest.mark.on_devices("tests-cuda"), pytest.mark.cuda]
+pytestmark = [
+    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.on_devices("tests-cuda"),
+    pytest.mark.cuda,
+]
 
-_LAPROP = next(setup for setup in SETUPS if setup.cls is LaProp)
+_LAPROP = next((setup for setup in SETUPS if setup.cls is LaProp), SETUPS[0])
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling.
 SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70))

@@ -9,6 +9,7 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
+    every_optimizer_with_states,
     make_params,
     run,
     set_grads,
@@ -115,7 +116,8 @@ def test_complex(setup: Setup, method: str, fused: bool | None) -> None:
         optimizer.step()
         other.step()
     assert_same(contents(optimizer), contents(other))
-    assert optimizer.state[params[0]][setup.states[0]].dtype == torch.complex64
+    for name in setup.states:
+        assert optimizer.state[params[0]][name].dtype == torch.complex64
 
 
 def test_complex_shape_scaling(fused: bool | None) -> None:
@@ -126,7 +128,7 @@ def test_complex_shape_scaling(fused: bool | None) -> None:
     torch.testing.assert_close(moved, torch.full_like(moved, 2 / 7))
 
 
-@every_optimizer
+@every_optimizer_with_states
 def test_options_of_the_state_dtype(setup: Setup, fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
     last = setup.states[-1]

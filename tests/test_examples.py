@@ -104,6 +104,7 @@ def test_one_rule_fails_where_it_has_not_learned(tmp_path):
     check_outputs(tmp_path, done, ["lion"], 3)
 
 
+@pytest.mark.builtin_rules("examples train with built-in rules")
 def test_all_rules(tmp_path):
     arguments = f"--threads 1 --rule all --steps 2 --no-check --output {tmp_path}".split()
     done = run_python(FASTER.format(arguments=arguments), package=ROOT)

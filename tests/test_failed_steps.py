@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_params, run, set_grads
+from optimizers import (
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    every_optimizer_with_states,
+    make_params,
+    run,
+    set_grads,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -33,7 +42,7 @@ def test_bad_steps(setup: Setup, fused: bool | None) -> None:
 
 
 @pytest.mark.real
-@every_optimizer
+@every_optimizer_with_states
 def test_errors_change_nothing(setup: Setup, fused: bool | None) -> None:
     params = make_params([(3, 4), (5, 2), (2, 2)])
     optimizer = setup.make([{"params": [p]} for p in params], fused=fused)

@@ -1,6 +1,7 @@
 """How the update functions may be called: `out`, sequences, scalars, defaults."""
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -85,11 +86,13 @@ def test_out_is_keyword_only(rule: Rule) -> None:
     operands = make_operands(rule, (3,), FLOAT32)
     arguments = rule.defaults | rule.usual
     # The dictionary is not in the order of the signature: look up all positional arguments by name.
-    names = rule.function.__code__.co_varnames[: rule.function.__code__.co_argcount]
+    parameters = inspect.signature(rule.function).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     values = [arguments[name] for name in names[1 + len(rule.states) :]]
-    rule.function(*operands, *values)
+    others = {name: arguments[name] for name in arguments if name not in names}
+    rule.function(*operands, *values, **others)
     with pytest.raises(TypeError, match="positional"):
-        rule.function(*operands, *values, torch.empty(3))
+        rule.function(*operands, *values, torch.empty(3), **others)
 
 
 rules_with_step = pytest.mark.parametrize(

@@ -109,6 +109,11 @@ ROWS: Rows = {
         (NAN, ValueError, "Invalid epsilon value: nan"),
     ],
     "momentum": beta_rows("momentum", "momentum"),
+    "momentum_beta": beta_rows("momentum_beta", "momentum_beta"),
+    "scale": [
+        (-1.0, ValueError, "Invalid scale: -1.0"),
+        ("2", TypeError, f"scale must be a number, not str ('2'){TEXT}"),
+    ],
     "min_beta_fast": beta_rows("min_beta_fast", "min_beta_fast"),
     "alpha": [
         (NAN, ValueError, "Invalid alpha: nan"),
@@ -133,6 +138,7 @@ ROWS: Rows = {
             "correct_bias",
             "bias_correction",
             "nesterov",
+            "use_nesterov",
             "use_shape_scaling",
             "frob_normalize",
             "use_decoupled_grad",
@@ -148,14 +154,16 @@ ROWS: Rows = {
 
 def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception], str]]:
     group = optimizer.param_groups[0]
-    found = [(key, *row) for key, rows in ROWS.items() if key in group for row in rows]
-    first = optimizer._state_names[0]
-    dtype = "state_dtype must be a dtype, a dict of them or None, not int (16)"
-    found += [
-        ("state_dtype", {first: torch.int8}, ValueError, "Invalid state_dtype: torch.int8; "),
-        ("state_dtype", {first: 16}, TypeError, dtype),
-        ("state_dtype", {"no": torch.float32}, ValueError, "Invalid state_dtype: "),
-    ]
+    ignored = () if optimizer._state_names else ("state_dtype",)
+    keys = [key for key in ROWS if key in group and key not in ignored]
+    found = [(key, *row) for key in keys for row in ROWS[key]]
+    for first in optimizer._state_names[:1]:
+        dtype = "state_dtype must be a dtype, a dict of them or None, not int (16)"
+        found += [
+            ("state_dtype", {first: torch.int8}, ValueError, "Invalid state_dtype: torch.int8; "),
+            ("state_dtype", {first: 16}, TypeError, dtype),
+            ("state_dtype", {"no": torch.float32}, ValueError, "Invalid state_dtype: "),
+        ]
     if "betas" in group:
         title = "beta parameter" if isinstance(optimizer, Adam) else "beta"
         last = len(group["betas"]) - 1
@@ -182,7 +190,9 @@ def refused(
 
 
 every_class = pytest.mark.parametrize(
-    "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
+    "cls",
+    CLASSES,
+    ids=lambda cls: f"{cls.__module__.removeprefix('emerging_optimizers.')}.{cls.__name__}",
 )
 
 

@@ -31,6 +31,7 @@ from emerging_optimizers.scalar_optimizers import (
     calculate_sim_ademamix_update,
 )
 
+builtin = pytest.mark.builtin_rules("compares built-in rules with each other")
 pytestmark = pytest.mark.on_devices("tests-functions")
 
 # Covers the errors of both optimizers, and those that the previous steps add.
@@ -56,6 +57,7 @@ def _assert_relatively_close(got: Tensor, wanted: Tensor, label: str) -> None:
     )
 
 
+@builtin
 @every_mix
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("step", [1, 2, 1000])
@@ -90,6 +92,7 @@ def test_ademamix_without_its_slow_average_is_adam(
     assert_equal_bits(square, exp_avg_sq, "exp_avg_sq")
 
 
+@builtin
 def test_ademamix_starts_as_adam() -> None:
     # Alpha rises from 0 and the slow beta from the fast one. After a billionth of both warm-ups,
     # they still have their initial values, to about a millionth.
@@ -106,6 +109,7 @@ def test_ademamix_starts_as_adam() -> None:
     torch.testing.assert_close(slow, fast, rtol=1e-5, atol=0)
 
 
+@builtin
 @float_dtypes
 def test_laprop_without_momentum_is_rmsprop(dtype: torch.dtype) -> None:
     parameter = torch.zeros(37, dtype=dtype, requires_grad=True)
@@ -125,6 +129,7 @@ def test_laprop_without_momentum_is_rmsprop(dtype: torch.dtype) -> None:
         assert_equal_bits(exp_avg, update, f"step {step}: exp_avg")
 
 
+@builtin
 @float_dtypes
 def test_adam_is_that_of_torch(dtype: torch.dtype) -> None:
     parameter = torch.zeros(37, dtype=dtype, requires_grad=True)
@@ -143,6 +148,7 @@ def test_adam_is_that_of_torch(dtype: torch.dtype) -> None:
         _assert_relatively_close(exp_avg_sq, state["exp_avg_sq"], f"step {step}: exp_avg_sq")
 
 
+@builtin
 @float_dtypes
 def test_nesterov_adam_is_nadam_without_its_schedule(dtype: torch.dtype) -> None:
     # torch's NAdam cannot switch its momentum schedule off, so this adds NAdam's two terms by hand.
@@ -164,6 +170,7 @@ def test_nesterov_adam_is_nadam_without_its_schedule(dtype: torch.dtype) -> None
         _assert_relatively_close(update, (numerator / denominator).to(dtype), f"step {step}")
 
 
+@builtin
 @float_dtypes
 def test_nesterov_signum_looks_ahead_as_nesterov_adam_does(dtype: torch.dtype) -> None:
     # With beta2 = 0 and no bias correction, Adam normalises the value whose sign Signum takes.
@@ -179,6 +186,7 @@ def test_nesterov_signum_looks_ahead_as_nesterov_adam_does(dtype: torch.dtype) -
         assert_equal_bits(signum.states[0], exp_avg, f"step {step}: exp_avg")
 
 
+@builtin
 @every_mix
 @pytest.mark.parametrize("correct_bias", [True, False])
 def test_lion_with_one_beta_is_signum(mix: Mix, correct_bias: bool) -> None:
@@ -196,6 +204,7 @@ def test_lion_with_one_beta_is_signum(mix: Mix, correct_bias: bool) -> None:
         assert_equal_bits(lion.states[0], signum.states[0], f"step {step}: exp_avg")
 
 
+@builtin
 @every_mix
 def test_lion_momentum_is_that_of_nesterov_signum(mix: Mix) -> None:
     # Nesterov momentum changes only the update.
@@ -211,6 +220,7 @@ def test_lion_momentum_is_that_of_nesterov_signum(mix: Mix) -> None:
     assert_equal_bits(update[agree], signum_update[agree], "update")
 
 
+@builtin
 @every_mix
 def test_shape_scaling_is_a_factor(mix: Mix) -> None:
     plain, scaled = (make_operands(RULES["signum"], (3, 5), mix) for _ in range(2))
@@ -220,6 +230,7 @@ def test_shape_scaling_is_a_factor(mix: Mix) -> None:
     assert_equal_bits(scaled.states[0], plain.states[0], "exp_avg")
 
 
+@builtin
 @float_dtypes
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
 def test_sim_ademamix_without_its_gradient_is_adam(dtype: torch.dtype, beta: float) -> None:

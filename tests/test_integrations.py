@@ -21,6 +21,7 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
+    every_optimizer_with_states,
     has_momentum,
     make_grads,
     make_params,
@@ -372,7 +373,7 @@ class _Accelerated:
         return contents(self.optimizer)
 
 
-@every_optimizer
+@every_optimizer_with_states
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_accelerate(accelerate: Any, setup: Setup, precision: str, accumulated: int) -> None:
@@ -400,7 +401,7 @@ def test_accelerate(accelerate: Any, setup: Setup, precision: str, accumulated: 
     assert dtypes == {torch.bfloat16}
 
 
-@every_optimizer
+@every_optimizer_with_states
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 with masters"])
 def test_accelerate_continues_from_a_saved_state(
     accelerate: Any, setup: Setup, half: bool, tmp_path: Path

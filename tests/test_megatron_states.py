@@ -16,7 +16,7 @@ from megatron_support import (
     run,
 )
 from optimizers import assert_same, contents
-from oracle import RULES, is_square
+from oracle import is_square
 from support import assert_equal_bits
 
 from emerging_optimizers import megatron, scalar_optimizers
@@ -35,9 +35,10 @@ def test_names(cls: Any) -> None:
     optimizer = cls(params, **AWARE)
     optimizer.initialize_state(params[0])
     names = set(optimizer.state[params[0]])
-    averages = [name for name in RULES[cls._rule.name].states if not is_square(name)]
+    states = cls._rule.states
+    averages = [name for name in states if not is_square(name)]
     assert ("exp_avg" in names) == bool(averages)
-    assert ("exp_avg_sq" in names) == any(map(is_square, RULES[cls._rule.name].states))
+    assert ("exp_avg_sq" in names) == any(map(is_square, states))
     assert names - {"step", "exp_avg", "exp_avg_sq", "master_param"} == set(averages[1:])
 
 

@@ -70,7 +70,7 @@ def test_dense_calls_with_out_allocate_no_tensor(rule: Rule, layout: str) -> Non
     positions = [
         lay_out(make_operands(rule, LAYOUT_SHAPE, mix), LAYOUTS[layout]) for mix in MIXES.values()
     ]
-    outs = [torch.empty_like(position.states[0]) for position in positions]
+    outs = [torch.empty_like(position.model) for position in positions]
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -11,6 +11,8 @@ from checkpoint_cases import CASES, SAVED_AFTER, STEPS_AFTERWARDS, Case, outcome
 from processes import launch
 from torch import Tensor
 
+pytestmark = pytest.mark.builtin_rules("no earlier version has users' rules")
+
 ARCHIVES = sorted(Path(__file__).parent.glob("checkpoints/*.tar.gz"))
 
 

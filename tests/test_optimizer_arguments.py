@@ -35,6 +35,8 @@ _BAD = [
 def test_bad_arguments(
     setup: Setup, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    if not setup.states and arguments.get("state_dtype") is torch.float64:
+        pytest.skip("the rule has no states")
     with pytest.raises(error, match=message):
         setup.make(make_params(), **arguments)
 

@@ -14,7 +14,9 @@ from emerging_optimizers._native import native
 
 CLASSES: list[Any] = [*(setup.cls for setup in SETUPS), *MEGATRON.values()]
 every_class = pytest.mark.parametrize(
-    "cls", CLASSES, ids=lambda cls: f"{cls.__module__.split('.')[1]}.{cls.__name__}"
+    "cls",
+    CLASSES,
+    ids=lambda cls: f"{cls.__module__.removeprefix('emerging_optimizers.')}.{cls.__name__}",
 )
 every_path = pytest.mark.parametrize(
     "fused",
@@ -148,7 +150,7 @@ def culprit(cls: Any, fused: bool | None, what: str, named: bool) -> None:
     change, error, message = ROWS[what]
     optimizer = make(cls, fused, named)
     change(optimizer, optimizer.param_groups[1]["params"][1])
-    message = message.format(cls=cls.__name__, state=optimizer._state_names[-1])
+    message = message.format(cls=cls.__name__, state=next(reversed(optimizer._state_names), None))
     refused(optimizer, error, message, named)
 
 
@@ -162,6 +164,8 @@ def test_the_parameter_is_named(fused: bool | None, what: str, named: bool) -> N
 @every_class
 @pytest.mark.parametrize("what", ["sparse gradient", "other shape", "state's shape"])
 def test_every_class_names_the_parameter(cls: Any, what: str) -> None:
+    if what == "state's shape" and not cls._state_names:
+        pytest.skip("there are no states")
     for fused in (False, None):
         culprit(cls, fused, what, named=True)
 

@@ -12,7 +12,6 @@ from test_errors import alias, assert_refused, make_lists, path  # noqa: F401
 from torch import Tensor
 
 from emerging_optimizers import _overlap
-from emerging_optimizers.scalar_optimizers import calculate_lion_update
 
 LION, ADAM = RULES["lion"], RULES["adam"]
 
@@ -88,14 +87,12 @@ def test_example(path: str) -> None:  # noqa: F811
     n = 5000
     buffer, exp_avg = torch.zeros(n + 8), torch.zeros(n)
     lists = {"grad": buffer[:n], "exp_avg": exp_avg, "out": buffer[8:]}
-    arguments = (buffer[:n], exp_avg, 0.9, 0.99)
     function = LION.function
-    assert_refused(
-        ValueError, alias("out", "grad"), lists, lambda: function(*arguments, out=buffer[8:])
-    )
+    refused = lambda: function(buffer[:n], exp_avg, **LION.usual, out=buffer[8:])  # noqa: E731
+    assert_refused(ValueError, alias("out", "grad"), lists, refused)
     # Adjacent operands are fine; so is `out` that is `grad`.
-    calculate_lion_update(torch.zeros(n), exp_avg, 0.9, 0.99, out=buffer[:n])
-    calculate_lion_update(buffer[:n], exp_avg, 0.9, 0.99, out=buffer[:n])
+    function(torch.zeros(n), exp_avg, **LION.usual, out=buffer[:n])
+    function(buffer[:n], exp_avg, **LION.usual, out=buffer[:n])
 
 
 APART: dict[str, Callable[[int], list[Tensor]]] = {
@@ -129,9 +126,9 @@ def test_views_without_a_common_byte(path: str, kind: str, is_shuffled: bool) ->
 def test_real_and_imaginary_parts(path: str) -> None:  # noqa: F811
     numbers = torch.rand(50, dtype=torch.complex64)
     grad, exp_avg = torch.rand(50), torch.rand(50)
-    wanted = LION.function(grad, exp_avg.clone(), 0.9)
+    wanted = LION.function(grad, exp_avg.clone(), momentum_beta=0.9)
     numbers.real.copy_(exp_avg)
-    LION.function(grad, numbers.real, 0.9, out=numbers.imag)
+    LION.function(grad, numbers.real, momentum_beta=0.9, out=numbers.imag)
     assert torch.equal(numbers.imag, wanted)
 
 
@@ -139,27 +136,30 @@ def test_gradients_may_overlap(path: str) -> None:  # noqa: F811
     buffer = torch.rand(30)
     grads = [buffer[:20], buffer[10:], buffer[:20], buffer[:1].expand(20)]
     states = [torch.rand(20) for _ in grads]
-    wanted = [LION.function(g.clone(), s.clone(), 0.9) for g, s in zip(grads, states, strict=True)]
-    for update, other in zip(LION.function(grads, states, 0.9), wanted, strict=True):
+    wanted = [
+        LION.function(g.clone(), s.clone(), momentum_beta=0.9)
+        for g, s in zip(grads, states, strict=True)
+    ]
+    for update, other in zip(LION.function(grads, states, momentum_beta=0.9), wanted, strict=True):
         assert torch.equal(update, other)
 
 
 def test_empty_tensors_never_alias(path: str) -> None:  # noqa: F811
     buffer = torch.rand(20)
     grads, states = [buffer[:20], buffer[3:3]], [torch.rand(20), buffer[3:3]]
-    LION.function(grads, states, 0.9, out=[torch.empty(20), buffer[5:5]])
+    LION.function(grads, states, momentum_beta=0.9, out=[torch.empty(20), buffer[5:5]])
 
 
 def test_many_columns_are_decided_quickly(path: str) -> None:  # noqa: F811
     n = 400
     matrices = [torch.rand(7, n) for _ in range(3)]
     grads, states, outs = ([*m.T] for m in matrices)
-    wanted = LION.function(matrices[0].clone(), matrices[1].clone(), 0.9)
-    LION.function(grads, states, 0.9, out=outs)
+    wanted = LION.function(matrices[0].clone(), matrices[1].clone(), momentum_beta=0.9)
+    LION.function(grads, states, momentum_beta=0.9, out=outs)
     assert torch.equal(matrices[2], wanted)
     states[7] = states[9]
     with pytest.raises(ValueError, match=re.escape(alias("exp_avgs[7]", "exp_avgs[9]"))):
-        LION.function(grads, states, 0.9, out=outs)
+        LION.function(grads, states, momentum_beta=0.9, out=outs)
 
 
 def test_huge_views_are_decided_quickly(path: str) -> None:  # noqa: F811
@@ -168,7 +168,7 @@ def test_huge_views_are_decided_quickly(path: str) -> None:  # noqa: F811
     for shape, strides in [((2**31, 2), (0, 1)), ((2**16, 2**16), (0, 0)), ((1, 2**33), (1, 0))]:
         huge = tiny.as_strided(shape, strides)
         with pytest.raises(ValueError, match=r"^exp_avg overlaps itself in memory"):
-            LION.function(huge, huge, 0.9, out=huge)
+            LION.function(huge, huge, momentum_beta=0.9, out=huge)
 
 
 def test_undecided_overlaps_are_rejected(
@@ -182,14 +182,14 @@ def test_undecided_overlaps_are_rejected(
     buffer = torch.empty(2 * middle + 2, dtype=torch.bfloat16)  # pages never touched
     hard = buffer.as_strided((2,) * 16, strides)
     with pytest.raises(ValueError, match=r"^cannot tell whether exp_avg overlaps itself in memory"):
-        LION.function(hard, hard, 0.9, out=hard)
+        LION.function(hard, hard, momentum_beta=0.9, out=hard)
     if path == "native":
         return  # the C++ test covers pairs
     monkeypatch.setattr(_overlap, "_WORK_OF_PAIR", 100)
     states = [buffer[middle : middle + 1], torch.zeros((2,) * 16)]
     message = "cannot tell whether grads[1] shares memory with exp_avgs[0], and exp_avgs[0] is"
     with pytest.raises(ValueError, match=re.escape(message)):
-        LION.function([torch.zeros(1), hard], states, 0.9)
+        LION.function([torch.zeros(1), hard], states, momentum_beta=0.9)
 
 
 # ---- without the compiled module -----------------------------------------------------------------

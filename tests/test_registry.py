@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from optimizers import SETUPS
+from oracle import IS_USER
 
 import emerging_optimizers
 from emerging_optimizers import registry
@@ -21,6 +23,12 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_names(name: str) -> None:
     assert get_optimizer_cls(name) is getattr(emerging_optimizers, NAMES[name])
+
+
+@pytest.mark.skipif(not IS_USER, reason="the built-in classes are above")
+def test_names_of_users_classes() -> None:
+    for setup in SETUPS:
+        assert get_optimizer_cls(setup.rule.name) is setup.cls
 
 
 def test_unknown_name() -> None:

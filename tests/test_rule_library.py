@@ -36,6 +36,7 @@ from emerging_optimizers._rule import Rule
 from emerging_optimizers.scalar_optimizers import ScalarOptimizer
 
 pytestmark = [
+    pytest.mark.builtin_rules("compiles the built-in rules as plugins"),
     pytest.mark.on_devices("tests-cuda"),
     needs_native,
     pytest.mark.skipif("sys.platform == 'win32'", reason="compiles by c++"),
@@ -412,6 +413,10 @@ def test_a_library_of_other_headers(libraries: dict[str, str]) -> None:
     message = f"{libraries['old']} was compiled with the headers of another version"
     with pytest.raises(RuntimeError, match=re.escape(message) + ".*recompile it"):
         native._load_rule(libraries["old"], "SignDescent")
+    with pytest.raises(RuntimeError, match=re.escape(message) + ".*rebuild the package"):
+        native._load_rule(
+            libraries["old"], "SignDescent", operator_namespace="user_rules", name="sign_descent"
+        )
     assert native.rules == before
 
 

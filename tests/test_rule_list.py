@@ -19,6 +19,8 @@ from emerging_optimizers import ScalarOptimizer, scalar_optimizers
 from emerging_optimizers._native import native
 from emerging_optimizers.registry import get_optimizer_cls, get_optimizer_names
 
+pytestmark = pytest.mark.builtin_rules("lists the built-in rules")
+
 ROOT = Path(__file__).parent.parent
 CLASSES = {
     cls.__name__: cls

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from optimizers import MEGATRON as TABLE
 from optimizers import SETUPS, Setup, assert_same, contents, make_params, run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,14 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from emerging_optimizers import AdamW, AdEMAMix, megatron
 
 BF16, F32 = torch.bfloat16, torch.float32
-MEGATRON = [
-    megatron.FusedAdam,
-    megatron.AdEMAMix,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
+MEGATRON = [cls for cls in TABLE.values() if cls._state_names]
 
 
 def _make_with_dtype(setup: Setup) -> Any:
@@ -43,8 +37,9 @@ def _make_for_megatron(cls: Any) -> Any:
 
 
 MAKERS = [
-    *(pytest.param(_make_with_dtype(s), id=f"{s}-dtype") for s in SETUPS),
-    *(pytest.param(_make_with_dtypes(s), id=f"{s}-dtypes") for s in SETUPS),
+    # PyTorch's tools do not load full state dicts without any state of a dimension.
+    *(pytest.param(_make_with_dtype(s), id=f"{s}-dtype") for s in SETUPS if s.states),
+    *(pytest.param(_make_with_dtypes(s), id=f"{s}-dtypes") for s in SETUPS if s.states),
     *(pytest.param(_make_for_megatron(c), id=f"megatron.{c.__name__}") for c in MEGATRON),
 ]
 every_maker = pytest.mark.parametrize("make", MAKERS)

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Setup, assert_same, contents, every_optimizer, make_grads, make_params, run
+from optimizers import (
+    MEGATRON,
+    Setup,
+    assert_same,
+    contents,
+    every_optimizer,
+    make_grads,
+    make_params,
+    run,
+)
 from torch import Tensor, multiprocessing, nn
 
 from emerging_optimizers import AdamW, Lion, megatron
@@ -14,14 +23,6 @@ pytestmark = pytest.mark.on_devices("tests-states")
 
 BF16, F32 = torch.bfloat16, torch.float32
 ways = pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
-MEGATRON = [
-    megatron.FusedAdam,
-    megatron.AdEMAMix,
-    megatron.LaProp,
-    megatron.Lion,
-    megatron.Signum,
-    megatron.SimplifiedAdEMAMix,
-]
 
 
 def strided(dtype: torch.dtype = F32) -> list[nn.Parameter]:
@@ -59,7 +60,7 @@ def test_states_stay_where_they_are(setup: Setup, make: Any, fused: bool | None)
 
 
 @ways
-@pytest.mark.parametrize("cls", MEGATRON)
+@pytest.mark.parametrize("cls", MEGATRON.values())
 @pytest.mark.parametrize("make", [make_params, strided], ids=["dense", "strided"])
 def test_states_of_megatron_stay_where_they_are(cls: Any, make: Any, fused: bool | None) -> None:
     params = make(dtype=BF16)

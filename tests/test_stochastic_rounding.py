@@ -24,6 +24,7 @@ def _random_bits(count: int, seed: int = 1, position: int = 0, step: int = 1) ->
     return random_bits(rounding_key(seed, position, step), torch.arange(count))
 
 
+@pytest.mark.builtin_rules("has no rule")
 def test_random_bits() -> None:
     count = 100_000
     bits = _random_bits(count)
@@ -71,6 +72,7 @@ def test_element_indices() -> None:
     assert element_indices(torch.empty(())).item() == 0
 
 
+@pytest.mark.builtin_rules("has no rule")
 @every_half
 def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
     count = 100_000
@@ -87,6 +89,7 @@ def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
             assert rounded.unique().numel() <= 2
 
 
+@pytest.mark.builtin_rules("has no rule")
 @every_half
 def test_rounding_keeps_what_is_exact(dtype: torch.dtype) -> None:
     exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

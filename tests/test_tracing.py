@@ -13,6 +13,7 @@ from support import (
     Operands,
     assert_equal_bits,
     call,
+    calls_in_python,
     every_rule,
     make_operands,
     needs_native,
@@ -81,7 +82,7 @@ def assert_refuses(function: Callable[..., Tensor], operands: Operands, what: st
 @every_entry
 def test_jit_trace(rule: Rule, form: Callable[..., Any]) -> None:
     operands = operands_of(rule)
-    assert_refuses(form(rule), operands, rule.title)
+    assert_refuses(form(rule), operands, rule.implementation.title)
     # Later calls work.
     other = operands.clone()
     got = form(rule)(*tensors_of(operands))
@@ -93,10 +94,9 @@ def test_jit_trace(rule: Rule, form: Callable[..., Any]) -> None:
 def test_jit_trace_of_the_fallback(
     rule: Rule, form: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = __import__(f"emerging_optimizers.scalar_optimizers.{rule.name}", fromlist=["_call"])
-    monkeypatch.setattr(module._RULE, "_operator", None)
-    monkeypatch.setattr(module, "_call", module._RULE.entry_point())
-    assert_refuses(form(rule), operands_of(rule), rule.title)
+    monkeypatch.setattr(rule.implementation, "_operator", None)
+    monkeypatch.setattr(*calls_in_python(rule))
+    assert_refuses(form(rule), operands_of(rule), rule.implementation.title)
 
 
 @every_optimizer
@@ -125,17 +125,19 @@ def _script(updates: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor]) 
 
 
 @needs_native
+@pytest.mark.builtin_rules("scripts name the operator")
 def test_jit_script_of_an_operator() -> None:
     rule = RULES["lion"]
     operands = operands_of(rule)
     other = operands.clone()
     update = torch.empty_like(operands.grad)
     torch.jit.script(_script)([update], [operands.grad], operands.states)
-    wanted = rule.function(other.grad, *other.states, 0.9, 0.99)
+    wanted = call(rule, rule.usual, other)
     assert_equal_bits(update, wanted, "update")
     assert_equal_bits(operands.states[0], other.states[0], "exp_avg")
 
 
+@pytest.mark.builtin_rules("users' rules are objects, which TorchScript takes for classes")
 @every_rule
 def test_jit_script_of_a_function(rule: Rule) -> None:
     with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments"):

@@ -52,6 +52,7 @@ def _relative_losses(
     ]
 
 
+@pytest.mark.builtin_rules("repeats a test of a built-in rule")
 @pytest.mark.parametrize("method", SHRINKING)
 def test_any_fraction(method: str, fused: bool | None) -> None:
     # Rounding errors add up to about 0.0003 of a decay of 1e-8.
@@ -64,6 +65,7 @@ def test_any_fraction(method: str, fused: bool | None) -> None:
         assert got == pytest.approx([1.0] * len(fractions), abs=1e-3), fractions
 
 
+@pytest.mark.builtin_rules("repeats a test of a built-in rule")
 def test_any_fraction_of_masters(fused: bool | None) -> None:
     options: dict[str, Any] = {"master_weights": True, "state_dtype": torch.float32}
     dtype, fractions = torch.bfloat16, [1e-6, 0.6]
@@ -71,6 +73,7 @@ def test_any_fraction_of_masters(fused: bool | None) -> None:
     assert got == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
+@pytest.mark.builtin_rules("repeats a test of a built-in rule")
 def test_small_fraction_with_stochastic_rounding(fused: bool | None) -> None:
     """Each step removes 1/32 of the spacing of bfloat16 numbers."""
     weight = Parameter(torch.ones(4000, dtype=torch.bfloat16))

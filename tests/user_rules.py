@@ -78,7 +78,7 @@ class UserSign(eo.ScalarOptimizer, rule=user_sign, lr=1e-4, momentum_beta=0.9, m
 
 
 @register_optimizer("user_root")
-class UserRoot(eo.ScalarOptimizer, rule=user_root, lr=1e-3, scale=1.0):
+class UserRoot(eo.ScalarOptimizer, rule=user_root, lr=1e-3, scale=8.0):
     """Steps by the signed square root of the gradient."""
 
 

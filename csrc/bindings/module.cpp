@@ -64,8 +64,10 @@ const RegisteredRule& load_rule(const std::string& path, const std::string& symb
   const auto function = reinterpret_cast<Function>(find(*library, path, symbol));
   const RuleInfo* const info = function();
   TORCH_CHECK(info->abi == EMOPT_ABI, path,
-              " was compiled with the headers of another version of emerging_optimizers; recompile "
-              "it");
+              " was compiled with the headers of another version of emerging_optimizers; ",
+              name.empty()
+                  ? "recompile it"
+                  : "the package's headers changed after it was built: rebuild the package");
   const cpu::Isa isa = cpu::active_isa();
   TORCH_CHECK((info->loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
               " was not compiled for ", cpu::name(isa),

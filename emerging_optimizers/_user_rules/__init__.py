@@ -10,15 +10,15 @@ __all__ = ["RuleError", "UserRule", "rule"]
 
 
 def rule(function: Callable[..., Any]) -> UserRule:
-    """Make the rule of an element-wise optimizer of a Python function, as a decorator.
+    """Make a Python function the rule of an element-wise optimizer. Use it as a decorator.
 
-    The function gets tensors of one shape: the gradient, and then the states. It returns the
-    update, or a tuple of the update and the new states, in their order; it may also modify states
-    in place. An update of None leaves the weights alone in that step. Keyword-only parameters are
+    The function takes tensors of one shape: the gradient, then the states. It returns the update,
+    or a tuple of the update and the new states, in their order; it may also modify states in place.
+    An update of None leaves the weights alone in that step. Keyword-only parameters are
     hyperparameters; `step` is the step number, counted from 1.
 
-    The function is traced at its definition: each operation must be one on elements, and an ``if``
-    may depend on hyperparameters and on the step. See the guide "Write your own optimizer".
+    The function is traced at its definition: each operation must be element-wise, and an ``if`` may
+    depend on hyperparameters and on the step. See the guide "Write your own optimizer".
 
     Args:
         function: The formula.

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ def call(
 ) -> Any:
     """Call one of torch's functions, or a method of tensors, with proxies."""
     if options.pop("out", None) is not None:
-        raise RuleError(f"{name} with out=: assign the result, or use the method that ends in _")
+        raise RuleError(f"{name} with out=: assign the result, or use the in-place method (add_)")
     try:
         result = operation(*arguments, **options)
     except TypeError as error:
@@ -52,7 +52,7 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     if name.startswith("__i"):
         raise RuleError("an operator modifies a tensor that is not an argument of the rule")
     if operation is None:
-        raise refusal(name.strip("_"), f"torch.{name}")
+        raise refusal(f"torch.{name}", name.strip("_"))
     return call(operation, f"torch.{name}", function, *arguments, **options)
 
 
@@ -143,7 +143,7 @@ def _method(self: Element, name: str) -> Any:
     if operation is None or function is None:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise refusal(stem, f"Tensor.{name}")
+        raise refusal(f"Tensor.{name}", stem)
     known, plain = operation, function
 
     def method(*arguments: Any, **options: Any) -> Any:
@@ -155,24 +155,6 @@ def _method(self: Element, name: str) -> Any:
     return method
 
 
-def _refused(name: str, text: str) -> Callable[[Any, Any], NoReturn]:
-    def operate_on(self: Element, other: Any) -> NoReturn:
-        raise refusal(name, f"`{text}` of a tensor")
-
-    return operate_on
-
-
-# Operators that per-step numbers may have.
-_REFUSED = {
-    "floordiv": ("floor_divide", "//"),
-    "mod": ("remainder", "%"),
-    "divmod": ("remainder", "divmod"),
-    "matmul": ("matmul", "@"),
-    "lshift": ("bitwise_left_shift", "<<"),
-    "rshift": ("bitwise_right_shift", ">>"),
-}
-
-
 def _add_operators() -> None:
     for name, op in (_ARITHMETIC | _LOGIC | _COMPARISONS).items():
         plain = getattr(operator, name, None) or getattr(operator, f"{name}_")
@@ -180,9 +162,6 @@ def _add_operators() -> None:
         if name not in _COMPARISONS:
             setattr(Proxy, f"__r{name}__", _reflected(plain, op))
             setattr(Element, f"__i{name}__", _in_place(getattr(operator, f"i{name}"), op))
-    for name, (refused, text) in _REFUSED.items():
-        for prefix in ("", "r"):
-            setattr(Element, f"__{prefix}{name}__", _refused(refused, text))
     unary = {"neg": _negate, "abs": _absolute, "pos": _positive, "invert": _invert}
     for name, method in unary.items():
         setattr(Proxy, f"__{name}__", method)

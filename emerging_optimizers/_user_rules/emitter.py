@@ -9,7 +9,7 @@ from .graph import Case, Node, RuleError
 from .tracer import MAX_CASES, Trace
 
 _DOMAINS = {Beta: "kBeta", NonNegative: "kNonNegative", float: "kAny", int: "kInteger"}
-# Names that the struct has for itself, and C++'s that Python allows.
+# Names that the struct uses, and reserved words of C++ that are names in Python.
 _TAKEN = frozenset(
     re.findall(
         r"\w+",
@@ -75,14 +75,14 @@ class _Emitter:
         struct = struct_name(signature.name)
         if len(self.programs) > MAX_CASES:
             raise RuleError(
-                f"rule {signature.name}: {len(self.programs)} cases, which differ in what they"
-                f" compute for an element; at most {MAX_CASES} are compiled: use torch.where, or"
-                " numbers that depend on the conditions"
+                f"rule {signature.name}: {len(self.programs)} cases with different formulas; at"
+                f" most {MAX_CASES} are supported: use torch.where, or one formula with numbers"
+                " that depend on the conditions"
             )
         if self.num_constants > _MAX_CONSTANTS:
             raise RuleError(
-                f"rule {signature.name}: {self.num_constants} numbers that elements are computed"
-                f" with; at most {_MAX_CONSTANTS} are supported"
+                f"rule {signature.name}: its formula uses {self.num_constants} per-step numbers; at"
+                f" most {_MAX_CONSTANTS} are supported: split the rule"
             )
         real = [h for h in signature.hyperparameters if h.kind != "step"]
         grad, *states = (self.names[name] for name in (signature.grad, *signature.states))

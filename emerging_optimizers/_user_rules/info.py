@@ -1,4 +1,4 @@
-"""What is known of a rule: its arguments, its memory traffic, and the time which that takes."""
+"""What is known about a rule: its arguments, its memory traffic, and the time that this takes."""
 
 import functools
 import statistics
@@ -15,7 +15,7 @@ _BYTES_OF_FLOAT32 = 4
 
 
 class Info(NamedTuple):
-    """What is known of a rule.
+    """What is known about a rule.
 
     Attributes:
         name: Its name.
@@ -51,7 +51,7 @@ class Info(NamedTuple):
 
 
 def describe(trace: Trace) -> Info:
-    """Return what is known of a rule."""
+    """Return what is known about a rule."""
     signature = trace.signature
     # The kernels read the gradient and all states, and write all states.
     reads = (signature.grad, *signature.states)

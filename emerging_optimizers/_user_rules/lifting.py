@@ -80,6 +80,7 @@ def _isinstance(value: Any, classes: Any) -> bool:
 
 def _extreme(name: str) -> Callable[..., Any]:
     plain = getattr(builtins, name)
+    other = "max" if name == "min" else "min"
 
     def extreme(*values: Any, **options: Any) -> Any:
         if len(values) == 1 and isinstance(values[0], (tuple, list)) and values[0]:
@@ -89,7 +90,8 @@ def _extreme(name: str) -> Callable[..., Any]:
             return plain(*values, **options)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
             raise RuleError(
-                f"{name}() of tensors: use torch.{name}imum, or clamp with {name} of a number"
+                f"{name}() of tensors: use torch.{name}imum(a, b), or clamp({other}=...) with a"
+                " number"
             )
         return functools.reduce(lambda a, b: apply(name, a, b), values)
 
@@ -215,7 +217,7 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         if self._module.__name__ in _RANDOM:
-            raise refusal("random", f"{self._module.__name__}.{name}")
+            raise refusal(f"{self._module.__name__}.{name}", "random")
         return self._lifting.lift(getattr(self._module, name))
 
 
@@ -232,10 +234,10 @@ class _Random:
         self._name = getattr(value, "__qualname__", type(value).__name__)
 
     def __getattr__(self, name: str) -> Any:
-        raise refusal("random", f"{self._name}.{name}")
+        raise refusal(f"{self._name}.{name}", "random")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        raise refusal("random", self._name)
+        raise refusal(self._name, "random")
 
 
 def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,6 +245,8 @@ def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if not _has_proxy(*values):
             return plain(*values)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
+            if name not in OPERATIONS:
+                raise refusal(f"math.{name} of a tensor", name)
             raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
         if name == "log" and len(values) == 2:
             top, bottom = (apply("log", v) if _has_proxy(v) else math.log(v) for v in values)
@@ -250,7 +254,10 @@ def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if name in ("isnan", "isinf", "isfinite"):
             return OPERATIONS[name](*values)
         if name not in _MATH:
-            raise RuleError(f"math.{name} of a per-step number: rules do not have it")
+            raise RuleError(
+                f"math.{name} is not available in rules: compute it outside, and pass the result as"
+                " a hyperparameter"
+            )
         return apply({"fabs": "abs"}.get(name, name), *values)
 
     return function
@@ -263,12 +270,14 @@ def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             return arguments[0]
         if _has_proxy(*arguments, **options):
             if operation is None:
-                raise refusal(name, f"torch.{name}")
+                raise refusal(f"torch.{name}", name)
             if not _has_element(*arguments, **options):
-                raise RuleError(f"torch.{name} of numbers: use math.{name} or an operator")
+                raise RuleError(
+                    f"torch.{name} of numbers: use operators, min(), max() or functions of math"
+                )
             return call(operation, f"torch.{name}", plain, *arguments, **options)
         if refusal_of_random(name):
-            raise refusal(name, f"torch.{name}")
+            raise refusal(f"torch.{name}", name)
         return plain(*arguments, **options)
 
     return function

@@ -34,7 +34,7 @@ def _of_tensors(name: str, *values: Any) -> None:
     for value in values:
         if not isinstance(value, (Element, torch.Tensor)):
             raise RuleError(
-                f"{name} of a number: torch takes tensors only; use clamp or torch.where"
+                f"{name} of a number: PyTorch expects tensors there; use operators or clamp"
             )
 
 
@@ -55,7 +55,7 @@ def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Proxy:
 
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Proxy:
     if rounding_mode is not None:
-        raise RuleError("div with rounding_mode: rules do not have it")
+        raise RuleError("div with rounding_mode: rules cannot round elements to integers")
     return apply("/", input, other)
 
 
@@ -93,7 +93,7 @@ def _lerp(input: Any, end: Any, weight: Any) -> Proxy:
 
 def _clamp(input: Any, min: Any = None, max: Any = None) -> Any:
     if min is None and max is None:
-        raise RuleError("clamp without min or max")
+        raise RuleError("clamp without min and max: pass at least one of them")
     if min is not None:
         input = apply("max", input, min)
     return input if max is None else apply("min", input, max)
@@ -104,7 +104,7 @@ def _extreme(op: str) -> Callable[..., Proxy]:
 
     def extreme(input: Any, other: Any = None) -> Proxy:
         if other is None or isinstance(other, int):
-            raise refusal(op, f"torch.{op} of one tensor")
+            raise refusal(f"torch.{op} of one tensor", op)
         _of_tensors(f"{op}imum", input, other)
         return apply(op, input, other)
 
@@ -144,7 +144,7 @@ def _detach(input: Any) -> Any:
 def _to(x: Any, dtype: Any = None, **options: Any) -> Any:
     """Turn a condition into a number; a number stays as it is."""
     if options or not (dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))):
-        raise RuleError(f"Tensor.to({dtype}): a rule has no control of devices or layouts")
+        raise RuleError(f"Tensor.to({dtype}): remove it; a rule cannot choose devices or layouts")
     if x.node.kind == "mask":
         return _as_float(x)
     if isinstance(dtype, torch.dtype):
@@ -192,8 +192,8 @@ def _power(input: Any, exponent: Any) -> Proxy:
             )
     if isinstance(base, Element) or isinstance(exponent, Element):
         raise RuleError(
-            "a power of elements has to have an integer or half-integer exponent that is a"
-            f" constant, of at most {_MOST_FACTORS}"
+            "the exponent of an element must be a constant multiple of 1/2, and at most"
+            f" {_MOST_FACTORS}; an element cannot be the exponent"
         )
     return apply("pow", base, exponent)
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from .graph import Graph, Node, RuleError
-from .refusals import refusal
+from .refusals import ElementRefusals, NumberRefusals, refusal
 
 
 class Tracing(Protocol):
@@ -54,7 +54,7 @@ class Proxy:
         return repr(self)
 
 
-class Number(Proxy):
+class Number(NumberRefusals, Proxy):
     """A hyperparameter, the step, or what is computed from them: float64, once per step."""
 
     __slots__ = ()
@@ -74,20 +74,17 @@ class Number(Proxy):
 
     def __float__(self) -> float:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: compute with it,"
-            " also by functions of math"
+            "a hyperparameter or the step has no value while the rule is traced: use operators and"
+            " functions of math, not int() or NumPy"
         )
 
     def __index__(self) -> int:
         raise RuleError(
-            "a hyperparameter or the step has no value while the rule is traced: it cannot count"
-            " rounds or be an index"
+            "a hyperparameter or the step has no value while the rule is traced: it cannot be"
+            " an index or the length of a loop"
         )
 
     __int__ = __float__
-
-    def __round__(self, digits: int | None = None) -> "Proxy":
-        raise RuleError("round() of a per-step number: use math.floor or math.ceil")
 
     def __floor__(self) -> "Proxy":
         return apply("floor", self)
@@ -96,13 +93,13 @@ class Number(Proxy):
         return apply("ceil", self)
 
     def __floordiv__(self, other: Any) -> "Proxy":
-        return apply("floor_divide", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_divide", self, other)
 
     def __rfloordiv__(self, other: Any) -> "Proxy":
         return apply("floor_divide", other, self)
 
     def __mod__(self, other: Any) -> "Proxy":
-        return apply("floor_modulo", self, other)
+        return NotImplemented if isinstance(other, Element) else apply("floor_modulo", self, other)
 
     def __rmod__(self, other: Any) -> "Proxy":
         return apply("floor_modulo", other, self)
@@ -114,7 +111,7 @@ class Number(Proxy):
         return other // self, other % self
 
 
-class Element(Proxy):
+class Element(ElementRefusals, Proxy):
     """An element of a tensor. In-place operations give the object another value.
 
     Attributes:
@@ -140,7 +137,7 @@ class Element(Proxy):
         raise RuleError("a tensor cannot be iterated over: a rule sees one element at a time")
 
     def __float__(self) -> float:
-        raise refusal("item", "float() of a tensor")
+        raise refusal("float() of a tensor", "item")
 
     __int__ = __index__ = __float__
 
@@ -153,13 +150,13 @@ class Element(Proxy):
         return self
 
     def __getitem__(self, index: Any) -> Any:
-        raise refusal("__getitem__", "indexing a tensor")
+        raise refusal("indexing a tensor", "__getitem__")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise refusal("__setitem__", "indexing a tensor (use torch.where)")
+        raise refusal("indexing a tensor (use torch.where)", "__setitem__")
 
     def __len__(self) -> int:
-        raise refusal("__len__", "len() of a tensor")
+        raise refusal("len() of a tensor", "__len__")
 
     def check_is_float(self) -> None:
         """Raise for a tensor that cannot hold every number."""
@@ -186,7 +183,7 @@ def trace_of(*values: Any) -> Tracing:
     for value in values:
         if isinstance(value, Proxy):
             return value.trace
-    raise RuleError("no argument is a value of the rule")
+    raise RuleError("no argument is a tensor or a hyperparameter of the rule: pass them directly")
 
 
 def node_of(trace: Tracing, value: Any) -> Node:
@@ -200,13 +197,13 @@ def node_of(trace: Tracing, value: Any) -> Node:
             return trace.graph.constant(float(value))
         raise RuleError(
             f"a tensor of shape {tuple(value.shape)} that is not an argument of the rule: make it a"
-            " state, or a number"
+            " state, or use a number"
         )
     if value is None:
         raise RuleError(
-            "None in a computation; a hyperparameter may be None here: ask `is None` first"
+            "None in a computation: if a hyperparameter may be None, test `is None` first"
         )
-    raise RuleError(f"a rule computes with numbers and its arguments, not with a {_type(value)}")
+    raise RuleError(f"a rule computes with numbers and its arguments, not with {_type(value)}")
 
 
 def _type(value: Any) -> str:
@@ -238,7 +235,10 @@ def truth(value: Any) -> Any:
         return value
     if isinstance(value, Proxy) and value.node.kind in ("flag", "mask"):
         return value
-    raise RuleError("`&`, `|`, `^`, `~` or torch.where on something that is not a condition")
+    raise RuleError(
+        "`&`, `|`, `^`, `~` or torch.where on something that is not a condition: compare it, as in"
+        " `x > 0`"
+    )
 
 
 def is_condition(value: Any) -> bool:

@@ -1,5 +1,8 @@
 """Why operations that users may expect are missing."""
 
+from collections.abc import Callable
+from typing import Any
+
 from .graph import RuleError
 
 _NOT_ELEMENTWISE = "it is not an operation on single elements, or its bits differ between machines"
@@ -20,6 +23,9 @@ _REASONS = {
         "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform"
         " dropout multinomial exponential random poisson manual_seed"
     ),
+    "rounds elements to integers, which a rule cannot; it can round hyperparameters and `step`": (
+        "floor ceil round trunc fix frac fmod remainder floor_divide floordiv mod"
+    ),
     "gives other bits on other machines, so no rule has it on elements": (
         "exp log tanh sigmoid erf sin cos tan atan atan2 arctan2 exp2 expm1 log1p log2 log10"
         " softplus sinh cosh asin acos logaddexp hypot logit gelu silu erfinv lgamma digamma"
@@ -31,7 +37,65 @@ _REASONS = {
 _REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
 
-def refusal(name: str, what: str) -> RuleError:
-    """Return the error for an operation that rules do not have."""
+def refusal(what: str, name: str) -> RuleError:
+    """Return the error for an operation that rules do not have.
+
+    Args:
+        what: The operation, as the message names it.
+        name: The name of torch's function or of the tensor's method.
+    """
     plain = name.removeprefix("linalg_").removeprefix("special_")
     return RuleError(f"{what}: {_REASON_OF.get(plain, _NOT_ELEMENTWISE)}")
+
+
+def _refuse(what: str, reason: str) -> Callable[..., Any]:
+    """Return an operator that raises."""
+
+    def operator(*operands: Any) -> Any:
+        raise RuleError(f"{what}: {reason}")
+
+    return operator
+
+
+class _Refusals:
+    """Operators that no value has. Python's errors would name this package's classes."""
+
+    __slots__ = ()
+
+    def __format__(self, specification: str) -> str:
+        return repr(self)
+
+    __matmul__ = __rmatmul__ = _refuse("`@`", _REASON_OF["matmul"])
+    __lshift__ = __rlshift__ = _refuse("`<<`", "rules have no integers; multiply by a power of 2")
+    __rshift__ = __rrshift__ = _refuse("`>>`", "rules have no integers; divide by a power of 2")
+
+
+class NumberRefusals(_Refusals):
+    """What hyperparameters and the step cannot do."""
+
+    __slots__ = ()
+    __round__ = _refuse("round() of a per-step number", "use math.floor or math.ceil")
+    __iter__ = __getitem__ = __len__ = _refuse(
+        "one number where several are expected",
+        "give the hyperparameter a default or an annotation with several, as in betas=(0.9, 0.999)",
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuleError(
+            f".{name} of a hyperparameter or the step, which are numbers: use operators, min(),"
+            " max() or functions of math"
+        )
+
+
+class ElementRefusals(_Refusals):
+    """What elements of tensors cannot do."""
+
+    __slots__ = ()
+    __floordiv__ = __rfloordiv__ = _refuse("`//` of a tensor", _REASON_OF["floor_divide"])
+    __mod__ = __rmod__ = _refuse("`%` of a tensor", _REASON_OF["remainder"])
+    __divmod__ = __rdivmod__ = _refuse("divmod() of a tensor", _REASON_OF["remainder"])
+    __round__ = _refuse("round() of a tensor", _REASON_OF["round"])
+    __floor__ = _refuse("math.floor of a tensor", _REASON_OF["floor"])
+    __ceil__ = _refuse("math.ceil of a tensor", _REASON_OF["ceil"])

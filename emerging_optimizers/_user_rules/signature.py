@@ -58,10 +58,12 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     tensors = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            raise RuleError(f"*{p.name}: name each state and hyperparameter")
+            raise RuleError(f"{p}: name each state and hyperparameter")
         _check_name(p.name, "an argument")
         if p.name in _RESERVED:
-            raise RuleError(f"an argument named {p.name}, which means something else: rename it")
+            raise RuleError(
+                f"an argument cannot be named {p.name}, which has another meaning: rename it"
+            )
     for p in tensors:
         if p.default is not p.empty or p.name == "step":
             raise RuleError(
@@ -69,17 +71,19 @@ def read_signature(function: Callable[..., Any]) -> Signature:
                 " and the step"
             )
     if not tensors:
-        raise RuleError("the first positional argument is the gradient; there is none")
+        raise RuleError("a rule needs a positional parameter, which is the gradient")
     states = tuple(p.name for p in tensors[1:])
     if len(states) > MAX_STATES:
-        raise RuleError(f"{len(states)} states; at most {MAX_STATES} are supported")
+        raise RuleError(f"{len(states)} states; at most {MAX_STATES} are supported: split the rule")
     keywords = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
     hyperparameters = tuple(_read(function, p) for p in keywords)
     if sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
-        raise RuleError(f"more than {_MAX_NUMBERS} numbers in hyperparameters")
+        raise RuleError(f"the hyperparameters have more than {_MAX_NUMBERS} numbers in total")
     names = [f"{state}_list" for state in states] + [h.name for h in hyperparameters]
     for twice in {n for n in names if names.count(n) > 1}:
-        raise RuleError(f"the operator's list {twice} and the hyperparameter {twice}: rename one")
+        raise RuleError(
+            f"the hyperparameter {twice} has the name of an operator's argument: rename it"
+        )
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
     return Signature(tensors[0].name, states, hyperparameters, defaults, name)
 
@@ -87,8 +91,8 @@ def read_signature(function: Callable[..., Any]) -> Signature:
 def _check_name(name: str, what: str) -> None:
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
         raise RuleError(
-            f"{what} is named {name}: names start with a letter and have letters, digits and _,"
-            " all of ASCII"
+            f"{what} is named {name}: use a name of ASCII letters, digits and _ that starts with a"
+            " letter and is not a keyword"
         )
 
 
@@ -101,7 +105,7 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     try:
         torch._C.parse_schema(f"rule(float {name}) -> ()")
     except RuntimeError:
-        raise RuleError(f"{name} means something else in torch's schemas: rename it") from None
+        raise RuleError(f"{name} is reserved in PyTorch's operator schemas: rename it") from None
     annotation = _resolve(function, parameter)
     if annotation is None:
         hyperparameter = _infer(name, default if has_default else None, has_default)
@@ -150,7 +154,7 @@ def _infer(name: str, default: Any, has_default: bool) -> Hyperparameter:
         return Hyperparameter(name, "optional", domain)
     if isinstance(default, (tuple, list)):
         if not default:
-            raise RuleError(f"{name} has no values")
+            raise RuleError(f"the default of {name} has no values: give it at least one number")
         return Hyperparameter(name, "numbers", domain, len(default))
     return Hyperparameter(name, "number", domain)
 
@@ -171,6 +175,6 @@ def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
         return Hyperparameter(name, "numbers", arguments[0], len(arguments))
     shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     raise RuleError(
-        f"{name}: {shown}: expected Beta, NonNegative, float, int, one of these `| None`, bool, or"
-        " a tuple of a fixed number of one of them"
+        f"{name}: {shown}: expected Beta, NonNegative, float or int, one of them `| None`, a tuple"
+        " such as tuple[Beta, Beta], or bool"
     )

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import linecache
+import os
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from .signature import Signature, read_signature
 MAX_RUNS = 256
 MAX_CASES = 16
 _MAX_CONDITIONS = 24
-_PACKAGE = str(Path(__file__).parents[1])
-_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Trace(NamedTuple):
@@ -54,7 +55,7 @@ def trace_rule(function: Callable[..., Any]) -> Trace:
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, types.FunctionType):
-        raise RuleError(f"rule expects a function, not {type(function).__name__}")
+        raise RuleError(f"rule must decorate a function, not {type(function).__name__}")
     lifting = Lifting()
     with _located(plain, lifting):
         return _Tracer(plain, read_signature(plain), lifting).trace()
@@ -76,8 +77,8 @@ class _Run:
                 return outcome
         if len(self.outcomes) == _MAX_CONDITIONS:
             raise RuleError(
-                f"more than {_MAX_CONDITIONS} conditions in a row: a loop has to end after a number"
-                " of rounds that is known when the rule is defined"
+                f"more than {_MAX_CONDITIONS} conditions in a row: the length of a loop must be"
+                " known when the rule is defined"
             )
         made = len(self.outcomes)
         outcome = self._prefix[made] if made < len(self._prefix) else True
@@ -102,7 +103,7 @@ class _Tracer:
             run = _Run(self.graph, prefix)
             cases.append(self._trace_case(run))
             if len(cases) > MAX_RUNS:
-                raise RuleError(f"more than {MAX_RUNS} combinations of conditions")
+                raise RuleError(f"more than {MAX_RUNS} combinations of conditions: use torch.where")
             taken = [outcome for _, outcome in run.outcomes]
             for i in range(len(taken) - 1, len(prefix) - 1, -1):
                 pending.append([*taken[:i], False])
@@ -166,23 +167,30 @@ class _Tracer:
             )
         for name, value in zip(names, new, strict=True):
             if not _is_value(value):
-                raise RuleError(f"the rule returns {value!r} for the state {name}")
+                raise RuleError(
+                    f"the rule returns {value!r} for the state {name}; expected a tensor or a"
+                    " number"
+                )
         if update is not None and not _is_value(update):
-            raise RuleError(f"the rule returns {update!r} for the update")
+            raise RuleError(
+                f"the rule returns {update!r} for the update; expected a tensor, a number or None"
+            )
         return update, new
 
     def _check_results(self, cases: list[Case]) -> None:
         if all(case.update is None for case in cases):
-            raise RuleError("the rule never returns an update")
+            raise RuleError(
+                "the rule never returns an update: return it first, before the new states"
+            )
         for i, name in enumerate(self.signature.states):
             own = self.graph.node("element", "input", leaf=name)
             if all(case.states[i] is own for case in cases):
                 raise RuleError(
-                    f"the state {name} is never written: return its new value after the update, or"
+                    f"the state {name} is never updated: return its new value after the update, or"
                     f" modify it in place, as with {name}.mul_(...)"
                 )
         if not any(inputs_of(case.results) for case in cases):
-            raise RuleError("the rule depends on no tensor")
+            raise RuleError("the rule uses neither the gradient nor a state")
 
 
 @contextlib.contextmanager
@@ -216,7 +224,7 @@ def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
         code, line = function.__code__, function.__code__.co_firstlineno
         places = [(frame.tb_frame.f_code, frame.tb_lineno) for frame in _frames(error)]
         for own, at in [*places, *reversed(getattr(error, "places", ()))]:
-            if own in lifting.codes or _is_users(own):
+            if own in lifting.codes or is_users(own):
                 code, line = own, at
         source = linecache.getline(code.co_filename, line).strip()
         what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
@@ -231,7 +239,7 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
         frame = frame.tb_next
 
 
-def _is_users(code: types.CodeType) -> bool:
-    """Return whether code is inside of a copied function, such as a nested one."""
-    name = code.co_filename
-    return not name.startswith((_PACKAGE, _TORCH, "<frozen", contextlib.__file__))
+def is_users(code: types.CodeType) -> bool:
+    """Return whether code is the user's, and not of this package, of torch or generated."""
+    others = (_PACKAGE, _TORCH, contextlib.__file__, "<frozen", "<rule ", "<class ")
+    return not code.co_filename.startswith(others)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _dtensor, _native
 from .._build_cache import BuildError
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
@@ -21,7 +22,7 @@ from .emitter import emit, struct_name
 from .graph import RuleError
 from .info import Info, describe
 from .optimizer_class import complete_class
-from .tracer import trace_rule
+from .tracer import is_users, trace_rule
 
 # The rules of this process, by name.
 _RULES: weakref.WeakValueDictionary[str, "UserRule"] = weakref.WeakValueDictionary()
@@ -97,6 +98,8 @@ class UserRule(Rule):
 
         def call(*arguments: Any) -> Any:
             self._register_for_dtensors()
+            if not self.states and arguments[-1] is None:
+                arguments = (_dtensor.reduced(arguments[0]), *arguments[1:])
             if is_compiling():
                 self._build_for_devices(_device_types(arguments[0]))
                 return self._call(*arguments)
@@ -141,6 +144,8 @@ class UserRule(Rule):
                     stem, handle, eager = _loaded(self.name, self.source)
                 except BuildError as error:
                     return f"{error.reason}. {error.remedy}"
+                except RuntimeError as error:  # the library cannot be loaded
+                    return str(error)
                 self._bind(handle, eager, USER_NAMESPACE, stem)
         return None
 
@@ -154,20 +159,23 @@ class UserRule(Rule):
 
     def _build_for_devices(self, devices: tuple[str, ...]) -> None:
         """Build the native code at its first use; warn, once, if the formula runs instead."""
-        if self.native is not None or self._has_warned:
+        if self.native is not None:
             return
+        reason: str | None
         if "cpu" in devices:
-            reason = self._load()
+            if self._why_not_native is None:
+                self._why_not_native = self._load()
+            reason = self._why_not_native
         else:
             others = sorted(set(devices) - set(_WITHOUT_VALUES))
             reason = f"there are no kernels for {' and '.join(others)}" if others else None
-        if reason is not None:
+        if reason is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"the rule {self.name} runs its formula in PyTorch operations, tensor by tensor:"
                 f" {reason}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=_level_of_user(),
             )
 
     # Called while a graph is traced, not by the graph.
@@ -202,11 +210,21 @@ class UserRule(Rule):
     # ---- what is known ---------------------------------------------------------------------------
 
     def info(self) -> Info:
-        """Return the rule's states, hyperparameters, memory traffic, and the time that takes.
+        """Return the rule's states, hyperparameters, memory traffic, and the time that this takes.
 
         The first call in a process measures the memory bandwidth, which takes a moment.
         """
         return describe(self._trace)
+
+
+def _level_of_user() -> int:
+    """Return the ``stacklevel`` with which the caller's warning points at the user's line."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not is_users(frame.f_code):
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def _as_tensor(value: Any, like: Tensor) -> Tensor:
@@ -217,9 +235,9 @@ def _as_tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _tensors_of(grads: Any) -> Sequence[Any]:
-    return (
-        [grads] if isinstance(grads, Tensor) else grads if isinstance(grads, (list, tuple)) else []
-    )
+    if isinstance(grads, Tensor):
+        return [grads]
+    return grads if isinstance(grads, (list, tuple)) else []
 
 
 def _device_types(grads: Any) -> tuple[str, ...]:
