@@ -69,7 +69,8 @@ class _Evaluation:
             return value if isinstance(value, bool) else float(value)
         if node.op == "-" and node.operands[1].op == "pow" and node.operands[0].is_constant(1.0):
             beta, count = node.operands[1].operands
-            if "step" in (count.op, *(o.op for o in count.operands)):
+            is_sum = count.op == "+" and "step" in (o.op for o in count.operands)
+            if count.op == "step" or is_sum:
                 return _one_minus_power(self.of(beta), self.of(count))
         operands = [self.of(operand) for operand in node.operands]
         if node.op in _INFIX:

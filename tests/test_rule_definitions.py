@@ -72,22 +72,28 @@ def in_mode(rule: Any, mode: str) -> Callable[..., Any]:
     return call
 
 
-def check(rule: Any, mode: str, finite: bool = False, **values: Any) -> None:
+def check(rule: Any, mode: str, labels: Sequence[str] = (), **values: Any) -> None:
     """Assert that the rule computes what its formula does in float64, and changes no gradient."""
     call = in_mode(rule, mode)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         tensors = operands(1 + len(rule.states), dtype)
-        if finite:
-            tensors = [tensor.nan_to_num(0.7, 0.8, -0.8) for tensor in tensors]
         wanted, new = reference(rule, [tensor.double() for tensor in tensors], values)
         kept = [tensor.clone() for tensor in tensors]
         updates = call(*([tensor] for tensor in tensors), **values)
-        results = {"update": (updates[0], wanted), "grad": (tensors[0], kept[0].double())}
-        results |= {name: pair for name, *pair in zip(rule.states, tensors[1:], new, strict=True)}
-        for name, (got, want) in results.items():
+        names = ("grad", *(labels or ("update", *rule.states)))
+        pairs = zip(
+            (tensors[0], updates[0], *tensors[1:]), (kept[0].double(), wanted, *new), strict=True
+        )
+        for i, (got, want) in enumerate(pairs):
             assert got.dtype == dtype
+            what = names[i] if i < len(names) else f"result {i}"
             torch.testing.assert_close(
-                got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
+                got.double(),
+                want,
+                rtol=tolerance,
+                atol=tolerance,
+                equal_nan=True,
+                msg=lambda text, what=what: f"{what}: {text}",
             )
         out = kept[0]
         assert call(*kept, **values, out=out) is out
@@ -143,24 +149,29 @@ np.float32(0.5) * grad ; grad - np.float64(0.1) ; np.int64(3) * grad ; np.sqrt(2
 EXPRESSIONS = [
     part.strip() for part in OPERATIONS.replace("\n", " ; ").split(" ; ") if part.strip()
 ]
-_PER_RULE = 15  # at most 16 cases
+# In a case of a rule, one expression is the update and the others are states' new values.
+_PER_CASE = 6
+_CASES = 12
+GROUPS = [EXPRESSIONS[i : i + _PER_CASE] for i in range(0, len(EXPRESSIONS), _PER_CASE)]
 
 
 @functools.cache
 def rule_of_operations(part: int) -> Any:
-    """Return a rule that has several of the expressions, as its cases."""
-    lines = [f"@eo.rule\ndef definitions_operations_{part}(grad, a, b, *, which: int, h, step):"]
-    for i, expression in enumerate(EXPRESSIONS[part * _PER_RULE : (part + 1) * _PER_RULE]):
-        lines.append(f"    if which == {i}:\n        return {expression}, a + grad, b * 2")
-    lines.append("    return a, a + grad, b * 2\n")
-    return make("\n".join(lines), f"definitions_operations_{part}")
+    """Return a rule that has several of the groups, as its cases."""
+    name = f"definitions_operations_{part}"
+    lines = [f"@eo.rule\ndef {name}(grad, a, b, c, d, e, *, which: int, h, step):"]
+    for i, group in enumerate(GROUPS[part * _CASES : (part + 1) * _CASES]):
+        results = [*group, *["a + grad"] * (_PER_CASE - len(group))]
+        lines.append(f"    if which == {i}:\n        return {', '.join(results)}")
+    lines.append("    return a, b, c, d, e, grad\n")
+    return make("\n".join(lines), name)
 
 
-@pytest.mark.parametrize("index", range(len(EXPRESSIONS)), ids=EXPRESSIONS)
+@pytest.mark.parametrize("index", range(len(GROUPS)), ids=[group[0] for group in GROUPS])
 @every_mode
 def test_operations(index: int, mode: str) -> None:
-    part, which = divmod(index, _PER_RULE)
-    check(rule_of_operations(part), mode, which=which, h=0.25, step=2)
+    part, which = divmod(index, _CASES)
+    check(rule_of_operations(part), mode, GROUPS[index], which=which, h=0.25, step=2)
 
 
 # ---- states, aliases and results -----------------------------------------------------------------

@@ -85,8 +85,9 @@ class _Emitter:
                 f" most {_MAX_CONSTANTS} are supported: split the rule"
             )
         real = [h for h in signature.hyperparameters if h.kind != "step"]
-        arguments = ", ".join(["Real grad", *(f"Real& {self.names[s]}" for s in signature.states)])
-        passed = ", ".join(["grad", *(self.names[s] for s in signature.states)])
+        grad, *states = (self.names[name] for name in (signature.grad, *signature.states))
+        arguments = ", ".join([f"Real {grad}", *(f"Real& {state}" for state in states)])
+        passed = ", ".join([grad, *states])
         counts_from_1 = signature.has_step and all(h.name != "correct_bias" for h in real)
         lines = [
             f"// The rule {signature.name}, written from its Python function.",
@@ -101,8 +102,8 @@ class _Emitter:
             f'  static constexpr const char* kName = "{signature.name}";',
         ]
         if signature.states:
-            states = ", ".join(f'"{state}"' for state in signature.states)
-            lines.append(f"  static constexpr const char* kStates[] = {{{states}}};")
+            quoted = ", ".join(f'"{state}"' for state in signature.states)
+            lines.append(f"  static constexpr const char* kStates[] = {{{quoted}}};")
         if counts_from_1:
             lines.append("  static constexpr int kLowestStep = 1;")
         lines += [

@@ -131,13 +131,16 @@ def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return None
-    while isinstance(annotation, str):  # twice so if it is quoted, too
-        closure = inspect.getclosurevars(inspect.unwrap(function))
-        names = dict(inspect.unwrap(function).__globals__)
-        try:
-            annotation = eval(annotation, names, closure.nonlocals)
-        except Exception as error:
-            raise RuleError(f"{parameter.name}: {annotation}: {error}") from error
+    for _ in range(
+        2
+    ):  # text twice over, if it is quoted beside `from __future__ import annotations`
+        if isinstance(annotation, str):
+            closure = inspect.getclosurevars(inspect.unwrap(function))
+            names = dict(inspect.unwrap(function).__globals__)
+            try:
+                annotation = eval(annotation, names, closure.nonlocals)
+            except Exception as error:
+                raise RuleError(f"{parameter.name}: {annotation}: {error}") from error
     return annotation
 
 
