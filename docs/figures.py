@@ -26,6 +26,12 @@ OPTIMIZERS = {
     "package-plain": "`AdamW(fused=False)` of this package",
     "roof": "the roof",
 }
+RULE_CONTENDERS = {
+    "built in": "the built-in Adam",
+    "roof": "the roof",
+    "loop": "the formula, tensor by tensor",
+    "compiled": "the formula under `torch.compile`, tensor by tensor",
+}
 COLD = "single calls, caches cold"
 
 
@@ -34,12 +40,15 @@ def substitutions() -> dict[str, str]:
     functions = _read("functions-cpu.json")
     optimizers = _read("optimizers-cpu.json")
     distributed = _read("distributed-cpu.json")
+    rules = _read("rules-cpu.json")
     return {
         "functions_caption": _caption(functions, "functions-cpu.json"),
         "functions_table": _ratios(functions["figures"], FUNCTIONS, ""),
         "optimizers_caption": _caption(optimizers, "optimizers-cpu.json"),
         "optimizers_table": _ratios(optimizers["figures"], OPTIMIZERS, ""),
         "optimizers_missed": _missed(optimizers["targets"]),
+        "rules_caption": _caption(rules, "rules-cpu.json"),
+        "rules_table": _rules(rules["figures"]),
         "distributed_caption": _caption(distributed, "distributed-cpu.json"),
         "distributed_table": _distributed(distributed["figures"]),
     }
@@ -99,6 +108,20 @@ def _distributed(figures: list[dict[str, Any]]) -> str:
         if f["who"] != f["compared_with"]
     ]
     return _table(["case", "contender", "time ratio", "relative to"], rows)
+
+
+def _rules(figures: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            f"{f['rule']}, {f['what']}",
+            SHAPES[f["shape"]],
+            RULE_CONTENDERS[f["contender"]],
+            _round(f["times_as_long"]["median"]),
+        ]
+        for f in figures
+        if f["contender"] in RULE_CONTENDERS
+    ]
+    return _table(["rule", "tensors", "contender", "time ratio"], rows)
 
 
 def _round(value: float) -> str:

@@ -94,6 +94,10 @@ class _Evaluation:
         if node.op == "input":
             return self.tensors[str(node.leaf)]
         operands = [self._rounded(operand) for operand in node.operands]
+        if node.op in ("max", "min") and not node.operands[1].is_per_element:
+            # A bound: NaN stays, and of equal zeros the first.
+            x, bound = operands
+            return np.where(bound > x if node.op == "max" else bound < x, bound, x)
         one, zero = self.dtype(1), self.dtype(0)
         table: dict[str, Callable[..., Any]] = {
             "neg": np.negative,

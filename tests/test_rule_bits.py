@@ -51,16 +51,15 @@ def bits_radam(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-8, step)
 
 
 @eo.rule
-def bits_all(grad, a, b, *, p=0.3, q: float | None = None, flag=True, n: int = 3, step):
+def bits_all(grad, a, b, *, p=0.3, q: float | None = None, n: int = 3, step):
     if q is not None:
         grad = grad * max(q, 1 / step)
     a = torch.where((grad > 0) & ~(a < p) | (b == 0), a + grad, a.lerp(b, p)).abs()
     b = torch.addcdiv(b, grad, a + 1.5, value=p).clamp(-2, 2).maximum(-a) * (grad > b)
-    if step % n == 0:
-        b = b - torch.copysign(a.rsqrt(), grad).minimum(b.square())
+    b = b - torch.copysign(a.rsqrt(), grad).minimum(b.square()) * (step % n == 0)
     update = a.sign() * (a**3 - b**1.5) + (a + 0.5) ** -2 + torch.sqrt(a) * math.floor(p * step)
     logical = torch.logical_xor(a > b, b >= grad).to(grad.dtype) - (a != b).float() + (b <= a) * p
-    update = -update.masked_fill(torch.isnan(grad), 0.25) / (p + 1) + logical * flag
+    update = -update.masked_fill(torch.isnan(grad), 0.25) / (p + 1) + logical
     return update - (1 - p ** (step + 1)) * torch.reciprocal(a + 1), a, b
 
 
@@ -69,8 +68,8 @@ SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     (bits_adopt, {"betas": (0.0, 0.5), "eps": 1e-3}),
     (bits_radam, {"betas": (0.9, 0.999), "eps": 1e-8}),
     (bits_radam, {"betas": (0.3, 0.99), "eps": 0.0}),
-    (bits_all, {"p": 0.3, "q": None, "flag": True, "n": 3}),
-    (bits_all, {"p": 0.7, "q": 0.4, "flag": False, "n": 2}),
+    (bits_all, {"p": 0.3, "q": None, "n": 3}),
+    (bits_all, {"p": 0.7, "q": 0.4, "n": 2}),
 ]
 IDS = [f"{rule.name}-{i % 2}" for i, (rule, _) in enumerate(SETTINGS)]
 

@@ -25,6 +25,17 @@ EMOPT_FN Real minimum(Real a, Real b) {
   return a != a ? a : smaller;
 }
 
+// The same with a bound that is a number of the step, in one instruction. NaN if x is NaN; a bound
+// that is NaN does not bind. Of zeros of both signs, x.
+template <class Real>
+EMOPT_FN Real at_least(Real x, Real bound) {
+  return bound > x ? bound : x;
+}
+template <class Real>
+EMOPT_FN Real at_most(Real x, Real bound) {
+  return bound < x ? bound : x;
+}
+
 EMOPT_FN float absolute(float x) { return ::fabsf(x); }
 EMOPT_FN double absolute(double x) { return ::fabs(x); }
 

@@ -32,6 +32,8 @@ _OF_ELEMENTS = {
     "min": "emopt::minimum({0}, {1})",
     "as_number": "emopt::as_number<Real>({0})",
 }
+# The same with a bound that is a number of the step, second; much faster.
+_BOUNDS = {"max": "emopt::at_least({0}, {1})", "min": "emopt::at_most({0}, {1})"}
 # The longest expression that is not given a name.
 _WIDTH = 60
 
@@ -154,6 +156,8 @@ class Code:
         if node.op in _INFIX:
             return f"({{0}} {node.op} {{1}})"
         table = _FORMS | (_OF_ELEMENTS if self.is_per_element else _OF_NUMBERS)
+        if self.is_per_element and node.op in _BOUNDS and not node.operands[1].is_per_element:
+            return _BOUNDS[node.op]
         places = ", ".join(f"{{{i}}}" for i in range(len(node.operands)))
         return table.get(node.op, f"::{node.op}({places})")
 

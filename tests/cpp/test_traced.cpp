@@ -21,6 +21,11 @@ void test_elements() {
   CHECK(emopt::maximum(Real(1), Real(2)) == Real(2));
   CHECK(emopt::maximum(Real(2), Real(1)) == Real(2));
   CHECK(emopt::maximum(-inf, Real(-3)) == Real(-3));
+  CHECK(emopt::at_least(Real(1), Real(2)) == Real(2) &&
+        emopt::at_most(Real(1), Real(2)) == Real(1));
+  CHECK(emopt::at_least(-inf, Real(-3)) == Real(-3) && emopt::at_most(inf, Real(3)) == Real(3));
+  CHECK(std::isnan(emopt::at_least(nan, inf)) && std::isnan(emopt::at_most(nan, -inf)));
+  CHECK(emopt::at_least(Real(1), nan) == Real(1) && emopt::at_most(Real(1), nan) == Real(1));
   CHECK(emopt::minimum(Real(1), Real(2)) == Real(1));
   CHECK(emopt::minimum(Real(2), Real(1)) == Real(1));
   CHECK(emopt::minimum(inf, Real(-3)) == Real(-3));
