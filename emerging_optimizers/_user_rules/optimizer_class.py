@@ -69,8 +69,8 @@ def _add_init(cls: Any, signature: Signature, names: list[str]) -> None:
     arguments = [f"{name}=_{name}" if name in defaults else name for name in own]
     values = ", ".join(f"{name!r}: {name}" for name in own)
     text = (
-        f"def __init__(self, params, {arguments[0]}, *, {', '.join(arguments[1:])}, **options):\n"
-        f"    _init(self, params, {{{values}}}, {{**_options, **options}})\n"
+        f"def __init__(self, params, {arguments[0]}, *, {', '.join(arguments[1:])}, **_given):\n"
+        f"    _init(self, params, {{{values}}}, {{**_options, **_given}})\n"
     )
     namespace: dict[str, Any] = {f"_{name}": defaults[name] for name in own if name in defaults}
     namespace["_init"] = ScalarOptimizer.__init__

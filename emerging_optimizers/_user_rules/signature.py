@@ -17,7 +17,16 @@ MAX_STATES = 5
 # A rule's struct has 256 bytes.
 _MAX_NUMBERS = 32
 # What the operator, the update function or an optimizer's state call something else.
-_RESERVED = ("out", "self", "updates", "grads", "step_tensor", "master_param", "params")
+_RESERVED = (
+    "out",
+    "self",
+    "updates",
+    "grads",
+    "step_tensor",
+    "master_param",
+    "params",
+    "use_shape_scaling",
+)
 _DOMAINS = (Beta, NonNegative, float, int)
 
 

@@ -41,11 +41,6 @@ class Trace(NamedTuple):
     modifies_grad: bool
     shares: bool
 
-    def reads(self) -> tuple[str, ...]:
-        """Return the tensors that the rule reads."""
-        names = set().union(*(inputs_of(case.results) for case in self.cases))
-        return tuple(n for n in (self.signature.grad, *self.signature.states) if n in names)
-
 
 def trace_rule(function: Callable[..., Any]) -> Trace:
     """Trace a function.

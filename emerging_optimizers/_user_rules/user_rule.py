@@ -36,7 +36,7 @@ _WITHOUT_VALUES = ("meta",)
 
 
 class UserRule(Rule):
-    """A rule, made by :func:`rule` from a function.
+    """A rule, made by :func:`emerging_optimizers.rule` from a function.
 
     Calling it updates states in place and returns the update. The arguments are those of the
     function, where each tensor may also be a sequence of tensors, and `out`.
