@@ -88,9 +88,13 @@ def _rule(optimizer: type[ScalarOptimizer]) -> Rule:
 
 
 def _rules() -> dict[str, Rule]:
-    """Return the registered rules. Of two classes of a rule, the last one is measured: AdamW."""
-    classes = map(get_optimizer_cls, get_optimizer_names())
-    rules = [_rule(cls) for cls in classes if issubclass(cls, ScalarOptimizer)]
+    """Return the package's rules. Of two classes of a rule, the last one is measured: AdamW."""
+    rules = [
+        _rule(cls)
+        for cls in map(get_optimizer_cls, get_optimizer_names())
+        if issubclass(cls, ScalarOptimizer)
+        and cls.__module__.startswith(scalar_optimizers.__name__)
+    ]
     return {rule.name: rule for rule in rules}
 
 

@@ -32,7 +32,7 @@ PYTEST_STATUSES = (0, 1, 2, 5)
 # The reasons for which a test may be skipped on a machine with a GPU and compiled kernels: it needs
 # an option, or does not apply to its parameters. Any other skip is a failure.
 DELIBERATE = re.compile(
-    r"slow: |of gradients only|of one beta only|for tensors on the CPU"
+    r"slow: |of gradients only|of one beta only|the rule has no states|for tensors on the CPU"
     r"|there is no native step for it|found with all other memory that is shared"
     r"|compiles by c\+\+|the copies have kernels only on emulated devices"
 )
