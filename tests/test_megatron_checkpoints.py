@@ -155,7 +155,7 @@ def test_a_checkpoint_of_transformer_engine(
 def test_loaded_step_of_a_group(cls: Any) -> None:
     """Megatron creates states by a step with zeros, loads the groups, and then copies states."""
     if not cls._state_names:
-        pytest.skip("there are no states to copy")
+        pytest.skip("the rule has no states")
     params, others = make_params(F32), make_params(F32)
     options = {**OPTIONS, "use_decoupled_grad": True}
     optimizer, other = cls(params, **options), cls(others, **options)

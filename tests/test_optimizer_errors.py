@@ -165,7 +165,7 @@ def test_the_parameter_is_named(fused: bool | None, what: str, named: bool) -> N
 @pytest.mark.parametrize("what", ["sparse gradient", "other shape", "state's shape"])
 def test_every_class_names_the_parameter(cls: Any, what: str) -> None:
     if what == "state's shape" and not cls._state_names:
-        pytest.skip("there are no states")
+        pytest.skip("the rule has no states")
     for fused in (False, None):
         culprit(cls, fused, what, named=True)
 
