@@ -30,7 +30,7 @@ CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp'
     bench chart wheel clean
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
 
 install: $(INSTALLED)  ## Install the package, compiled, with everything for development
 

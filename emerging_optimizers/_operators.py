@@ -79,4 +79,6 @@ def dtensor_registration(operator: Any) -> Callable[[], None]:
 
 def loaded_user_rules() -> list[str]:
     """Return the names of users' rules whose native code is loaded."""
-    return sorted({rule.name for key, rule in _rules.items() if key.startswith(USER_NAMESPACE)})
+    return sorted(
+        {rule.name for key, rule in _rules.items() if key.startswith(f"{USER_NAMESPACE}::")}
+    )

@@ -198,7 +198,9 @@ def test_two_functions_of_one_name() -> None:
     text = "@eo.rule\ndef numbers_twice(grad):\n    return grad * 2\n"
     kept = make(text, "numbers_twice", __name__="one")
     assert make(text, "numbers_twice", __name__="one") is not kept
-    with pytest.raises(eo.RuleError, match=r"rule numbers_twice: one.numbers_twice has the same"):
+    assert make(text, "numbers_twice", __name__="a copy of the file") is not kept
+    text = text.replace("* 2", "* 3")
+    with pytest.raises(eo.RuleError, match=r"rule numbers_twice: .*.numbers_twice has the same"):
         make(text, "numbers_twice", __name__="two")
 
 
@@ -309,3 +311,53 @@ def test_no_array_of_numpy_takes_over() -> None:
     rule = make(text, "numbers_numpy")
     assert rule.formula(torch.ones(2, dtype=torch.float64), h=0.5)[0] == 0.25
     assert np.float32(0.5) == 0.5
+
+
+def test_decorators_between_are_part_of_the_rule() -> None:
+    def doubled(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            return 2 * function(*arguments, **options)
+
+        return call
+
+    @eo.rule
+    @doubled
+    def decorated(grad: Any, *, factor: float = 3.0) -> Any:
+        return grad * factor
+
+    grad = torch.tensor([1.0, -2.0])
+    assert decorated.formula(grad).tolist() == [6.0, -12.0]
+    assert decorated(grad).tolist() == [6.0, -12.0]
+
+
+def test_names_that_generated_code_might_use() -> None:
+    @eo.rule
+    def generated(
+        grad: Any,
+        *,
+        call: float = 2.0,
+        init: float = 3.0,
+        options: float = 5.0,
+        GeneratedRule: float = 7.0,  # noqa: N803
+    ) -> Any:
+        return grad * (call * init * options * GeneratedRule)
+
+    class Generated(eo.ScalarOptimizer, rule=generated, lr=1.0):
+        pass
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    Generated([weight], options=0.5).step()
+    assert weight.item() == -21.0
+    assert generated(torch.ones(1), call=1.0).item() == 105.0
+
+
+def test_a_flag_as_a_number() -> None:
+    @eo.rule
+    def flagged(grad: Any, exp_avg: Any, *, a: float = 0.5) -> Any:
+        exp_avg.add_(grad, alpha=float(a > 0.2))
+        return exp_avg - float(a > 0.7)
+
+    assert flagged(torch.ones(1), torch.ones(1)).item() == 2.0
+    assert flagged(torch.ones(1), torch.ones(1), a=0.9).item() == 1.0

@@ -340,7 +340,7 @@ def test_failure_then_success(cache: Path, tmp_path: Path, monkeypatch: pytest.M
     source, log = folder / "stub.cpp", folder / "error.txt"
     assert error.reason == f"compilation failed: {source}:2:2: error: #error first"
     assert error.remedy == (
-        f"Fix the errors in {log}, and the next use compiles the rule; or set"
+        f"Fix the errors in {log}, and call the rule's compile() again; or set"
         " EMERGING_OPTIMIZERS_JIT=0"
     )
     assert "#error second" in log.read_text()
@@ -370,7 +370,8 @@ def test_compiler_that_fails(
     error = error_of()
     assert re.fullmatch(f"compilation failed: {reason}", error.reason)
     (folder,) = cache.iterdir()
-    assert error.remedy.startswith(f"Fix the errors in {folder / 'error.txt'}, and the next use")
+    log = folder / "error.txt"
+    assert error.remedy.startswith(f"Fix the errors in {log}, and call the rule's compile()")
     assert names(folder) == {"error.txt", "lock", "stub.cpp"}
 
 
@@ -378,7 +379,7 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "missing-c++ -m64")
     error = error_of()
     assert error.reason == "no C++ compiler (missing-c++ -m64) was found"
-    assert error.remedy == "Install one or set CXX, and the next use compiles the rule"
+    assert error.remedy == "Install one or set CXX, and call the rule's compile() again"
     assert not cache.exists()
 
 
@@ -388,7 +389,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
     error = error_of()
     assert error.reason == "there is no home directory for the compiled library"
-    assert error.remedy.endswith("and the next use compiles the rule")
+    assert error.remedy.endswith("and call the rule's compile() again")
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def test_folder_that_cannot_be_written(
     error = error_of()
     assert re.match(r".*/stub-\w+ cannot be written \(OSError: \[Errno 28\]", error.reason)
     assert error.remedy == (
-        "Set TORCH_EXTENSIONS_DIR to a writable folder, and the next use compiles the rule"
+        "Set TORCH_EXTENSIONS_DIR to a writable folder, and call the rule's compile() again"
     )
 
 

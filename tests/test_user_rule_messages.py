@@ -30,7 +30,7 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (lambda x, n: x.floor(), "Tensor.floor: rounds elements to integers"),
     (lambda x, n: torch.trunc(x), "torch.trunc: rounds elements to integers"),
     (lambda x, n: math.floor(x), "math.floor of a tensor: rounds elements to integers"),
-    (lambda x, n: math.exp(x), "math.exp of a tensor: gives other bits on other machines"),
+    (lambda x, n: math.exp(x), "math.exp of a tensor: its bits differ between machines"),
     (lambda x, n: math.sqrt(x), "math.sqrt of a tensor: use torch.sqrt or the tensor's method"),
     (lambda x, n: n.sqrt() * x, ".sqrt of a hyperparameter or the step, which are numbers"),
     (lambda x, n: x * n[0], "one number where several are expected: give the hyperparameter"),

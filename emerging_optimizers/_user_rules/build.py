@@ -21,7 +21,7 @@ from .._build_cache import BuildError
 from .._native import native
 from . import ownership
 
-_THEN = "the next use compiles the rule"
+_THEN = "call the rule's compile() again"
 
 
 def library_for(name: str, source: str) -> Path:

@@ -131,7 +131,7 @@ def _positive(self: Proxy) -> Proxy:
 
 def _invert(self: Proxy) -> Any:
     if isinstance(self, Number):
-        raise RuleError("`~` of what is the same for all elements: use `not`")
+        raise RuleError("`~` of a per-step condition: use `not`")
     return operate(operator.invert, "!", self)
 
 

@@ -49,11 +49,12 @@ class _Emitter:
         self.trace = trace
         self.signature = trace.signature
         self.names = _names(
+            struct_name(self.signature.name),
             [
                 self.signature.grad,
                 *self.signature.states,
                 *(h.name for h in self.signature.hyperparameters),
-            ]
+            ],
         )
         # The text of each case, and its number.
         self.programs: dict[str, int] = {}
@@ -88,7 +89,6 @@ class _Emitter:
         grad, *states = (self.names[name] for name in (signature.grad, *signature.states))
         arguments = ", ".join([f"Real {grad}", *(f"Real& {state}" for state in states)])
         passed = ", ".join([grad, *states])
-        counts_from_1 = signature.has_step and all(h.name != "correct_bias" for h in real)
         lines = [
             f"// The rule {signature.name}, written from its Python function.",
             '#include "rules/schedules.h"',
@@ -104,7 +104,7 @@ class _Emitter:
         if signature.states:
             quoted = ", ".join(f'"{state}"' for state in signature.states)
             lines.append(f"  static constexpr const char* kStates[] = {{{quoted}}};")
-        if counts_from_1:
+        if signature.counts_from_1:
             lines.append("  static constexpr int kLowestStep = 1;")
         lines += [
             f"  static constexpr int kNumCases = {len(self.programs)};",
@@ -226,12 +226,12 @@ class _Emitter:
         return [*lines, "      }"]
 
 
-def _names(names: Sequence[str]) -> dict[str, str]:
+def _names(struct: str, names: Sequence[str]) -> dict[str, str]:
     """Return C++ names for the rule's, with a ``_`` where C++ or a macro may have the name."""
-    taken = {*_TAKEN, *names}
+    taken = {*_TAKEN, struct, *names}
 
     def escape(name: str) -> str:
-        if name in _TAKEN or name.isupper():
+        if name in _TAKEN or name == struct or name.isupper():
             while name in taken:
                 name += "_"
         return name

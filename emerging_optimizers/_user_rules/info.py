@@ -9,8 +9,8 @@ import torch
 
 from .tracer import Trace
 
-# Bytes of each of the two tensors whose copy is timed: too large for caches.
-_BYTES = 64 << 20
+# Bytes of the tensor that is timed: too large for caches.
+_BYTES = 256 << 20
 _BYTES_OF_FLOAT32 = 4
 
 

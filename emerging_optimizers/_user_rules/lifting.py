@@ -19,7 +19,7 @@ import torch
 
 from .calls import OPERATIONS, call
 from .graph import RuleError
-from .proxies import Element, Number, Proxy, apply
+from .proxies import Element, Number, Proxy, apply, as_number
 from .refusals import refusal
 
 # The functions of math that take per-step numbers.
@@ -47,7 +47,9 @@ class _Float(type):
     """``float`` of a per-step number is that number."""
 
     def __call__(cls, value: Any = 0.0) -> Any:
-        return value if isinstance(value, Number) else float(value)
+        if not isinstance(value, Number):
+            return float(value)
+        return Number(value.trace, as_number(value.trace, value.node))
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, (float, Number))
@@ -189,7 +191,7 @@ class Lifting:
 
 
 def _refuse_global(code: types.CodeType) -> None:
-    """Raise for `global` and `nonlocal`: a rule is traced once, and its copy has own variables."""
+    """Raise for `global` and `nonlocal`: the copy of a function has variables of its own."""
     for step in dis.get_instructions(code):
         is_outer = step.opname == "STORE_DEREF" and step.argval in code.co_freevars
         if step.opname == "STORE_GLOBAL" or is_outer:

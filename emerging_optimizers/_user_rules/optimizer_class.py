@@ -52,10 +52,14 @@ def complete_class(cls: Any, rule: str, signature: Signature, defaults: Mapping[
                 " hyperparameters of a rule; derive a class from ScalarOptimizer with rule=..., and"
                 f" then another from {base.__name__} and that one"
             )
+    if "__init__" in vars(cls):
+        raise TypeError(
+            f"class {cls.__name__}: __init__ is made from the rule; define another one in a class"
+            " that derives from this one"
+        )
     inherited = getattr(cls, "_class_defaults", {}) if _rule_name(cls) == rule else {}
     cls._class_defaults = {**inherited, **defaults}
-    if "__init__" not in vars(cls):
-        _add_init(cls, signature, names)
+    _add_init(cls, signature, names)
 
 
 def _rule_name(cls: Any) -> str | None:
@@ -66,13 +70,14 @@ def _add_init(cls: Any, signature: Signature, names: list[str]) -> None:
     """Add ``__init__(params, lr, *, hyperparameters, weight_decay, ..., options)``."""
     defaults = {**SHARED_DEFAULTS, **_OWN_DEFAULTS, **signature.defaults, **cls._class_defaults}
     own = ("lr", *names, *_OWN_DEFAULTS)
-    arguments = [f"{name}=_{name}" if name in defaults else name for name in own]
+    arguments = [f"{name}=_default_{name}" if name in defaults else name for name in own]
     values = ", ".join(f"{name!r}: {name}" for name in own)
     text = (
         f"def __init__(self, params, {arguments[0]}, *, {', '.join(arguments[1:])}, **_given):\n"
         f"    _init(self, params, {{{values}}}, {{**_options, **_given}})\n"
     )
-    namespace: dict[str, Any] = {f"_{name}": defaults[name] for name in own if name in defaults}
+    given = [name for name in own if name in defaults]
+    namespace: dict[str, Any] = {f"_default_{name}": defaults[name] for name in given}
     namespace["_init"] = ScalarOptimizer.__init__
     namespace["_options"] = {n: v for n, v in cls._class_defaults.items() if n in SHARED_DEFAULTS}
     exec(compile(text, f"<class {cls.__name__}>", "exec"), namespace)

@@ -26,7 +26,7 @@ _REASONS = {
     "rounds elements to integers, which a rule cannot; it can round hyperparameters and `step`": (
         "floor ceil round trunc fix frac fmod remainder floor_divide floordiv mod"
     ),
-    "gives other bits on other machines, so no rule has it on elements": (
+    "its bits differ between machines, so rules cannot use it on elements": (
         "exp log tanh sigmoid erf sin cos tan atan atan2 arctan2 exp2 expm1 log1p log2 log10"
         " softplus sinh cosh asin acos logaddexp hypot logit gelu silu erfinv lgamma digamma"
     ),

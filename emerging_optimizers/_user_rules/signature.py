@@ -48,6 +48,12 @@ class Signature(NamedTuple):
     name: str
 
     @property
+    def counts_from_1(self) -> bool:
+        """Whether step 0 is refused; a flag `correct_bias` refuses it only if it is set."""
+        flags = (h.name for h in self.hyperparameters if h.kind == "flag")
+        return self.has_step and "correct_bias" not in flags
+
+    @property
     def has_step(self) -> bool:
         return any(h.kind == "step" for h in self.hyperparameters)
 
@@ -140,9 +146,8 @@ def _resolve(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return None
-    for _ in range(
-        2
-    ):  # text twice over, if it is quoted beside `from __future__ import annotations`
+    # Text twice over, if it is quoted beside `from __future__ import annotations`.
+    for _ in range(2):
         if isinstance(annotation, str):
             closure = inspect.getclosurevars(inspect.unwrap(function))
             names = dict(inspect.unwrap(function).__globals__)

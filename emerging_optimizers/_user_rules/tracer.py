@@ -48,12 +48,12 @@ def trace_rule(function: Callable[..., Any]) -> Trace:
     Raises:
         RuleError: It cannot be compiled.
     """
-    plain = inspect.unwrap(function)
-    if not isinstance(plain, types.FunctionType):
+    plain = inspect.unwrap(function)  # for its location; decorators are traced, too
+    if not isinstance(plain, types.FunctionType) or not isinstance(function, types.FunctionType):
         raise RuleError(f"rule must decorate a function, not {type(function).__name__}")
     lifting = Lifting()
-    with _located(plain, lifting):
-        return _Tracer(plain, read_signature(plain), lifting).trace()
+    with _located(plain, lifting), torch.device("cpu"):
+        return _Tracer(function, read_signature(function), lifting).trace()
 
 
 class _Run:
@@ -154,8 +154,8 @@ class _Tracer:
                     " of the update and the states"
                 )
             return result, list(states)
-        update, *new = result or (None,)
-        if len(new) != len(names):
+        update, *new = result if result else (None,)
+        if not result or len(new) != len(names):
             raise RuleError(
                 f"the rule returns the update and {len(new)} states; expected"
                 f" {len(names)}: {', '.join(names) or 'none'}"

@@ -58,8 +58,7 @@ class UserRule(Rule):
         signature = trace.signature
         self._describe(signature.name, signature.states, signature.hyperparameters)
         self.title = self.name
-        counts_from_1 = signature.has_step and "correct_bias" not in self.hyperparameter_names
-        self._lowest_step = 1 if counts_from_1 else 0
+        self._lowest_step = 1 if signature.counts_from_1 else 0
         functools.update_wrapper(self, function, updated=())
         self._function = self._make_function()
         self.__signature__ = inspect.signature(self._function)
@@ -79,8 +78,8 @@ class UserRule(Rule):
         """Return a function with the rule's signature and ``out`` that calls the rule."""
         signature = self.signature
         names = [h.name for h in signature.hyperparameters]
-        defaults = {f"_{name}": value for name, value in signature.defaults.items()}
-        keywords = [f"{n}=_{n}" if n in signature.defaults else n for n in names]
+        defaults = {f"_default_{name}": value for name, value in signature.defaults.items()}
+        keywords = [f"{n}=_default_{n}" if n in signature.defaults else n for n in names]
         tensors = [signature.grad, *signature.states]
         arguments = ", ".join([*tensors, "*", *keywords, "out=None"])
         passed = ", ".join([*tensors, *names, "out"])
@@ -270,7 +269,9 @@ def _register(rule: UserRule) -> None:
         RuleError: Another function's rule has the name.
     """
     known = _RULES.get(rule.name)
-    if known is not None and _place(known) != _place(rule):
+    # One file may be loaded twice: as a script, and as a module.
+    is_known = known is not None and known.source != rule.source and _place(known) != _place(rule)
+    if known is not None and is_known:
         raise RuleError(
             f"rule {rule.name}: {'.'.join(_place(known))} has the same name; rename one of them"
         )
