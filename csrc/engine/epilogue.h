@@ -16,7 +16,7 @@
 //   bool is_skipped() const                       whether the step is a no-op; reads the scalars
 //   template <class Real> struct At {
 //     At(const Epilogue&)                         once per step; reads the scalars
-//     void hold()                                 the rule has no update: weights keep every bit
+//     void hold()                                 this step has no update: leaves weights as is
 //     void scale_by(Real)                         once per row: the row's factor for updates
 //     Real before(Real grad, Real weight...) const     -> the gradient that the rule gets
 //     Real after(Real update, Real& weight...) const   -> the value for the first operand

@@ -89,9 +89,10 @@ def _shadow(value: Any) -> Any:
 
 # ---- operators of Python -------------------------------------------------------------------------
 
-_ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": "**"}
+# By the names of their methods.
+ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": "**"}
 _LOGIC = {"and": "&&", "or": "||", "xor": "xor"}
-_COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
 def operate(function: Callable[..., Any], op: str, *values: Any) -> Any:
@@ -156,10 +157,10 @@ def _method(self: Element, name: str) -> Any:
 
 
 def _add_operators() -> None:
-    for name, op in (_ARITHMETIC | _LOGIC | _COMPARISONS).items():
+    for name, op in (ARITHMETIC | _LOGIC | COMPARISONS).items():
         plain = getattr(operator, name, None) or getattr(operator, f"{name}_")
         setattr(Proxy, f"__{name}__", _operator(plain, op))
-        if name not in _COMPARISONS:
+        if name not in COMPARISONS:
             setattr(Proxy, f"__r{name}__", _reflected(plain, op))
             setattr(Element, f"__i{name}__", _in_place(getattr(operator, f"i{name}"), op))
     unary = {"neg": _negate, "abs": _absolute, "pos": _positive, "invert": _invert}

@@ -31,7 +31,7 @@ _MAX_CONSTANTS = 60
 
 
 def struct_name(rule: str) -> str:
-    """Return the struct's name: ``AdaBelief`` would be ``Adabelief``."""
+    """Return the name of a rule's struct: ``cautious_adam`` has ``CautiousAdamRule``."""
     return "".join(word[:1].upper() + word[1:] for word in rule.split("_")) + "Rule"
 
 

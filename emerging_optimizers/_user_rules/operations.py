@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .calls import OPERATIONS
+from .calls import ARITHMETIC, COMPARISONS, OPERATIONS
 from .graph import RuleError
 from .proxies import (
     DTYPE,
@@ -295,26 +295,18 @@ OPERATIONS.update(
         "float": _float,
     }
 )
+
+
+def _operator(op: str) -> Callable[[Any, Any], Proxy]:
+    return _power if op == "**" else _binary(op)
+
+
+def _reflected(op: str) -> Callable[[Any, Any], Proxy]:
+    return lambda input, other: _operator(op)(other, input)
+
+
 # Operators of tensors that are constants: `torch.tensor(2.0) * grad`.
-OPERATIONS.update(
-    {
-        "__add__": lambda a, b: apply("+", a, b),
-        "__radd__": lambda a, b: apply("+", b, a),
-        "__sub__": lambda a, b: apply("-", a, b),
-        "__rsub__": lambda a, b: apply("-", b, a),
-        "__mul__": lambda a, b: apply("*", a, b),
-        "__rmul__": lambda a, b: apply("*", b, a),
-        "__truediv__": lambda a, b: apply("/", a, b),
-        "__rtruediv__": lambda a, b: apply("/", b, a),
-        "__div__": lambda a, b: apply("/", a, b),
-        "__rdiv__": lambda a, b: apply("/", b, a),
-        "__pow__": lambda a, b: _power(a, b),
-        "__rpow__": lambda a, b: _power(b, a),
-        "__lt__": lambda a, b: apply("<", a, b),
-        "__le__": lambda a, b: apply("<=", a, b),
-        "__gt__": lambda a, b: apply(">", a, b),
-        "__ge__": lambda a, b: apply(">=", a, b),
-        "__eq__": lambda a, b: apply("==", a, b),
-        "__ne__": lambda a, b: apply("!=", a, b),
-    }
-)
+for _name, _op in (ARITHMETIC | COMPARISONS).items():
+    OPERATIONS[f"__{_name}__"] = _operator(_op)
+for _name, _op in ARITHMETIC.items():
+    OPERATIONS[f"__r{_name}__"] = _reflected(_op)

@@ -154,6 +154,8 @@ class UserRule(Rule):
         return self.native is not None
 
     def _build_for(self, tensors: Iterable[Any]) -> None:
+        if self._why_not_native is not None and self._has_warned:
+            return  # asked at every step
         self._build_for_devices(tuple({t.device.type for t in tensors if isinstance(t, Tensor)}))
 
     def _build_for_devices(self, devices: tuple[str, ...]) -> None:
