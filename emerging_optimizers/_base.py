@@ -33,10 +33,16 @@ class BaseOptimizer(torch.optim.Optimizer):
     # Where a group has a hyperparameter of the rule, if not under its name: a key; or a key, an
     # index in the sequence that is there, and the length of that.
     _renamed: ClassVar[Mapping[str, GroupKey]] = {}
-    # The keys of a parameter's states, in the order of the rule's formula.
-    _state_names: ClassVar[tuple[str, ...]]
-    # Made from these three.
+    # The rules of groups to which `_rule_of` gives another one. They may have other states.
+    _other_rules: ClassVar[tuple[Rule, ...]] = ()
+    # The keys of a parameter's states, by their names in the formulas, where these differ.
+    _state_keys: ClassVar[Mapping[str, str]] = {}
+    # Made from these: `_rule` as groups store it, and the keys of its states; all rules, by name;
+    # and the keys of all states.
     _group_rule: ClassVar[GroupRule]
+    _state_names: ClassVar[tuple[str, ...]]
+    _group_rules: ClassVar[dict[str, GroupRule]]
+    _all_state_names: ClassVar[tuple[str, ...]]
     # How errors name one of the ``betas``: like the class of that name in torch.optim, or NVIDIA's.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
@@ -45,7 +51,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     _masters: ClassVar[Masters] = Masters()
     _counters: ClassVar[Counters] = Counters()
     _hook: ClassVar[WeightHook | None] = None
-    # Flags of groups, in addition to those of all optimizers.
+    # Flags of groups, in addition to those of all optimizers and of the class's bases.
     _own_flags: ClassVar[tuple[str, ...]] = ()
     # Those of them that need more than one native call. The hook's flag is added.
     _slow_flags: ClassVar[tuple[str, ...]] = ()
@@ -60,14 +66,29 @@ class BaseOptimizer(torch.optim.Optimizer):
         super().__init_subclass__()
         if rule is not None or defaults:
             _complete_class(cls, rule, defaults)
-        if "_rule" in vars(cls) and "_state_names" not in vars(cls):
-            cls._state_names = cls._rule.states
         if hasattr(cls, "_rule"):
-            cls._group_rule = cls._rule.for_groups(cls._renamed, cls._state_names)
+            cls._take_rules()
+        for name in ("_own_flags", "_slow_flags"):
+            flags = (flag for base in cls.__mro__ for flag in vars(base).get(name, ()))
+            setattr(cls, name, tuple(dict.fromkeys(flags)))
         flag = cls._hook.flag if cls._hook is not None else None
         if flag is not None and flag not in cls._slow_flags:
             cls._own_flags = (*cls._own_flags, flag)
             cls._slow_flags = (*cls._slow_flags, flag)
+
+    @classmethod
+    def _take_rules(cls) -> None:
+        """Make the rules as groups store them."""
+        cls._group_rules = {
+            rule.name: rule.for_groups(
+                cls._renamed, tuple(cls._state_keys.get(name, name) for name in rule.states)
+            )
+            for rule in (cls._rule, *cls._other_rules)
+        }
+        cls._group_rule = cls._group_rules[cls._rule.name]
+        cls._state_names = cls._group_rule.state_names
+        names = (name for rule in cls._group_rules.values() for name in rule.state_names)
+        cls._all_state_names = tuple(dict.fromkeys(names))
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
         """Return the rule of a group, which may depend on its options."""
@@ -77,8 +98,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return the rule of a group; build its native code if the group can use it."""
         found = self._rule_of(group)
         if found.native is None and found.rule.build_for(group["params"]):
-            cls = type(self)
-            cls._group_rule = cls._rule.for_groups(cls._renamed, cls._state_names)
+            type(self)._take_rules()
             return self._rule_of(group)
         return found
 

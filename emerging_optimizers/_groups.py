@@ -39,7 +39,7 @@ _FLAGS = (
     "differentiable",
 )
 # Of torch.optim's groups, which are loaded.
-_FOREIGN_FLAGS = ("amsgrad", "decoupled_weight_decay")
+_FOREIGN_FLAGS = ("decoupled_weight_decay",)
 
 
 def read_hyperparameter(
@@ -235,7 +235,7 @@ def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> N
 
 def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     option = group["state_dtype"]
-    states = optimizer._rule_of(group).state_names
+    states = optimizer._all_state_names
     by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)
     for key, dtype in by_key.items():
         if key not in states:

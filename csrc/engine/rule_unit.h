@@ -30,8 +30,9 @@ namespace emopt::unit {
 
 // ---- the rule's description ---------------------------------------------------------------------
 
-template <class Rule, class Value>
-HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
+// `Owner` is the rule, or a base of it.
+template <class Rule, class Owner, class Value>
+HyperparameterInfo describe(const Hyperparameter<Owner, Value>& hyperparameter) {
   static_assert(std::is_same_v<Value, double> || std::is_same_v<Value, bool> ||
                     std::is_same_v<Value, int64_t> ||
                     (std::is_array_v<Value> && std::is_same_v<std::remove_extent_t<Value>, double>),
@@ -47,9 +48,9 @@ HyperparameterInfo describe(const Hyperparameter<Rule, Value>& hyperparameter) {
   return {hyperparameter.name, kKind, hyperparameter.domain, static_cast<uint16_t>(kLength),
           static_cast<uint32_t>(offset)};
 }
-template <class Rule>
-HyperparameterInfo describe(const OptionalHyperparameter<Rule>& hyperparameter) {
-  using Number = Hyperparameter<Rule, double>;
+template <class Rule, class Owner>
+HyperparameterInfo describe(const OptionalHyperparameter<Owner>& hyperparameter) {
+  using Number = Hyperparameter<Owner, double>;
   HyperparameterInfo info =
       describe<Rule>(Number{hyperparameter.name, hyperparameter.member, hyperparameter.domain});
   info.kind = Kind::kOptionalFloat;

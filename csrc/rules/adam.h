@@ -1,5 +1,5 @@
 // Adam: A Method for Stochastic Optimization, arXiv:1412.6980. The Nesterov form is that of NAdam
-// without its momentum schedule.
+// without its momentum schedule. AMSGrad: On the Convergence of Adam and Beyond, arXiv:1904.09237.
 #pragma once
 
 #include "schedules.h"
@@ -41,12 +41,38 @@ struct Adam {
     }
 
     EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+      average(grad, exp_avg, exp_avg_sq);
+      return normalize(grad, exp_avg, exp_avg_sq);
+    }
+
+    EMOPT_FN void average(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
       exp_avg = first(exp_avg, grad);
       exp_avg_sq = second.of_square(exp_avg_sq, grad);
+    }
+
+    EMOPT_FN Real normalize(Real grad, Real exp_avg, Real square) const {
       // sqrt(c2) m_hat, with m_hat = b1 m / c1' + (1 - b1) g / c1   or   m / c1
       const Real exp_avg_hat =
           use_nesterov ? look_ahead * exp_avg + look_now * grad : unbias_first * exp_avg;
-      return exp_avg_hat / (square_root(exp_avg_sq) + eps);
+      return exp_avg_hat / (square_root(square) + eps);
+    }
+  };
+};
+
+// Divides by the largest average so far. Like torch.optim, it corrects the bias after that.
+struct AMSGrad : Adam {
+  static constexpr const char* kName = "amsgrad";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+
+  template <class Real>
+  struct Step : Adam::Step<Real> {
+    EMOPT_FN Step(const AMSGrad& rule, double step) : Adam::Step<Real>(rule, step) {}
+
+    EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq,
+                             Real& max_exp_avg_sq) const {
+      this->average(grad, exp_avg, exp_avg_sq);
+      max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
+      return this->normalize(grad, exp_avg, max_exp_avg_sq);
     }
   };
 };

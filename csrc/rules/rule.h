@@ -85,6 +85,19 @@ EMOPT_FN Real sign(Real x) {
   return static_cast<Real>(x > 0) - static_cast<Real>(x < 0);
 }
 
+// NaN if either is NaN, like torch.maximum and torch.minimum; the first one's bits if both are. Of
+// zeros of both signs, either way, the second: torch leaves open which.
+template <class Real>
+EMOPT_FN Real maximum(Real a, Real b) {
+  const Real larger = a > b ? a : b;  // b if either is NaN
+  return a != a ? a : larger;
+}
+template <class Real>
+EMOPT_FN Real minimum(Real a, Real b) {
+  const Real smaller = a < b ? a : b;
+  return a != a ? a : smaller;
+}
+
 EMOPT_FN float square_root(float x) { return ::sqrtf(x); }
 EMOPT_FN double square_root(double x) { return ::sqrt(x); }
 

@@ -12,21 +12,8 @@ namespace emopt {
 
 // ---- on elements --------------------------------------------------------------------------------
 
-// NaN if either is NaN, like torch.maximum and torch.minimum; the first one's bits if both are. Of
-// zeros of both signs, either way, the second: torch leaves open which.
-template <class Real>
-EMOPT_FN Real maximum(Real a, Real b) {
-  const Real larger = a > b ? a : b;  // b if either is NaN
-  return a != a ? a : larger;
-}
-template <class Real>
-EMOPT_FN Real minimum(Real a, Real b) {
-  const Real smaller = a < b ? a : b;
-  return a != a ? a : smaller;
-}
-
-// The same with a bound that is a number of the step, in one instruction. NaN if x is NaN; a bound
-// that is NaN does not bind. Of zeros of both signs, x.
+// maximum() and minimum() with a bound that is a number of the step, in one instruction. NaN if x
+// is NaN; a bound that is NaN does not bind. Of zeros of both signs, x.
 template <class Real>
 EMOPT_FN Real at_least(Real x, Real bound) {
   return bound > x ? bound : x;

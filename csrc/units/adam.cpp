@@ -2,3 +2,4 @@
 
 #include "../engine/rule_unit.h"
 EMOPT_RULE(Adam)
+EMOPT_RULE(AMSGrad)

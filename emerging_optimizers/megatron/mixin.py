@@ -48,7 +48,8 @@ class MegatronMixin(ScalarOptimizer):
         exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow``): ``torch.float32``,
             ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. FP8
             (``torch.uint8``) is not supported.
-        exp_avg_sq_dtype: The dtype of ``exp_avg_sq``, if the rule has that state.
+        exp_avg_sq_dtype: The dtype of ``exp_avg_sq`` (and ``max_exp_avg_sq``), if the rule has that
+            state.
         use_decoupled_grad: Read gradients, of any floating-point dtype, from
             ``param.decoupled_grad`` instead of ``param.grad``.
         store_param_remainders: Store as ``master_param`` of a bfloat16 parameter only the int16
@@ -66,8 +67,8 @@ class MegatronMixin(ScalarOptimizer):
     _makes_all_states = True
     _masters = Remainders()
     _counters = group_steps.GroupSteps()
-    _own_flags = ("use_decoupled_grad", "store_param_remainders")
-    _slow_flags = ("use_decoupled_grad",)
+    _own_flags: ClassVar[tuple[str, ...]] = ("use_decoupled_grad", "store_param_remainders")
+    _slow_flags: ClassVar[tuple[str, ...]] = ("use_decoupled_grad",)
     _option_defaults: ClassVar = {
         **SHARED_DEFAULTS,
         "use_decoupled_grad": False,
@@ -97,8 +98,8 @@ class MegatronMixin(ScalarOptimizer):
             *arguments,
             master_weights=master_weights,
             state_dtype={
-                name: exp_avg_sq_dtype if name == "exp_avg_sq" else exp_avg_dtype
-                for name in self._state_names
+                name: exp_avg_sq_dtype if "exp_avg_sq" in name else exp_avg_dtype
+                for name in self._all_state_names
             },
             use_decoupled_grad=use_decoupled_grad,
             store_param_remainders=store_param_remainders,

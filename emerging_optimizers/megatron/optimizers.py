@@ -11,7 +11,16 @@ from .._hyperparameters import read_flag
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
-__all__ = ["AdEMAMix", "FusedAdam", "LaProp", "Lion", "Signum", "SimplifiedAdEMAMix"]
+__all__ = [
+    "AdEMAMix",
+    "FusedAdam",
+    "LaProp",
+    "Lion",
+    "MAdam",
+    "RMSprop",
+    "Signum",
+    "SimplifiedAdEMAMix",
+]
 
 
 @fill_docstring
@@ -29,7 +38,8 @@ class FusedAdam(MegatronMixin, rules.Adam):
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
         eps: {eps}
         weight_decay: {weight_decay}
-        amsgrad: Not supported; True raises a ValueError.
+        amsgrad: Divide by the largest average of squares so far, the state ``max_exp_avg_sq``.
+            TransformerEngine's rejects it.
         bias_correction: {correct_bias}
         adam_w_mode: Decoupled weight decay. False: weight decay is added to the gradient.
         capturable: Keep step counters, and learning rates as tensors, on the parameters' devices,
@@ -44,7 +54,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
         set_grad_none: Deprecated.
 
     Raises:
-        ValueError: A dtype that is not supported, `amsgrad`, or a hyperparameter out of range.
+        ValueError: A dtype that is not supported, or a hyperparameter out of range.
 
     Example:
         >>> import torch
@@ -135,7 +145,7 @@ class AdEMAMix(MegatronMixin, rules.AdEMAMix):
         ['exp_avg', 'exp_avg_slow', 'exp_avg_sq', 'step']
     """
 
-    _state_names = ("exp_avg", *rules.AdEMAMix._state_names[1:])
+    _state_keys: ClassVar = {"exp_avg_fast": "exp_avg"}
 
 
 class LaProp(MegatronMixin, rules.LaProp):
@@ -144,6 +154,20 @@ class LaProp(MegatronMixin, rules.LaProp):
 
 class Lion(MegatronMixin, rules.Lion):
     """:class:`~emerging_optimizers.scalar_optimizers.Lion` with :class:`MegatronMixin`."""
+
+
+class MAdam(MegatronMixin, rules.MAdam):
+    """:class:`~emerging_optimizers.scalar_optimizers.MAdam` with :class:`MegatronMixin`."""
+
+
+class RMSprop(MegatronMixin, rules.RMSprop):
+    """:class:`~emerging_optimizers.scalar_optimizers.RMSprop` for Megatron-Core.
+
+    The average of squares is the state ``exp_avg_sq``, and the momentum ``exp_avg``, which
+    Megatron-Core expects. For the arguments that all classes share, see :class:`MegatronMixin`.
+    """
+
+    _state_keys: ClassVar = {"momentum_buffer": "exp_avg"}
 
 
 class Signum(MegatronMixin, rules.Signum):

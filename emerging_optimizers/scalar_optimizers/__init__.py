@@ -5,6 +5,8 @@ from .adam import Adam, AdamW, calculate_adam_update
 from .ademamix import AdEMAMix, calculate_ademamix_update
 from .laprop import LaProp, calculate_laprop_update
 from .lion import Lion, calculate_lion_update
+from .madam import MAdam, calculate_madam_update
+from .rmsprop import RMSprop, calculate_rmsprop_update
 from .signum import Signum, calculate_signum_update
 from .sim_ademamix import SimplifiedAdEMAMix, calculate_sim_ademamix_update
 
@@ -14,6 +16,8 @@ __all__ = [
     "AdamW",
     "LaProp",
     "Lion",
+    "MAdam",
+    "RMSprop",
     "ScalarOptimizer",
     "Signum",
     "SimplifiedAdEMAMix",
@@ -21,6 +25,8 @@ __all__ = [
     "calculate_ademamix_update",
     "calculate_laprop_update",
     "calculate_lion_update",
+    "calculate_madam_update",
+    "calculate_rmsprop_update",
     "calculate_signum_update",
     "calculate_sim_ademamix_update",
 ]

@@ -1,8 +1,9 @@
-"""Adam, with or without Nesterov momentum."""
+"""Adam, with or without Nesterov momentum, and AMSGrad."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
@@ -10,7 +11,7 @@ from typing_extensions import Unpack
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, read_flag
 from .._optimizer import ScalarOptimizer, SharedOptions
-from .._rule import Rule
+from .._rule import GroupRule, Rule
 from .._schedules import bias_correction
 from ..registry import register_optimizer
 
@@ -25,20 +26,55 @@ def _adam(
     step: Step,
     eps: NonNegative,
 ) -> Tensor:
+    _average(grad, exp_avg, exp_avg_sq, betas)
+    return _normalize(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps)
+
+
+def _amsgrad(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor,
+    betas: tuple[Beta, Beta],
+    correct_bias: bool,
+    use_nesterov: bool,
+    step: Step,
+    eps: NonNegative,
+) -> Tensor:
+    _average(grad, exp_avg, exp_avg_sq, betas)
+    torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    return _normalize(grad, exp_avg, max_exp_avg_sq, betas, correct_bias, use_nesterov, step, eps)
+
+
+def _average(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float]) -> None:
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
+
+
+def _normalize(
+    grad: Tensor,
+    exp_avg: Tensor,
+    square: Tensor,
+    betas: tuple[float, float],
+    correct_bias: bool,
+    use_nesterov: bool,
+    step: int,
+    eps: float,
+) -> Tensor:
     beta1, beta2 = betas
     c1 = bias_correction(beta1, step, correct_bias)
     c2 = bias_correction(beta2, step, correct_bias)
-    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad * (1 - beta2), grad)
     if use_nesterov:
         c1_next = bias_correction(beta1, step + 1, correct_bias)
         exp_avg_hat = (exp_avg * (beta1 / c1_next)).add_(grad, alpha=(1 - beta1) / c1)
     else:
         exp_avg_hat = exp_avg / c1
-    return exp_avg_hat.div_(exp_avg_sq.sqrt().div_(c2**0.5).add_(eps))
+    return exp_avg_hat.div_(square.sqrt().div_(c2**0.5).add_(eps))
 
 
 _RULE = Rule("adam", _adam)
+_AMSGRAD = Rule("amsgrad", _amsgrad)
 _call = _RULE.entry_point()
 
 
@@ -125,7 +161,7 @@ class Adam(ScalarOptimizer):
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
         eps: {eps}
         weight_decay: {weight_decay}
-        amsgrad: Not supported; True raises a ValueError.
+        amsgrad: Divide by the largest average of squares so far, the state ``max_exp_avg_sq``.
         correct_bias: {correct_bias}
         nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
         weight_decay_method: {weight_decay_method}
@@ -148,12 +184,15 @@ class Adam(ScalarOptimizer):
 
     Reference:
         Kingma and Ba, "Adam: A Method for Stochastic Optimization",
-        https://arxiv.org/abs/1412.6980.
+        https://arxiv.org/abs/1412.6980; Reddi, Kale and Kumar, "On the Convergence of Adam and
+        Beyond", https://arxiv.org/abs/1904.09237.
     """
 
     _rule = _RULE
+    _other_rules = (_AMSGRAD,)
     _renamed: ClassVar = {"use_nesterov": "nesterov"}
     _beta_title = "beta parameter"
+    _own_flags: ClassVar[tuple[str, ...]] = ("amsgrad",)
 
     def __init__(
         self,
@@ -171,7 +210,6 @@ class Adam(ScalarOptimizer):
         foreach: bool | None = None,
         **options: Unpack[SharedOptions],
     ) -> None:
-        _refuse_amsgrad(amsgrad)
         if read_flag("decoupled_weight_decay", decoupled_weight_decay):
             weight_decay_method = _decoupled(weight_decay_method)
         hyperparameters = {
@@ -182,9 +220,14 @@ class Adam(ScalarOptimizer):
             "weight_decay_method": weight_decay_method,
             "correct_bias": correct_bias,
             "nesterov": nesterov,
+            "amsgrad": amsgrad,
             "foreach": foreach,
         }
         super().__init__(params, hyperparameters, options)
+
+    def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
+        # Optimizers that an older version pickled have no `amsgrad`.
+        return self._group_rules["amsgrad"] if group.get("amsgrad") else self._group_rule
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing keys take the defaults.
@@ -208,19 +251,11 @@ class Adam(ScalarOptimizer):
             group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
-        _refuse_amsgrad(saved.get("amsgrad", False))
         # torch.optim.AdamW saves the same keys as torch.optim.Adam, with this one True.
         translated = dict(saved)
         if read_flag("decoupled_weight_decay", translated.pop("decoupled_weight_decay", False)):
             translated.setdefault("weight_decay_method", "decoupled")
         return translated
-
-
-def _refuse_amsgrad(amsgrad: bool) -> None:
-    if read_flag("amsgrad", amsgrad):
-        raise ValueError(
-            "amsgrad=True is not supported; torch.optim.Adam and torch.optim.AdamW have it"
-        )
 
 
 def _decoupled(method: str) -> str:
@@ -233,7 +268,6 @@ def _decoupled(method: str) -> str:
 
 def _with_method(group: dict[str, Any]) -> dict[str, Any]:
     """Return a group with ``weight_decay_method`` instead of ``decoupled_weight_decay``."""
-    _refuse_amsgrad(group.get("amsgrad", False))
     key = "decoupled_weight_decay"
     if key not in group:
         return group
@@ -264,7 +298,7 @@ class AdamW(Adam):
         betas: Decay rates of the averages of the gradient and of its square, each in [0, 1).
         eps: {eps}
         weight_decay: {weight_decay}
-        amsgrad: Not supported; True raises a ValueError.
+        amsgrad: Divide by the largest average of squares so far, the state ``max_exp_avg_sq``.
         correct_bias: {correct_bias}
         nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
         weight_decay_method: {weight_decay_method}
