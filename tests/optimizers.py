@@ -31,7 +31,8 @@ class Setup:
 
     @property
     def states(self) -> tuple[str, ...]:
-        return self.rule.states
+        """The keys of a parameter's states."""
+        return tuple(self.cls._state_keys.get(name, name) for name in self.rule.states)
 
     def __str__(self) -> str:
         return self.name

@@ -1,246 +1,33 @@
-"""The rules in float64, and the table of rules that the other tests are crossed with.
-
-The formulas are written from the papers' equations, in their order, on NumPy arrays: they share
-nothing with the compiled rules or with the PyTorch formulas that they judge. Each is
-evaluated twice, on the operands and on their absolute values; the second is the *size of the terms*
-in which the error of a sum is measured, so that cancellation is not held against the arithmetic.
-"""
+"""The table of rules that the other tests are crossed with. float64_rules.py has the formulas."""
 
 import importlib
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from float64_rules import Array as Array
+from float64_rules import Expected as Expected
+from float64_rules import Value as Value
+from float64_rules import (
+    adam,
+    ademamix,
+    amsgrad,
+    laprop,
+    lion,
+    madam,
+    rmsprop,
+    rmsprop_centered,
+    rmsprop_centered_momentum,
+    rmsprop_momentum,
+    root,
+    signum,
+    sim_ademamix,
+)
 
 from emerging_optimizers import scalar_optimizers
-
-Array = NDArray[np.float64]
-
-
-class Value(NamedTuple):
-    """A result, and the size of the terms that were summed to it."""
-
-    value: Array
-    size: Array
-
-
-class Expected(NamedTuple):
-    """What a call computes. An update by sign is `scale` times the sign of `before_sign`."""
-
-    update: Value
-    states: tuple[Value, ...]
-    before_sign: Value | None = None
-    scale: float = 1.0
-
-
-# ---- once per step -------------------------------------------------------------------------------
-
-
-def one_minus_power(beta: float, step: float) -> float:
-    """1 - beta^step, without the cancellation of the literal form."""
-    if step == 0:
-        return 0.0
-    return 1.0 if beta == 0.0 else -math.expm1(step * math.log(beta))
-
-
-def bias_correction(beta: float, step: float, correct_bias: bool) -> float:
-    return one_minus_power(beta, step) if correct_bias else 1.0
-
-
-def linear(step: float, end: float, warmup_steps: int | None) -> float:
-    if warmup_steps is None or step >= warmup_steps:
-        return end
-    return (step / warmup_steps) * end
-
-
-def half_life(step: float, start: float, end: float, warmup_steps: int | None) -> float:
-    if warmup_steps is None or step >= warmup_steps:
-        return end
-
-    def steps_of(beta: float) -> float:
-        return math.log(0.5) / math.log(beta + 1e-8) - 1.0
-
-    done = step / warmup_steps
-    steps = (1.0 - done) * steps_of(start) + done * steps_of(end)
-    return 0.5 ** (1.0 / (steps + 1.0))
-
-
-# ---- the rules -----------------------------------------------------------------------------------
-
-
-def _evaluate(formula: Callable[..., Sequence[Array]], *operands: Array) -> list[Value]:
-    with np.errstate(all="ignore"):
-        values = formula(*operands)
-        sizes = formula(*(np.abs(operand) for operand in operands))
-    return [Value(value, size) for value, size in zip(values, sizes, strict=True)]
-
-
-def _sign(before: Value, scale: float) -> Value:
-    value = np.where(np.isnan(before.value), 0.0, np.sign(before.value)) * scale
-    # -1, 0 and 1 are exact; a product with the scale is not.
-    return Value(value, np.abs(value) if scale != 1.0 else np.zeros_like(value))
-
-
-def adam(
-    grad: Array,
-    exp_avg: Array,
-    exp_avg_sq: Array,
-    *,
-    betas: Sequence[float],
-    correct_bias: bool,
-    use_nesterov: bool,
-    step: float,
-    eps: float,
-) -> Expected:
-    b1, b2 = betas
-    c1 = bias_correction(b1, step, correct_bias)
-    c1_next = bias_correction(b1, step + 1, correct_bias)
-    c2 = bias_correction(b2, step, correct_bias)
-
-    def formula(g: Array, m: Array, v: Array) -> Sequence[Array]:
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g * g
-        m_hat = b1 * m / c1_next + (1 - b1) * g / c1 if use_nesterov else m / c1
-        return m_hat / (np.sqrt(v / c2) + eps), m, v
-
-    update, *states = _evaluate(formula, grad, exp_avg, exp_avg_sq)
-    return Expected(update, tuple(states))
-
-
-def ademamix(
-    grad: Array,
-    exp_avg_fast: Array,
-    exp_avg_slow: Array,
-    exp_avg_sq: Array,
-    *,
-    num_beta_slow_warmup_steps: int | None,
-    num_alpha_warmup_steps: int | None,
-    betas: Sequence[float],
-    step: float,
-    eps: float,
-    correct_bias: bool,
-    alpha: float = 2,
-) -> Expected:
-    b_fast, b2, b_slow_final = betas
-    a = linear(step, alpha, num_alpha_warmup_steps)
-    b_slow = half_life(step, b_fast, b_slow_final, num_beta_slow_warmup_steps)
-    c_fast = bias_correction(b_fast, step, correct_bias)
-    c2 = bias_correction(b2, step, correct_bias)
-
-    def formula(g: Array, m_fast: Array, m_slow: Array, v: Array, a: Array) -> Sequence[Array]:
-        m_fast = b_fast * m_fast + (1 - b_fast) * g
-        m_slow = b_slow * m_slow + (1 - b_slow) * g
-        v = b2 * v + (1 - b2) * g * g
-        return (m_fast / c_fast + a * m_slow) / (np.sqrt(v / c2) + eps), m_fast, m_slow, v
-
-    update, *states = _evaluate(
-        formula, grad, exp_avg_fast, exp_avg_slow, exp_avg_sq, np.float64(a)
-    )
-    return Expected(update, tuple(states))
-
-
-def sim_ademamix(
-    grad: Array,
-    exp_avg: Array,
-    exp_avg_sq: Array,
-    *,
-    num_beta_fast_warmup_steps: int | None,
-    min_beta_fast: float,
-    betas: Sequence[float],
-    step: float,
-    eps: float,
-    correct_bias: bool,
-    alpha: float = 2,
-) -> Expected:
-    b_fast_final, b2 = betas
-    b = half_life(step, min_beta_fast, b_fast_final, num_beta_fast_warmup_steps)
-    c1 = one_minus_power(b, step) / (1 - b) if correct_bias else 1.0
-    c2 = bias_correction(b2, step, correct_bias)
-
-    def formula(g: Array, m: Array, v: Array, a: Array) -> Sequence[Array]:
-        m = b * m + g
-        v = b2 * v + (1 - b2) * g * g
-        return (a * g + m / c1) / (np.sqrt(v / c2) + eps), m, v
-
-    update, *states = _evaluate(formula, grad, exp_avg, exp_avg_sq, np.float64(alpha))
-    return Expected(update, tuple(states))
-
-
-def laprop(
-    grad: Array,
-    exp_avg: Array,
-    exp_avg_sq: Array,
-    *,
-    correct_bias: bool,
-    betas: Sequence[float],
-    step: float,
-    eps: float,
-) -> Expected:
-    b1, b2 = betas
-    c1 = bias_correction(b1, step, correct_bias)
-    c2 = bias_correction(b2, step, correct_bias)
-
-    def formula(g: Array, m: Array, v: Array) -> Sequence[Array]:
-        v = b2 * v + (1 - b2) * g * g
-        normalised = g / (np.sqrt(v / c2) + eps)
-        m = b1 * m + (1 - b1) * normalised
-        return m / c1, m, v
-
-    update, *states = _evaluate(formula, grad, exp_avg, exp_avg_sq)
-    return Expected(update, tuple(states))
-
-
-def lion(
-    grad: Array,
-    exp_avg: Array,
-    *,
-    momentum_beta: float,
-    momentum_beta2: float | None = None,
-) -> Expected:
-    b1 = momentum_beta
-    b2 = b1 if momentum_beta2 is None else momentum_beta2
-
-    def formula(g: Array, m: Array) -> Sequence[Array]:
-        return b1 * m + (1 - b1) * g, b2 * m + (1 - b2) * g
-
-    before_sign, momentum = _evaluate(formula, grad, exp_avg)
-    return Expected(_sign(before_sign, 1.0), (momentum,), before_sign)
-
-
-def signum(
-    grad: Array,
-    exp_avg: Array,
-    *,
-    momentum_beta: float,
-    correct_bias: bool,
-    use_nesterov: bool,
-    step: float,
-    use_shape_scaling: bool = False,
-) -> Expected:
-    b = momentum_beta
-    c1 = bias_correction(b, step, correct_bias)
-    c1_next = bias_correction(b, step + 1, correct_bias)
-    scale = 2.0 / (grad.shape[0] + grad.shape[1]) if use_shape_scaling and grad.size else 1.0
-
-    def formula(g: Array, m: Array) -> Sequence[Array]:
-        m = b * m + (1 - b) * g
-        return b * m / c1_next + (1 - b) * g / c1 if use_nesterov else m, m
-
-    before_sign, momentum = _evaluate(formula, grad, exp_avg)
-    return Expected(_sign(before_sign, scale), (momentum,), before_sign, scale)
-
-
-def root(grad: Array, *, scale: float) -> Expected:
-    update, *_ = _evaluate(lambda g: (scale * np.sign(g) * np.sqrt(np.abs(g)),), grad)
-    return Expected(update, ())
-
-
-# ---- the table -----------------------------------------------------------------------------------
+from emerging_optimizers.registry import get_optimizer_cls, get_optimizer_names
 
 # With `pytest --rules user`, the rules and optimizers of user_rules.py.
 IS_USER = os.environ.get("EMOPT_TEST_RULES") == "user"
@@ -270,10 +57,10 @@ class Rule:
 
     Args:
         name: Stem of everything that belongs to the rule.
-        function: The public function.
+        function: The public function; or, of a rule that only a class has, one like it.
         oracle: The same in float64: ``oracle(grad, *states, **case)``. Its keyword-only arguments
             are the hyperparameters, in the order in which the function takes them.
-        states: Names of the states, in order. One that ends in ``_sq`` is never negative.
+        states: Names of the states, in order.
         cases: Hyperparameters as keyword arguments. The first case is the usual one.
         optimizers: The optimizer classes, each with its defaults, and then with other arguments.
         is_sign: Whether the update is a sign.
@@ -321,9 +108,7 @@ class Rule:
     @property
     def implementation(self) -> Any:
         """The package's rule."""
-        if IS_USER:
-            return self.function
-        return importlib.import_module(f"{scalar_optimizers.__name__}.{self.name}")._RULE
+        return self.function if IS_USER else _BUILT_IN[self.name]
 
     @property
     def operator(self) -> Any:
@@ -335,11 +120,36 @@ class Rule:
 
 def is_square(state: str) -> bool:
     """Whether a state of this name averages squares, and is never negative."""
-    return state.endswith("_sq")
+    return "sq" in state.split("_") or state == "square_avg"
 
 
 def needs_matrix(case: Mapping[str, Any]) -> bool:
     return bool(case.get("use_shape_scaling", False))
+
+
+# The package's rules, by name: those of functions, and those that classes have besides.
+_BUILT_IN: dict[str, Any] = {
+    rule.name: rule
+    for cls in map(get_optimizer_cls, get_optimizer_names())
+    if issubclass(cls, scalar_optimizers.ScalarOptimizer)
+    and cls.__module__.startswith(scalar_optimizers.__name__)
+    for rule in (cls._rule, *cls._other_rules)
+}
+
+
+def _function_of(rule: Any) -> Callable[..., Any]:
+    """The function of a rule that has no public one."""
+    enter = rule.entry_point()
+    names = ["grad", *rule.states, *rule.hyperparameter_names]
+
+    def function(*operands: Any, out: Any = None, **others: Any) -> Any:
+        arguments = dict(zip(names, operands, strict=False)) | others
+        return enter(*(arguments[name] for name in names), out)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    parameters.append(inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None))
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return function
 
 
 def _rule(
@@ -350,7 +160,8 @@ def _rule(
     optimizers: Sequence[Optimizer],
     **others: Any,
 ) -> Rule:
-    function = getattr(scalar_optimizers, f"calculate_{name}_update")
+    public = getattr(scalar_optimizers, f"calculate_{name}_update", None)
+    function = public or _function_of(_BUILT_IN[name])
     return Rule(name, function, oracle, tuple(states.split()), cases, optimizers, **others)
 
 
@@ -405,6 +216,21 @@ _UNCORRECTED = {"correct_bias": False}
 _WARM_UP = {"num_beta_slow_warmup_steps": 3, "num_alpha_warmup_steps": 4, "alpha": 2.0}
 _SIM_WARM_UP = {"num_beta_fast_warmup_steps": 3, "min_beta_fast": 0.5, "alpha": 1.0}
 _SCALED = {"use_shape_scaling": True}
+_MADAM = {"betas": (0.9, 0.999), "correct_bias": True, "step": 10, "scale_log2": 0}
+_MADAM_DEFAULTS = {"betas": (0.9, 0.999), "correct_bias": True, "scale_log2": 0}
+_RMSPROP = {"alpha": 0.99, "eps": 1e-8}
+_RMSPROP_CASES = {
+    "usual": _RMSPROP,
+    "zero alpha": _RMSPROP | {"alpha": 0.0},
+    "alpha near 1": _RMSPROP | {"alpha": 0.99999, "eps": 1e-15},
+}
+_CENTERED = {"centered": True}
+_MOMENTUM = {"momentum": 0.9}
+
+
+def _with(cases: Mapping[str, dict[str, Any]], **more: Any) -> dict[str, dict[str, Any]]:
+    return {label: case | more for label, case in cases.items()}
+
 
 _TABLE = [
     _rule(
@@ -432,6 +258,22 @@ _TABLE = [
                 "Adam", _ADAM_DEFAULTS | {"use_nesterov": True}, "nesterov", {"nesterov": True}
             ),
             Optimizer("Adam", _ADAM_DEFAULTS | _UNCORRECTED, "uncorrected", _UNCORRECTED),
+        ],
+    ),
+    _rule(
+        "amsgrad",
+        amsgrad,
+        "exp_avg exp_avg_sq max_exp_avg_sq",
+        {
+            "usual": _ADAM,
+            "first step": _ADAM | {"step": 1},
+            "uncorrected step 0": _ADAM | {"correct_bias": False, "step": 0},
+            "nesterov": _ADAM | {"use_nesterov": True},
+            "zero betas": _ADAM | {"betas": (0.0, 0.0)},
+        },
+        [
+            Optimizer("Adam", _ADAM_DEFAULTS, "amsgrad", {"amsgrad": True}),
+            Optimizer("AdamW", _ADAM_DEFAULTS, "amsgrad", {"amsgrad": True}),
         ],
     ),
     _rule(
@@ -524,6 +366,55 @@ _TABLE = [
         [Optimizer("Lion", {"momentum_beta": 0.9, "momentum_beta2": 0.99})],
         is_sign=True,
         same_as={"momentum_beta2": "momentum_beta"},
+    ),
+    _rule(
+        "madam",
+        madam,
+        "exp_avg exp_avg_sq_scaled",
+        {
+            "usual": _MADAM,
+            "first step": _MADAM | {"step": 1},
+            "late step": _MADAM | {"step": 1000},
+            "uncorrected": _MADAM | {"correct_bias": False},
+            "uncorrected step 0": _MADAM | {"correct_bias": False, "step": 0},
+            "zero betas": _MADAM | {"betas": (0.0, 0.0)},
+            "scaled": _MADAM | {"scale_log2": 30},
+            "scaled down": _MADAM | {"scale_log2": -14.0},
+        },
+        [
+            Optimizer("MAdam", _MADAM_DEFAULTS),
+            Optimizer("MAdam", _MADAM_DEFAULTS | {"scale_log2": 20}, "scaled", {"scale_log2": 20}),
+        ],
+    ),
+    _rule(
+        "rmsprop",
+        rmsprop,
+        "exp_avg_sq",
+        _RMSPROP_CASES,
+        [Optimizer("RMSprop", _RMSPROP)],
+    ),
+    _rule(
+        "rmsprop_centered",
+        rmsprop_centered,
+        "exp_avg_sq grad_avg",
+        _RMSPROP_CASES,
+        [Optimizer("RMSprop", _RMSPROP, "centered", _CENTERED)],
+    ),
+    _rule(
+        "rmsprop_momentum",
+        rmsprop_momentum,
+        "exp_avg_sq momentum_buffer",
+        _with(_RMSPROP_CASES, **_MOMENTUM),
+        [Optimizer("RMSprop", _RMSPROP | _MOMENTUM, "momentum", _MOMENTUM)],
+    ),
+    _rule(
+        "rmsprop_centered_momentum",
+        rmsprop_centered_momentum,
+        "exp_avg_sq grad_avg momentum_buffer",
+        _with(_RMSPROP_CASES, **_MOMENTUM),
+        [
+            Optimizer("RMSprop", _RMSPROP | _MOMENTUM, "centered momentum", _CENTERED | _MOMENTUM),
+        ],
     ),
     _rule(
         "signum",

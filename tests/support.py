@@ -160,12 +160,15 @@ def make_operands(rule: Rule, shape: Sequence[int], mix: Mix, seed: int = 0) -> 
     magnitude = 10**decades
     grad = normal() * magnitude
     grad.view(-1)[3::7] = 0
-    states = []
+    states: list[Tensor] = []
     for name, dtype in zip(rule.states, mix.of(rule), strict=True):
         state = normal() * magnitude
         if is_square(name):
             state = (state * state).clamp_(max=torch.finfo(_F16).max / 2)
             state.view(-1)[5::13] = 0
+        elif name == "grad_avg":
+            # Such that the variance is positive.
+            state = state.sign() * states[0].to("cpu", _F64).sqrt() / 2
         else:
             state.view(-1)[5::11] = 0
             state.view(-1)[2::9] = grad.view(-1)[2::9] * (-(1 - 0.9) / 0.9)
