@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from problems import RULES, Rule
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, RMSprop
 
 from emerging_optimizers._schedules import half_life_warmup, linear_warmup
 
@@ -114,4 +114,11 @@ LOOPS: dict[str, Callable[..., Optimizer]] = {
     name: partial(Loop, update=_UPDATES.get(name) or _by_formula(rule))
     for name, rule in RULES.items()
 }
-LOOPS["adam"] = partial(AdamW, foreach=False)
+# The rules of torch.optim.
+_ADAMS = ("adam", "amsgrad")
+_RMSPROPS = tuple(name for name in RULES if name.startswith("rmsprop"))
+LOOPS |= dict.fromkeys(_ADAMS, partial(AdamW, foreach=False))
+LOOPS |= dict.fromkeys(_RMSPROPS, partial(RMSprop, foreach=False))
+FOREACH = dict.fromkeys(_ADAMS, partial(AdamW, foreach=True))
+FOREACH |= dict.fromkeys(_RMSPROPS, partial(RMSprop, foreach=True))
+FUSED = dict.fromkeys(_ADAMS, partial(AdamW, fused=True))

@@ -1,6 +1,7 @@
 """What the suites measure: the table of rules, the table of shapes, and the tensors of both."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +22,12 @@ class Rule:
 
     Attributes:
         name: Its stem.
-        function: The package's function.
+        function: The package's function, which takes hyperparameters by position here.
         formula: The package's formula in PyTorch operations; it takes the same arguments.
-        states: The names of its states. One that ends in ``_sq`` is never negative.
+        states: The names of its states, as the function has them.
         options: Hyperparameters, in the order in which the function takes them.
         optimizer: The package's optimizer.
+        state_keys: Their keys in the optimizer's state.
         arguments: The same hyperparameters, as the optimizer takes them; its defaults apart.
     """
 
@@ -35,6 +37,7 @@ class Rule:
     states: tuple[str, ...]
     options: dict[str, Any]
     optimizer: type[ScalarOptimizer]
+    state_keys: tuple[str, ...]
     arguments: dict[str, Any]
 
     @property
@@ -72,28 +75,59 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _rule(optimizer: type[ScalarOptimizer]) -> Rule:
-    rule = optimizer._rule
-    arguments = _ARGUMENTS.get(rule.name, {})
-    group = optimizer([torch.zeros(1)], **arguments).param_groups[0]  # type: ignore[call-arg]
+# Rules of classes that have several, and what chooses them.
+_CHOSEN: dict[str, dict[str, Any]] = {
+    "amsgrad": _ARGUMENTS["adam"] | {"amsgrad": True},
+    "rmsprop_centered": {"centered": True},
+    "rmsprop_momentum": {"momentum": 0.9},
+    "rmsprop_centered_momentum": {"centered": True, "momentum": 0.9},
+}
+
+
+def _rule(cls: type[ScalarOptimizer], name: str) -> Rule:
+    arguments = _CHOSEN.get(name, _ARGUMENTS.get(name, {}))
+    optimizer = cls([torch.zeros(1)], **arguments)  # type: ignore[call-arg]
+    group = optimizer.param_groups[0]
+    _, keys, state_keys, rule = optimizer._rule_of(group)
+    assert rule.name == name
+    places = iter(keys)
     options: dict[str, Any] = {}
-    for name in rule.hyperparameter_names:
-        key = optimizer._renamed.get(name, name)
-        if name == "step":
-            options[name] = 1000
+    for option in rule.hyperparameter_names:
+        if option == "step":
+            options[option] = 1000
         else:
-            options[name] = group[key] if isinstance(key, str) else group[key[0]][key[1]]
-    function = getattr(scalar_optimizers, f"calculate_{rule.name}_update")
-    return Rule(rule.name, function, rule.formula, rule.states, options, optimizer, arguments)
+            key = next(places)
+            options[option] = group[key] if isinstance(key, str) else group[key[0]][key[1]]
+    function = _by_position(rule)
+    return Rule(name, function, rule.formula, rule.states, options, cls, state_keys, arguments)
+
+
+def _by_position(rule: Any) -> Callable[..., Any]:
+    """Return a rule's function, in a form that takes hyperparameters by position."""
+    public = getattr(scalar_optimizers, f"calculate_{rule.name}_update", None)
+    names = rule.hyperparameter_names
+    if public is None:
+        enter = rule.entry_point()
+        return lambda *arguments, out=None: enter(*arguments, out)
+    if inspect.signature(public).parameters[names[0]].kind is not inspect.Parameter.KEYWORD_ONLY:
+        return public
+    count = 1 + len(rule.states)
+
+    def function(*arguments: Any, out: Any = None) -> Any:
+        options = dict(zip(names, arguments[count:], strict=True))
+        return public(*arguments[:count], **options, out=out)
+
+    return function
 
 
 def _rules() -> dict[str, Rule]:
     """Return the package's rules. Of two classes of a rule, the last one is measured: AdamW."""
     rules = [
-        _rule(cls)
+        _rule(cls, rule.name)
         for cls in map(get_optimizer_cls, get_optimizer_names())
         if issubclass(cls, ScalarOptimizer)
         and cls.__module__.startswith(scalar_optimizers.__name__)
+        for rule in (cls._rule, *cls._other_rules)
     ]
     return {rule.name: rule for rule in rules}
 
@@ -296,11 +330,19 @@ class OptimizerProblem:
 
 def _state_fills(rule: Rule) -> list[Callable[..., Tensor]]:
     # Squares keep away from 0: a quotient by almost 0 would need its own tolerance.
-    return [_positive if name.endswith("_sq") else torch.randn for name in rule.states]
+    return [_FILLS.get(name, _positive if "sq" in name else torch.randn) for name in rule.states]
 
 
 def _positive(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
     return torch.rand(size, generator=generator, device=device).add_(0.1)
+
+
+def _small(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
+    return torch.randn(size, generator=generator, device=device).mul_(0.01)
+
+
+# Small beside the average of squares, whose difference to its square is a variance.
+_FILLS = {"grad_avg": _small}
 
 
 def _zeros(size: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from harness import check_close, one_thread
-from loops import LOOPS
+from loops import FOREACH, FUSED, LOOPS, Loop
 from problems import RULES, OptimizerProblem, Rule
 from roof import prepare_roof
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, RMSprop
 
 from emerging_optimizers import ScalarOptimizer
 
@@ -99,12 +99,14 @@ def _make_optimizer(
 ) -> Optimizer:
     """Return an optimizer that has already taken the problem's number of steps."""
     optimizer = make(params, **problem.arguments)
-    counts_in_tensors = isinstance(optimizer, AdamW | ScalarOptimizer)
+    counts_in_tensors = isinstance(optimizer, AdamW | RMSprop | ScalarOptimizer)
+    rule = problem.rule
+    keys = rule.states if isinstance(optimizer, Loop) else rule.state_keys
     for param, *values in zip(params, *states, strict=True):
-        optimizer.state[param] = dict(zip(problem.rule.states, values, strict=True))
+        optimizer.state[param] = dict(zip(keys, values, strict=True))
         count: int | Tensor = problem.steps_done
         if counts_in_tensors:
-            on_device = optimizer.defaults["capturable"] or optimizer.defaults["fused"]
+            on_device = optimizer.defaults["capturable"] or optimizer.defaults.get("fused")
             count = torch.tensor(float(count), device=param.device if on_device else "cpu")
         optimizer.state[param]["step"] = count
     return optimizer
@@ -142,8 +144,8 @@ _STEP_CONTENDERS: tuple[StepContender, ...] = (
         {r.name: partial(r.optimizer, fused=False) for r in RULES.values()},
     ),
     OptimizerStep("loop", "PyTorch, a loop", LOOPS),
-    OptimizerStep("foreach", "PyTorch, foreach", {"adam": partial(AdamW, foreach=True)}),
-    OptimizerStep("fused", "PyTorch, fused", {"adam": partial(AdamW, fused=True)}),
+    OptimizerStep("foreach", "PyTorch, foreach", FOREACH),
+    OptimizerStep("fused", "PyTorch, fused", FUSED),
     OptimizerStep(
         "deepspeed", "DeepSpeedCPUAdam", {"adam": _deepspeed_adamw} if has_deepspeed() else {}
     ),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._counters import Counters
 from ._hooks import WeightHook
+from ._hyperparameters import is_flag
 from ._members import Member, param_name
 from ._rule import GroupKey, GroupRule, Rule
 from ._weights import Masters
@@ -93,6 +94,14 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
         """Return the rule of a group, which may depend on its options."""
         return self._group_rule
+
+    def _chosen_rule(self, rule: Rule, flag: Any) -> GroupRule:
+        """Return one of the class's rules, which a flag of a group chooses.
+
+        If that is not a bool, there is no native step. So the checks before any other step find it.
+        """
+        chosen = self._group_rules[rule.name]
+        return chosen if is_flag(flag) else chosen._replace(native=None)
 
     def _build_rule(self, group: Mapping[str, Any]) -> GroupRule:
         """Return the rule of a group; build its native code if the group can use it."""

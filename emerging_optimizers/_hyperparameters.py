@@ -140,9 +140,14 @@ def read_number(name: str, value: Any, expected: str = "a number") -> float:
 _BOOLS = ("bool", "bool_")  # of Python, and of numpy
 
 
+def is_flag(value: Any) -> bool:
+    """Return whether a value is a bool, Python's or numpy's."""
+    return type(value).__name__ in _BOOLS
+
+
 def read_flag(name: str, value: Any, expected: str = "a bool") -> bool:
     """Return a bool for a bool, numpy's included."""
-    if type(value).__name__ not in _BOOLS:
+    if not is_flag(value):
         raise TypeError(f"{name} must be {expected}, not {described(value)}{_advice(value)}")
     return bool(value)
 
@@ -199,7 +204,7 @@ def as_saved(value: Any) -> Any:
     if items is not None:
         kind = list if isinstance(value, list) else tuple
         return kind(map(as_saved, items))
-    if type(value).__name__ in _BOOLS:
+    if is_flag(value):
         return bool(value)
     if isinstance(value, Integral):
         return int(value)

@@ -15,7 +15,15 @@ from optimizers import MEGATRON, SETUPS, assert_same, contents, make_params, run
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
-from emerging_optimizers import Adam, AdamW, Lion, ScalarOptimizer, _fallback_step, megatron
+from emerging_optimizers import (
+    Adam,
+    AdamW,
+    Lion,
+    RMSprop,
+    ScalarOptimizer,
+    _fallback_step,
+    megatron,
+)
 from emerging_optimizers._checkpoint import KEPT_ON_LOAD
 from emerging_optimizers._hyperparameters import Beta
 from emerging_optimizers._rule import Rule
@@ -141,6 +149,8 @@ ROWS: Rows = {
             "use_nesterov",
             "use_shape_scaling",
             "frob_normalize",
+            "amsgrad",
+            "centered",
             "use_decoupled_grad",
             "store_param_remainders",
         )
@@ -151,12 +161,24 @@ ROWS: Rows = {
     },
 }
 
+# Its momentum may be 1 or more; its alpha may not.
+RMSPROP_ROWS: Rows = {
+    "alpha": beta_rows("alpha", "alpha"),
+    "momentum": [
+        ("0.9", TypeError, "momentum must be a number, not str ('0.9')" + TEXT),
+        (-0.5, ValueError, "Invalid momentum: -0.5"),
+        (NAN, ValueError, "Invalid momentum: nan"),
+        (None, TypeError, "momentum must be a number, not NoneType"),
+    ],
+}
+
 
 def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception], str]]:
     group = optimizer.param_groups[0]
     ignored = () if optimizer._state_names else ("state_dtype",)
-    keys = [key for key in ROWS if key in group and key not in ignored]
-    found = [(key, *row) for key in keys for row in ROWS[key]]
+    rows = {**ROWS, **RMSPROP_ROWS} if isinstance(optimizer, RMSprop) else ROWS
+    keys = [key for key in rows if key in group and key not in ignored]
+    found = [(key, *row) for key in keys for row in rows[key]]
     for first in optimizer._state_names[:1]:
         dtype = "state_dtype must be a dtype, a dict of them or None, not int (16)"
         found += [
@@ -492,7 +514,6 @@ def test_decoupled_weight_decay_in_a_group(
 def test_unsupported_options_in_a_group() -> None:
     optimizer = Adam(make_params())
     for options, error, message in (
-        ({"amsgrad": True}, ValueError, "amsgrad=True is not supported"),
         ({"amsgrad": "no"}, TypeError, "amsgrad must be a bool"),
         ({"decoupled_weight_decay": "no"}, TypeError, "decoupled_weight_decay must be a bool"),
         (

@@ -241,8 +241,10 @@ def test_masters_of_the_other_kind_are_rejected(stores: bool, fused: bool | None
 def test_other_errors_change_nothing() -> None:
     """Errors of a subclass, of torch and of ``__setstate__``."""
 
-    def amsgrad(optimizer: Any) -> None:
-        optimizer.load_state_dict(torch.optim.Adam(make_params(), amsgrad=True, lr=7).state_dict())
+    def both(optimizer: Any) -> None:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0].update(decoupled_weight_decay="no", lr=7)
+        optimizer.load_state_dict(saved)
 
     def uncopyable(optimizer: Any) -> None:
         saved = copy.deepcopy(optimizer.state_dict())
@@ -255,7 +257,7 @@ def test_other_errors_change_nothing() -> None:
         optimizer.__setstate__({"state": states, "param_groups": [group]})
 
     for load, error in (
-        (amsgrad, (ValueError, "amsgrad=True is not supported")),
+        (both, (TypeError, "decoupled_weight_decay must be a bool")),
         (uncopyable, (RuntimeError, "deepcopy")),
         (set_state, (ValueError, "could not convert")),
     ):

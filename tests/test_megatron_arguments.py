@@ -88,11 +88,6 @@ def test_groups_have_the_keys_of_transformer_engine() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 1e-3, 1e-3]
 
 
-def test_amsgrad_is_rejected() -> None:
-    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
-        FusedAdam(make_params(), amsgrad=True)
-
-
 @pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float64])
 def test_unsupported_dtypes_are_named(name: str, dtype: torch.dtype) -> None:

@@ -63,8 +63,6 @@ _BAD_HYPERPARAMETERS = [
         {"betas": (0.9, 0.999, 1 - 1e-9), "num_beta_slow_warmup_steps": 10},
         r"betas\[2\] is too close to 1 to be warmed up",
     ),
-    ("Adam", {"amsgrad": True}, "amsgrad=True is not supported; torch.optim.Adam"),
-    ("AdamW", {"amsgrad": True}, "amsgrad=True is not supported; torch.optim.Adam"),
     ("Adam", {"decoupled_weight_decay": True, "weight_decay_method": "palm"}, "cannot be combined"),
 ]
 

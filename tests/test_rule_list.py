@@ -27,9 +27,12 @@ CLASSES = {
     for cls in map(get_optimizer_cls, get_optimizer_names())
     if issubclass(cls, ScalarOptimizer) and cls.__module__.startswith(scalar_optimizers.__name__)
 }
-# The rules, by the stem of everything that belongs to them.
+# The rules, by the stem of everything that belongs to them; and those with the rules that a class
+# has besides, in the same files.
 NAMES = {cls._rule.name for cls in CLASSES.values()}
-COMPILED = NAMES if native is None else set(native.rules)  # before any test loads others
+BY_NAME = {r.name: r for cls in CLASSES.values() for r in (cls._rule, *cls._other_rules)}
+ALL_NAMES = set(BY_NAME)
+COMPILED = ALL_NAMES if native is None else set(native.rules)  # before any test loads others
 FUNCTIONS = {f"calculate_{name}_update" for name in NAMES}
 SHARED_HEADERS = {"all", "rule", "schedules", "traced"}
 
@@ -90,7 +93,7 @@ LISTINGS = {
     ),
     "structs": Listing(
         lambda: _found("csrc/rules/all.h", r"APPLY\((\w+)\)"),
-        {struct_of(name) for name in NAMES & _stems("csrc/rules/*.h")},
+        {struct_of(name) for name in ALL_NAMES} - {None},
         "a line in EMOPT_FOR_EACH_RULE of csrc/rules/all.h",
     ),
     "units": Listing(lambda: _stems("csrc/units/*.cpp"), NAMES, "csrc/units/<stem>.cpp"),
@@ -99,16 +102,16 @@ LISTINGS = {
     ),
     "compiled rules": Listing(
         lambda: COMPILED,
-        NAMES,
+        ALL_NAMES,
         "the compiled rule: build the extension again",
     ),
-    "oracles": Listing(lambda: set(RULES), NAMES, _ORACLE),
+    "oracles": Listing(lambda: set(RULES), ALL_NAMES, _ORACLE),
     "tested classes": Listing(
         lambda: {setup.cls.__name__ for setup in SETUPS},
         set(CLASSES),
         "an Optimizer with the class's defaults in the rule's row in tests/oracle.py",
     ),
-    "benchmarks": Listing(_measured, NAMES, "a rule that benchmarks/problems.py finds"),
+    "benchmarks": Listing(_measured, ALL_NAMES, "a rule that benchmarks/problems.py finds"),
     "README": Listing(
         lambda: _found("README.md", rf"\b({'|'.join(CLASSES)})\b"),
         set(CLASSES),
@@ -126,16 +129,17 @@ def test_list(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found - wanted, f"{name}: {sorted(found - wanted)} not registered; add a class"
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", sorted(ALL_NAMES))
 def test_row_of_the_oracle(name: str) -> None:
     """A row of the oracle's table describes the rule's function."""
-    rule = next(cls._rule for cls in CLASSES.values() if cls._rule.name == name)
-    row = RULES[name]
+    rule, row = BY_NAME[name], RULES[name]
     assert row.states == rule.states
     assert row.hyperparameters == rule.hyperparameter_names
-    signature = inspect.signature(row.function)
-    assert list(signature.parameters) == ["grad", *row.states, *row.hyperparameters, "out"]
-    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+    parameters = dict(inspect.signature(row.function).parameters)
+    if not row.has_step and "step" in parameters:
+        assert parameters.pop("step").default is None  # ignored
+    assert list(parameters) == ["grad", *row.states, *row.hyperparameters, "out"]
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
     assert defaults == {**row.defaults, "out": None}
     for case in row.cases.values():
         assert set(row.complete(case)) == set(row.hyperparameters)

@@ -83,6 +83,31 @@ def test_against_torch(name: str, arguments: dict[str, Any], fused: bool | None)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("Adam", {"amsgrad": True, "weight_decay": 0.1}),
+        ("AdamW", {"amsgrad": True, "betas": (0.8, 0.9)}),
+        ("RMSprop", {"weight_decay": 0.1}),
+        ("RMSprop", {"centered": True, "alpha": 0.9}),
+        ("RMSprop", {"momentum": 0.9, "maximize": True}),
+        ("RMSprop", {"momentum": 0.5, "centered": True, "weight_decay": 0.1, "eps": 1e-4}),
+    ],
+    ids=str,
+)
+def test_in_float64_against_torch(name: str, arguments: dict[str, Any], fused: bool | None) -> None:
+    ours, theirs = (make_params(dtype=torch.float64) for _ in range(2))
+    optimizer = getattr(emerging_optimizers, name)(ours, lr=0.01, fused=fused, **arguments)
+    reference = getattr(torch.optim, name)(theirs, lr=0.01, **arguments)
+    for step in range(1, 101):
+        run(optimizer, ours, [step])
+        run(reference, theirs, [step])
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)
+        states = [[o.state[p] for p in ps] for o, ps in ((optimizer, ours), (reference, theirs))]
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-12)
+
+
 @every_optimizer
 @pytest.mark.parametrize("shape", [(), (1,), torch.Size([])], ids=str)
 def test_tensor_lr(setup: Setup, shape: tuple[int, ...], fused: bool | None) -> None:

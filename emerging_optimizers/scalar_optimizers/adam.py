@@ -226,8 +226,9 @@ class Adam(ScalarOptimizer):
         super().__init__(params, hyperparameters, options)
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
-        # Optimizers that an older version pickled have no `amsgrad`.
-        return self._group_rules["amsgrad"] if group.get("amsgrad") else self._group_rule
+        # Groups of a loaded state dict, or of an older version, may lack the key.
+        amsgrad = group.get("amsgrad", False)
+        return self._group_rule if amsgrad is False else self._chosen_rule(_AMSGRAD, amsgrad)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing keys take the defaults.

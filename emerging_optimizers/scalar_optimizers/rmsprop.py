@@ -214,11 +214,11 @@ class RMSprop(ScalarOptimizer):
         )
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
-        momentum = group["momentum"]
+        # Groups of a loaded state dict may lack keys.
+        centered = group.get("centered", False)
+        momentum = group.get("momentum", 0.0)
         # A tensor may be on a device that no step waits for.
         has_momentum = isinstance(momentum, Tensor) or momentum != 0
-        if group["centered"]:
-            rule = _CENTERED_MOMENTUM if has_momentum else _CENTERED
-        else:
-            rule = _MOMENTUM if has_momentum else _RULE
-        return self._group_rules[rule.name]
+        if centered is False:
+            return self._group_rules["rmsprop_momentum"] if has_momentum else self._group_rule
+        return self._chosen_rule(_CENTERED_MOMENTUM if has_momentum else _CENTERED, centered)
