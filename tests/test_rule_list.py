@@ -69,7 +69,7 @@ class Listing(NamedTuple):
 
 _HEADERS = "csrc/rules/<stem>.h, the rule's struct"
 _PUBLIC = "an import and an entry of __all__ in emerging_optimizers/scalar_optimizers/__init__.py"
-_ORACLE = "a row in the table of tests/oracle.py"
+_ORACLE = "a formula in tests/float64_rules.py and a row in the table of tests/oracle.py"
 LISTINGS = {
     "modules": Listing(
         lambda: _stems("emerging_optimizers/scalar_optimizers/[!_]*.py"),
