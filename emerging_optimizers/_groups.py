@@ -235,7 +235,9 @@ def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> N
 
 def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     option = group["state_dtype"]
-    states = optimizer._all_state_names
+    # Also those of the class's other rules, so that one option fits all groups.
+    names = (*optimizer._rule_of(group).state_names, *optimizer._all_state_names)
+    states = tuple(dict.fromkeys(names))
     by_key = option if isinstance(option, (dict, Mapping)) else dict.fromkeys(states, option)
     for key, dtype in by_key.items():
         if key not in states:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import CLASSES, IS_USER, RULES, Array, Rule
+from oracle import ALL_RULES, CLASSES, IS_USER, Array, Rule
 from support import assert_equal_bits
 from torch import Tensor
 
@@ -46,7 +46,7 @@ _ALL = [
         row.case,
         row.arguments,
     )
-    for rule in RULES.values()
+    for rule in ALL_RULES.values()
     for row in rule.optimizers
 ]
 # One of each class, with its defaults; and others.
@@ -161,7 +161,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
     """Whether PyTorch's schedulers can cycle the momentum."""
-    return "betas" in optimizer.defaults or "momentum" in optimizer.defaults
+    return "betas" in optimizer.defaults or optimizer.defaults.get("momentum", 0.0) != 0.0
 
 
 def one_cycle(

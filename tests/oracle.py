@@ -66,6 +66,7 @@ class Rule:
         is_sign: Whether the update is a sign.
         normalises: Whether the averages are those of the normalised gradient.
         same_as: A hyperparameter that may be None, and the one whose value it then takes.
+        is_public: Whether the function is.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Rule:
     is_sign: bool = False
     normalises: bool = False
     same_as: Mapping[str, str] = field(default_factory=dict)
+    is_public: bool = True
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -162,6 +164,7 @@ def _rule(
 ) -> Rule:
     public = getattr(scalar_optimizers, f"calculate_{name}_update", None)
     function = public or _function_of(_BUILT_IN[name])
+    others["is_public"] = public is not None
     return Rule(name, function, oracle, tuple(states.split()), cases, optimizers, **others)
 
 
@@ -224,6 +227,8 @@ _RMSPROP_CASES = {
     "zero alpha": _RMSPROP | {"alpha": 0.0},
     "alpha near 1": _RMSPROP | {"alpha": 0.99999, "eps": 1e-15},
 }
+# Not with an alpha of 0, for which the variance is 0.
+_CENTERED_CASES = {"usual": _RMSPROP, "quick": {"alpha": 0.5, "eps": 1e-3}}
 _CENTERED = {"centered": True}
 _MOMENTUM = {"momentum": 0.9}
 
@@ -397,7 +402,7 @@ _TABLE = [
         "rmsprop_centered",
         rmsprop_centered,
         "exp_avg_sq grad_avg",
-        _RMSPROP_CASES,
+        _CENTERED_CASES,
         [Optimizer("RMSprop", _RMSPROP, "centered", _CENTERED)],
     ),
     _rule(
@@ -411,7 +416,7 @@ _TABLE = [
         "rmsprop_centered_momentum",
         rmsprop_centered_momentum,
         "exp_avg_sq grad_avg momentum_buffer",
-        _with(_RMSPROP_CASES, **_MOMENTUM),
+        _with(_CENTERED_CASES, **_MOMENTUM),
         [
             Optimizer("RMSprop", _RMSPROP | _MOMENTUM, "centered momentum", _CENTERED | _MOMENTUM),
         ],
@@ -485,4 +490,6 @@ def _users_rules() -> dict[str, Rule]:
     }
 
 
-RULES: dict[str, Rule] = _users_rules() if IS_USER else {rule.name: rule for rule in _TABLE}
+ALL_RULES: dict[str, Rule] = _users_rules() if IS_USER else {rule.name: rule for rule in _TABLE}
+# Those with a public function. The others are only in classes.
+RULES = {name: rule for name, rule in ALL_RULES.items() if rule.is_public}

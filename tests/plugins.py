@@ -70,18 +70,18 @@ def library_path(folder: Path, name: str) -> Path:
 def load_copies(folder: Path) -> dict[str, Rule]:
     """Compile the package's rules under other names; return them by their usual names."""
     headers = []
-    for path in sorted({_header_of(name) for name in oracle.RULES} - {None}):
+    for path in sorted({_header_of(name) for name in oracle.ALL_RULES} - {None}):
         header = folder / f"copy_of_{path.name}"
         header.write_text(path.read_text().replace('kName = "', 'kName = "plugin_'))
         headers.append(header.name)
     # Not -O3, to save time; the bits do not depend on it.
     path = library_path(folder, "copies")
-    structs = [struct_of(name) for name in oracle.RULES]
+    structs = [struct_of(name) for name in oracle.ALL_RULES]
     compile_rules(headers, structs, path, "-O1", has_kernels=IS_EMULATED)
     assert native is not None
     for struct in structs:
         native._load_rule(str(path), struct)
-    return {name: plugin_of(rule.implementation) for name, rule in oracle.RULES.items()}
+    return {name: plugin_of(rule.implementation) for name, rule in oracle.ALL_RULES.items()}
 
 
 def struct_of(name: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from oracle import Array, one_minus_power
+from float64_rules import Array, one_minus_power
 
 GALLERY = Path(__file__).parent.parent / "examples" / "rules"
 

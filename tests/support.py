@@ -13,7 +13,7 @@ import interpreters
 import numpy as np
 import pytest
 import torch
-from oracle import IS_USER, RULES, Array, Expected, Rule, Value, is_square
+from oracle import ALL_RULES, IS_USER, RULES, Array, Expected, Rule, Value, is_square
 from torch import Tensor
 
 import emerging_optimizers
@@ -30,7 +30,7 @@ every_case = pytest.mark.parametrize(
     ("rule", "case_name"),
     [
         pytest.param(rule, name, id=f"{rule}-{name}")
-        for rule in RULES.values()
+        for rule in ALL_RULES.values()
         for name in rule.cases
     ],
 )

@@ -228,7 +228,8 @@ def test_meta_parameters(make: Make, fused: bool | None, capturable: bool) -> No
     (state,) = optimizer.state.values()
     counter = state.pop("step")
     assert counter.is_meta if capturable else counter.item() == 2
-    assert state.keys() == set(optimizer._state_names)
+    (group,) = optimizer.param_groups
+    assert state.keys() == set(optimizer._rule_of(group).state_names)
     assert all(value.is_meta and value.shape == (3, 4) for value in state.values())
 
 

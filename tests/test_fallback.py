@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IS_USER, RULES, Rule, is_square
+from oracle import ALL_RULES, IS_USER, RULES, Rule, is_square
 from support import (
     DTYPES,
     LAYOUT_SHAPE,
@@ -45,7 +45,7 @@ every_case = pytest.mark.parametrize(
     ("rule", "case_name"),
     [
         pytest.param(rule, name, id=f"{rule}-{name}")
-        for rule in RULES.values()
+        for rule in ALL_RULES.values()
         for name in rule.cases
         if name not in CANCELS
     ],
@@ -78,7 +78,7 @@ def fallback(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rule], Rule]:
     """
     if native is None:
         pytest.skip("there are no native kernels to fall back from")
-    for rule in RULES.values():
+    for rule in ALL_RULES.values():
         monkeypatch.setattr(rule.implementation, "_native_devices", ())
     elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
 

@@ -57,19 +57,24 @@ def copies(
 
 @pytest.fixture(scope="module")
 def copied_rows(copies: dict[str, Rule]) -> dict[str, oracle.Rule]:
-    return {name: plugins.as_row(copies[name], row) for name, row in oracle.RULES.items()}
+    return {name: plugins.as_row(copies[name], row) for name, row in oracle.ALL_RULES.items()}
 
 
 @pytest.fixture(scope="module")
-def copied_classes(copies: dict[str, Rule]) -> dict[tuple[type, str], type[ScalarOptimizer]]:
+def copied_classes(copies: dict[str, Rule]) -> dict[type, type[ScalarOptimizer]]:
     from optimizers import SETUPS
 
-    return {
-        (setup.cls, setup.rule.name): type(
-            setup.cls.__name__, (setup.cls,), {"_rule": copies[setup.rule.name]}
-        )
-        for setup in SETUPS
-    }
+    found = {}
+    for setup in SETUPS:
+        cls = setup.cls
+        others = tuple(copies[rule.name] for rule in cls._other_rules)
+        members = {"_rule": copies[cls._rule.name], "_other_rules": others}
+        copied = type(cls.__name__, (cls,), members)
+        # By the names that the class knows.
+        by_name = {n.removeprefix("plugin_"): rule for n, rule in copied._group_rules.items()}
+        copied._group_rules = by_name
+        found[cls] = copied
+    return found
 
 
 def assert_same_call(
@@ -147,7 +152,7 @@ def test_steps(setup: Setup, fused: bool | None, copied_classes: Any) -> None:
         (f32, {"capturable": True, "state_dtype": bf16}),
     ]:
         found = []
-        for cls in (copied_classes[setup.cls, setup.rule.name], setup.cls):
+        for cls in (copied_classes[setup.cls], setup.cls):
             torch.manual_seed(3)
             params = make_params(dtype=dtype)
             optimizer = cls(params, fused=fused, **{**setup.arguments, **options})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from optimizers import MEGATRON, SETUPS
-from oracle import RULES
+from oracle import ALL_RULES
 from plugins import struct_of
 
 import emerging_optimizers
@@ -105,7 +105,7 @@ LISTINGS = {
         ALL_NAMES,
         "the compiled rule: build the extension again",
     ),
-    "oracles": Listing(lambda: set(RULES), ALL_NAMES, _ORACLE),
+    "oracles": Listing(lambda: set(ALL_RULES), ALL_NAMES, _ORACLE),
     "tested classes": Listing(
         lambda: {setup.cls.__name__ for setup in SETUPS},
         set(CLASSES),
@@ -132,7 +132,7 @@ def test_list(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", sorted(ALL_NAMES))
 def test_row_of_the_oracle(name: str) -> None:
     """A row of the oracle's table describes the rule's function."""
-    rule, row = BY_NAME[name], RULES[name]
+    rule, row = BY_NAME[name], ALL_RULES[name]
     assert row.states == rule.states
     assert row.hyperparameters == rule.hyperparameter_names
     parameters = dict(inspect.signature(row.function).parameters)

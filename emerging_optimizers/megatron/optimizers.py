@@ -157,7 +157,13 @@ class Lion(MegatronMixin, rules.Lion):
 
 
 class MAdam(MegatronMixin, rules.MAdam):
-    """:class:`~emerging_optimizers.scalar_optimizers.MAdam` with :class:`MegatronMixin`."""
+    """:class:`~emerging_optimizers.scalar_optimizers.MAdam` for Megatron-Core.
+
+    The average of scaled squares is the state ``exp_avg_sq``, which Megatron-Core expects. For the
+    arguments that all classes share, see :class:`MegatronMixin`.
+    """
+
+    _state_keys: ClassVar = {"exp_avg_sq_scaled": "exp_avg_sq"}
 
 
 class RMSprop(MegatronMixin, rules.RMSprop):

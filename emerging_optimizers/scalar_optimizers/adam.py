@@ -250,10 +250,13 @@ class Adam(ScalarOptimizer):
         super()._finish_state_dict(saved)
         for group in saved["param_groups"]:
             group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
+            if group["amsgrad"] is False:
+                # A distributed checkpoint is read by these keys, and earlier ones do not have it.
+                del group["amsgrad"]
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
+        translated = {"amsgrad": False, **saved}
         # torch.optim.AdamW saves the same keys as torch.optim.Adam, with this one True.
-        translated = dict(saved)
         if read_flag("decoupled_weight_decay", translated.pop("decoupled_weight_decay", False)):
             translated.setdefault("weight_decay_method", "decoupled")
         return translated
