@@ -114,6 +114,16 @@ class MegatronMixin(ScalarOptimizer):
                 stacklevel=3,
             )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; missing keys take the defaults."""
+        super().add_param_group(param_group)
+        # The defaults have the dtypes of all rules' states. Checkpoints have those of a group's.
+        group = self.param_groups[-1]
+        if isinstance(group["state_dtype"], Mapping):
+            names = self._rule_of(group).state_names
+            dtypes = group["state_dtype"].items()
+            group["state_dtype"] = {name: dtype for name, dtype in dtypes if name in names}
+
     def _scales_in_step(self, group: dict[str, Any]) -> bool:
         return super()._scales_in_step(group) or group.get("capturable") is True
 

@@ -220,13 +220,16 @@ class Adam(ScalarOptimizer):
             "weight_decay_method": weight_decay_method,
             "correct_bias": correct_bias,
             "nesterov": nesterov,
-            "amsgrad": amsgrad,
             "foreach": foreach,
         }
+        if read_flag("amsgrad", amsgrad):
+            # Only then: distributed checkpoints are read by a group's keys, and those of earlier
+            # versions do not have this one.
+            hyperparameters["amsgrad"] = True
         super().__init__(params, hyperparameters, options)
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
-        # Groups of a loaded state dict, or of an older version, may lack the key.
+        # Without the key, it is False.
         amsgrad = group.get("amsgrad", False)
         return self._group_rule if amsgrad is False else self._chosen_rule(_AMSGRAD, amsgrad)
 
@@ -250,12 +253,11 @@ class Adam(ScalarOptimizer):
         super()._finish_state_dict(saved)
         for group in saved["param_groups"]:
             group["decoupled_weight_decay"] = group["weight_decay_method"] == "decoupled"
-            if group["amsgrad"] is False:
-                # A distributed checkpoint is read by these keys, and earlier ones do not have it.
-                del group["amsgrad"]
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
-        translated = {"amsgrad": False, **saved}
+        translated = dict(saved)
+        if "amsgrad" in self.defaults:
+            translated.setdefault("amsgrad", False)
         # torch.optim.AdamW saves the same keys as torch.optim.Adam, with this one True.
         if read_flag("decoupled_weight_decay", translated.pop("decoupled_weight_decay", False)):
             translated.setdefault("weight_decay_method", "decoupled")
