@@ -144,10 +144,10 @@ def main() -> int:
             for kernel, used in registers.items():
                 rows[kernel] += f"{used:>3}, {lengths.get(kernel, 0):<9}"
         findings += check_rounding(sources, ptx)
-    print("registers, instructions of the loop".rjust(87))
-    print(" " * 52 + "".join(f"{name:<14}" for name in compiled))
+    print("registers, instructions of the loop".rjust(92))
+    print(" " * 57 + "".join(f"{name:<14}" for name in compiled))
     for kernel, row in sorted(rows.items()):
-        print(f"{kernel!s:<52}{row}")
+        print(f"{kernel!s:<57}{row}")
     for finding in findings:
         print(f"cuda-check: {finding}")
     fine = "no spill, no local memory, vectors fill sectors, loads first, no contraction"

@@ -67,7 +67,7 @@ class Sources:
         self.operands = {}
         instances = (("float32", small), ("float32", large), ("float64", small))
         for stem in self.stems:
-            pattern = r"^struct (\w+) \{.*?kStates\[\] = \{(.*?)\}"
+            pattern = r"^struct (\w+)[ :\w]* \{.*?kStates\[\] = \{(.*?)\}"
             text = (self.csrc / "rules" / f"{stem}.h").read_text()
             for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
                 for (name, added), instance, needs_setup in itertools.product(
