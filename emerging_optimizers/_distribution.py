@@ -99,7 +99,7 @@ def name_clash() -> str | None:
         f"    pip uninstall -y {_NAMESAKE} {_NAME}\n"
         f"    pip install {_NAMESAKE}\n"
         "    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install --no-build-isolation --no-deps"
-        f" --target FOLDER {_NAME}\n"
+        f" --upgrade --target FOLDER {_NAME}\n"
         "    export PYTHONPATH=FOLDER"
     )
 
