@@ -4,6 +4,7 @@ Nothing is imported before a function is called. Each function prints its result
 """
 
 import importlib
+import importlib.util
 import json
 import pickle
 import pkgutil
@@ -24,14 +25,15 @@ def locate(names: list[str]) -> None:
     ]
     modules = {name: importlib.import_module(f"emerging_optimizers.{name}") for name in names}
     registry: Any = importlib.import_module("emerging_optimizers.registry")
-    classes = [registry.get_optimizer_cls(name) for name in registry.get_optimizer_names()]
+    names_of_optimizers = registry.get_optimizer_name_list()
+    classes = [registry.get_optimizer_cls(name) for name in names_of_optimizers]
     assert [pickle.loads(pickle.dumps(cls)) for cls in classes] == classes
     seen = {
         "path": list(package.__path__),
         "version": package.__version__,
         "files": {name: module.__file__ for name, module in modules.items()},
         "walked": walked,
-        "names": registry.get_optimizer_names(),
+        "names": names_of_optimizers,
         "described": [
             getattr(package, name, None)
             for name in ("__shortversion__", "__package_name__", "__nothing__", "nothing")
@@ -72,21 +74,26 @@ def train_with_muon() -> None:
     print(json.dumps({"losses": losses, "states": states, "modules": [type(muon).__module__]}))
 
 
-def train_with_soap(name: str) -> None:
-    """Train matrices with NVIDIA's SOAP; print the update function's module and the parameters."""
+def step_with_soap(name: str, reference: str) -> None:
+    """Step with NVIDIA's SOAP; print the parameters with this package's function, and with theirs.
+
+    Args:
+        name: The module that has it.
+        reference: The file of NVIDIA's `calculate_adam_update`.
+    """
+    spec: Any = importlib.util.spec_from_file_location("reference", reference)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
     soap: Any = importlib.import_module(f"emerging_optimizers.{name}")
-    functions: Any = importlib.import_module(
-        "emerging_optimizers.scalar_optimizers.update_functions"
-    )
-    model, inputs, targets = make_problem()
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    optimizer = soap.SOAP(matrices, lr=0.01)
-    for _ in range(5):
-        model.zero_grad()
+    stepped = []
+    for functions in (soap.update_functions, theirs):
+        soap.update_functions = functions
+        model, inputs, targets = make_problem()
+        matrices = [p for p in model.parameters() if p.ndim == 2]
         (model(inputs) - targets).square().mean().backward()
-        optimizer.step()
-    file = functions.__file__
-    print(json.dumps({"file": file, "params": [p.tolist() for p in matrices]}))
+        soap.SOAP(matrices, lr=0.01).step()
+        stepped.append([functions.__file__, [p.tolist() for p in matrices]])
+    print(json.dumps(stepped))
 
 
 def import_as_megatron() -> None:
@@ -137,7 +144,7 @@ def run_megatron() -> None:
             (torch.bfloat16, False),
             (torch.bfloat16, True),
         ):
-            settings = core.DistributedDataParallelConfig()
+            settings = core.DistributedDataParallelConfig(grad_reduce_in_fp32=True)
             model = core.DistributedDataParallel(core.CONFIG, settings, core.Model(dtype).cuda())
             config = core.core.OptimizerConfig(bf16=dtype == torch.bfloat16, **core.OPTIONS)
             optimizer = muon.get_megatron_muon_optimizer(
