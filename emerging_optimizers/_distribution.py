@@ -93,9 +93,9 @@ def name_clash() -> str | None:
         return None
     return (
         f"The distribution {_NAMESAKE} {found.version} (NVIDIA's pure-Python package) is installed"
-        f" in the same folder as {_NAME}: {found.folder}. They overwrite each other's files, so"
-        f" neither is complete. Uninstall both, then install one, or {_NAMESAKE} and, in a folder"
-        f" of its own that comes first on the path, {_NAME}:\n"
+        f" in the same folder as {_NAME}: {found.folder}. Each overwrites files of the other."
+        f" Uninstall both, then install one of them, or {_NAMESAKE} and, in a folder of its own"
+        f" that comes first on the path, {_NAME}:\n"
         f"    pip uninstall -y {_NAMESAKE} {_NAME}\n"
         f"    pip install {_NAMESAKE}\n"
         "    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install --no-build-isolation --no-deps"
