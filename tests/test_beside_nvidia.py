@@ -133,7 +133,7 @@ def test_damaged_installations_are_left_out(damage: str, tmp_path: Path, site: P
         nvidia_package.write_package(site, "0.3.0")
     other = tmp_path / "other"
     theirs = nvidia_package.install(other, "0.5.0a0")
-    seen = ask("locate(['soap'])", OURS, site, other)
+    seen = ask("locate(['psgd'])", OURS, site, other)
     assert seen["path"] == [str(PACKAGE), str(theirs)]
     assert seen["version"] == "0.5.0a0"
 
