@@ -111,29 +111,26 @@ def test_another_copy_is_not_used(tmp_path: Path, site: Path) -> None:
     assert "No module named 'emerging_optimizers.only_there'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["no modules", "no version", "no metadata", "invalid JSON", "another JSON", "moved project"],
-)
-def test_damaged_installations_are_left_out(damage: str, tmp_path: Path, site: Path) -> None:
-    files = {
-        "invalid JSON": "{",
-        "another JSON": '["editable"]',
-        "moved project": json.dumps(
-            {"url": (tmp_path / "moved").as_uri(), "dir_info": {"editable": True}}
-        ),
-    }
-    text = {"direct_url": files[damage]} if damage in files else {}
-    metadata = nvidia_package.write_metadata(site, "0.1.0", **text)
-    if damage == "no version":
-        (metadata / "METADATA").write_text("Name: emerging-optimizers\n")
-    elif damage == "no metadata":
-        (metadata / "METADATA").unlink()
-    if damage != "no modules":
-        nvidia_package.write_package(site, "0.3.0")
-    other = tmp_path / "other"
-    theirs = nvidia_package.install(other, "0.5.0a0")
-    seen = ask("locate(['psgd'])", OURS, site, other)
+def test_damaged_installations_are_left_out(tmp_path: Path) -> None:
+    moved = {"url": (tmp_path / "moved").as_uri(), "dir_info": {"editable": True}}
+    origins = {"invalid JSON": "{", "another JSON": '["editable"]', "moved": json.dumps(moved)}
+    sites = []
+    for damage in ("no modules", "no version", "no metadata", *origins):
+        site = tmp_path / damage
+        files = {"direct_url": origins[damage]} if damage in origins else {}
+        metadata = nvidia_package.write_metadata(site, "0.1.0", **files) / "METADATA"
+        if damage == "no version":
+            metadata.write_text("Name: emerging-optimizers\n")
+        elif damage == "no metadata":
+            metadata.unlink()
+        if damage != "no modules":
+            nvidia_package.write_package(site, "0.3.0")
+        sites.append(site)
+    assert ask("locate([])", OURS, *sites)["path"] == [str(PACKAGE)]
+
+    whole = tmp_path / "whole"
+    theirs = nvidia_package.install(whole, "0.5.0a0")
+    seen = ask("locate(['psgd'])", OURS, *sites, whole)
     assert seen["path"] == [str(PACKAGE), str(theirs)]
     assert seen["version"] == "0.5.0a0"
 
