@@ -112,7 +112,7 @@ def test_another_copy_is_not_used(tmp_path: Path, site: Path) -> None:
 
 
 def test_damaged_installations_are_left_out(tmp_path: Path) -> None:
-    moved = {"url": (tmp_path / "moved").as_uri(), "dir_info": {"editable": True}}
+    moved = {"url": (tmp_path / "nowhere").as_uri(), "dir_info": {"editable": True}}
     origins = {"invalid JSON": "{", "another JSON": '["editable"]', "moved": json.dumps(moved)}
     sites = []
     for damage in ("no modules", "no version", "no metadata", *origins):
