@@ -125,7 +125,7 @@ def validate_optimizer_args(opt_cls: type[Optimizer], kwargs: Mapping[str, Any])
         )
 
 
-def get_configured_optimizer_cls(name: str, **kwargs: Any) -> functools.partial[Optimizer]:
+def get_configured_optimizer_cls(name: str, **kwargs: Any) -> Callable[..., Optimizer]:
     """Return the class that is registered under a name, with some of its arguments.
 
     Args:
