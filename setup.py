@@ -2,11 +2,14 @@
 
 EMERGING_OPTIMIZERS_NATIVE=0 leaves the compiled module out; the first import then compiles it. By
 default, it is left out if there is no C++ compiler; with =1, that is an error. All other options
-are in emerging_optimizers/_build.py.
+are in emerging_optimizers/_build.py. EMERGING_OPTIMIZERS_ALLOW_CLASH=1 builds although NVIDIA's
+package is installed.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,6 +29,21 @@ except ModuleNotFoundError as error:
         '    pip install torch "setuptools>=77" ninja\n'
         "    pip install --no-build-isolation ."
     )
+
+if os.environ.get("EMERGING_OPTIMIZERS_ALLOW_CLASH") != "1":
+    # There is no isolation, so these are the distributions of the environment to install into.
+    for namesake in importlib.metadata.distributions(name="emerging-optimizers"):
+        folder = shlex.quote(str(Path(sys.prefix, "emerging-optimizers-native")))
+        sys.exit(
+            "NVIDIA's distribution emerging-optimizers is installed in this environment, in"
+            f" {namesake.locate_file('')}. It has the same import name. Installed in the same"
+            " folder, this package would overwrite some of its files. Install this one beside it,"
+            " in a folder of its own:\n"
+            "    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install --no-build-isolation --no-deps"
+            f" --upgrade --target {folder} .\n"
+            "Then put that folder first on the path, before Python starts:\n"
+            f"    export PYTHONPATH={folder}"
+        )
 
 ROOT = Path(__file__).parent
 MODULE = "emerging_optimizers._C"

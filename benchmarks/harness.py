@@ -26,7 +26,7 @@ import torch
 from roof import compiler, cpu_model
 from torch import Tensor
 
-import emerging_optimizers
+from emerging_optimizers import _distribution
 from emerging_optimizers._native import native
 
 # So many rounds are taken of the slowest contender, whatever the budget.
@@ -350,7 +350,7 @@ def describe_run() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "package": emerging_optimizers.__version__,
+        "package": _distribution.__version__,
         "instruction_set": native.active_isa() if native is not None else None,
         "roof_compiler": _compiler_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ._distribution import __version__, explain_import_error
+from ._distribution import namesake as _namesake
 
 try:
     from . import scalar_optimizers
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from ._user_rules import RuleError as RuleError
     from ._user_rules import rule as rule
 
+# The modules that are not here are those of NVIDIA's package, if it is installed, and so is the
+# version, which Megatron-Core compares with versions of that package.
+if _namesake is not None:
+    __path__.append(str(_namesake.folder))  # noqa: F405
+    __version__ = _namesake.version
+
 __all__ = ["Beta", "NonNegative", "RuleError", "__version__", "rule", "scalar_optimizers"]
 __all__ += ["show_config"]
 # The optimizers, but not the update functions. Type checkers read the first line only.
@@ -24,9 +31,12 @@ __all__ = sorted(name for name in __all__ if not name.startswith("calculate_"))
 
 
 def __getattr__(name: str) -> Any:
-    """Import what only programs with rules of their own need."""
-    if name not in ("RuleError", "rule"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import _user_rules
+    """Import what only users' rules need, or what describes NVIDIA's package."""
+    if name in ("RuleError", "rule"):
+        from . import _user_rules
 
-    return getattr(_user_rules, name)
+        return getattr(_user_rules, name)
+    value = None if _namesake is None else _namesake.describe(name)
+    if value is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return value

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._distribution import __version__, name_clash
+from ._distribution import FOLDER, __version__, name_clash, namesake
 from ._native import native, reason
 from ._operators import loaded_user_rules
 
@@ -10,7 +10,8 @@ from ._operators import loaded_user_rules
 def show_config() -> None:
     """Print what is in use: versions, compiled module, instruction sets, CUDA, rules and threads.
 
-    Without a compiled module, the reason is printed, such as ``EMERGING_OPTIMIZERS_JIT=0``.
+    Without a compiled module, the reason is printed, such as ``EMERGING_OPTIMIZERS_JIT=0``. If
+    NVIDIA's package is installed, too, it is printed which modules come from where.
 
     Example:
         >>> import emerging_optimizers
@@ -23,6 +24,12 @@ def show_config() -> None:
         threads: ...
     """
     print(f"emerging_optimizers {__version__}")
+    if namesake is not None:
+        print(f"distribution: emerging-optimizers-native, in {FOLDER}")
+        print(
+            f"NVIDIA's package: emerging-optimizers {namesake.version}, in {namesake.folder}:"
+            f" {', '.join(namesake.modules())}"
+        )
     if native is None:
         print(f"torch: {torch.__version__}")
         print(f"CPU instruction sets: none, falling back to PyTorch operations ({reason})")

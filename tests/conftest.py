@@ -14,8 +14,8 @@ else:
     )
     hypothesis.settings.load_profile("fixed")
 
-# It imports optional packages, so only the tests that use it do so.
-collect_ignore = ["megatron_core.py"]
+# Optional packages are imported by the tests that use them, and nvidia/ is a package to install.
+collect_ignore = ["megatron_core.py", "nvidia"]
 
 # Real GPUs only, not emulated devices.
 HAS_GPU = torch.cuda.is_available()

@@ -67,7 +67,8 @@ def build(output: Path) -> tuple[Path, Path]:
         source = Path(folder, "source")
         shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*MADE))
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
-        log = run(*command, cwd=source, EMERGING_OPTIMIZERS_NATIVE="1")
+        settings = {"EMERGING_OPTIMIZERS_NATIVE": "1", "EMERGING_OPTIMIZERS_ALLOW_CLASH": "1"}
+        log = run(*command, cwd=source, **settings)
         print(*sorted(set(re.findall(rf"^{PACKAGE}: .*", log, re.MULTILINE))), sep="\n")
         (sdist,) = Path(folder).glob("*.tar.gz")
         (built,) = Path(folder).glob("*.whl")

@@ -1,0 +1,3 @@
+from emerging_optimizers.soap.soap import SOAP
+
+__all__ = ["SOAP"]

@@ -1,0 +1,4 @@
+from emerging_optimizers import mixin
+from emerging_optimizers.package_info import __package_name__, __shortversion__, __version__
+
+__all__ = ["__package_name__", "__shortversion__", "__version__", "mixin"]

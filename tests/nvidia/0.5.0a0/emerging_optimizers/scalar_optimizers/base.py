@@ -1,0 +1,5 @@
+import torch
+
+
+class TwoMomentsOptimizer(torch.optim.Optimizer):
+    pass

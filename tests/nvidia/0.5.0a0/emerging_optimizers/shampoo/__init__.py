@@ -1,0 +1,3 @@
+from emerging_optimizers.shampoo.shampoo import Shampoo
+
+__all__ = ["Shampoo"]

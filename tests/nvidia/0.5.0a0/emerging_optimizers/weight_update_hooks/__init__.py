@@ -1,0 +1,3 @@
+from .base import WeightUpdateHook
+
+__all__ = ["WeightUpdateHook"]

@@ -1,0 +1,3 @@
+from emerging_optimizers.psgd.psgd import PSGDPro
+
+__all__ = ["PSGDPro"]
