@@ -1,6 +1,7 @@
 """Element-wise ("scalar") optimizers: update functions over tensors and lists, and optimizers."""
 
 from .._optimizer import ScalarOptimizer
+from . import update_functions as update_functions
 from .adam import Adam, AdamW, calculate_adam_update
 from .ademamix import AdEMAMix, calculate_ademamix_update
 from .laprop import LaProp, calculate_laprop_update
