@@ -180,10 +180,11 @@ def test_compiled(name: str, betas_type: type) -> None:
 @pytest.mark.parametrize("name", ["adam", "lion"])
 def test_exported(name: str) -> None:
     rule = RULES[name]
+    function, arguments = function_of(rule), keywords(rule, rule.usual)
 
     class Update(torch.nn.Module):
         def forward(self, operands: list[Tensor]) -> Any:
-            return function_of(rule)(*operands, **keywords(rule, rule.usual))
+            return function(*operands, **arguments)
 
     operands = list(make_operands(rule, (4, 3), MIXES["float32"]))
     eager = copy.deepcopy(operands)
