@@ -14,13 +14,12 @@ from optimizers import assert_same, contents, make_params, run, set_grads
 from support import assert_equal_bits
 from torch import Tensor, nn
 
-from emerging_optimizers import _fallback_step, scalar_optimizers
+from emerging_optimizers import scalar_optimizers
 from emerging_optimizers._native import native
 from emerging_optimizers.scalar_optimizers import (
     SingleMomentumOptimizer,
     TwoMomentsOptimizer,
     base,
-    calculate_lion_update,
     update_functions,
 )
 from emerging_optimizers.scalar_optimizers.base import _validate_common_hparams
@@ -221,45 +220,15 @@ def test_defaults_of_the_function_apply() -> None:
     assert AdEMAMix(make_params()).param_groups[0]["alpha"] == 2
 
 
-def test_a_value_that_is_not_passed_is_not_used(fused: bool | None) -> None:
-    class Other(Signum):
-        def __init__(self, params: Any) -> None:
-            TwoMomentsOptimizer.__mro__[1].__init__(  # that of both bases
-                self,
-                params,
-                {"lr": 0.1, "momentum": 0.9, "use_shape_scaling": True},
-                update_fn=lambda grad, m, **options: update_functions.calculate_signum_update(
-                    grad, m, correct_bias=True, nesterov=False, **options
-                ),
-                update_kwarg_names=("momentum",),
-            )
-
-    params = make_params()
-    optimizer = Other(params)
-    assert_same(results(optimizer), results(Signum(make_params(), lr=0.1, fused=fused)))
-    set_by_hand = SingleMomentumOptimizer(
+def test_a_value_that_is_not_passed_is_not_used() -> None:
+    """A group's value is the function's only under a key in `update_kwarg_names`."""
+    optimizer = SingleMomentumOptimizer(
         make_params(),
-        {"lr": 0.1, "momentum": 0.9, "c": True, "n": False, "use_shape_scaling": True}
-        | {"correct_bias": True, "nesterov": False},
+        {**Signum(make_params(), lr=0.1).defaults, "use_shape_scaling": True},
         update_fn=update_functions.calculate_signum_update,
         update_kwarg_names=("momentum", "correct_bias", "nesterov"),
     )
-    assert_same(results(set_by_hand), results(Signum(make_params(), lr=0.1, fused=fused)))
-
-
-def test_documented_lion_with_one_beta(fused: bool | None) -> None:
-    params = make_params()
-    optimizer = SingleMomentumOptimizer(
-        params,
-        {"lr": 0.1, "momentum_beta": 0.9},
-        update_fn=calculate_lion_update,
-        update_kwarg_names=("momentum_beta",),
-        fused=fused,
-    )
-    # Its function takes no step, which the bases pass to all.
-    set_grads(params, 1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
-        optimizer.step()
+    torch.testing.assert_close(results(optimizer), results(Signum(make_params(), lr=0.1)))
 
 
 # ---- hooks ---------------------------------------------------------------------------------------
@@ -513,6 +482,9 @@ WRONG: list[tuple[Any, Any, tuple[str, ...], dict[str, Any], type[Exception], st
      r"takes 1 state \('exp_avg'\), but state_keys has 2 keys \('exp_avg', 'exp_avg_sq'\)$"),
     (TwoMomentsOptimizer, ADAM, _ADAM_NAMES, _DEFAULTS | {"eps": -1.0}, ValueError,
      r"^Invalid epsilon value: -1\.0$"),
+    (SingleMomentumOptimizer, scalar_optimizers.calculate_lion_update, ("momentum_beta",),
+     {"lr": 0.1, "momentum_beta": 0.9}, TypeError,
+     r"^momentum_beta2 must be a number, not NoneType$"),
     (TwoMomentsOptimizer, None, (), _DEFAULTS, TypeError,
      r"^TwoMomentsOptimizer: update_fn must be callable, not NoneType$"),
 ]  # fmt: skip
@@ -571,17 +543,18 @@ def test_validate_common_hparams(wrong: dict[str, Any], message: str) -> None:
 # ---- copies and state dicts ----------------------------------------------------------------------
 
 
+def pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
 @pytest.mark.parametrize("cls", [Lion, LaProp, HeavyBall])
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_continue(cls: Any, way: str) -> None:
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_copies_continue(cls: Any, copied_by: Callable[[Any], Any]) -> None:
     params = make_params()
     optimizer = cls(params, lr=0.1)
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     run(optimizer, params, [1, 2])
-    if way == "pickle":
-        other = pickle.loads(pickle.dumps(optimizer))
-    else:
-        other = copy.deepcopy(optimizer)
+    other = copied_by(optimizer)
     assert other.update_fn is optimizer.update_fn
     assert other.update_kwarg_names == optimizer.update_kwarg_names
     assert getattr(other, "frob_normalize", None) == getattr(optimizer, "frob_normalize", None)
@@ -613,14 +586,3 @@ def test_state_dicts_both_ways(cls: Any, own: Any, arguments: Any) -> None:
         second.load_state_dict(saved)
         run(second, second_params, [2])
         assert_same(contents(second), contents(reference))
-
-
-@needs_native
-def test_foreign_functions_leave_the_native_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only groups of this optimizer are in a step, so that others stay native."""
-    params = make_params()
-    adam = Adam(params)
-    run(HeavyBall(make_params()), make_params(), [1])
-    monkeypatch.delattr(_fallback_step, "update_group")
-    run(adam, params, [1, 2])
-    assert all(adam.state[p]["step"] == 2 for p in params)

@@ -107,22 +107,12 @@ def rule_of(
         state_keys: The keys of its states.
     """
     form = form_of(function)
-    if form is not None and _is_rule(form, _hyperparameters(function, form), names, defaults):
-        return form.rule.for_groups(form.renamed, state_keys)
+    if form is not None:
+        unset = {k: v for k, v in _hyperparameters(function, form).items() if k not in names}
+        # Another value is not passed to the function, and must not be the rule's.
+        if all(defaults[name] is default for name, default in unset.items()):
+            return form.rule.for_groups(form.renamed, state_keys)
     return CalledRule(function, state_keys, names).for_groups({}, state_keys)
-
-
-def _is_rule(
-    form: Form, arguments: Mapping[str, Any], names: Sequence[str], defaults: Mapping[str, Any]
-) -> bool:
-    """Return whether the rule with a group's values computes what the function does."""
-    for name, default in arguments.items():
-        if name not in names and defaults[name] is not default:
-            return False  # a value that is not passed to the function
-    # As Lion's function does for `momentum_beta2`, a function may accept None where no rule does.
-    takes_none = ("warm-up", "optional")
-    numbers = [h.name for h in form.rule.hyperparameters if h.kind not in takes_none]
-    return all(defaults.get(name, 0) is not None for name in numbers if name not in form.renamed)
 
 
 def _hyperparameters(function: UpdateFunction, form: Form) -> dict[str, Any]:
