@@ -77,7 +77,7 @@ SHORT_TYPES = {
 
 def list_rules(app: Sphinx, page: str, source: list[str]) -> None:
     """Put directives for all functions, or all optimizers, where a page names these."""
-    for module in (scalar_optimizers, megatron):
+    for module in (scalar_optimizers, scalar_optimizers.update_functions, megatron):
         is_class = {name: isinstance(getattr(module, name), type) for name in module.__all__}
         classes = [n for n, is_it in is_class.items() if is_it and n not in DESCRIBED]
         functions = [n for n, is_it in is_class.items() if not is_it]
@@ -90,7 +90,7 @@ def list_rules(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 # Classes with members on their page, which names them itself.
-DESCRIBED = ("ScalarOptimizer", "MegatronMixin")
+DESCRIBED = ("ScalarOptimizer", "SingleMomentumOptimizer", "TwoMomentsOptimizer", "MegatronMixin")
 
 
 def setup(app: Sphinx) -> None:

@@ -1,6 +1,6 @@
 """What a class of optimizers declares: its rule, how it stores weights, how it counts steps."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -114,6 +114,10 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _grad(self, group: Mapping[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
         return param.grad
+
+    def _around_update(self, member: Member, update: Callable[[], None]) -> None:
+        """Run one parameter's update in the fallback step."""
+        update()
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group, which may be another optimizer's, with this optimizer's keys."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._base import BaseOptimizer, StepCall, StepScalars, hook_of, members_of
 from ._dtensor import increment_versions, is_dtensor
-from ._groups import SHAPE_SCALING, read_hyperparameters
+from ._groups import SHAPE_SCALING, read_hyperparameters, scales_by_shape
 from ._hooks import WeightHook, after_update, before_update
 from ._members import Member
 from ._rounding import element_indices, random_bits, round_stochastically, rounding_key
@@ -86,8 +86,8 @@ def _read_constants(
     rule = optimizer._rule_of(group)
     hyperparameters = read_hyperparameters(group, rule)
     # Done by `_update`: the formula would see the shape of a shard, or of pairs of real numbers.
-    scales_by_shape = hyperparameters.get(SHAPE_SCALING, False)
-    if scales_by_shape:
+    is_scaled = scales_by_shape(group, rule)
+    if is_scaled:
         hyperparameters[SHAPE_SCALING] = False
     lr = read(group["lr"], HYPERPARAMETER)
     weight_decay = read(group["weight_decay"], HYPERPARAMETER)
@@ -95,7 +95,7 @@ def _read_constants(
     return _GroupConstants(
         hyperparameters=hyperparameters,
         has_step="step" in rule.rule.hyperparameter_names,
-        scales_by_shape=scales_by_shape,
+        scales_by_shape=is_scaled,
         lr=lr,
         grad_factor=_grad_factor(group, scalars),
         l2=weight_decay if method == "l2" else 0.0,
@@ -118,10 +118,24 @@ def _grad_factor(group: dict[str, Any], scalars: StepScalars) -> float:
 def _update(
     optimizer: BaseOptimizer, member: Member, constants: _GroupConstants, position: int
 ) -> None:
-    param, state, rule = member.param, member.state, member.rule.rule
-    counter = state["step"]
+    counter = member.state["step"]
     counter += 1
     step = int(read(counter, 1))
+
+    def update() -> None:
+        _update_at(step, optimizer, member, constants, position)
+
+    optimizer._around_update(member, update)
+
+
+def _update_at(
+    step: int,
+    optimizer: BaseOptimizer,
+    member: Member,
+    constants: _GroupConstants,
+    position: int,
+) -> None:
+    param, state, rule = member.param, member.state, member.rule.rule
     stored = optimizer._masters.read(member)
     states = [state[name] for name in member.rule.state_names]
     grad = placed_like(member.grad, param)

@@ -27,7 +27,7 @@ SHAPE_SCALING = "use_shape_scaling"
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
 
 # What torch.optim's errors call them.
-_TITLES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+TITLES = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
 
 _OPTIONAL_FLAGS = ("fused", "foreach")
 _FLAGS = (
@@ -60,15 +60,19 @@ def read_hyperparameters(group: Mapping[str, Any], rule: GroupRule) -> dict[str,
 
 def scales_by_shape(group: Mapping[str, Any], rule: GroupRule) -> bool:
     """Return whether the update of a matrix is scaled by its shape."""
-    if SHAPE_SCALING not in rule.rule.hyperparameter_names:
-        return False
-    return bool(read_hyperparameters(group, rule)[SHAPE_SCALING])
+    pairs = zip(rule.rule.hyperparameters, rule.keys, strict=True)
+    return any(
+        bool(read_hyperparameter(group, key, wanted))
+        for wanted, key in pairs
+        if wanted.name == SHAPE_SCALING and wanted.kind == "flag"
+    )
 
 
 def find_unknown_numbers(group: Mapping[str, Any], rule: GroupRule) -> list[tuple[str, Any]]:
     """Return the hyperparameters that are tensors without a value, such as ``betas[0]``."""
     unknown = []
-    for key in ("lr", "weight_decay", *rule.keys):
+    pairs = zip(rule.rule.hyperparameters, rule.keys, strict=True)
+    for key in ("lr", "weight_decay", *(key for wanted, key in pairs if wanted.kind != "any")):
         name = key if isinstance(key, str) else key[0]
         value = group[name]
         if type(value) in (float, int, bool):
@@ -102,7 +106,7 @@ def check_group(
         _check_lr(group[name], is_new)
         name = "weight_decay"
         if not is_in_domain(read_number(name, group[name]), NonNegative):
-            raise ValueError(f"Invalid {_TITLES[name]}: {group[name]}")
+            raise ValueError(f"Invalid {TITLES[name]}: {group[name]}")
         name = "weight_decay_method"
         _check_method(group[name])
         for wanted, key in zip(rule.hyperparameters, keys, strict=True):
@@ -182,11 +186,11 @@ def _check_hyperparameter(
     wanted: Hyperparameter,
     value: Any,
 ) -> None:
-    if wanted.kind == "flag" or value is None:
+    if wanted.kind in ("flag", "any") or value is None:
         return
     if isinstance(key, str) and wanted.kind != "numbers":
         if not is_in_domain(value, wanted.domain):
-            raise ValueError(f"Invalid {_TITLES.get(key, key)}: {group[key]}")
+            raise ValueError(f"Invalid {TITLES.get(key, key)}: {group[key]}")
         return
     name, first = (key, 0) if isinstance(key, str) else key[:2]
     for i, number in enumerate(value if isinstance(value, tuple) else (value,), first):
@@ -204,7 +208,7 @@ def _check_lr(lr: Any, is_new: bool) -> None:
             return  # no step waits for a device's number
         value = whole(lr)
     if not is_in_domain(read_number("lr", value), NonNegative if is_new else LearningRate):
-        raise ValueError(f"Invalid {_TITLES['lr']}: {lr}")
+        raise ValueError(f"Invalid {TITLES['lr']}: {lr}")
 
 
 def _check_method(method: Any) -> None:

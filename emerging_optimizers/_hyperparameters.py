@@ -34,7 +34,7 @@ class Hyperparameter(NamedTuple):
     """A hyperparameter, as a formula's signature describes it."""
 
     name: str
-    kind: Literal["flag", "step", "warm-up", "number", "optional", "numbers"]
+    kind: Literal["flag", "step", "warm-up", "number", "optional", "numbers", "any"]
     domain: Any = None
     length: int = 1
 
@@ -56,6 +56,8 @@ class Hyperparameter(NamedTuple):
 
     def read(self, name: str, value: Any) -> Any:
         """Return a value as the formula takes it; for all kinds but ``step``."""
+        if self.kind == "any":
+            return value  # of a function that checks it by itself
         if self.kind == "flag":
             return read_flag(name, value)
         if self.kind == "numbers":

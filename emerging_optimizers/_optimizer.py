@@ -9,9 +9,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from ._base import BaseOptimizer, hook_of
+from ._base import BaseOptimizer, hook_of, members_of
 from ._checkpoint import before_load, finish_state_dict, settle
 from ._groups import check_group, flags_of, read_group_flag
+from ._states import complete
 from ._step import run_step
 
 # Every step asks: without looking up modules.
@@ -129,6 +130,17 @@ class ScalarOptimizer(BaseOptimizer):
         hook = hook_of(self, group)
         if hook is not None:
             hook.check_group(self, group)
+
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
+        """Create the missing states of a group's parameters, for code that sets their values.
+
+        Args:
+            group: One of the optimizer's groups.
+            skip_non_grad_params: Leave out parameters without a gradient.
+        """
+        for member in members_of(self, group):
+            if not skip_non_grad_params or member.grad is not None:
+                complete(self, member)
 
     # ---- the step --------------------------------------------------------------------------------
 

@@ -72,12 +72,18 @@ _PUBLIC = "an import and an entry of __all__ in emerging_optimizers/scalar_optim
 _ORACLE = "a formula in tests/float64_rules.py and a row in the table of tests/oracle.py"
 LISTINGS = {
     "modules": Listing(
-        lambda: _stems("emerging_optimizers/scalar_optimizers/[!_]*.py"),
+        lambda: _stems("emerging_optimizers/scalar_optimizers/[!_]*.py") - {"base"},
         NAMES,
         "emerging_optimizers/scalar_optimizers/<stem>.py, with a class under @register_optimizer;"
         f" and {_PUBLIC}",
     ),
     "functions": Listing(lambda: _functions_in(scalar_optimizers), FUNCTIONS, _PUBLIC),
+    "keyword-only functions": Listing(
+        lambda: _functions_in(scalar_optimizers.update_functions),
+        FUNCTIONS,
+        "an import and an entry of __all__ in"
+        " emerging_optimizers/scalar_optimizers/update_functions/__init__.py",
+    ),
     "classes": Listing(lambda: _classes_in(scalar_optimizers), set(CLASSES), _PUBLIC),
     "top-level classes": Listing(lambda: _classes_in(emerging_optimizers), set(CLASSES), _PUBLIC),
     "classes for Megatron": Listing(

@@ -11,6 +11,7 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
+    every_variant,
     make_grads,
     make_params,
     run,
@@ -69,6 +70,30 @@ def test_states_of_megatron_stay_where_they_are(cls: Any, make: Any, fused: bool
     before = places(optimizer)
     run(optimizer, params, [2, 3])
     assert places(optimizer) == before
+
+
+@ways
+@every_variant
+def test_init_group_makes_the_states_of_the_first_step(setup: Setup, fused: bool | None) -> None:
+    params = make_params(dtype=BF16)
+    optimizer = setup.make(params, fused=fused, master_weights=True)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer._init_group(optimizer.param_groups[0])
+    assert list(optimizer.state) == [params[0]]
+    optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
+    before = places(optimizer)
+    assert list(optimizer.state) == params
+    for param, state in optimizer.state.items():
+        assert sorted(state) == sorted(["step", *setup.states, "master_param"])
+        assert state["step"] == 0
+        assert torch.equal(state["master_param"], param.float())
+        assert not any(state[name].any() for name in setup.states)
+    run(optimizer, params, [1, 2])
+    assert places(optimizer) == before  # existing states stay
+    other_params = make_params(dtype=BF16)
+    other = setup.make(other_params, fused=fused, master_weights=True)
+    run(other, other_params, [1, 2])
+    assert_same(contents(optimizer), contents(other))
 
 
 def _count(optimizer: Any) -> None:

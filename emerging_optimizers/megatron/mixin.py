@@ -218,10 +218,8 @@ class MegatronMixin(ScalarOptimizer):
         store(value, unscaled_state)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
-        """Create the missing states of a group's parameters."""
-        for member in members_of(self, group):
-            if not skip_non_grad_params or member.grad is not None:
-                complete(self, member)
+        """Create the missing states of a group's parameters, with or without a gradient."""
+        super()._init_group(group, skip_non_grad_params)
 
     def _place_of(self, param: Tensor) -> tuple[dict[str, Any], int]:
         for group in self.param_groups:

@@ -1,8 +1,10 @@
 """Element-wise ("scalar") optimizers: update functions over tensors and lists, and optimizers."""
 
 from .._optimizer import ScalarOptimizer
+from . import update_functions as update_functions
 from .adam import Adam, AdamW, calculate_adam_update
 from .ademamix import AdEMAMix, calculate_ademamix_update
+from .base import SingleMomentumOptimizer, TwoMomentsOptimizer
 from .laprop import LaProp, calculate_laprop_update
 from .lion import Lion, calculate_lion_update
 from .madam import MAdam, calculate_madam_update
@@ -21,6 +23,8 @@ __all__ = [
     "ScalarOptimizer",
     "Signum",
     "SimplifiedAdEMAMix",
+    "SingleMomentumOptimizer",
+    "TwoMomentsOptimizer",
     "calculate_adam_update",
     "calculate_ademamix_update",
     "calculate_laprop_update",

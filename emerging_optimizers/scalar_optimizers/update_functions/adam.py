@@ -1,0 +1,60 @@
+"""Adam's update function, with keyword-only hyperparameters."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..adam import Adam, _call
+from ._names import in_own_terms
+
+
+def calculate_adam_update(
+    grad: Tensor | Sequence[Tensor],
+    exp_avg: Tensor | Sequence[Tensor],
+    exp_avg_sq: Tensor | Sequence[Tensor],
+    *,
+    betas: Sequence[float],
+    eps: float,
+    correct_bias: bool,
+    nesterov: bool,
+    step: int | float | Tensor,
+    out: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor | list[Tensor]:
+    """Update Adam's states in place and return the update.
+
+    See :func:`~emerging_optimizers.scalar_optimizers.calculate_adam_update` for the formula,
+    shapes, dtypes and errors.
+
+    Args:
+        grad: Gradient, or a sequence of gradients.
+        exp_avg: Average of the gradient. Modified in place.
+        exp_avg_sq: Average of the squared gradient. Modified in place.
+        betas: Decay rates of the two averages, each in [0, 1).
+        eps: Added to the denominator; not negative.
+        correct_bias: Apply bias correction: divide each average by ``1 - beta**step``.
+        nesterov: Use Nesterov momentum, as NAdam does, but without its schedule.
+        step: Step number, counted from 1.
+        out: Receives the updates and is returned.
+
+    Returns:
+        The update; a list of updates where `grad` is a sequence.
+
+    Example:
+        >>> import torch
+        >>> from emerging_optimizers.scalar_optimizers.update_functions import (
+        ...     calculate_adam_update,
+        ... )
+        >>> calculate_adam_update(
+        ...     torch.tensor([1.0, -2.0, 0.0]), torch.zeros(3), torch.zeros(3),
+        ...     betas=(0.9, 0.999), eps=1e-8, correct_bias=True, nesterov=False, step=1,
+        ... )
+        tensor([ 1., -1.,  0.])
+
+    Reference:
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization",
+        https://arxiv.org/abs/1412.6980.
+    """
+    try:
+        return _call(grad, exp_avg, exp_avg_sq, betas, correct_bias, nesterov, step, eps, out)
+    except (TypeError, ValueError) as error:
+        raise in_own_terms(error, Adam._renamed) from None
