@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
+from ._distribution import namesake
 from ._optimizer import ScalarOptimizer
 
 _OptimizerClass = TypeVar("_OptimizerClass", bound=type[Optimizer])
 
 # By lower-case name. The optimizers of this package register themselves.
 _CLASSES: dict[str, type[Optimizer]] = {}
-# Megatron-Core makes these itself. It would pass their parameters to another optimizer, such as
-# Muon, if they were listed.
+# Beside NVIDIA's package, Megatron-Core reads the list. It makes these optimizers itself, and if they
+# were listed, it would pass their parameters to another optimizer, such as Muon.
 _MEGATRON_NAMES = ("adam", "sgd")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -59,17 +60,18 @@ def get_optimizer_names() -> list[str]:
 
 
 def get_optimizer_name_list() -> list[str]:
-    """Return the registered names, except those that Megatron-Core has for its own optimizers.
+    """Return the registered names, as the function of NVIDIA's package does.
 
-    This is the function of NVIDIA's package. Megatron-Core makes all optimizers of this list
-    available, and "adam" and "sgd" itself. Use :func:`get_optimizer_names` for all names.
+    Beside that package, "adam" and "sgd" are left out: Megatron-Core makes every optimizer of this
+    list available, and these two itself. :func:`get_optimizer_names` always returns all names.
 
     Example:
         >>> from emerging_optimizers.registry import get_optimizer_name_list
-        >>> "lion" in get_optimizer_name_list(), "adam" in get_optimizer_name_list()
-        (True, False)
+        >>> "lion" in get_optimizer_name_list()
+        True
     """
-    return [name for name in get_optimizer_names() if name not in _MEGATRON_NAMES]
+    left_out = () if namesake is None else _MEGATRON_NAMES
+    return [name for name in get_optimizer_names() if name not in left_out]
 
 
 def get_optimizer_cls(name: str) -> type[Optimizer]:

@@ -17,6 +17,8 @@ NAMES = {
     "ademamix": "AdEMAMix",
     "laprop": "LaProp",
     "lion": "Lion",
+    "madam": "MAdam",
+    "rmsprop": "RMSprop",
     "signum": "Signum",
     "sim_ademamix": "SimplifiedAdEMAMix",
 }
@@ -65,12 +67,15 @@ def test_upper_and_lower_case() -> None:
 
 
 @pytest.mark.usefixtures("_registry")
-def test_lists_of_names() -> None:
+def test_lists_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron-Core makes every listed optimizer available, beside its own "adam" and "sgd"."""
     register_optimizer("sgd")(torch.optim.SGD)
     names = registry.get_optimizer_names()
     assert names == sorted(names)
     assert set(NAMES) <= set(names)
+    monkeypatch.setattr(registry, "namesake", None)
+    assert registry.get_optimizer_name_list() == names
+    monkeypatch.setattr(registry, "namesake", "NVIDIA's package")
     assert set(names) - set(registry.get_optimizer_name_list()) == {"adam", "sgd"}
 
 
