@@ -97,6 +97,8 @@ _TUNED = {
     ),
     "laprop": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "lion": Rule(8e-4, lambda steps: {"betas": (0.9, 0.98)}),
+    "madam": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
+    "rmsprop": Rule(1e-3),
     "signum": Rule(8e-4, lambda steps: {"momentum": 0.9, "nesterov": True}),
     "sim_ademamix": Rule(
         4e-4,
