@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <random>
 #include <utility>
@@ -54,6 +55,20 @@ constexpr size_t num_with_master() {
   return Epilogue::kOperands != 0 ? static_cast<size_t>(kNumOperandsOf<Rule, Epilogue>) : 0;
 }
 
+// Makes a `grad_avg` so small that the variance of a centered rule is positive: the bits of a NaN
+// are not promised.
+template <class Rule>
+void make_variance_positive(std::vector<Buffer>& operands) {
+  if constexpr (emopt::kNumStates<Rule> > 1) {
+    for (size_t k = 1; k < emopt::kNumStates<Rule>; ++k) {
+      if (std::strcmp(Rule::kStates[k], "grad_avg") != 0) continue;
+      const Buffer& square = operands[emopt::kFirstState];
+      Buffer& average = operands[emopt::kFirstState + k];
+      for (int64_t i = 0; i < average.numel(); ++i) average.put(i, std::sqrt(square.get(i)) / 2);
+    }
+  }
+}
+
 // Rows, and the expected contents of their operands.
 template <class Rule, class Epilogue>
 struct Rows {
@@ -65,6 +80,7 @@ struct Rows {
   void add(std::vector<Buffer> row_operands, const Rule& rule, double step,
            const Epilogue& epilogue, int8_t device = emopt::kHost, float* counter = nullptr) {
     const size_t r = operands.size();
+    make_variance_positive<Rule>(row_operands);
     operands.push_back(std::move(row_operands));
     expected.push_back(operands.back());
     auto row = row_of<kOperands>(operands.back(), r % 2 == 0 ? 1.0 : 0.3);

@@ -47,21 +47,25 @@ struct UsualRule {
     return kBetas[num_betas_++ % 3];
   }
   void set(emopt::StepArgument) {}
-  void set(const emopt::Hyperparameter<Rule, double>& number) {
+  // `Owner` is the rule, or a base of it.
+  template <class Owner>
+  void set(const emopt::Hyperparameter<Owner, double>& number) {
     using emopt::Domain;
-    rule.*number.member = number.domain == Domain::kBeta  ? next_beta()
-                          : number.domain == Domain::kAny ? 2.0
-                                                          : 1e-8;
+    rule.*number.member = number.domain == Domain::kBeta          ? next_beta()
+                          : number.domain == Domain::kNonNegative ? 1e-8
+                                                                  : 2.0;
   }
-  template <size_t kLength>
-  void set(const emopt::Hyperparameter<Rule, double[kLength]>& numbers) {
+  template <class Owner, size_t kLength>
+  void set(const emopt::Hyperparameter<Owner, double[kLength]>& numbers) {
     for (double& value : rule.*numbers.member) value = next_beta();
   }
-  void set(const emopt::Hyperparameter<Rule, bool>& flag) {
+  template <class Owner>
+  void set(const emopt::Hyperparameter<Owner, bool>& flag) {
     if (num_flags++ == 0) first_flag_ = flag.member;
     rule.*flag.member = is_on_;
   }
-  void set(const emopt::Hyperparameter<Rule, int64_t>& warmup) {
+  template <class Owner>
+  void set(const emopt::Hyperparameter<Owner, int64_t>& warmup) {
     rule.*warmup.member = is_on_ ? 10 * ++num_warmups : 0;
   }
 };
