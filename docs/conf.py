@@ -72,6 +72,7 @@ def shorten_signature(
 SHORT_TYPES = {
     stringify_annotation(ParamsT, "smart"): "ParamsT",
     ": ~typing_extensions.Unpack[~emerging_optimizers._optimizer.SharedOptions]": "",
+    ": ~typing_extensions.Unpack[~emerging_optimizers.scalar_optimizers.rmsprop._Options]": "",
 }
 
 

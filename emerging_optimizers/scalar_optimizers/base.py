@@ -113,16 +113,19 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
     def _build_rule(self, group: Mapping[str, Any]) -> GroupRule:
         return self._rule_of(group)  # no rule is built
 
-    def _overrides(self, name: str) -> bool:
-        """Return whether the class, or the optimizer itself, has a method of its own."""
-        inherited: Any = getattr(_UpdateFunctionOptimizer, name)
-        return getattr(type(self), name) is not inherited or name in vars(self)
-
     def _has_hooks(self) -> bool:
-        return self._overrides("pre_step_inplace") or self._overrides("post_step_inplace")
+        """Return whether the class, or the optimizer itself, has hooks of its own."""
+        cls, base, own = type(self), _UpdateFunctionOptimizer, self.__dict__
+        return (
+            cls.pre_step_inplace is not base.pre_step_inplace
+            or cls.post_step_inplace is not base.post_step_inplace
+            or "pre_step_inplace" in own
+            or "post_step_inplace" in own
+        )
 
     def _check_masters(self, group: Mapping[str, Any]) -> None:
-        if group["master_weights"] and self._has_hooks():
+        """Raise for a group with masters, if there are hooks."""
+        if group["master_weights"]:
             raise ValueError(
                 f"{type(self).__name__} overrides pre_step_inplace or post_step_inplace, which"
                 " cannot be combined with master_weights=True: the parameter would be overwritten"
@@ -133,14 +136,15 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing keys take the defaults."""
-        if isinstance(param_group, dict):
+        if isinstance(param_group, dict) and self._has_hooks():
             self._check_masters({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
-        for group in self.param_groups:
-            self._check_masters(group)
-        if self._overrides("_init_group"):
+        if self._has_hooks():
+            for group in self.param_groups:
+                self._check_masters(group)
+        if type(self)._init_group is not _INIT_GROUP or "_init_group" in self.__dict__:
             with torch.no_grad():
                 for group in self.param_groups:
                     self._init_group(group)
@@ -174,6 +178,9 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             names, defaults = self.update_kwarg_names, self.defaults
             self._called = rule_of(self.update_fn, names, defaults, self._state_names)
         super().__setstate__(state)
+
+
+_INIT_GROUP = ScalarOptimizer._init_group
 
 
 class SingleMomentumOptimizer(_UpdateFunctionOptimizer):
