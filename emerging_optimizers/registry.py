@@ -14,7 +14,7 @@ _OptimizerClass = TypeVar("_OptimizerClass", bound=type[Optimizer])
 
 # By lower-case name. The optimizers of this package register themselves.
 _CLASSES: dict[str, type[Optimizer]] = {}
-# Beside NVIDIA's package, Megatron-Core reads the list. It makes these optimizers itself, and if they
+# Beside NVIDIA's package, Megatron-Core reads the list. It makes these optimizers itself. If they
 # were listed, it would pass their parameters to another optimizer, such as Muon.
 _MEGATRON_NAMES = ("adam", "sgd")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

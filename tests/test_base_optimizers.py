@@ -547,6 +547,7 @@ def pickled(optimizer: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("cls", [Lion, LaProp, HeavyBall])
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_copies_continue(cls: Any, copied_by: Callable[[Any], Any]) -> None:

@@ -157,6 +157,7 @@ def test_errors_about_tensors_are_those_of_the_documented_function(rule: Rule) -
     assert messages[0] == messages[1]
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["adam", "lion", "signum"])
 @pytest.mark.parametrize("betas_type", [tuple, list])
 def test_compiled(name: str, betas_type: type) -> None:
@@ -177,6 +178,7 @@ def test_compiled(name: str, betas_type: type) -> None:
         assert_equal_bits(a, b, name)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["adam", "lion"])
 def test_exported(name: str) -> None:
     rule = RULES[name]
