@@ -62,9 +62,9 @@ FAULTS = {
             r"LDG\.E of .*, less than a vector",
         ),
         (
-            "csrc/rules/adam.h",
-            "exp_avg_hat / (square_root(exp_avg_sq) + eps);",
-            "__fdividef(exp_avg_hat, square_root(exp_avg_sq) + eps);",
+            "csrc/rules/laprop.h",
+            "rescale * grad / (square_root(exp_avg_sq) + eps);",
+            "__fdividef(rescale * grad, square_root(exp_avg_sq) + eps);",
             r"PTX, .*div\.approx.* of .*, contracted or not exactly rounded",
         ),
     ),
@@ -88,10 +88,10 @@ FAULTS = {
     ),
     "no kernels": (
         (
-            "csrc/units/adam_cuda.cu",
-            "EMOPT_CUDA_RULE(Adam)\n",
+            "csrc/units/laprop_cuda.cu",
+            "EMOPT_CUDA_RULE(LaProp)\n",
             "",
-            "Adam ApplyUpdate float32 4096: no such kernel",
+            "LaProp ApplyUpdate float32 4096: no such kernel",
         ),
     ),
 }
@@ -111,7 +111,7 @@ def test_planted_faults_are_found(faults: tuple[tuple[str, ...], ...], tmp_path:
     for file, old, new, _ in faults:
         plant(tmp_path / file, old, new)
     command = [sys.executable, str(ROOT / "tools" / "cuda_check.py"), "--root", str(tmp_path)]
-    command += ["--rules", "adam", "--architectures", "sm_90"]
+    command += ["--rules", "laprop", "--architectures", "sm_90"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "make cuda-check` installs it" in done.stderr:
         pytest.skip("needs a CUDA compiler: make cuda-check installs it")

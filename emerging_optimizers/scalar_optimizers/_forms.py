@@ -88,31 +88,43 @@ def complete_defaults(
     for name, default in arguments.items():
         if name not in names and default is inspect.Parameter.empty:
             raise TypeError(f"{form.rule.title} needs {name!r}, which update_kwarg_names lacks")
-    unset = {name: value for name, value in arguments.items() if name not in names}
-    return unset | dict(defaults)
+    return _not_passed(function, form, names) | dict(defaults)
 
 
-def rule_of(
-    function: UpdateFunction,
-    names: Sequence[str],
-    defaults: Mapping[str, Any],
-    state_keys: tuple[str, ...],
-) -> GroupRule:
-    """Return an update function as parameter groups store a rule.
+class FunctionRules:
+    """An update function as parameter groups store a rule.
 
     Args:
         function: The function.
         names: The keys of its hyperparameters in a group.
-        defaults: What `complete_defaults` returned.
         state_keys: The keys of its states.
     """
-    form = form_of(function)
-    if form is not None:
-        unset = {k: v for k, v in _hyperparameters(function, form).items() if k not in names}
-        # Another value is not passed to the function, and must not be the rule's.
-        if all(defaults[name] is default for name, default in unset.items()):
-            return form.rule.for_groups(form.renamed, state_keys)
-    return CalledRule(function, state_keys, names).for_groups({}, state_keys)
+
+    def __init__(
+        self, function: UpdateFunction, names: Sequence[str], state_keys: tuple[str, ...]
+    ) -> None:
+        form = form_of(function)
+        self._by_function = CalledRule(function, state_keys, names).for_groups({}, state_keys)
+        self._by_rule = None
+        self._not_passed: dict[str, Any] = {}
+        if form is not None:
+            self._by_rule = form.rule.for_groups(form.renamed, state_keys)
+            self._not_passed = _not_passed(function, form, names)
+
+    def of(self, group: Mapping[str, Any]) -> GroupRule:
+        """Return a group's rule: the function's own if it is one of this package."""
+        for name, default in self._not_passed.items():
+            value = group.get(name, default)
+            # Another value is not passed to the function, and must not be the rule's.
+            if value is not default and (isinstance(value, Tensor) or value != default):
+                return self._by_function
+        return self._by_function if self._by_rule is None else self._by_rule
+
+
+def _not_passed(function: UpdateFunction, form: Form, names: Sequence[str]) -> dict[str, Any]:
+    """Return the hyperparameters that groups do not pass to a function, with their defaults."""
+    arguments = _hyperparameters(function, form)
+    return {name: default for name, default in arguments.items() if name not in names}
 
 
 def _hyperparameters(function: UpdateFunction, form: Form) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from .._hyperparameters import Beta, NonNegative, is_in_domain, read_number
 from .._members import Member, blame
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import GroupRule
-from ._forms import InvalidUpdateError, UpdateFunction, complete_defaults, rule_of
+from ._forms import FunctionRules, InvalidUpdateError, UpdateFunction, complete_defaults
 
 
 def _validate_common_hparams(
@@ -66,7 +66,6 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             raise TypeError(f"{name}: update_fn must be callable, not {type(update_fn).__name__}")
         self.update_fn = update_fn
         self.update_kwarg_names = tuple(update_kwarg_names)
-        self.weight_decay_method = weight_decay_method
         for key in ("lr", *self.update_kwarg_names):
             if key not in defaults:
                 source = "" if key == "lr" else ", which update_kwarg_names has"
@@ -79,7 +78,8 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             raise blame(error, name) from None
         complete.setdefault("weight_decay", 0.0)
         complete.setdefault("weight_decay_method", weight_decay_method)
-        self._called = rule_of(update_fn, self.update_kwarg_names, complete, self._state_names)
+        self.weight_decay_method = complete["weight_decay_method"]
+        self._rules = FunctionRules(update_fn, self.update_kwarg_names, self._state_names)
         super().__init__(params, complete, options)
 
     # ---- for subclasses --------------------------------------------------------------------------
@@ -107,8 +107,8 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
     # ---- the rule --------------------------------------------------------------------------------
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
-        called = self._called
-        return called._replace(native=None) if self._has_hooks() else called
+        rule = self._rules.of(group)
+        return rule._replace(native=None) if self._has_hooks() else rule
 
     def _build_rule(self, group: Mapping[str, Any]) -> GroupRule:
         return self._rule_of(group)  # no rule is built
@@ -165,7 +165,7 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: in contrast to ``torch.optim``, all attributes."""
-        dropped = {"_called", "step", "_opt_called", *vars(torch.optim.Optimizer([Tensor()], {}))}
+        dropped = {"_rules", "step", "_opt_called", *vars(torch.optim.Optimizer([Tensor()], {}))}
         own = {name: value for name, value in vars(self).items() if name not in dropped}
         return {**own, **super().__getstate__()}
 
@@ -175,8 +175,8 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             vars(self).update(
                 {k: v for k, v in state.items() if k not in ("state", "param_groups")}
             )
-            names, defaults = self.update_kwarg_names, self.defaults
-            self._called = rule_of(self.update_fn, names, defaults, self._state_names)
+            names = self.update_kwarg_names
+            self._rules = FunctionRules(self.update_fn, names, self._state_names)
         super().__setstate__(state)
 
 
