@@ -587,21 +587,3 @@ def test_state_dicts_both_ways(cls: Any, own: Any, arguments: Any) -> None:
         second.load_state_dict(saved)
         run(second, second_params, [2])
         assert_same(contents(second), contents(reference))
-
-
-@pytest.mark.parametrize("is_default", [True, False])
-def test_values_that_are_not_passed(is_default: bool) -> None:
-    """A key that `update_kwarg_names` lacks has no effect, in defaults or in a group."""
-    found = []
-    for given in ({}, {"use_shape_scaling": True}):
-        params = make_params(((4, 4),))
-        defaults = {"lr": 0.1, "momentum": 0.9, "correct_bias": True, "nesterov": False}
-        optimizer = SingleMomentumOptimizer(
-            [{"params": params, **({} if is_default else given)}],
-            defaults | (given if is_default else {}),
-            update_fn=update_functions.calculate_signum_update,
-            update_kwarg_names=("momentum", "correct_bias", "nesterov"),
-        )
-        run(optimizer, params, [1, 2])
-        found.append(contents(optimizer))
-    assert_same(*found)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from emerging_optimizers import _rule, _step
 from emerging_optimizers._rule import GroupRule
-from emerging_optimizers.scalar_optimizers import Adam, AdEMAMix, LaProp, Lion, ScalarOptimizer
+from emerging_optimizers.scalar_optimizers import (
+    Adam,
+    AdEMAMix,
+    LaProp,
+    Lion,
+    ScalarOptimizer,
+    SingleMomentumOptimizer,
+    update_functions,
+)
 
 pytestmark = pytest.mark.on_devices("tests-states")
 
@@ -240,3 +248,21 @@ def test_state_dtype_of_a_group() -> None:
     wrong = {"params": make_params(SHAPES), "rule": "lion", "state_dtype": dtypes}
     with pytest.raises(ValueError, match="has no state 'exp_avg_slow'; it has 'exp_avg'"):
         optimizer.add_param_group(wrong)
+
+
+@pytest.mark.parametrize("is_default", [True, False])
+def test_values_that_are_not_passed(is_default: bool) -> None:
+    """A key that `update_kwarg_names` lacks has no effect, in defaults or in a group."""
+    found = []
+    for given in ({}, {"use_shape_scaling": True}):
+        params = make_params(((4, 4),))
+        defaults = {"lr": 0.1, "momentum": 0.9, "correct_bias": True, "nesterov": False}
+        optimizer = SingleMomentumOptimizer(
+            [{"params": params, **({} if is_default else given)}],
+            defaults | (given if is_default else {}),
+            update_fn=update_functions.calculate_signum_update,
+            update_kwarg_names=("momentum", "correct_bias", "nesterov"),
+        )
+        run(optimizer, params, [1, 2])
+        found.append(contents(optimizer))
+    assert_same(*found)
