@@ -11,7 +11,7 @@ def show_config() -> None:
     """Print what is in use: versions, compiled module, instruction sets, CUDA, rules and threads.
 
     Without a compiled module, the reason is printed, such as ``EMERGING_OPTIMIZERS_JIT=0``. If
-    NVIDIA's package is installed, too, it is printed which modules come from where.
+    NVIDIA's package is in use, its version, folder and modules are printed as well.
 
     Example:
         >>> import emerging_optimizers

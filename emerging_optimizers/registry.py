@@ -62,8 +62,8 @@ def get_optimizer_names() -> list[str]:
 def get_optimizer_name_list() -> list[str]:
     """Return the registered names, as the function of NVIDIA's package does.
 
-    Beside that package, "adam" and "sgd" are left out: Megatron-Core makes every optimizer of this
-    list available, and these two itself. :func:`get_optimizer_names` always returns all names.
+    Where NVIDIA's package is in use, "adam" and "sgd" are omitted: Megatron-Core has its own, and
+    takes all others from this list. :func:`get_optimizer_names` always returns all names.
 
     Example:
         >>> from emerging_optimizers.registry import get_optimizer_name_list

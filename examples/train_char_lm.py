@@ -82,7 +82,8 @@ class Rule:
 # A run is short, so second moments forget within 100 steps and slow moments within 70; the 0.999
 # and 0.9999 of long runs would still be warming up at its end. The learning rates follow from an
 # update's typical size: below 1 for Adam and LaProp, 1 for signs, up to 1 + alpha for both AdEMAMix
-# rules. At 160 steps, sim_ademamix with 1e-3 stays near the unigram's loss.
+# rules, up to 10 for RMSprop with momentum. At 160 steps, sim_ademamix with 1e-3 stays near the
+# unigram's loss.
 _TUNED = {
     "adopt": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "adam": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
@@ -98,7 +99,7 @@ _TUNED = {
     "laprop": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
     "lion": Rule(8e-4, lambda steps: {"betas": (0.9, 0.98)}),
     "madam": Rule(2e-3, lambda steps: {"betas": (0.9, 0.99)}),
-    "rmsprop": Rule(1e-3),
+    "rmsprop": Rule(5e-4, lambda steps: {"alpha": 0.95, "momentum": 0.9}),
     "signum": Rule(8e-4, lambda steps: {"momentum": 0.9, "nesterov": True}),
     "sim_ademamix": Rule(
         4e-4,

@@ -88,6 +88,22 @@ def test_groups_have_the_keys_of_transformer_engine() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 1e-3, 1e-3]
 
 
+def test_amsgrad() -> None:
+    params, others = make_params(F32), make_params(F32)
+    optimizer = FusedAdam(params, lr=0.1, weight_decay=0.1, amsgrad=True, exp_avg_sq_dtype=F32)
+    other = scalar_optimizers.AdamW(others, lr=0.1, weight_decay=0.1, amsgrad=True)
+    for step in (1, 2, 3):
+        for made, tensors in ((optimizer, params), (other, others)):
+            for param, grad in zip(tensors, make_grads(tensors, step), strict=True):
+                param.grad = grad / step  # so that averages of squares fall
+            made.step()
+    assert_same(params, others)
+    state = optimizer.state[params[0]]
+    assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
+    plain = FusedAdam(make_params(F32))
+    assert "max_exp_avg_sq" not in plain.param_groups[0]["state_dtype"]
+
+
 @pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.float64])
 def test_unsupported_dtypes_are_named(name: str, dtype: torch.dtype) -> None:

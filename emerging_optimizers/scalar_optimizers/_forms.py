@@ -112,7 +112,7 @@ class FunctionRules:
             self._not_passed = _not_passed(function, form, names)
 
     def of(self, group: Mapping[str, Any]) -> GroupRule:
-        """Return a group's rule: the function's own if it is one of this package."""
+        """Return a group's rule: for a function of this package, the rule that it computes."""
         for name, default in self._not_passed.items():
             value = group.get(name, default)
             # Another value is not passed to the function, and must not be the rule's.
