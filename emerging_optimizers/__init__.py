@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # version, which Megatron-Core compares with versions of that package.
 if _namesake is not None:
     __path__.append(str(_namesake.folder))  # noqa: F405
-    __version__ = _namesake.version
+    __version__ = _namesake.package_version()
 
 __all__ = ["Beta", "NonNegative", "RuleError", "__version__", "rule", "scalar_optimizers"]
 __all__ += ["show_config"]

@@ -27,8 +27,8 @@ def show_config() -> None:
     if namesake is not None:
         print(f"distribution: emerging-optimizers-native, in {FOLDER}")
         print(
-            f"NVIDIA's package: emerging-optimizers {namesake.version}, in {namesake.folder}:"
-            f" {', '.join(namesake.modules())}"
+            f"NVIDIA's package: emerging-optimizers {namesake.package_version()}, in"
+            f" {namesake.folder}: {', '.join(namesake.modules())}"
         )
     if native is None:
         print(f"torch: {torch.__version__}")

@@ -41,11 +41,13 @@ class Namesake(NamedTuple):
         """Return what NVIDIA's package says of itself, as ``__shortversion__``; None if nothing."""
         if not name.startswith("__"):
             return None
-        try:
-            described = importlib.import_module(".package_info", __package__)
-        except ImportError:
-            return None
-        return getattr(described, name, None)
+        with contextlib.suppress(Exception):
+            return getattr(importlib.import_module(".package_info", __package__), name, None)
+        return None
+
+    def package_version(self) -> str:
+        """Return the version of the modules. The metadata of an editable one may be older."""
+        return self.describe("__version__") or self.version
 
 
 def _modules(folder: Path) -> set[str]:
@@ -63,7 +65,7 @@ def _namesakes() -> Iterator[Namesake]:
         with contextlib.suppress(Exception):
             for folder in _folders(distribution):
                 if distribution.version and (folder / "__init__.py").exists():
-                    yield Namesake(distribution.version, folder)
+                    yield Namesake(distribution.version, folder.absolute())
                     break
 
 

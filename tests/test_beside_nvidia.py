@@ -135,6 +135,32 @@ def test_damaged_installations_are_left_out(tmp_path: Path) -> None:
     assert seen["version"] == "0.5.0a0"
 
 
+def test_version_of_an_updated_clone(tmp_path: Path, site: Path) -> None:
+    """The metadata of an editable installation is from its time; NVIDIA's modules say the truth."""
+    nvidia_package.install_editable(site, tmp_path / "project", "0.5.0a0")
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    metadata.write_text("Name: emerging-optimizers\nVersion: 0.3.0\n")
+    assert ask("locate([])", OURS, site)["version"] == "0.5.0a0"
+    assert "NVIDIA's package: emerging-optimizers 0.5.0a0, in " in start(SHOW, OURS, site).stdout
+
+
+def test_relative_path(site: Path) -> None:
+    """A program may change its folder after the import."""
+    theirs = nvidia_package.install(site, "0.3.0")
+    code = f"""
+import os, sys
+os.chdir({str(site.parent)!r})
+sys.path.append({site.name!r})
+import emerging_optimizers
+os.chdir("/")
+import emerging_optimizers.psgd
+print(emerging_optimizers.__path__[1])
+"""
+    done = start(code, OURS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(theirs)
+
+
 def test_zip_files_are_left_out(tmp_path: Path, site: Path) -> None:
     nvidia_package.install(site, "0.3.0")
     archive = Path(shutil.make_archive(str(tmp_path / "site"), "zip", site))
