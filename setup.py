@@ -42,7 +42,7 @@ if os.environ.get("EMERGING_OPTIMIZERS_ALLOW_CLASH") != "1":
             "    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install --no-build-isolation --no-deps"
             f" --upgrade --target {folder} .\n"
             "Then put that folder first on the path, before Python starts:\n"
-            f"    export PYTHONPATH={folder}"
+            f"    export PYTHONPATH={folder}${{PYTHONPATH:+:$PYTHONPATH}}"
         )
 
 ROOT = Path(__file__).parent

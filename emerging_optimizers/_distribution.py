@@ -97,12 +97,12 @@ def name_clash() -> str | None:
         f"The distribution {_NAMESAKE} {found.version} (NVIDIA's pure-Python package) is installed"
         f" in the same folder as {_NAME}: {found.folder}. Each overwrites files of the other."
         f" Uninstall both, then install one of them, or {_NAMESAKE} and, in a folder of its own"
-        f" that comes first on the path, {_NAME}:\n"
-        f"    pip uninstall -y {_NAMESAKE} {_NAME}\n"
+        f" that comes first on the path, {_NAME} (the dot is a clone or a wheel of it):\n"
+        f"    PYTHONPATH= pip uninstall -y {_NAMESAKE} {_NAME}\n"
         f"    pip install {_NAMESAKE}\n"
         "    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install --no-build-isolation --no-deps"
-        f" --upgrade --target FOLDER {_NAME}\n"
-        "    export PYTHONPATH=FOLDER"
+        " --upgrade --target FOLDER .\n"
+        "    export PYTHONPATH=FOLDER${PYTHONPATH:+:$PYTHONPATH}"
     )
 
 

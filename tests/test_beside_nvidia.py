@@ -217,7 +217,7 @@ def test_build_is_refused(site: Path) -> None:
     assert f"emerging-optimizers is installed in this environment, in {site}. It" in lines[0]
     assert lines[1].startswith("    EMERGING_OPTIMIZERS_ALLOW_CLASH=1 pip install ")
     folder = lines[1].partition(" --target ")[2].removesuffix(" .")
-    assert lines[3] == f"    export PYTHONPATH={folder}"
+    assert lines[3] == f"    export PYTHONPATH={folder}${{PYTHONPATH:+:$PYTHONPATH}}"
     assert run_setup("1").returncode == 0
 
 
