@@ -60,13 +60,15 @@ def _modules(folder: Path) -> set[str]:
 
 def _namesakes() -> Iterator[Namesake]:
     """Yield the installations of NVIDIA's package, in the order of the path."""
-    for distribution in importlib.metadata.distributions(name=_NAMESAKE):
-        # What an interrupted installation leaves must not make the import fail.
-        with contextlib.suppress(Exception):
-            for folder in _folders(distribution):
-                if distribution.version and (folder / "__init__.py").exists():
-                    yield Namesake(distribution.version, folder.absolute())
-                    break
+    # Invalid entries of the path, and what an interrupted installation leaves, must not make the
+    # import fail.
+    with contextlib.suppress(Exception):
+        for distribution in importlib.metadata.distributions(name=_NAMESAKE):
+            with contextlib.suppress(Exception):
+                for folder in _folders(distribution):
+                    if distribution.version and (folder / "__init__.py").exists():
+                        yield Namesake(distribution.version, folder.absolute())
+                        break
 
 
 def _folders(distribution: importlib.metadata.Distribution) -> list[Path]:

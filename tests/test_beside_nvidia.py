@@ -161,6 +161,21 @@ print(emerging_optimizers.__path__[1])
     assert done.stdout.strip() == str(theirs)
 
 
+def test_invalid_entries_of_the_path(site: Path) -> None:
+    """Imports pass over them, but searching the metadata raises there."""
+    theirs = nvidia_package.install(site, "0.3.0")
+    code = """
+import sys
+sys.path.append(None)
+import emerging_optimizers
+print(emerging_optimizers.__path__[1:])
+"""
+    for path, wanted in (([OURS], []), ([OURS, site], [str(theirs)])):
+        done = start(code, *path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(wanted)
+
+
 def test_zip_files_are_left_out(tmp_path: Path, site: Path) -> None:
     nvidia_package.install(site, "0.3.0")
     archive = Path(shutil.make_archive(str(tmp_path / "site"), "zip", site))
