@@ -92,6 +92,8 @@ docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code 
 cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and check their code; needs no GPU
 	$(PY) tools/cuda_check.py
 
+# The wheel may be built beside NVIDIA's package, and an editable installation overwrites no files.
+wheel: export EMERGING_OPTIMIZERS_ALLOW_CLASH = 1
 wheel: $(INSTALLED)  ## Build sdist and wheel for this torch into dist/, and check them
 	$(PY) tools/wheel_check.py dist
 
