@@ -29,6 +29,12 @@
 #define EMOPT_INDEPENDENT_ITERATIONS __pragma(loop(ivdep))
 #endif
 
+#if defined(__GNUC__)
+#define EMOPT_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define EMOPT_PREFETCH(address) static_cast<void>(address)
+#endif
+
 #if EMOPT_COMPILES_BASELINE
 #define EMOPT_UNIT baseline
 #include EMOPT_INCLUDE
@@ -70,4 +76,5 @@
 #endif
 #endif
 
+#undef EMOPT_PREFETCH
 #undef EMOPT_INDEPENDENT_ITERATIONS
