@@ -117,9 +117,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return a parameter's gradient, if it has one."""
         return param.grad
 
-    def _around_update(self, member: Member, update: Callable[[], None]) -> None:
+    def _around_update(self, member: Member, update: Callable[[Member], None]) -> None:
         """Run one parameter's update in the fallback step."""
-        update()
+        update(member)
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group, which may be another optimizer's, with this optimizer's keys."""
