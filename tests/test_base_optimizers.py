@@ -267,7 +267,7 @@ def test_pre_hook_modifies_the_parameter_and_the_gradient(fused: bool | None) ->
         def pre_step_inplace(self, p: Tensor, group: dict[str, Any]) -> None:
             p.zero_()
             assert p.grad is not None
-            p.grad = p.grad.fill_(2.0) if p.dim() == 1 else torch.full_like(p, 2.0)
+            p.grad = p.grad.fill_(2.0) if p is params[0] else torch.full_like(p, 2.0)
 
     params = make_params()
     optimizer = Normalized(params, lr=0.1, fused=fused)
