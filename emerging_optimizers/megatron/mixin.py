@@ -45,9 +45,9 @@ class MegatronMixin(ScalarOptimizer):
         master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
             state, as ``master_param``. A float32 parameter is its own master.
         master_weight_dtype: Only ``torch.float32`` is supported.
-        exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow``): ``torch.float32``,
-            ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. FP8
-            (``torch.uint8``) is not supported.
+        exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow`` or ``grad_avg``):
+            ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``. Float16 states are not
+            scaled. FP8 (``torch.uint8``) is not supported.
         exp_avg_sq_dtype: The dtype of ``exp_avg_sq`` (and ``max_exp_avg_sq``), if the rule has that
             state.
         use_decoupled_grad: Read gradients, of any floating-point dtype, from
