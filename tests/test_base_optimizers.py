@@ -415,6 +415,7 @@ def test_use_shape_scaling_is_passed_on() -> None:
         (None, TypeError, r"update_fn \(wrong\) returned None; expected the update$"),
         (0.5, TypeError, r"update_fn \(wrong\) returned a float; expected the update$"),
         (torch.ones(2), ValueError, r"returned an update of shape \(2,\); expected \(3, 4\)$"),
+        (torch.ones(3, 4, device="meta"), ValueError, r"returned an update on meta; expected"),
     ],
 )
 def test_wrong_updates(returned: Any, kind: type[Exception], message: str) -> None:
