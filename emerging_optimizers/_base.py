@@ -95,13 +95,15 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return the rule of a group, which may depend on its options."""
         return self._group_rule
 
-    def _chosen_rule(self, rule: Rule, flag: Any) -> GroupRule:
-        """Return one of the class's rules, which a flag of a group chooses.
+    def _chosen_rule(self, flag: Any, rule: Rule, other: Rule) -> GroupRule:
+        """Return `rule` if a group's flag is set, else `other`.
 
-        If that is not a bool, there is no native step. So the checks before any other step find it.
+        If the flag is not a bool, there is no native step. So the checks before any other step find
+        it.
         """
-        chosen = self._group_rules[rule.name]
-        return chosen if is_flag(flag) else chosen._replace(native=None)
+        if is_flag(flag):  # numpy's, too
+            return self._group_rules[(rule if flag else other).name]
+        return self._group_rules[rule.name]._replace(native=None)
 
     def _build_rule(self, group: Mapping[str, Any]) -> GroupRule:
         """Return the rule of a group; build its native code if the group can use it."""
@@ -115,9 +117,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return a parameter's gradient, if it has one."""
         return param.grad
 
-    def _around_update(self, member: Member, update: Callable[[], None]) -> None:
+    def _around_update(self, member: Member, update: Callable[[Member], None]) -> None:
         """Run one parameter's update in the fallback step."""
-        update()
+        update(member)
 
     def _translate_group(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Return a saved group, which may be another optimizer's, with this optimizer's keys."""

@@ -122,7 +122,7 @@ def _update(
     counter += 1
     step = int(read(counter, 1))
 
-    def update() -> None:
+    def update(member: Member) -> None:
         _update_at(step, optimizer, member, constants, position)
 
     optimizer._around_update(member, update)

@@ -83,6 +83,8 @@ def _as_float(value: Any) -> float | None:
     """Return a number as a float; None for anything else, or beyond a float's range."""
     if isinstance(value, float):
         return value
+    if torch.compiler.is_compiling() and isinstance(value, int):
+        return float(value)  # a symbolic number has no attributes to look for
     is_text = isinstance(value, (str, bytes))  # numpy's text converts to a float
     if is_text or _is_meta(value):
         return None

@@ -267,7 +267,7 @@ def test_pre_hook_modifies_the_parameter_and_the_gradient(fused: bool | None) ->
         def pre_step_inplace(self, p: Tensor, group: dict[str, Any]) -> None:
             p.zero_()
             assert p.grad is not None
-            p.grad.fill_(2.0)
+            p.grad = p.grad.fill_(2.0) if p is params[0] else torch.full_like(p, 2.0)
 
     params = make_params()
     optimizer = Normalized(params, lr=0.1, fused=fused)
@@ -285,6 +285,9 @@ def test_hook_of_an_optimizer() -> None:
     del optimizer.post_step_inplace
     run(optimizer, params, [2])
     assert all(p.all() for p in params)
+    optimizer.pre_step_inplace = lambda p, group: setattr(p, "grad", None)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"\[0\]: pre_step_inplace has removed its gradient$"):
+        run(optimizer, params, [3])
 
 
 def test_hooks_and_masters() -> None:
@@ -412,6 +415,7 @@ def test_use_shape_scaling_is_passed_on() -> None:
         (None, TypeError, r"update_fn \(wrong\) returned None; expected the update$"),
         (0.5, TypeError, r"update_fn \(wrong\) returned a float; expected the update$"),
         (torch.ones(2), ValueError, r"returned an update of shape \(2,\); expected \(3, 4\)$"),
+        (torch.ones(3, 4, device="meta"), ValueError, r"returned an update on meta; expected"),
     ],
 )
 def test_wrong_updates(returned: Any, kind: type[Exception], message: str) -> None:
@@ -487,6 +491,9 @@ WRONG: list[tuple[Any, Any, tuple[str, ...], dict[str, Any], type[Exception], st
      r"^momentum_beta2 must be a number, not NoneType$"),
     (TwoMomentsOptimizer, None, (), _DEFAULTS, TypeError,
      r"^TwoMomentsOptimizer: update_fn must be callable, not NoneType$"),
+    (SingleMomentumOptimizer, print, "lr", _DEFAULTS, TypeError,
+     r": update_kwarg_names must be a tuple of names, not the str 'lr'$"),
+    (SingleMomentumOptimizer, print, ("step",), _DEFAULTS, ValueError, r"'step', which is always"),
 ]  # fmt: skip
 
 
@@ -512,6 +519,8 @@ def test_wrong_options_and_classes() -> None:
         Lion(make_params(), state_dtype={"exp_avg_sq": BF16})
     with pytest.raises(TypeError, match=r"^class Text: state_keys must be a tuple of names"):
         type("Text", (SingleMomentumOptimizer,), {"state_keys": "exp_avg"})
+    with pytest.raises(ValueError, match=r"^class Same: state_keys must be different names, and"):
+        type("Same", (SingleMomentumOptimizer,), {"state_keys": ("exp_avg", "exp_avg")})
 
 
 def test_attributes() -> None:

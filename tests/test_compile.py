@@ -88,6 +88,20 @@ def test_compiled_ten_steps(rule: Rule) -> None:
     assert counter.frame_count <= 2
 
 
+def test_whole_numbers_that_vary() -> None:
+    """Dynamo makes them symbolic, also where the rule takes any number."""
+    rule = RULES["madam"]
+
+    def update(lists: list[list[Tensor]], scale_log2: int) -> list[Tensor]:
+        updates: list[Tensor] = rule.function(*lists, **rule.usual | {"scale_log2": scale_log2})
+        return updates
+
+    compiled = torch.compile(update, fullgraph=True, dynamic=True, backend="eager")
+    for scale_log2 in (2, 4, -6):
+        lists = make_lists(rule)
+        assert_equal_lists(compiled(copy.deepcopy(lists), scale_log2), update(lists, scale_log2))
+
+
 def assert_equal_lists(got: list[Tensor], wanted: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         assert_equal_bits(a, b, f"tensor {i}")

@@ -388,6 +388,17 @@ def test_flags_of_numpy_become_bools() -> None:
     run(optimizer, params, [3])
 
 
+@pytest.mark.parametrize("cls", [AdamW, megatron.FusedAdam, RMSprop])
+@pytest.mark.parametrize("is_set", [False, True])
+def test_rules_that_numpys_flags_choose(cls: Any, is_set: bool) -> None:
+    params = make_params()
+    optimizer = cls(params)
+    flag, state = ("centered", "grad_avg") if cls is RMSprop else ("amsgrad", "max_exp_avg_sq")
+    optimizer.param_groups[0][flag] = np.bool_(is_set)
+    run(optimizer, params, [1])
+    assert (state in optimizer.state[params[0]]) is is_set
+
+
 @pytest.mark.parametrize("cls", [AdamW, Lion, megatron.FusedAdam])
 def test_numpy_false_selects_the_fallback(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []

@@ -100,8 +100,18 @@ def test_amsgrad() -> None:
     assert_same(params, others)
     state = optimizer.state[params[0]]
     assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
-    plain = FusedAdam(make_params(F32))
-    assert "max_exp_avg_sq" not in plain.param_groups[0]["state_dtype"]
+    (group,) = FusedAdam(make_params(F32)).state_dict()["param_groups"]
+    assert sorted(group["state_dtype"]) == ["exp_avg", "exp_avg_sq"]
+
+
+def test_states_of_a_flag_that_is_set_later() -> None:
+    params = make_params(BF16)
+    optimizer = FusedAdam(params, exp_avg_sq_dtype=torch.float16)
+    optimizer.param_groups[0]["amsgrad"] = True
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert {optimizer.state[param]["max_exp_avg_sq"].dtype for param in params} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_dtype"])

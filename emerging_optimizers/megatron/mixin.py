@@ -45,9 +45,9 @@ class MegatronMixin(ScalarOptimizer):
         master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
             state, as ``master_param``. A float32 parameter is its own master.
         master_weight_dtype: Only ``torch.float32`` is supported.
-        exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow``): ``torch.float32``,
-            ``torch.bfloat16`` or ``torch.float16``. Float16 states are not scaled. FP8
-            (``torch.uint8``) is not supported.
+        exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow`` or ``grad_avg``):
+            ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``. Float16 states are not
+            scaled. FP8 (``torch.uint8``) is not supported.
         exp_avg_sq_dtype: The dtype of ``exp_avg_sq`` (and ``max_exp_avg_sq``), if the rule has that
             state.
         use_decoupled_grad: Read gradients, of any floating-point dtype, from
@@ -113,16 +113,6 @@ class MegatronMixin(ScalarOptimizer):
                 DeprecationWarning,
                 stacklevel=3,
             )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; missing keys take the defaults."""
-        super().add_param_group(param_group)
-        # The defaults have the dtypes of all rules' states. Checkpoints have those of a group's.
-        group = self.param_groups[-1]
-        if isinstance(group["state_dtype"], Mapping):
-            names = self._rule_of(group).state_names
-            dtypes = group["state_dtype"].items()
-            group["state_dtype"] = {name: dtype for name, dtype in dtypes if name in names}
 
     def _scales_in_step(self, group: dict[str, Any]) -> bool:
         return super()._scales_in_step(group) or group.get("capturable") is True
@@ -296,6 +286,12 @@ class MegatronMixin(ScalarOptimizer):
         super()._finish_state_dict(saved)
         group_steps.finish_state_dict(self, saved)
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            # The groups have the dtypes of all rules' states. Checkpoints have those of a group's.
+            dtypes = saved_group["state_dtype"]
+            if isinstance(dtypes, dict):
+                names = self._rule_of(group).state_names
+                kept = {name: dtype for name, dtype in dtypes.items() if name in names}
+                saved_group["state_dtype"] = kept
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 state = saved["state"].get(key, {})
                 if MASTER in state:

@@ -183,6 +183,13 @@ class CalledRule(Rule):
                     f" expected {tuple(grad.shape)}"
                 )
             )
+        if update.device != grad.device:
+            raise InvalidUpdateError(
+                ValueError(
+                    f"update_fn ({self.title}) returned an update on {update.device}; expected"
+                    f" {grad.device}"
+                )
+            )
         for state, wide in zip(states, widened, strict=True):
             if wide is not state:
                 store(state, wide)

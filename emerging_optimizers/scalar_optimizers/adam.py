@@ -231,7 +231,9 @@ class Adam(ScalarOptimizer):
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
         # Without the key, it is False.
         amsgrad = group.get("amsgrad", False)
-        return self._group_rule if amsgrad is False else self._chosen_rule(_AMSGRAD, amsgrad)
+        if amsgrad is False:
+            return self._group_rule
+        return self._chosen_rule(amsgrad, _AMSGRAD, self._rule)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing keys take the defaults.

@@ -13,6 +13,8 @@ from .._hyperparameters import Beta, NonNegative, is_in_domain, read_number
 from .._members import Member, blame
 from .._optimizer import ScalarOptimizer, SharedOptions
 from .._rule import GroupRule
+from .._states import check_param
+from .._weights import MASTER
 from ._forms import FunctionRules, InvalidUpdateError, UpdateFunction, complete_defaults
 
 
@@ -49,7 +51,13 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
                 f"class {cls.__name__}: state_keys must be a tuple of names, not the str"
                 f" {cls.state_keys!r}"
             )
-        cls._state_names = cls._all_state_names = tuple(cls.state_keys)
+        names = tuple(cls.state_keys)
+        if len({"step", MASTER, *names}) != len(names) + 2:
+            raise ValueError(
+                f"class {cls.__name__}: state_keys must be different names, and neither 'step' nor"
+                f" {MASTER!r}, not {names}"
+            )
+        cls._state_names = cls._all_state_names = names
 
     def __init__(
         self,
@@ -64,6 +72,13 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
         name = type(self).__name__
         if not callable(update_fn):
             raise TypeError(f"{name}: update_fn must be callable, not {type(update_fn).__name__}")
+        if isinstance(update_kwarg_names, str):
+            raise TypeError(
+                f"{name}: update_kwarg_names must be a tuple of names, not the str"
+                f" {update_kwarg_names!r}"
+            )
+        if "step" in update_kwarg_names:
+            raise ValueError(f"{name}: update_kwarg_names has 'step', which is always passed")
         self.update_fn = update_fn
         self.update_kwarg_names = tuple(update_kwarg_names)
         for key in ("lr", *self.update_kwarg_names):
@@ -88,7 +103,7 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
         """Do something before a parameter is updated; subclasses may override this.
 
         Args:
-            p: The parameter, which may be modified in place, as may ``p.grad``.
+            p: The parameter, which may be modified in place; ``p.grad`` may also be replaced.
             group: Its group.
 
         Returns:
@@ -150,18 +165,32 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
                     self._init_group(group)
         return super()._step(grad_multiplier)
 
-    def _around_update(self, member: Member, update: Callable[[], None]) -> None:
+    def _around_update(self, member: Member, update: Callable[[Member], None]) -> None:
         try:
             if not self._has_hooks():
-                return update()
+                return update(member)
             param, params = member.param, member.group["params"]
             # The member's group may be a copy.
             (group,) = (group for group in self.param_groups if group["params"] is params)
             ctx = self.pre_step_inplace(param, group)
-            update()
+            update(self._with_present_grad(member))
             self.post_step_inplace(param, group, ctx)
         except InvalidUpdateError as invalid:
             raise blame(invalid.args[0], member.name) from None
+
+    def _with_present_grad(self, member: Member) -> Member:
+        """Return a parameter with the gradient that it has after `pre_step_inplace`."""
+        grad = self._grad(member.group, member.param)
+        if grad is member.grad:
+            return member
+        member = member._replace(grad=grad)
+        try:
+            if grad is None:
+                raise RuntimeError("pre_step_inplace has removed its gradient")
+            check_param(member, must_be_matrix=False)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise blame(error, member.name) from None
+        return member
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: in contrast to ``torch.optim``, all attributes."""

@@ -221,4 +221,5 @@ class RMSprop(ScalarOptimizer):
         has_momentum = isinstance(momentum, Tensor) or momentum != 0
         if centered is False:
             return self._group_rules["rmsprop_momentum"] if has_momentum else self._group_rule
-        return self._chosen_rule(_CENTERED_MOMENTUM if has_momentum else _CENTERED, centered)
+        rules = (_CENTERED_MOMENTUM, _MOMENTUM) if has_momentum else (_CENTERED, self._rule)
+        return self._chosen_rule(centered, *rules)
