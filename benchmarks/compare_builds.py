@@ -40,6 +40,8 @@ SHAPES = {
     "100x8": (100, 8),
     "1000x8": (1000, 8),
     "1000x1000": (1000, 1000),
+    "1x100000": (1, 100_000),
+    "10x4Mi": (10, 4 << 20),
 }
 # A function that allocates its results or gets `out`, or a step of an optimizer; the shapes; the
 # orders of tensors in memory; the caches.
@@ -47,7 +49,7 @@ CASES = (
     ("function", ("single", "1x8", "10x8", "100x8", "1000x8"), ("ordered",), ("warm",)),
     ("out", ("single", "1x8", "10x8", "100x8"), ("ordered",), ("warm",)),
     ("out", ("1000x8", "1000x1000"), ("ordered", "shuffled"), ("warm",)),
-    ("step", ("1x8",), ("ordered",), ("warm",)),
+    ("step", ("1x8", "1x100000", "10x4Mi"), ("ordered",), ("warm",)),
     ("step", ("1000x8", "1000x1000"), ("ordered", "shuffled"), ("warm", "cold")),
 )
 Case = tuple[str, str, str, str]
@@ -58,11 +60,11 @@ SAMPLE = 2e-3
 # ---- in a build's process ------------------------------------------------------------------------
 
 
-def make_call(kind: str, shape: str, order: str) -> Callable[[], object]:
-    """Return a call of Adam's update function, or a step of AdamW, on tensors of one shape."""
+def make_call(kind: str, shape: str, order: str, optimizer: str) -> Callable[[], object]:
+    """Return a call of Adam's update function, or an optimizer's step, on tensors of one shape."""
     import torch
 
-    from emerging_optimizers import AdamW
+    from emerging_optimizers import scalar_optimizers
     from emerging_optimizers.scalar_optimizers import calculate_adam_update
 
     torch.manual_seed(0)
@@ -74,7 +76,9 @@ def make_call(kind: str, shape: str, order: str) -> Callable[[], object]:
             param.grad = torch.randn(numel)
         if is_shuffled:
             random.Random(0).shuffle(params)
-        return AdamW(params, lr=1e-4).step
+        cls = getattr(scalar_optimizers, optimizer)
+        step: Callable[[], object] = cls(params, lr=1e-4, weight_decay=0.1).step
+        return step
     lists = [[torch.rand(numel) for _ in range(count)] for _ in range(4)]
     if is_shuffled:
         for i, tensors in enumerate(lists):
@@ -96,7 +100,7 @@ def cache_bytes() -> int:
     return max(known, default=largest)
 
 
-def work() -> None:
+def work(optimizer: str) -> None:
     """Answer each line, ``kind shape order caches calls``, with the seconds that a call took."""
     import torch
 
@@ -108,7 +112,7 @@ def work() -> None:
         count = int(text)
         if (kind, shape, order) not in calls:
             calls.clear()
-            calls[kind, shape, order] = make_call(kind, shape, order)
+            calls[kind, shape, order] = make_call(kind, shape, order, optimizer)
         call = calls[kind, shape, order]
         if caches == "cold":
             if not other.numel():
@@ -123,7 +127,7 @@ def work() -> None:
         print((time.perf_counter() - start) / count, flush=True)
 
 
-def write_bits() -> None:
+def write_bits(_: str) -> None:
     """Print digests of all results; see `build_bits.py`."""
     from build_bits import write_digests
 
@@ -145,7 +149,7 @@ def check_build(folder: Path) -> None:
 
 
 def start(
-    folder: Path, job: str, stdout: int | IO[str], **variables: str
+    folder: Path, job: str, stdout: int | IO[str], optimizer: str = "", **variables: str
 ) -> "subprocess.Popen[str]":
     """Start a process that uses the build in a folder."""
     folder = folder.resolve()
@@ -155,7 +159,7 @@ def start(
         "EMERGING_OPTIMIZERS_JIT": "0",
         **variables,
     }
-    command = [sys.executable, __file__, "--worker", job, str(folder)]
+    command = [sys.executable, __file__, "--worker", job, str(folder), optimizer]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=environment
     )
@@ -164,9 +168,9 @@ def start(
 class Build:
     """A process with one build, whose calls are timed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, optimizer: str) -> None:
         self._folder = folder
-        self._process = start(folder, "time", subprocess.PIPE)
+        self._process = start(folder, "time", subprocess.PIPE, optimizer)
 
     def time(self, case: Case, calls: int) -> float:
         """Return the seconds that one of several calls took."""
@@ -212,9 +216,11 @@ def compare_times(pairs: Sequence[tuple[Build, Build]], case: Case, rounds: int)
     )
 
 
-def print_times(old: Path, new: Path, only: Sequence[str], rounds: int, num_pairs: int) -> None:
+def print_times(
+    old: Path, new: Path, optimizer: str, only: Sequence[str], rounds: int, num_pairs: int
+) -> None:
     """Print the table."""
-    pairs = [(Build(old), Build(new)) for _ in range(num_pairs)]
+    pairs = [(Build(old, optimizer), Build(new, optimizer)) for _ in range(num_pairs)]
     header = f"{'old, us':>10} {'new, us':>10} {'new/old (quartiles)':>26} {'of medians':>11}"
     print(f"{'':32} {header}")
     for case in timed_cases():
@@ -283,6 +289,7 @@ def main() -> None:
     parser.add_argument("--isa", nargs="+", help="compare results on these instruction sets alone")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=3, help="of processes")
+    parser.add_argument("--optimizer", default="AdamW", help="the class whose steps are timed")
     words = sorted({word for case in timed_cases() for word in case})
     parser.add_argument(
         "--only", choices=words, nargs="+", default=[], help="rows with all these words"
@@ -290,12 +297,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.bits:
         raise SystemExit(not print_bits(arguments.old, arguments.new, arguments.isa or isas()))
-    print_times(arguments.old, arguments.new, arguments.only, arguments.rounds, arguments.pairs)
+    print_times(
+        arguments.old,
+        arguments.new,
+        arguments.optimizer,
+        arguments.only,
+        arguments.rounds,
+        arguments.pairs,
+    )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         check_build(Path(sys.argv[3]))
-        {"time": work, "bits": write_bits}[sys.argv[2]]()
+        {"time": work, "bits": write_bits}[sys.argv[2]](sys.argv[4])
     else:
         main()

@@ -1,7 +1,8 @@
 // The roof: how fast a plain loop moves what a rule must move. For each element of each row it
 // reads the gradient and what is to be modified, the states and for an optimizer's step the
 // parameter; it writes those in place, and an update function's update: ordinary loads and stores,
-// one share of the flat range of elements per thread, next to no arithmetic.
+// one share of the flat range of elements per thread, next to no arithmetic. Like the package, it
+// prefetches ahead of long rows.
 //
 // What it writes to each operand is the mean of the absolute values that it read: that needs every
 // one of them, and however often it is repeated the values neither grow nor become subnormal.
@@ -17,6 +18,14 @@ namespace {
 constexpr int64_t kSerial = 32768;
 // Shares are cut at multiples of a cache line.
 constexpr int64_t kLine = 16;
+// Rows of kLong elements are swept in blocks, which are prefetched kAhead elements ahead.
+constexpr int64_t kLong = 4096;
+constexpr int64_t kBlock = 64;
+constexpr int64_t kAhead = 512;
+
+void prefetch_block(const float* begin) {
+  for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(begin + i);
+}
 
 // How many operands are modified, and whether there is an update beside them. The operands of a row
 // are the gradient, those that are modified, and the update.
@@ -29,12 +38,20 @@ struct Operands {
     const float* const grad = operands[0];
     float* written[kSize - 1];
     for (int k = 0; k < kSize - 1; ++k) written[k] = operands[1 + k];
+    const int64_t block = end - begin < kLong ? end - begin : kBlock;
+    for (int64_t from = begin; from < end; from += block) {
+      const int64_t next = from + kAhead;
+      if (next + block <= end) {
+        for (int k = 0; k < kSize; ++k) prefetch_block(operands[k] + next);
+      }
+      const int64_t to = std::min(from + block, end);
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) {
-      float sum = std::fabs(grad[i]);
-      for (int k = 0; k < kNumModified; ++k) sum += std::fabs(written[k][i]);
-      const float mean = sum * kScale;
-      for (int k = 0; k < kSize - 1; ++k) written[k][i] = mean;
+      for (int64_t i = from; i < to; ++i) {
+        float sum = std::fabs(grad[i]);
+        for (int k = 0; k < kNumModified; ++k) sum += std::fabs(written[k][i]);
+        const float mean = sum * kScale;
+        for (int k = 0; k < kSize - 1; ++k) written[k][i] = mean;
+      }
     }
   }
 };
