@@ -88,6 +88,7 @@ def test_compiled_ten_steps(rule: Rule) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.builtin_rules("reads a built-in rule's formula")
 def test_whole_numbers_that_vary() -> None:
     """Dynamo makes them symbolic, also where the rule takes any number."""
     rule = RULES["madam"]

@@ -98,16 +98,17 @@ def compile_kernels(
 
 
 def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
-    """Check the syntax of the host code: a torch without CUDA has the headers for it."""
+    """Check the syntax of the host code: a torch without CUDA has the headers for it.
+
+    The rest of the package is compiled with its CUDA parts for the tests' emulated devices.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [*cpp_extension.include_paths(), str(nvcc.parent.parent / "include")]
     flags = [*sources.build_constant("COMPILE_ARGS")["unix"], "-std=c++20", "-fsyntax-only"]
     flags += ["-DEMOPT_CUDA=1", "-DTORCH_EXTENSION_NAME=_C", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     for folder in [*includes, sysconfig.get_path("include")]:
         flags += ["-isystem", folder]
-    patterns = ("bindings/*.cpp", "engine/cpu/*.cpp", "engine/cuda/*.cpp", "units/*.cpp")
-    units = [unit for pattern in patterns for unit in sorted(sources.csrc.glob(pattern))]
-    compile_all([[*compiler, *flags, str(unit)] for unit in units])
+    compile_all([[*compiler, *flags, str(unit)] for unit in sources.cuda.glob("*.cpp")])
 
 
 def main() -> int:

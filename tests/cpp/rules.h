@@ -70,14 +70,17 @@ struct UsualRule {
   }
 };
 
-// Visits each rule with its flags and warm-ups on, and off.
+// Visits a rule with its flags and warm-ups on, and off.
+template <class Rule, class Visit>
+void visit_rule(const Visit& visit) {
+  const UsualRule<Rule> on(true);
+  visit(on.rule);
+  if (on.num_flags + on.num_warmups > 0) visit(UsualRule<Rule>(false).rule);
+}
+
 template <class Visit>
-void for_each_rule(Visit visit) {
-  const auto visit_both = [&](auto on, const auto& off) {
-    visit(on.rule);
-    if (on.num_flags + on.num_warmups > 0) visit(off.rule);
-  };
-#define EMOPT_VISIT(Rule) visit_both(UsualRule<emopt::Rule>(true), UsualRule<emopt::Rule>(false));
+void for_each_rule(const Visit& visit) {
+#define EMOPT_VISIT(Rule) visit_rule<emopt::Rule>(visit);
   EMOPT_FOR_EACH_RULE(EMOPT_VISIT)
 #undef EMOPT_VISIT
 }
