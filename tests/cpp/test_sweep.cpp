@@ -29,7 +29,9 @@ template <class Epilogue, class Rule>
 void check(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
   const auto epilogue = random_epilogue<Epilogue>(random);
   Rows<Rule, Epilogue> rows;
-  for (const int64_t numel : {0, 1, 7, 31, 127, 128, 129, 300}) {
+  std::vector<int64_t> lengths{0, 1, 7, 31, 127, 128, 129, 300};
+  if (random() % 16 == 0) lengths.push_back(4096 + static_cast<int64_t>(random() % 300));
+  for (const int64_t numel : lengths) {
     std::vector<Buffer> operands;
     const bool is_uniform = random() % 2 == 0;
     const DType type = kTypes[random() % 4];
