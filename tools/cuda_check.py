@@ -15,6 +15,7 @@ Whether the kernels compute the right numbers is checked by the tests, on the ho
 """
 
 import argparse
+import functools
 import itertools
 import os
 import shlex
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +112,14 @@ def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
     compile_all([[*compiler, *flags, str(unit)] for unit in sources.cuda.glob("*.cpp")])
 
 
+def check_cubin(
+    sources: Sources, nvdisasm: Path, cubin: Path
+) -> tuple[dict[Kernel, int], list[str]]:
+    """Disassemble a unit and check its code; see `check_code`."""
+    command = [str(nvdisasm), "-c", "--print-line-info-inline", str(cubin)]
+    return check_code(sources, run(command).stdout)
+
+
 def main() -> int:
     """Run the check; return the exit status."""
     parser = argparse.ArgumentParser(description="Check the CUDA engine without a GPU.")
@@ -134,13 +143,11 @@ def main() -> int:
         for name, (reports, cubins) in compiled.items():
             registers, wrong = check_resources(sources, "".join(reports))
             lengths: dict[Kernel, int] = {}
-            shown = [[str(nvdisasm), "-c", "--print-line-info-inline", str(c)] for c in cubins]
-            with ThreadPoolExecutor(2) as pool:
-                texts = list(pool.map(run, shown))
-            for text in texts:
-                of_unit, more = check_code(sources, text.stdout)
-                lengths |= of_unit
-                wrong += more
+            with ProcessPoolExecutor(2) as processes:
+                check = functools.partial(check_cubin, sources, nvdisasm)
+                for of_unit, more in processes.map(check, cubins):
+                    lengths |= of_unit
+                    wrong += more
             findings += [f"{name}, {finding}" for finding in wrong]
             for kernel, used in registers.items():
                 rows[kernel] += f"{used:>3}, {lengths.get(kernel, 0):<9}"
