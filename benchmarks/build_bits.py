@@ -172,6 +172,8 @@ HYPERPARAMETERS: dict[str, Sequence[Any]] = {
     "step": (3, 1, 2.0, 1000, 10**7, torch.tensor(5), torch.tensor(6.0)),
     "eps": (1e-8, 1e-3, 0.0),
     "alpha": (5.0, 0.0, 2.0),
+    "rmsprop alpha": (0.99, 0.0, 0.5),
+    "scale_log2": (0, 2, -10, 252),
     "num_beta_slow_warmup_steps": (None, 2, 10),
     "num_alpha_warmup_steps": (None, 2, 10),
     "num_beta_fast_warmup_steps": (None, 2, 10),
@@ -182,6 +184,11 @@ SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 255, 1023, 1025, 409
 
 def _betas(count: int) -> list[tuple[float, ...]]:
     return [(0.95, 0.999, 0.9999)[:count], (0.0,) * count, (0.9, 0.98, 0.5)[:count]]
+
+
+def _values(owner: str, key: str) -> Sequence[Any]:
+    is_own = key == "alpha" and "rmsprop" in owner.lower()
+    return HYPERPARAMETERS[f"rmsprop {key}" if is_own else key]
 
 
 class Function:
@@ -203,7 +210,7 @@ class Function:
             elif key == "betas":
                 self._choices[key] = _betas(self.num_states)
             else:
-                self._choices[key] = HYPERPARAMETERS[key]
+                self._choices[key] = _values(name, key)
 
     def settings(self, num_random: int = 0) -> list[dict[str, Any]]:
         """Return the usual hyperparameters, all that differ from them in one, and random ones."""
@@ -360,7 +367,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "foreach": (None,),
     "set_grad_none": (None,),
     "differentiable": (False,),
-    "amsgrad": (False,),
+    "amsgrad": (False, True),
 }
 # What is crossed with the options: of the parameters, and of what a step is given. The usual first.
 SURROUNDINGS: dict[str, Sequence[Any]] = {
@@ -374,7 +381,12 @@ SURROUNDINGS: dict[str, Sequence[Any]] = {
     "changes_lr": (False, True),
     "grad_dtype": (None, F32, BF16, F16, F64),
 }
-ABSTRACT = ("ScalarOptimizer", "MegatronMixin")
+ABSTRACT = (
+    "ScalarOptimizer",
+    "SingleMomentumOptimizer",
+    "TwoMomentsOptimizer",
+    "MegatronMixin",
+)
 NUM_STEPS = 3
 
 
@@ -385,6 +397,8 @@ class OptimizerCases:
         self.name = f"{module.__name__.rpartition('.')[2]}.{name}"
         self._cls = getattr(module, name)
         defaults = self._make([torch.nn.Parameter(torch.zeros(1))]).defaults
+        if "amsgrad" in inspect.signature(self._cls).parameters:
+            defaults["amsgrad"] = False  # the key is left out if it is not set
         self._choices: dict[str, Sequence[Any]] = {}
         for key, value in sorted(defaults.items()):
             if key in OPTIONS:
@@ -394,7 +408,7 @@ class OptimizerCases:
             elif key == "betas":
                 self._choices[key] = _betas(len(value))
             else:
-                self._choices[key] = HYPERPARAMETERS[key]
+                self._choices[key] = _values(name, key)
 
     def _make(self, params: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self._cls(params)

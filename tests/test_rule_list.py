@@ -15,7 +15,7 @@ from oracle import ALL_RULES
 from plugins import struct_of
 
 import emerging_optimizers
-from emerging_optimizers import ScalarOptimizer, scalar_optimizers
+from emerging_optimizers import ScalarOptimizer, megatron, scalar_optimizers
 from emerging_optimizers._native import native
 from emerging_optimizers.registry import get_optimizer_cls, get_optimizer_names
 
@@ -57,6 +57,12 @@ def _measured() -> set[str]:
     import problems
 
     return set(problems.RULES)
+
+
+def _compared() -> set[str]:
+    import build_bits
+
+    return {name.split()[0] for name, _ in build_bits.all_cases()}
 
 
 class Listing(NamedTuple):
@@ -118,6 +124,13 @@ LISTINGS = {
         "an Optimizer with the class's defaults in the rule's row in tests/oracle.py",
     ),
     "benchmarks": Listing(_measured, ALL_NAMES, "a rule that benchmarks/problems.py finds"),
+    "comparison of builds": Listing(
+        _compared,
+        FUNCTIONS
+        | {f"scalar_optimizers.{name}" for name in CLASSES}
+        | {f"megatron.{name}" for name in megatron.optimizers.__all__},
+        "values for its hyperparameters in benchmarks/build_bits.py",
+    ),
     "README": Listing(
         lambda: _found("README.md", rf"\b({'|'.join(CLASSES)})\b"),
         set(CLASSES),
