@@ -89,10 +89,8 @@ docs: $(INSTALLED)-docs  ## Build the documentation in build/docs, run its code 
 	$(PY) -m sphinx -W --keep-going -q docs build/docs
 	$(PY) -m pytest -q tests/test_docs.py
 
-# make cuda-check CUDA_CHECK_ARGS="--rules lion"
-CUDA_CHECK_ARGS ?=
 cuda-check: $(INSTALLED)-cuda-check  ## Compile the CUDA kernels and check their code; needs no GPU
-	$(PY) tools/cuda_check.py $(CUDA_CHECK_ARGS)
+	$(PY) tools/cuda_check.py
 
 # The wheel may be built beside NVIDIA's package, and an editable installation overwrites no files.
 wheel: export EMERGING_OPTIMIZERS_ALLOW_CLASH = 1

@@ -1,7 +1,4 @@
-"""The loops of every rule are vectorized.
-
-They are compiled for the baseline, whose vectors have the fewest instructions.
-"""
+"""The loops of every rule are vectorized."""
 
 import re
 import subprocess
@@ -18,7 +15,7 @@ UNITS = CSRC / "units"
 
 def vectorized_loops(unit: Path, folder: Path) -> int:
     """Compile a rule's unit; return how many vector loops its element loops become."""
-    options = [*_build.COMPILE_ARGS["unix"], "-std=c++17", "-DEMOPT_ABI=0", "-DEMOPT_X86_UNITS=0"]
+    options = [*_build.COMPILE_ARGS["unix"], "-std=c++17", "-DEMOPT_ABI=0"]
     options += [f"-I{path}" for path in (CSRC, _TESTS / "cpp")]
     command = [_build.compiler(), *options, "-fopt-info-vec-optimized", "-c", str(unit)]
     command += ["-o", str(folder / f"{unit.stem}.o")]

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../engine/operands.h"
+#include "../engine/prefetch.h"
 #include "operand_checks.h"
 #include "python_objects.h"
 #include "step_options.h"
@@ -132,9 +133,6 @@ class CandidateWalk {
   static constexpr size_t kBatch = 16;
   static constexpr size_t kWeight = CandidateOf::kOperands - 1;
 
-  static void prefetch_lines(const void* address, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(address) + i);
-  }
   static void prefetch_tensor(const at::Tensor& tensor) {
     prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
   }

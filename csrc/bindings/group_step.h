@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../engine/prefetch.h"
 #include "candidates.h"
 #include "collected_rows.h"
 #include "operand_checks.h"

@@ -10,14 +10,6 @@
 
 namespace emopt {
 
-inline void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#else
-  static_cast<void>(address);
-#endif
-}
-
 // The first element of a plain tensor; null if it has no memory.
 C10_ALWAYS_INLINE void* memory_of(const at::Tensor& tensor, DType dtype, bool is_modified) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();

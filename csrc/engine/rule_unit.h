@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "prefetch.h"
 #include "rule_info.h"
 #if EMOPT_CUDA
 #include "cuda/enqueue_rows.h"

@@ -17,13 +17,9 @@ EMOPT_FN Real update_of(const Step& step, Real grad, State&... states) {
 // memory, RMSprop then takes 0.83 of the time, Lion 0.88 and AdamW 0.92; over 100000, in the L2
 // cache, Lion and AdEMAMix take 1.1 of it, RMSprop and AdamW 1.0 (benchmarks/compare_builds.py).
 // Blocks of 512 bytes gain less.
-constexpr int64_t kBlockBytes = 256;
-constexpr int64_t kAheadBytes = 2048;
+constexpr size_t kBlockBytes = 256;
+constexpr size_t kAheadBytes = 2048;
 constexpr int64_t kLong = 4096;  // elements
-
-inline void prefetch_block(const void* begin) {
-  for (int64_t i = 0; i < kBlockBytes; i += 64) EMOPT_PREFETCH(static_cast<const char*>(begin) + i);
-}
 
 template <int kCase, bool kWritesWeight, class Step, class EpilogueAt, class Real,
           std::size_t... kState, std::size_t... kWeight>
@@ -43,11 +39,13 @@ void run(const Step& shared_step, const EpilogueAt& shared_epilogue, void* const
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t next = begin + kAhead;
     if (next + block <= n) {
-      prefetch_block(grad + next);
-      (prefetch_block(states[kState] + next), ...);
-      (prefetch_block(weights[kWeight] + next), ...);
+      prefetch_lines(grad + next, kBlockBytes);
+      (prefetch_lines(states[kState] + next, kBlockBytes), ...);
+      (prefetch_lines(weights[kWeight] + next, kBlockBytes), ...);
       // The update takes the weight's place unless both are written.
-      if constexpr (kWritesWeight || sizeof...(kWeight) == 0) prefetch_block(update + next);
+      if constexpr (kWritesWeight || sizeof...(kWeight) == 0) {
+        prefetch_lines(update + next, kBlockBytes);
+      }
     }
     const int64_t end = n - begin < block ? n : begin + block;
     EMOPT_INDEPENDENT_ITERATIONS

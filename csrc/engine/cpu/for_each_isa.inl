@@ -29,12 +29,6 @@
 #define EMOPT_INDEPENDENT_ITERATIONS __pragma(loop(ivdep))
 #endif
 
-#if defined(__GNUC__)
-#define EMOPT_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define EMOPT_PREFETCH(address) static_cast<void>(address)
-#endif
-
 #if EMOPT_COMPILES_BASELINE
 #define EMOPT_UNIT baseline
 #include EMOPT_INCLUDE
@@ -76,5 +70,4 @@
 #endif
 #endif
 
-#undef EMOPT_PREFETCH
 #undef EMOPT_INDEPENDENT_ITERATIONS
