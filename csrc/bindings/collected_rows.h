@@ -39,6 +39,25 @@ class CollectedRows {
   // Adds a row whose counter is on its device.
   void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).table.append(row); }
 
+  // Adds what was collected from later parameters.
+  void append(CollectedRows&& later) {
+    for (auto& [key, bucket] : later.buckets_) {
+      Bucket& mine = bucket_of(key);
+      for (const RowOf& row : bucket.table.rows) mine.table.append(row);
+      mine.counters.insert(mine.counters.end(), bucket.counters.begin(), bucket.counters.end());
+    }
+    const auto append = [](auto& mine, const auto& more) {
+      mine.insert(mine.end(), more.begin(), more.end());
+    };
+    append(idle_counters_, later.idle_counters_);
+    append(copied_, later.copied_);
+    append(dtensors_, later.dtensors_);
+    std::copy_n(later.read_.begin(), later.num_read_, read_.begin() + num_read_);
+    num_read_ += later.num_read_;
+    std::copy_n(later.modified_.begin(), later.num_modified_, modified_.begin() + num_modified_);
+    num_modified_ += later.num_modified_;
+  }
+
   // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
   void add_idle(float* counter) { idle_counters_.push_back(counter); }
   // Adds a gradient that was copied. Its memory may still be another operand's.

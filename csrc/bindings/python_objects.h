@@ -44,13 +44,29 @@ class DictCursor {
   // A borrowed reference; null if the key is missing. After the first key that is out of order, all
   // are looked up by hash.
   PyObject* find(PyObject* wanted) {
+    PyObject* const value = find_in_order(wanted);
+    return value != nullptr ? value : find_item(dict_, wanted);
+  }
+
+  // Null if the key is missing or out of order. Needs the GIL, but any thread may call it.
+  PyObject* find_in_order(PyObject* wanted) {
     PyObject *key, *value;
     for (Py_ssize_t i = 0; is_in_order_; ++i) {
       if (i > max_skipped_ || PyDict_Next(dict_, &next_, &key, &value) == 0) break;
       if (key == wanted) return value;
     }
     is_in_order_ = false;
-    return find_item(dict_, wanted);
+    return nullptr;
+  }
+
+  // The entry after the last one found.
+  Py_ssize_t next() const { return next_; }
+
+  // Skips `count` entries if the key after them is `wanted`.
+  void skip_to(PyObject* wanted, Py_ssize_t count) {
+    PyObject* key;
+    Py_ssize_t position = next_ + count;
+    if (PyDict_Next(dict_, &position, &key, nullptr) != 0 && key == wanted) next_ += count;
   }
 
  private:
