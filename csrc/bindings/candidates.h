@@ -50,10 +50,10 @@ class StateLookup {
 
   // A lookup, in order only, for parameters of which `param` is the first, probably `count` entries
   // after the last one found.
-  StateLookup ahead(PyObject* param, Py_ssize_t count) const {
+  StateLookup ahead(PyObject* param, size_t count) const {
     StateLookup result = *this;
     result.found_.clear();
-    result.cursor_.skip_to(param, count);
+    result.cursor_.skip_to(param, static_cast<Py_ssize_t>(count));
     return result;
   }
 

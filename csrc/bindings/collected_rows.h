@@ -1,12 +1,15 @@
 // The rows that a step has collected from one group: their memory, their order and their sweep.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <c10/core/CPUAllocator.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <map>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -25,51 +28,44 @@ class CollectedRows {
   static constexpr size_t kWeight = kOperands - 1;
   using RowOf = Row<static_cast<int>(kOperands)>;
 
-  explicit CollectedRows(size_t num_params)
-      : num_params_(num_params), read_(num_params), modified_(num_params * kOperands) {}
+  explicit CollectedRows(size_t num_params) : num_params_(num_params) {
+    tensors_.emplace_back(num_params);
+  }
 
   // ---- collecting -------------------------------------------------------------------------------
 
   // Adds a row whose counter is on the host; `step` is its next value.
   void add(const RowOf& row, float* counter, double step) {
-    Bucket& bucket = bucket_of({0, row.device, false, step});
-    bucket.table.append(row);
-    bucket.counters.push_back(counter);
+    bucket_of({0, row.device, false, step}).append(row, counter);
   }
   // Adds a row whose counter is on its device.
-  void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).table.append(row); }
-
-  // Adds what was collected from later parameters.
-  void append(CollectedRows&& later) {
-    for (auto& [key, bucket] : later.buckets_) {
-      Bucket& mine = bucket_of(key);
-      for (const RowOf& row : bucket.table.rows) mine.table.append(row);
-      mine.counters.insert(mine.counters.end(), bucket.counters.begin(), bucket.counters.end());
-    }
-    const auto append = [](auto& mine, const auto& more) {
-      mine.insert(mine.end(), more.begin(), more.end());
-    };
-    append(idle_counters_, later.idle_counters_);
-    append(copied_, later.copied_);
-    append(dtensors_, later.dtensors_);
-    std::copy_n(later.read_.begin(), later.num_read_, read_.begin() + num_read_);
-    num_read_ += later.num_read_;
-    std::copy_n(later.modified_.begin(), later.num_modified_, modified_.begin() + num_modified_);
-    num_modified_ += later.num_modified_;
-  }
+  void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).append(row, nullptr); }
 
   // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
   void add_idle(float* counter) { idle_counters_.push_back(counter); }
   // Adds a gradient that was copied. Its memory may still be another operand's.
   void add_copied(const StepOperand& grad) { copied_.push_back(grad); }
-  void add_read(const at::Tensor& tensor) { read_[num_read_++] = tensor.unsafeGetTensorImpl(); }
-  void add_modified(const at::Tensor& tensor) {
-    modified_[num_modified_++] = tensor.unsafeGetTensorImpl();
-  }
+  void add_read(const at::Tensor& tensor) { tensors_.back().read.add(tensor); }
+  void add_modified(const at::Tensor& tensor) { tensors_.back().modified.add(tensor); }
   // Adds a DTensor whose local tensor is modified: a DTensor has a version counter of its own.
   void add_modified_dtensor(const at::Tensor& tensor) {
     c10::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
     if (!impl->is_inference()) dtensors_.push_back(impl);
+  }
+
+  // Adds what another thread has collected from later parameters.
+  void append(CollectedRows&& later) {
+    for (auto& [key, bucket] : later.buckets_) {
+      const auto [mine, is_new] = buckets_.try_emplace(key, std::move(bucket));
+      if (!is_new) mine->second.append(std::move(bucket));
+    }
+    const auto move = [](auto& list, auto& more) {
+      std::move(more.begin(), more.end(), std::back_inserter(list));
+    };
+    move(tensors_, later.tensors_);
+    move(idle_counters_, later.idle_counters_);
+    move(copied_, later.copied_);
+    move(dtensors_, later.dtensors_);
   }
 
   // ---- what shares memory -----------------------------------------------------------------------
@@ -81,26 +77,25 @@ class CollectedRows {
       for (size_t k = 0; k < kOperands; ++k) {
         if (k == kGrad) continue;
         visitor.start_list();
-        for (const RowOf& row : bucket.table.rows) {
-          if (row.numel == 0 || (k == kWeight && weight_is_param(row))) continue;
+        bucket.each_row([&](const RowOf& row, const float*) {
+          if (row.numel == 0 || (k == kWeight && weight_is_param(row))) return;
           visitor.modify(range_of(row, k));
-        }
+        });
       }
       visitor.start_list();
-      for (const float* counter : bucket.counters) visitor.modify(range_of(counter));
-      for (const RowOf& row : bucket.table.rows) {
-        if (row.step != nullptr) visitor.modify(range_of(row.step));
-      }
+      bucket.each_row([&](const RowOf&, const float* counter) {
+        visitor.modify(range_of(counter));
+      });
     }
   }
   template <class Visitor>
   void each_read(Visitor& visitor) const {
     for (const auto& [key, bucket] : buckets_) {
-      for (const RowOf& row : bucket.table.rows) {
+      bucket.each_row([&](const RowOf& row, const float*) {
         if (row.numel != 0 && row.data[kGrad] != row.data[kUpdate]) {
           visitor.read(range_of(row, kGrad));
         }
-      }
+      });
     }
     for (const StepOperand& grad : copied_) visitor.read(grad.view.range);
   }
@@ -110,12 +105,11 @@ class CollectedRows {
     using Role = StepOperand::Role;
     operands.insert(operands.end(), copied_.begin(), copied_.end());
     for (const auto& [key, bucket] : buckets_) {
-      for (size_t i = 0; i < bucket.table.rows.size(); ++i) {
-        const RowOf& row = bucket.table.rows[i];
+      bucket.each_row([&](const RowOf& row, const float* counter) {
         const auto add = [&](Role role, ByteRange range) {
           operands.push_back({role, position_of(row), without_gaps(range)});
         };
-        add(Role::kCounter, range_of(row.step == nullptr ? bucket.counters[i] : row.step));
+        add(Role::kCounter, range_of(counter));
         for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
           if (k == kWeight && weight_is_param(row)) continue;
           const bool is_state = k != kUpdate && k != kGrad;
@@ -124,7 +118,7 @@ class CollectedRows {
                              : Role::kGrad,
               range_of(row, k));
         }
-      }
+      });
     }
   }
 
@@ -135,18 +129,15 @@ class CollectedRows {
     old.swap(buckets_);
     last_ = nullptr;
     for (const auto& [old_key, old_bucket] : old) {
-      for (size_t i = 0; i < old_bucket.table.rows.size(); ++i) {
-        const RowOf& row = old_bucket.table.rows[i];
+      old_bucket.each_row([&, &key = old_key](const RowOf& row, float* counter) {
         if (order.is_remaining(position_of(row))) {
           remaining.push_back(position_of(row));
-          continue;
+          return;
         }
-        BucketKey key = old_key;
-        key.wave = order.wave(position_of(row));
-        Bucket& bucket = bucket_of(key);
-        bucket.table.append(row);
-        if (row.step == nullptr) bucket.counters.push_back(old_bucket.counters[i]);
-      }
+        BucketKey new_key = key;
+        new_key.wave = order.wave(position_of(row));
+        bucket_of(new_key).append(row, counter);
+      });
     }
   }
 
@@ -154,17 +145,25 @@ class CollectedRows {
 
   int64_t numel() const {
     int64_t numel = 0;
-    for (const auto& [key, bucket] : buckets_) numel += bucket.table.numel;
+    for (const auto& [key, bucket] : buckets_) {
+      for (const TableOf& table : bucket.tables) numel += table.numel;
+    }
     return numel;
   }
   bool any_on_device() const {
     return std::any_of(buckets_.begin(), buckets_.end(),
-                       [](const auto& entry) { return entry.second.table.any_on_device; });
+                       [](const auto& entry) { return entry.first.device != kHost; });
   }
 
   // Autograd detects in-place modifications by these counters.
   void bump_versions() {
-    for (size_t i = 0; i < num_modified_; ++i) modified_[i]->bump_version();
+    const auto bump = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (c10::TensorImpl* const tensor : tensors_[i].modified) tensor->bump_version();
+      }
+    };
+    // On the threads that have collected them, in whose caches they are.
+    at::parallel_for(0, static_cast<int64_t>(tensors_.size()), 1, bump);
     for (c10::TensorImpl* const dtensor : dtensors_) dtensor->bump_version();
   }
 
@@ -174,8 +173,10 @@ class CollectedRows {
       c10::StorageImpl* const storage = tensor->unsafe_storage().unsafeGetStorageImpl();
       storages.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
     };
-    std::for_each_n(read_.begin(), num_read_, append);
-    std::for_each_n(modified_.begin(), num_modified_, append);
+    for (const TouchedTensors& tensors : tensors_) {
+      std::for_each(tensors.read.begin(), tensors.read.end(), append);
+      std::for_each(tensors.modified.begin(), tensors.modified.end(), append);
+    }
   }
 
   // Updates the rows of one wave. Does not need the GIL.
@@ -187,7 +188,7 @@ class CollectedRows {
       epilogue.grad_multiplier = scalars.grad_multiplier.on(key.device);
       epilogue.grad_scale = scalars.grad_scale.on(key.device);
       epilogue.found_inf = scalars.found_inf.on(key.device);
-      sweep<kStates>(rule, {key.step}, epilogue, bucket.table);
+      sweep<kStates>(rule, {key.step}, epilogue, bucket.tables.data(), bucket.tables.size());
       for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
     }
     for (float* counter : idle_counters_) *counter = static_cast<float>(*options.count + 1.0);
@@ -198,10 +199,32 @@ class CollectedRows {
   }
 
  private:
-  // Rows of one device and one step.
+  using TableOf = Table<static_cast<int>(kOperands)>;
+
+  // Rows of one device and one step; a table for each thread that has collected some.
   struct Bucket {
-    Table<static_cast<int>(kOperands)> table;
-    std::vector<float*> counters;
+    c10::SmallVector<TableOf, 1> tables{TableOf()};
+    std::vector<float*> counters;  // of all rows, if on the host
+
+    // `counter` is null if it is on the row's device.
+    void append(const RowOf& row, float* counter) {
+      tables.back().append(row);
+      if (counter != nullptr) counters.push_back(counter);
+    }
+    void append(Bucket&& later) {
+      for (TableOf& table : later.tables) tables.push_back(std::move(table));
+      counters.insert(counters.end(), later.counters.begin(), later.counters.end());
+    }
+    // Calls `visit(row, counter)` for each row.
+    template <class Visit>
+    void each_row(const Visit& visit) const {
+      auto counter = counters.begin();
+      for (const TableOf& table : tables) {
+        for (const RowOf& row : table.rows) {
+          visit(row, row.step == nullptr ? *counter++ : row.step);
+        }
+      }
+    }
   };
   struct BucketKey {
     uint32_t wave;
@@ -216,7 +239,7 @@ class CollectedRows {
     if (last_ != nullptr && last_->first.tied() == key.tied()) return last_->second;
     const bool is_first = buckets_.empty();
     last_ = &*buckets_.try_emplace(key).first;
-    if (is_first) last_->second.table.rows.reserve(num_params_);  // usually the only bucket
+    if (is_first) last_->second.tables.back().rows.reserve(num_params_);  // usually the only bucket
     return last_->second;
   }
 
@@ -225,13 +248,32 @@ class CollectedRows {
   // A parameter's position in the optimizer, without the shard's number in the high bits.
   static uint32_t position_of(const RowOf& row) { return static_cast<uint32_t>(row.position); }
 
+  // At most a known number of tensors.
+  class TensorList {
+   public:
+    explicit TensorList(size_t capacity) : tensors_(new c10::TensorImpl*[capacity]) {}
+    void add(const at::Tensor& tensor) { tensors_[size_++] = tensor.unsafeGetTensorImpl(); }
+    c10::TensorImpl* const* begin() const { return tensors_.get(); }
+    c10::TensorImpl* const* end() const { return tensors_.get() + size_; }
+
+   private:
+    std::unique_ptr<c10::TensorImpl*[]> tensors_;
+    size_t size_ = 0;
+  };
+
+  // The tensors of the rows that one thread has collected.
+  struct TouchedTensors {
+    TensorList read, modified;
+    explicit TouchedTensors(size_t num_params)
+        : read(num_params), modified(num_params * kOperands) {}
+  };
+
   size_t num_params_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
   std::vector<float*> idle_counters_;
   std::vector<StepOperand> copied_;
-  std::vector<c10::TensorImpl*> read_, modified_;  // the first num_read_ and num_modified_ are set
-  size_t num_read_ = 0, num_modified_ = 0;
+  c10::SmallVector<TouchedTensors, 1> tensors_;
   std::vector<c10::TensorImpl*> dtensors_;
 };
 

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 #include <unordered_set>
 #include <utility>
@@ -123,26 +124,23 @@ class GroupStep {
     const auto begin_of = [&](size_t part) { return num_params() * part / count; };
 
     struct Part {
-      Collected<kStates> collected;
+      std::optional<Collected<kStates>> collected;
       StateLookup states;
       bool is_done = false;
     };
-    std::vector<Part> parts;
-    parts.reserve(count);
-    for (size_t i = 0; i < count; ++i) {
-      const auto begin = static_cast<Py_ssize_t>(begin_of(i));
-      parts.push_back({Collected<kStates>(begin_of(i + 1) - begin_of(i)),
-                       states.ahead(walk_.param(begin), begin)});
-    }
+    std::deque<Part> parts;
+    while (parts.size() < count) parts.push_back({std::nullopt, states});
     at::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto index = static_cast<size_t>(i);
+        const size_t begin = begin_of(index), end = begin_of(index + 1);
         Part& part = parts[index];
+        part.collected.emplace(end - begin);
+        part.states = states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin);
         RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,
-                                        part.collected);
+                                        *part.collected);
         part.is_done = walk_.each_without_python(
-            begin_of(index), begin_of(index + 1), part.states,
-            [&](CandidateOf& c) { return collector.add(c); });
+            begin, end, part.states, [&](CandidateOf& c) { return collector.add(c); });
       }
     });
     StateLookup all = states;
@@ -150,7 +148,8 @@ class GroupStep {
       if (!part.is_done || !all.follow(part.states)) return false;
     }
     states = std::move(all);
-    for (Part& part : parts) collected_.append(std::move(part.collected));
+    collected_ = std::move(*parts.front().collected);
+    for (size_t i = 1; i < count; ++i) collected_.append(std::move(*parts[i].collected));
     return true;
   }
 

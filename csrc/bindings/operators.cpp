@@ -67,7 +67,7 @@ class Computation {
     check_step_device(lists_, call_.step.tensor);
     if (!has_rows_) checked_.add_rows();
     checked_.prepare(call_.rule);
-    sweep<kStates>(call_.rule, step, StoreUpdate(), checked_.table());
+    sweep<kStates>(call_.rule, step, StoreUpdate(), &checked_.table(), 1);
     checked_.finish();
   }
 

@@ -1,5 +1,8 @@
-// Passes a table's rows to the engines of their devices.
+// Passes the rows of tables to the engines of their devices.
 #pragma once
+
+#include <algorithm>
+#include <cstddef>
 
 #include "cpu/sweep.h"
 #if EMOPT_CUDA
@@ -12,20 +15,23 @@ namespace emopt {
 // is on the row's device, counts finished steps and overrides `step`.
 template <int kStates, class Epilogue>
 void sweep(const RuleInstance& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
-           const Table<kNumOperands<kStates, Epilogue>>& table) {
+           const Table<kNumOperands<kStates, Epilogue>>* tables, size_t count) {
 #if EMOPT_CUDA
-  if (table.any_on_device) {
-    // Devices first: this returns before the work is done, so devices and host work in parallel.
-    cuda::sweep_on_devices<kStates>(rule, step, epilogue, table);
-    if (!table.any_on_host) return;
-    Table<kNumOperands<kStates, Epilogue>> on_host;
-    for (const auto& row : table.rows) {
-      if (row.device == kHost) on_host.append(row);
+  const auto is_on_device = [](const auto& table) { return table.any_on_device; };
+  if (std::any_of(tables, tables + count, is_on_device)) {
+    Table<kNumOperands<kStates, Epilogue>> on_host, on_devices;
+    for (size_t i = 0; i < count; ++i) {
+      for (const auto& row : tables[i].rows) {
+        (row.device == kHost ? on_host : on_devices).append(row);
+      }
     }
-    return cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, on_host);
+    // Devices first: this returns before the work is done, so devices and host work in parallel.
+    cuda::sweep_on_devices<kStates>(rule, step, epilogue, on_devices);
+    if (on_host.rows.empty()) return;
+    return cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, &on_host, 1);
   }
 #endif
-  cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, table);
+  cpu::sweep_in_parallel<kStates>(rule, step.value, epilogue, tables, count);
 }
 
 }  // namespace emopt
