@@ -162,7 +162,9 @@ class CandidateWalk {
       size_t n = 0;
       for (; n < kBatch && next < end; ++next) {
         const auto index = static_cast<Py_ssize_t>(next);
-        if (next + kBatch < end) prefetch(param(index + static_cast<Py_ssize_t>(kBatch)));
+        if (next + kBatch < end) {
+          prefetch_ends(param(index + static_cast<Py_ssize_t>(kBatch)), sizeof(THPVariable));
+        }
         const bool is_param = is_tensor(param(index));
         if (kMode == kWithoutPython && !is_param) return false;
         TORCH_CHECK_TYPE(is_param, "params[", index, "] must be a Tensor");
@@ -184,6 +186,8 @@ class CandidateWalk {
   // as long with batches of 16 as with 32 or 64.
   static constexpr size_t kBatch = 16;
   static constexpr size_t kWeight = CandidateOf::kOperands - 1;
+  // What is read of the keys of a dictionary with a few entries.
+  static constexpr size_t kKeysBytes = 128;
 
   static void prefetch_tensor(const at::Tensor& tensor) {
     prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
@@ -203,7 +207,8 @@ class CandidateWalk {
   template <Mode kMode>
   bool find(CandidateOf* batch, size_t n, StateLookup& states) {
     for (size_t i = 0; i < n; ++i) {
-      prefetch(THPVariable_Unpack(batch[i].param).unsafeGetTensorImpl()->autograd_meta());
+      // The gradient is among the first members.
+      prefetch_ends(THPVariable_Unpack(batch[i].param).unsafeGetTensorImpl()->autograd_meta(), 48);
     }
     for (size_t i = 0; i < n; ++i) {
       CandidateOf& c = batch[i];
@@ -221,12 +226,16 @@ class CandidateWalk {
         c.state = states.find_in_order(c.param);
         if (c.state == nullptr || !is_plain(THPVariable_Unpack(c.param))) return false;
       }
-      if (c.state != nullptr) prefetch(c.state);
+      if (c.state != nullptr) prefetch_ends(c.state, sizeof(PyDictObject));
     }
-    // A separate loop, so that the dictionaries' cache misses overlap.
     for (size_t i = 0; i < n; ++i) {
       CandidateOf& c = batch[i];
-      if (c.state != nullptr && !PyDict_Check(c.state)) c.state = nullptr;
+      if (c.state == nullptr) continue;
+      if (PyDict_Check(c.state)) {
+        prefetch_lines(reinterpret_cast<PyDictObject*>(c.state)->ma_keys, kKeysBytes);
+      } else {
+        c.state = nullptr;
+      }
     }
     for (size_t i = 0; i < n; ++i) {
       CandidateOf& c = batch[i];
@@ -241,8 +250,8 @@ class CandidateWalk {
       c.has_master = needs_master(THPVariable_Unpack(c.param));
       if (c.has_master) c.state_objects.back() = find_field(master_key_);
       if (kMode == kWithoutPython && !fields.is_in_order()) return false;
-      prefetch(c.step_object);
-      for (PyObject* const object : c.state_objects) prefetch(object);
+      prefetch_ends(c.step_object, sizeof(THPVariable));
+      for (PyObject* const object : c.state_objects) prefetch_ends(object, sizeof(THPVariable));
     }
     for (size_t i = 0; i < n; ++i) {
       if (batch[i].state != nullptr && batch[i].grad->defined()) unwrap(batch[i]);
@@ -250,7 +259,7 @@ class CandidateWalk {
     for (size_t i = 0; i < n; ++i) {
       if (!batch[i].is_complete) continue;
       prefetch_memory(*batch[i].step);
-      for (const at::Tensor* operand : batch[i].operands) prefetch_memory(*operand);
+      for (size_t k = 0; k < CandidateOf::kOperands; ++k) prefetch_memory(*batch[i].operands[k]);
     }
     return true;
   }

@@ -167,6 +167,14 @@ class CollectedRows {
     for (c10::TensorImpl* const dtensor : dtensors_) dtensor->bump_version();
   }
 
+  size_t num_storages() const {
+    size_t count = 0;
+    for (const TouchedTensors& tensors : tensors_) {
+      count += tensors.read.size() + tensors.modified.size();
+    }
+    return count;
+  }
+
   // Appends the storages that must stay alive during the sweep.
   void append_storages(std::vector<c10::intrusive_ptr<c10::StorageImpl>>& storages) const {
     const auto append = [&](c10::TensorImpl* tensor) {
@@ -253,6 +261,7 @@ class CollectedRows {
    public:
     explicit TensorList(size_t capacity) : tensors_(new c10::TensorImpl*[capacity]) {}
     void add(const at::Tensor& tensor) { tensors_[size_++] = tensor.unsafeGetTensorImpl(); }
+    size_t size() const { return size_; }
     c10::TensorImpl* const* begin() const { return tensors_.get(); }
     c10::TensorImpl* const* end() const { return tensors_.get() + size_; }
 

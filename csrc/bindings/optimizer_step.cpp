@@ -25,8 +25,12 @@ using AnyGroupStep = std::variant<GroupStep<0>, GroupStep<1>, GroupStep<2>, Grou
 using Steps = std::vector<AnyGroupStep>;
 using Remaining = std::vector<std::vector<Py_ssize_t>>;  // by group
 
-// The number of elements from which releasing the GIL pays off.
-constexpr int64_t kWorthTheGil = 1 << 18;
+// Whether to release the GIL, which means to hold every storage: that takes as long as sweeping some
+// hundred elements of each. Other threads may wait for a sweep of so many elements.
+bool is_worth_the_gil(int64_t numel, size_t num_storages) {
+  constexpr int64_t kFew = 1 << 18, kMany = 1 << 23;
+  return numel >= kMany || (numel >= kFew && numel >= 1024 * static_cast<int64_t>(num_storages));
+}
 
 template <class Any, class Visit>
 decltype(auto) with(Any& step, const Visit& visit) {
@@ -153,17 +157,20 @@ uint32_t settle(Steps& steps, Remaining& remaining, const py::dict& state) {
 
 void run(Steps& steps, uint32_t num_waves) {
   int64_t numel = 0;
+  size_t num_storages = 0;
   bool any_on_device = false;
   for (AnyGroupStep& any : steps) {
     with(any, [&](auto& step) {
       step.rows().bump_versions();
       numel += step.rows().numel();
+      num_storages += step.rows().num_storages();
       any_on_device |= step.rows().any_on_device();
     });
   }
   std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages;
   std::optional<py::gil_scoped_release> without_gil;
-  if (numel >= kWorthTheGil || any_on_device) {
+  if (any_on_device || is_worth_the_gil(numel, num_storages)) {
+    storages.reserve(num_storages);
     for (const AnyGroupStep& any : steps) {
       with(any, [&](const auto& step) { step.rows().append_storages(storages); });
     }

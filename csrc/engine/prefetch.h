@@ -16,6 +16,12 @@ EMOPT_FN void prefetch(const void* address) {
 #endif
 }
 
+// An object of at most 64 bytes, which may lie on two lines.
+EMOPT_FN void prefetch_ends(const void* address, size_t bytes) {
+  prefetch(address);
+  prefetch(static_cast<const char*>(address) + bytes - 1);
+}
+
 EMOPT_FN void prefetch_lines(const void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(address) + i);
 }
