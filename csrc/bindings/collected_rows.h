@@ -83,9 +83,8 @@ class CollectedRows {
         });
       }
       visitor.start_list();
-      bucket.each_row([&](const RowOf&, const float* counter) {
-        visitor.modify(range_of(counter));
-      });
+      bucket.each_row(
+          [&](const RowOf&, const float* counter) { visitor.modify(range_of(counter)); });
     }
   }
   template <class Visitor>

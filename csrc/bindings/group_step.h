@@ -139,8 +139,8 @@ class GroupStep {
         part.states = states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin);
         RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,
                                         *part.collected);
-        part.is_done = walk_.each_without_python(
-            begin, end, part.states, [&](CandidateOf& c) { return collector.add(c); });
+        part.is_done = walk_.each_without_python(begin, end, part.states,
+                                                 [&](CandidateOf& c) { return collector.add(c); });
       }
     });
     StateLookup all = states;

@@ -48,7 +48,8 @@ C10_ALWAYS_INLINE uintptr_t other_owners(const at::Tensor& tensor, c10::DeleterF
 // Whether accessing a plain tensor's memory to modify it may copy that.
 inline bool is_copy_on_write(const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
-  return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() == c10::impl::cow::cow_deleter;
+  return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get_deleter() ==
+         c10::impl::cow::cow_deleter;
 }
 
 // Zero if a tensor's only reference is its Python object.
