@@ -4,11 +4,14 @@ r"""Draw a chart of a committed result; measures nothing.
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg \
         --summary AdamW
+    python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg \
+        --small AdamW
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
-the contenders of one optimizer take, in a chart that can be read at half its size. Its lines span
-from the tenth to the ninetieth percentile. The colours are legible on light and dark pages; the
+the contenders of one optimizer take, in a chart that can be read at half its size. With
+``--small``, they are that for many small tensors, in and out of the caches. Lines span from the
+tenth to the ninetieth percentile. The colours are legible on light and dark pages; the
 background is transparent.
 """
 
@@ -36,6 +39,7 @@ SUMMARY = {
     "1000x8": "1000 of 8",
 }
 SUMMARY_FONT = 20
+SMALL_FONT = 15
 # Of the two suites, which name some contenders alike; not all of them measure all rules.
 FUNCTIONS = {
     "package": ("this package", "#0072b2"),
@@ -51,6 +55,8 @@ OPTIMIZERS = {
     "loop": ("a PyTorch loop", "#999999"),
 }
 COLD = "single calls, caches cold"
+SMALL = {"1000x1000": "1000 of 1000", "1000x8": "1000 of 8"}
+TIMINGS = {COLD: "caches cold", "back to back": "back to back"}
 ROOF = "#d55e00"
 GREY = "#808080"
 
@@ -130,13 +136,27 @@ def chart_summary(result: dict[str, Any], optimizer: str) -> Figure:
         of_shape = [f for f in figures if f["shape"] == shape]
         timings = {f["timing"] for f in of_shape}
         timing = COLD if COLD in timings else "back to back"
-        times = {f["contender"]: f["times_as_long"] for f in of_shape if f["timing"] == timing}
-        draw_summary_panel(axes, title, {name: times[name] for name in OPTIMIZERS})
+        draw_times(axes, title, [f for f in of_shape if f["timing"] == timing], SUMMARY_FONT)
     return figure
 
 
-def draw_summary_panel(axes: Axes, title: str, times: dict[str, dict[str, float]]) -> None:
-    """Draw one shape: a horizontal bar for each contender."""
+def chart_small(result: dict[str, Any], optimizer: str) -> Figure:
+    """Return a chart of the same for many small tensors: by shape, and by what the caches hold."""
+    figures = [f for f in result["figures"] if f["optimizer"] == optimizer]
+    figure, rows = plt.subplots(
+        len(SMALL), len(TIMINGS), figsize=(10, 4.6), sharey=True, layout="constrained"
+    )
+    for row, (shape, title) in zip(rows, SMALL.items(), strict=True):
+        for axes, (timing, caches) in zip(row, TIMINGS.items(), strict=True):
+            chosen = [f for f in figures if (f["shape"], f["timing"]) == (shape, timing)]
+            draw_times(axes, f"{title}, {caches}", chosen, SMALL_FONT)
+    return figure
+
+
+def draw_times(axes: Axes, title: str, figures: list[dict[str, Any]], font: int) -> None:
+    """Draw one case of an optimizer: a horizontal bar for each contender."""
+    measured = {f["contender"]: f["times_as_long"] for f in figures}
+    times = {name: measured[name] for name in OPTIMIZERS if name in measured}
     most = max(time["p90"] for time in times.values())
     for at, (name, time) in enumerate(times.items()):
         label, color = OPTIMIZERS[name]
@@ -144,11 +164,11 @@ def draw_summary_panel(axes: Axes, title: str, times: dict[str, dict[str, float]
         if name != "package":
             axes.hlines(at, time["p10"], time["p90"], color=GREY, linewidth=2)
         text = f"{time['median']:.{0 if time['median'] >= 10 else 1}f}"
-        axes.text(time["p90"] + most / 30, at, text, color=GREY, va="center", fontsize=SUMMARY_FONT)
+        axes.text(time["p90"] + most / 30, at, text, color=GREY, va="center", fontsize=font)
     axes.invert_yaxis()
     axes.set_xlim(0, most * 1.3)
-    axes.set_title(title, color=GREY, fontsize=SUMMARY_FONT)
-    axes.tick_params(length=0, colors=GREY, labelsize=SUMMARY_FONT)
+    axes.set_title(title, color=GREY, fontsize=font)
+    axes.tick_params(length=0, colors=GREY, labelsize=font)
     axes.set_xticks([])
     for side, spine in axes.spines.items():
         spine.set_visible(side == "left")
@@ -160,15 +180,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("result", type=Path, help="JSON that a suite wrote")
     parser.add_argument("chart", type=Path, help="SVG or PNG to write")
-    parser.add_argument("--summary", metavar="OPTIMIZER", help="compare one optimizer's times")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--summary", metavar="OPTIMIZER", help="compare one optimizer's times")
+    kinds.add_argument("--small", metavar="OPTIMIZER", help="the same for many small tensors")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
 
     mpl.rcParams["svg.hashsalt"] = "functions"  # the same result gives the same file
-    if arguments.summary is None:
-        figure = chart_rules(result)
-    else:
+    if arguments.summary is not None:
         figure = chart_summary(result, arguments.summary)
+    elif arguments.small is not None:
+        figure = chart_small(result, arguments.small)
+    else:
+        figure = chart_rules(result)
     arguments.chart.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.chart, transparent=True, metadata={"Date": None})
 
