@@ -165,7 +165,7 @@ def draw_times(axes: Axes, title: str, figures: list[dict[str, Any]], font: int)
             axes.hlines(at, time["p10"], time["p90"], color=GREY, linewidth=2)
         text = f"{time['median']:.{0 if time['median'] >= 10 else 1}f}"
         axes.text(time["p90"] + most / 30, at, text, color=GREY, va="center", fontsize=font)
-    axes.invert_yaxis()
+    axes.set_ylim(len(times) - 0.5, -0.5)  # the first at the top
     axes.set_xlim(0, most * 1.3)
     axes.set_title(title, color=GREY, fontsize=font)
     axes.tick_params(length=0, colors=GREY, labelsize=font)
