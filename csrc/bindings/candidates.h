@@ -108,6 +108,10 @@ class CandidateWalk {
         state_names_(state_names),
         params_(std::move(params)),
         grads_(std::move(grads)) {
+    static PyObject* const step_key = interned("step");
+    static PyObject* const master_key = interned("master_param");
+    step_key_ = step_key;
+    master_key_ = master_key;
     TORCH_CHECK_VALUE(grads_.empty() || grads_.size() == params_.size(), "there are ",
                       grads_.size(), " gradients for ", params_.size(), " parameters");
   }
@@ -308,8 +312,9 @@ class CandidateWalk {
     for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
   }
 
-  PyObject* step_key_ = interned("step");
-  PyObject* master_key_ = interned("master_param");
+  // Initialized by the thread that makes the walk.
+  PyObject* step_key_;
+  PyObject* master_key_;
   bool has_masters_, makes_all_states_;
   StateNames state_names_;
   py::tuple params_;

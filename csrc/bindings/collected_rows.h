@@ -162,7 +162,8 @@ class CollectedRows {
       }
     };
     // On the threads that have collected them, in whose caches they are.
-    at::parallel_for(0, static_cast<int64_t>(tensors_.size()), 1, bump);
+    const auto count = static_cast<int64_t>(tensors_.size());
+    count > 1 ? at::parallel_for(0, count, 1, bump) : bump(0, count);
     for (c10::TensorImpl* const dtensor : dtensors_) dtensor->bump_version();
   }
 
@@ -210,7 +211,7 @@ class CollectedRows {
 
   // Rows of one device and one step; a table for each thread that has collected some.
   struct Bucket {
-    c10::SmallVector<TableOf, 1> tables{TableOf()};
+    c10::SmallVector<TableOf, 1> tables = c10::SmallVector<TableOf, 1>(1);
     std::vector<float*> counters;  // of all rows, if on the host
 
     // `counter` is null if it is on the row's device.

@@ -32,9 +32,8 @@ void sweep_in_parallel(const RuleInstance& rule, double step, const Epilogue& ep
   }
   if (numel == 0) return;
   const Setup<Epilogue> setup(rule, step, epilogue, active_isa(), any_float64);
-  const double part_of_elements =
-      static_cast<double>(numel) / static_cast<double>(numel + kRowElements * num_rows);
-  const auto grain = static_cast<int64_t>(kGrain * part_of_elements) + 1;
+  const int64_t work = numel + kRowElements * num_rows;
+  const int64_t grain = work <= kGrain ? numel : 1 + kGrain * numel / work;
   at::parallel_for(0, numel, grain, [&](int64_t begin, int64_t end) {
     int64_t start = 0;
     for (size_t i = 0; i < count && start < end; start += tables[i++].numel) {
