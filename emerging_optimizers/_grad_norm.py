@@ -1,0 +1,227 @@
+"""Sums of the powers of gradients' elements, over tensors, devices and processes.
+
+The norm of order p is the p-th root of the sum of `|g|^p`. Sums are float64.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dtensor import is_dtensor, reduced
+from ._fallback_step import placed_like
+from ._native import native
+from ._values import PLAIN_TYPES, has_value, is_tracing
+
+_NATIVE_ORDERS = (1.0, 2.0, math.inf)
+_DOUBLES = (torch.float64, torch.complex128)
+_PLAIN_TYPES = frozenset(PLAIN_TYPES)
+
+
+class PowerSum(NamedTuple):
+    """What a norm is the root of.
+
+    Attributes:
+        total: The sum of `|g|^p`; the largest `|g|` for p = inf, the smallest for -inf, and the
+            number of elements that are not 0 for p = 0. A 0-dim float64 tensor on the first
+            gradient's device, or on the CPU if that has no float64.
+        is_double: Whether a gradient is float64 or complex128.
+    """
+
+    total: Tensor
+    is_double: bool
+
+    def root(self, order: float) -> Tensor:
+        if order == 2.0:
+            return self.total.sqrt()
+        if order in (0.0, 1.0) or math.isinf(order):
+            return self.total
+        return self.total.pow(1.0 / order)
+
+
+def power_sum(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None] | None,
+    order: float,
+    name_of: Callable[[int], str],
+) -> PowerSum:
+    """Return the sum over all gradients. Processes communicate for each mesh of DTensors.
+
+    Args:
+        params: The parameters.
+        grads: Their gradients, if these are not in ``param.grad``.
+        order: The norm's order.
+        name_of: Names the parameter at an index, for errors.
+    """
+    if _PLAIN_TYPES.issuperset(map(type, params)):
+        if grads is None:
+            grads = [param.grad for param in params]
+        present = [grad for grad in grads if grad is not None]
+        return PowerSum(_sum_here(present, order), _is_any_double(present))
+    return _sum_with_meshes(params, grads, order, name_of)
+
+
+# ---- one process ---------------------------------------------------------------------------------
+
+
+def _sum_here(grads: Sequence[Tensor], order: float) -> Tensor:
+    """Return the sum over tensors of this process."""
+    if (
+        native is not None
+        and hasattr(native, "norm_sum")
+        and order in _NATIVE_ORDERS
+        and not is_tracing()
+    ):
+        total: Tensor | None = native.norm_sum(grads, grads, order)
+        if total is None:
+            grads = [_as_dense(grad, order) for grad in grads]
+            total = native.norm_sum(grads, grads, order)
+        if total is not None:
+            return total
+    grads = [_as_dense(grad, order) for grad in grads]
+    filled = [grad for grad in grads if grad.numel() != 0]
+    if not filled:
+        device = grads[0].device if grads else torch.device("cpu")
+        return torch.full((), _empty(order), dtype=torch.float64, device=_wide_device(device))
+    norms = [_norm(grad, order) for grad in filled]
+    device = norms[0].device
+    powers = torch.stack([norm.to(device) for norm in norms])
+    if math.isinf(order):
+        return powers.amax() if order > 0 else powers.amin()
+    return (powers if order in (0.0, 1.0) else powers.pow(order)).sum()
+
+
+def _empty(order: float) -> float:
+    """Return the sum over no elements."""
+    return math.inf if order == -math.inf else 0.0
+
+
+def _norm(grad: Tensor, order: float) -> Tensor:
+    device = _wide_device(grad.device)
+    if device != grad.device:
+        grad = grad.to(device)
+    return torch.linalg.vector_norm(grad, order, dtype=torch.float64)
+
+
+def _wide_device(device: torch.device) -> torch.device:
+    """Return a device, or the CPU instead of one without float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _as_dense(grad: Tensor, order: float) -> Tensor:
+    """Return a gradient's elements, or their absolute values, as a dense tensor of real numbers."""
+    grad = grad.detach()
+    if grad.layout is torch.sparse_coo:
+        grad = grad.coalesce()
+    if grad.layout is not torch.strided:
+        grad = grad.values()
+    grad = grad.resolve_conj().resolve_neg()
+    if grad.is_complex():
+        # The square of an absolute value is the sum of two squares.
+        grad = torch.view_as_real(grad) if order == 2.0 else grad.abs()
+    return grad.contiguous()
+
+
+def _is_any_double(tensors: Iterable[Tensor]) -> bool:
+    return any(tensor.dtype in _DOUBLES for tensor in tensors)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+class _OnMesh(NamedTuple):
+    """The DTensors on one mesh, and the local tensors of those that have a gradient."""
+
+    params: list[Any]
+    local_grads: list[tuple[Any, Tensor]]
+
+
+def _sum_with_meshes(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None] | None,
+    order: float,
+    name_of: Callable[[int], str],
+) -> PowerSum:
+    present: list[Tensor] = []
+    first_device = None
+    meshes: dict[Any, _OnMesh] = {}
+    is_double = False
+    for i, param in enumerate(params):
+        grad = param.grad if grads is None else grads[i]
+        if grad is not None:
+            _check_kinds(param, grad, name_of(i))
+            first_device = first_device or grad.device
+            is_double = is_double or grad.dtype in _DOUBLES
+        if not is_dtensor(param):
+            if grad is not None:
+                present.append(grad)
+            continue
+        # Another process may have a gradient.
+        is_double = is_double or param.dtype in _DOUBLES
+        on_mesh = meshes.setdefault(param.device_mesh, _OnMesh([], []))
+        on_mesh.params.append(param)
+        if grad is not None:
+            grad = reduced(placed_like(grad, param))
+            on_mesh.local_grads.append((grad, grad.to_local()))
+    sums = [_sum_here(present, order)] if present else []
+    sums += [_sum_over(mesh, on_mesh, order) for mesh, on_mesh in meshes.items()]
+    if not sums:
+        sums = [_sum_here([], order)]
+    device = _wide_device(first_device or sums[0].device)
+    total = sums[0].to(device)
+    for other in sums[1:]:
+        total = _combine(total, other.to(device), order)
+    return PowerSum(total, is_double)
+
+
+def _combine(a: Tensor, b: Tensor, order: float) -> Tensor:
+    if math.isinf(order):
+        return torch.maximum(a, b) if order > 0 else torch.minimum(a, b)
+    return a + b
+
+
+def _check_kinds(param: Any, grad: Any, name: str) -> None:
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"{name}: its gradient must be a Tensor, not {type(grad).__name__}")
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = ["DTensor" if is_dtensor(tensor) else "Tensor" for tensor in (param, grad)]
+        raise TypeError(f"{name} is a {kinds[0]} but its gradient is a {kinds[1]}")
+
+
+def _sum_over(mesh: Any, on_mesh: _OnMesh, order: float) -> Tensor:
+    """Return the sum over the DTensors of a mesh: the same bits on all of its processes."""
+    coordinate = mesh.get_coordinate()
+    # Replicas along a dimension are summed over only if another parameter is sharded along it.
+    summed = [i for i in range(mesh.ndim) if any(_is_sharded(p, i) for p in on_mesh.params)]
+    counted = [
+        local
+        for grad, local in on_mesh.local_grads
+        if coordinate is not None
+        and all(coordinate[i] == 0 or _is_sharded(grad, i) for i in summed)
+    ]
+    total = _sum_here(counted, order)
+    if coordinate is None or not has_value(total):
+        return total  # this process has none of the shards; or nothing is computed
+    if total.device.type != mesh.device_type:
+        total = total.to(mesh.device_type)
+    for i in summed:
+        total = _all_reduce(total, mesh.get_group(i), order)
+    return total
+
+
+def _is_sharded(tensor: Any, mesh_dim: int) -> bool:
+    return not tensor.placements[mesh_dim].is_replicate()
+
+
+def _all_reduce(total: Tensor, group: Any, order: float) -> Tensor:
+    if not math.isinf(order):
+        torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
+        return total
+    # The largest of several numbers may lose a NaN, so a flag is sent with them.
+    sign = 1.0 if order > 0 else -1.0
+    is_nan = total.isnan()
+    pair = torch.stack([is_nan.double(), torch.where(is_nan, -math.inf, sign * total)])
+    torch.distributed.all_reduce(pair, torch.distributed.ReduceOp.MAX, group)
+    return torch.where(pair[0] > 0.0, math.nan, sign * pair[1])
