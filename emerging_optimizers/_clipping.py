@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ._base import BaseOptimizer, grads_of
+from ._base import BaseOptimizer, check_tensors, grads_of
 from ._dtensor import whole
 from ._grad_norm import PowerSum, power_sum
 from ._hyperparameters import NonNegative, check_domain, read_number
@@ -44,24 +44,24 @@ def clip_coefficient(
         \mathtt{coefficient} = \min\left(1,
             \frac{\mathtt{max\_norm}}{\mathtt{total\_norm} + 10^{-6}}\right)
 
-    Takes the arguments of :func:`torch.nn.utils.clip_grad_norm_`, but reads the gradients only. Pass
-    the coefficient to ``step(grad_multiplier=...)``, which multiplies the gradients as it reads
-    them. Or clip in one call with ``step(max_norm=...)``; that is also what to use if a
-    ``GradScaler`` has scaled the gradients and not unscaled them yet.
+    Takes the arguments of :func:`torch.nn.utils.clip_grad_norm_`, but does not modify gradients.
+    Pass the coefficient to ``step(grad_multiplier=...)``, which multiplies each gradient on the
+    fly. ``step(max_norm=...)`` does both, and is the one for gradients that are still scaled by a
+    ``GradScaler``.
 
-    The norms of order 1, 2 and infinity are native. Sums are float64 and in a fixed order: their
-    bits do not depend on threads, instruction sets, alignment or the device. Others are computed by
-    PyTorch operations. On CUDA, the host does not wait for the result.
+    Norms of order 1, 2 and infinity are native. Their sums are float64, in a fixed order: the bits
+    do not depend on threads, instruction sets, alignment or the device. PyTorch operations compute
+    other norms. On CUDA, the host does not wait.
 
-    Each process counts its shards of DTensors, and what is replicated once. For each mesh there is
-    one all-reduce along each of its dimensions along which a parameter is sharded. Every process
-    with parameters on a mesh takes part, with or without gradients. A gradient that is placed
-    otherwise than its parameter is redistributed first, as in a step. Ordinary tensors are those of
-    this process only.
+    The norm of DTensors is that of the full tensors. Processes communicate by one all-reduce for
+    each mesh (for several, if parameters are sharded along several dimensions of it). All processes
+    with parameters on a mesh must make the call, with or without gradients. A gradient that is
+    placed otherwise than its parameter is redistributed first, as in a step. Of ordinary tensors,
+    such as the shards of FSDP1, each process counts its own.
 
     Args:
-        parameters: A parameter, or an iterable of parameters, whose gradients may have any dtype and
-            layout and be on several devices. Those without a gradient are skipped.
+        parameters: A parameter, or an iterable of parameters. Their gradients may have any dtype
+            and layout, and be on several devices. Parameters without a gradient are skipped.
         max_norm: The largest norm of the clipped gradients. A one-element tensor is read.
         norm_type: The order of the norm: a number, or "inf". 0 counts the elements that are not 0.
         error_if_nonfinite: Raise if the norm is NaN or infinite. This reads the norm: on CUDA, the
@@ -114,12 +114,17 @@ def clip_for_step(
     grads = None
     if type(optimizer)._grad is not BaseOptimizer._grad:
         grads = [grad for group in groups for grad in grads_of(optimizer, group)]
-    found = power_sum(params, grads, 2.0, lambda i: _name_in(optimizer, i))
+    try:
+        found = power_sum(params, grads, 2.0, lambda i: _name_in(optimizer, i))
+    except (AttributeError, TypeError):
+        for group in groups:
+            check_tensors(optimizer, group)
+        raise
     factor: float | Tensor = 1.0
     scale = getattr(optimizer, "grad_scale", None)
     if grad_multiplier is not None:
         grad_multiplier = _as_factor(grad_multiplier, found.total)
-        factor = abs(grad_multiplier)
+        factor = abs(grad_multiplier)  # type: ignore[assignment]
     if scale is not None:
         factor = _divided(factor, _as_factor(whole(scale), found.total))
     norm, coefficient = _clip(found, 2.0, max_norm, factor)

@@ -87,10 +87,10 @@ def _sum_here(grads: Sequence[Tensor], order: float) -> Tensor:
         return torch.full((), _empty(order), dtype=torch.float64, device=_wide_device(device))
     norms = [_norm(grad, order) for grad in filled]
     device = norms[0].device
-    powers = torch.stack([norm.to(device) for norm in norms])
+    values = torch.stack([norm.to(device) for norm in norms])
     if math.isinf(order):
-        return powers.amax() if order > 0 else powers.amin()
-    return (powers if order in (0.0, 1.0) else powers.pow(order)).sum()
+        return values.amax() if order > 0 else values.amin()
+    return values.sum() if order in (0.0, 1.0) else values.pow(order).sum()
 
 
 def _empty(order: float) -> float:
@@ -99,9 +99,7 @@ def _empty(order: float) -> float:
 
 
 def _norm(grad: Tensor, order: float) -> Tensor:
-    device = _wide_device(grad.device)
-    if device != grad.device:
-        grad = grad.to(device)
+    grad = grad.to(_wide_device(grad.device))
     return torch.linalg.vector_norm(grad, order, dtype=torch.float64)
 
 
@@ -139,7 +137,7 @@ class _OnMesh(NamedTuple):
 
 
 def _sum_with_meshes(
-    params: Sequence[Tensor],
+    params: Sequence[Any],
     grads: Sequence[Tensor | None] | None,
     order: float,
     name_of: Callable[[int], str],
