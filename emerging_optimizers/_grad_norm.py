@@ -100,7 +100,8 @@ def _empty(order: float) -> float:
 
 def _norm(grad: Tensor, order: float) -> Tensor:
     grad = grad.to(_wide_device(grad.device))
-    return torch.linalg.vector_norm(grad, order, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(grad, order, dtype=torch.float64)
+    return norm
 
 
 def _wide_device(device: torch.device) -> torch.device:
