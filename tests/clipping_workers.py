@@ -208,39 +208,35 @@ class SGD(SingleMomentumOptimizer):
 
 
 def clip_fsdp2(rank: int, line: DeviceMesh, plane: DeviceMesh) -> None:
-    """Training: as one process with the gathered gradients, and as with `clip_grad_norm_`."""
+    """Training: the norms of one process with the gathered gradients, and of torch."""
     for kind in ("float32", "HSDP", "mixed precision", "2-D"):
         sizes = {"hidden": 12} if kind == "2-D" else {}
-        models = [make_model(True, **sizes) for _ in range(3)]
-        for model in models[:2]:
-            if kind == "HSDP":
-                fully_shard(model, mesh=plane)
-            else:
-                shard(model, kind)
-        lists = [list(model.parameters()) for model in models]
-        optimizer, another, alone = (AdamW(params, lr=0.003, weight_decay=0.1) for params in lists)
+        model, other = (make_model(True, **sizes) for _ in range(2))
+        if kind == "HSDP":
+            fully_shard(model, mesh=plane)
+        else:
+            shard(model, kind)
+        params, others = list(model.parameters()), list(other.parameters())
+        optimizer, alone = (AdamW(p, lr=0.003, weight_decay=0.1) for p in (params, others))
         for step in range(3):
-            for model in models[:2]:
-                backward(model, step, rank // (2 if kind == "2-D" else 1))
-            for p, q in zip(lists[0], lists[2], strict=True):
+            # Processes of one tensor-parallel group have the same data.
+            backward(model, step, rank // (2 if kind == "2-D" else 1))
+            for p, q in zip(params, others, strict=True):
                 q.grad = full(p.grad)
-            wanted = clip_coefficient(lists[2], 0.05)
+            wanted = clip_coefficient(others, 0.05)
             optimizer.step(max_norm=0.05)
+            alone.step(grad_multiplier=wanted.coefficient)
             norm: Any = optimizer.grad_norm
             ulp = np.spacing(np.float32(wanted.total_norm.item()))
             assert abs(norm.item() - wanted.total_norm.item()) <= ulp, kind
             same_everywhere(norm)
             if kind != "2-D":  # torch refuses DTensors on two meshes
-                theirs: Any = nn.utils.clip_grad_norm_(lists[1], 0.05)
+                grads = [p.grad for p in params if p.grad is not None]
+                theirs: Any = nn.utils.get_total_norm(grads)
                 torch.testing.assert_close(norm, theirs.full_tensor(), rtol=1e-5, atol=0.0)
-                another.step()
-            alone.step(grad_multiplier=wanted.coefficient)
-            for stepped in (optimizer, another, alone):
-                stepped.zero_grad()
-        for p, q, r in zip(*lists, strict=True):
-            torch.testing.assert_close(full(p), full(r), rtol=1e-5, atol=1e-6)
-            if kind != "2-D":
-                torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6)
+            optimizer.zero_grad()
+        for p, q in zip(params, others, strict=True):
+            torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6)
 
 
 def refuse_mixed_kinds(line: DeviceMesh) -> None:
