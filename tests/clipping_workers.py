@@ -243,5 +243,7 @@ def refuse_mixed_kinds(line: DeviceMesh) -> None:
     (param,) = make_placed([torch.ones(2)], [(line, [Shard(0)])])
     optimizer = megatron.FusedAdam([param], lr=0.1, use_decoupled_grad=True)
     param.decoupled_grad = torch.ones(2)
-    with pytest.raises(TypeError, match=r"\['params'\]\[0\] is a DTensor but its gradient is a Te"):
+    with pytest.raises(
+        TypeError, match=r"\['params'\]\[0\] is a DTensor but its gradient is a Tensor"
+    ):
         optimizer.step(max_norm=1.0)
