@@ -68,59 +68,48 @@ def power_sum(
 
 def _sum_here(grads: Sequence[Tensor], order: float) -> Tensor:
     """Return the sum over tensors of this process."""
-    if (
-        native is not None
-        and hasattr(native, "norm_sum")
-        and order in _NATIVE_ORDERS
-        and not is_tracing()
-    ):
-        total: Tensor | None = native.norm_sum(grads, grads, order)
-        if total is None:
-            grads = [_as_dense(grad, order) for grad in grads]
-            total = native.norm_sum(grads, grads, order)
-        if total is not None:
-            return total
-    grads = [_as_dense(grad, order) for grad in grads]
+    is_native = hasattr(native, "norm_sum") and order in _NATIVE_ORDERS and not is_tracing()
+    total = _sum_natively(grads, order) if is_native else None
+    if total is not None:
+        return total
+    grads = [_as_real(grad, order) for grad in grads]
     filled = [grad for grad in grads if grad.numel() != 0]
     if not filled:
-        device = grads[0].device if grads else torch.device("cpu")
-        return torch.full((), _empty(order), dtype=torch.float64, device=_wide_device(device))
-    norms = [_norm(grad, order) for grad in filled]
+        nothing = math.inf if order == -math.inf else 0.0
+        device = grads[0].device if grads else "cpu"
+        return torch.full((), nothing, dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(filled, order, torch.float64)
     device = norms[0].device
-    values = torch.stack([norm.to(device) for norm in norms])
+    if any(norm.device != device for norm in norms):
+        norms = tuple(norm.to(device) for norm in norms)
+    values = torch.stack(norms)
     if math.isinf(order):
         return values.amax() if order > 0 else values.amin()
     return values.sum() if order in (0.0, 1.0) else values.pow(order).sum()
 
 
-def _empty(order: float) -> float:
-    """Return the sum over no elements."""
-    return math.inf if order == -math.inf else 0.0
+def _sum_natively(grads: Sequence[Tensor], order: float) -> Tensor | None:
+    assert native is not None
+    total: Tensor | None = native.norm_sum(grads, grads, order)
+    if total is None:
+        grads = [_as_real(grad, order).contiguous() for grad in grads]
+        total = native.norm_sum(grads, grads, order)
+    return total
 
 
-def _norm(grad: Tensor, order: float) -> Tensor:
-    grad = grad.to(_wide_device(grad.device))
-    norm: Tensor = torch.linalg.vector_norm(grad, order, dtype=torch.float64)
-    return norm
-
-
-def _wide_device(device: torch.device) -> torch.device:
-    """Return a device, or the CPU instead of one without float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _as_dense(grad: Tensor, order: float) -> Tensor:
-    """Return a gradient's elements, or their absolute values, as a dense tensor of real numbers."""
-    grad = grad.detach()
-    if grad.layout is torch.sparse_coo:
-        grad = grad.coalesce()
+def _as_real(grad: Tensor, order: float) -> Tensor:
+    """Return a gradient's elements, or their absolute values, as a tensor of real numbers."""
+    if grad.is_mps:
+        grad = grad.cpu()  # there is no float64
+    if grad.layout is torch.strided and not grad.is_complex():
+        return grad.resolve_neg() if grad.is_neg() else grad
     if grad.layout is not torch.strided:
-        grad = grad.values()
+        grad = (grad.coalesce() if grad.layout is torch.sparse_coo else grad).values()
     grad = grad.resolve_conj().resolve_neg()
-    if grad.is_complex():
-        # The square of an absolute value is the sum of two squares.
-        grad = torch.view_as_real(grad) if order == 2.0 else grad.abs()
-    return grad.contiguous()
+    if not grad.is_complex():
+        return grad
+    # The square of an absolute value is the sum of two squares.
+    return torch.view_as_real(grad) if order == 2.0 else grad.abs()
 
 
 def _is_any_double(tensors: Iterable[Tensor]) -> bool:
@@ -168,10 +157,11 @@ def _sum_with_meshes(
     sums += [_sum_over(mesh, on_mesh, order) for mesh, on_mesh in meshes.items()]
     if not sums:
         sums = [_sum_here([], order)]
-    device = _wide_device(first_device or sums[0].device)
-    total = sums[0].to(device)
+    if first_device is None or first_device.type == "mps":
+        first_device = sums[0].device
+    total = sums[0].to(first_device)
     for other in sums[1:]:
-        total = _combine(total, other.to(device), order)
+        total = _combine(total, other.to(first_device), order)
     return PowerSum(total, is_double)
 
 
