@@ -4,7 +4,7 @@ The norm of order p is the p-th root of the sum of `|g|^p`. Sums are float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ._dtensor import is_dtensor, reduced
 from ._fallback_step import placed_like
 from ._native import native
-from ._values import PLAIN_TYPES, has_value, is_tracing
+from ._values import PLAIN_TYPES, has_value
 
 _NATIVE_ORDERS = (1.0, 2.0, math.inf)
 _DOUBLES = (torch.float64, torch.complex128)
@@ -55,24 +55,38 @@ def power_sum(
         order: The norm's order.
         name_of: Names the parameter at an index, for errors.
     """
+    if grads is None and native is not None and order in _NATIVE_ORDERS:
+        # Without making Python objects of gradients. It leaves DTensors, even without a gradient.
+        found = native.norm_sum(params, None, order)
+        if found is not None:
+            return PowerSum(*found)
+    if grads is None:
+        grads = [param.grad for param in params]
     if _PLAIN_TYPES.issuperset(map(type, params)):
-        if grads is None:
-            grads = [param.grad for param in params]
-        present = [grad for grad in grads if grad is not None]
-        return PowerSum(_sum_here(present, order), _is_any_double(present))
+        return _sum_here([grad for grad in grads if grad is not None], order)
     return _sum_with_meshes(params, grads, order, name_of)
 
 
 # ---- one process ---------------------------------------------------------------------------------
 
 
-def _sum_here(grads: Sequence[Tensor], order: float) -> Tensor:
+def _sum_here(grads: Sequence[Tensor], order: float) -> PowerSum:
     """Return the sum over tensors of this process."""
-    is_native = hasattr(native, "norm_sum") and order in _NATIVE_ORDERS and not is_tracing()
-    total = _sum_natively(grads, order) if is_native else None
-    if total is not None:
-        return total
+    if native is not None and order in _NATIVE_ORDERS:
+        found = native.norm_sum(grads, grads, order)
+        if found is not None:
+            return PowerSum(*found)
+    is_double = any(grad.dtype in _DOUBLES for grad in grads)
     grads = [_as_real(grad, order) for grad in grads]
+    if native is not None and order in _NATIVE_ORDERS:
+        grads = [grad.contiguous() for grad in grads]
+        found = native.norm_sum(grads, grads, order)
+        if found is not None:
+            return PowerSum(found[0], is_double)
+    return PowerSum(_sum_by_operations(grads, order), is_double)
+
+
+def _sum_by_operations(grads: Sequence[Tensor], order: float) -> Tensor:
     filled = [grad for grad in grads if grad.numel() != 0]
     if not filled:
         nothing = math.inf if order == -math.inf else 0.0
@@ -86,15 +100,6 @@ def _sum_here(grads: Sequence[Tensor], order: float) -> Tensor:
     if math.isinf(order):
         return values.amax() if order > 0 else values.amin()
     return values.sum() if order in (0.0, 1.0) else values.pow(order).sum()
-
-
-def _sum_natively(grads: Sequence[Tensor], order: float) -> Tensor | None:
-    assert native is not None
-    total: Tensor | None = native.norm_sum(grads, grads, order)
-    if total is None:
-        grads = [_as_real(grad, order).contiguous() for grad in grads]
-        total = native.norm_sum(grads, grads, order)
-    return total
 
 
 def _as_real(grad: Tensor, order: float) -> Tensor:
@@ -112,10 +117,6 @@ def _as_real(grad: Tensor, order: float) -> Tensor:
     return torch.view_as_real(grad) if order == 2.0 else grad.abs()
 
 
-def _is_any_double(tensors: Iterable[Tensor]) -> bool:
-    return any(tensor.dtype in _DOUBLES for tensor in tensors)
-
-
 # ---- several processes ---------------------------------------------------------------------------
 
 
@@ -128,41 +129,32 @@ class _OnMesh(NamedTuple):
 
 def _sum_with_meshes(
     params: Sequence[Any],
-    grads: Sequence[Tensor | None] | None,
+    grads: Sequence[Tensor | None],
     order: float,
     name_of: Callable[[int], str],
 ) -> PowerSum:
     present: list[Tensor] = []
-    first_device = None
     meshes: dict[Any, _OnMesh] = {}
-    is_double = False
-    for i, param in enumerate(params):
-        grad = param.grad if grads is None else grads[i]
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is not None:
             _check_kinds(param, grad, name_of(i))
-            first_device = first_device or grad.device
-            is_double = is_double or grad.dtype in _DOUBLES
         if not is_dtensor(param):
             if grad is not None:
                 present.append(grad)
             continue
-        # Another process may have a gradient.
-        is_double = is_double or param.dtype in _DOUBLES
         on_mesh = meshes.setdefault(param.device_mesh, _OnMesh([], []))
         on_mesh.params.append(param)
         if grad is not None:
             grad = reduced(placed_like(grad, param))
             on_mesh.local_grads.append((grad, grad.to_local()))
-    sums = [_sum_here(present, order)] if present else []
+    sums = [_sum_here(present, order)] if present or not meshes else []
     sums += [_sum_over(mesh, on_mesh, order) for mesh, on_mesh in meshes.items()]
-    if not sums:
-        sums = [_sum_here([], order)]
-    if first_device is None or first_device.type == "mps":
-        first_device = sums[0].device
-    total = sums[0].to(first_device)
+    first = next((grad for grad in grads if grad is not None), None)
+    device = sums[0].total.device if first is None or first.is_mps else first.device
+    total = sums[0].total.to(device)
     for other in sums[1:]:
-        total = _combine(total, other.to(first_device), order)
-    return PowerSum(total, is_double)
+        total = _combine(total, other.total.to(device), order)
+    return PowerSum(total, any(found.is_double for found in sums))
 
 
 def _combine(a: Tensor, b: Tensor, order: float) -> Tensor:
@@ -179,7 +171,7 @@ def _check_kinds(param: Any, grad: Any, name: str) -> None:
         raise TypeError(f"{name} is a {kinds[0]} but its gradient is a {kinds[1]}")
 
 
-def _sum_over(mesh: Any, on_mesh: _OnMesh, order: float) -> Tensor:
+def _sum_over(mesh: Any, on_mesh: _OnMesh, order: float) -> PowerSum:
     """Return the sum over the DTensors of a mesh: the same bits on all of its processes."""
     coordinate = mesh.get_coordinate()
     # Replicas along a dimension are summed over only if another parameter is sharded along it.
@@ -190,14 +182,16 @@ def _sum_over(mesh: Any, on_mesh: _OnMesh, order: float) -> Tensor:
         if coordinate is not None
         and all(coordinate[i] == 0 or _is_sharded(grad, i) for i in summed)
     ]
-    total = _sum_here(counted, order)
-    if coordinate is None or not has_value(total):
-        return total  # this process has none of the shards; or nothing is computed
-    if total.device.type != mesh.device_type:
-        total = total.to(mesh.device_type)
-    for i in summed:
-        total = _all_reduce(total, mesh.get_group(i), order)
-    return total
+    # Other processes may have other gradients.
+    tensors = (*on_mesh.params, *(local for _, local in on_mesh.local_grads))
+    is_double = any(tensor.dtype in _DOUBLES for tensor in tensors)
+    total, _ = _sum_here(counted, order)
+    if coordinate is not None and has_value(total):
+        if total.device.type != mesh.device_type:
+            total = total.to(mesh.device_type)
+        for i in summed:
+            total = _all_reduce(total, mesh.get_group(i), order)
+    return PowerSum(total, is_double)
 
 
 def _is_sharded(tensor: Any, mesh_dim: int) -> bool:

@@ -66,7 +66,8 @@ class Gradients {
  public:
   explicit Gradients(NormOrder order) : order_(order) {}
 
-  // Adds the gradients of all parameters; false if one is not supported.
+  // Adds the gradients of all parameters; false if one is not supported, or a parameter is not: a
+  // DTensor without a gradient takes part in sums over processes.
   bool add_all(const py::tuple& params, const py::tuple& grads) {
     const auto count = static_cast<Py_ssize_t>(params.size());
     table_.rows.reserve(params.size());
@@ -83,6 +84,8 @@ class Gradients {
   }
 
   const GradTable& table() const { return table_; }
+
+  bool has_double() const { return has_double_; }
 
   // Keeps the memory alive without the GIL.
   std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages() const {
@@ -123,7 +126,9 @@ class Gradients {
 
   bool add_batch(const at::Tensor** batch, size_t n, bool are_grads) {
     for (size_t i = 0; i < n && !are_grads; ++i) {
-      prefetch(batch[i]->unsafeGetTensorImpl()->autograd_meta());
+      const c10::TensorImpl& param = *batch[i]->unsafeGetTensorImpl();
+      if (!is_readable(param)) return false;
+      prefetch(param.autograd_meta());
     }
     for (size_t i = 0; i < n; ++i) {
       if (batch[i] == nullptr) continue;
@@ -151,6 +156,7 @@ class Gradients {
     if (!is_readable(impl) || !numbers || !grad.is_non_overlapping_and_dense()) return false;
     if (!grad.is_cpu()) return false;
     const auto [dtype, per_element] = *numbers;
+    has_double_ = has_double_ || dtype == DType::kFloat64;
     const int64_t numel = impl.numel() * per_element;
     if (numel == 0) return true;
     c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
@@ -165,6 +171,7 @@ class Gradients {
 
   NormOrder order_;
   GradTable table_;
+  bool has_double_ = false;
   std::vector<const c10::TensorImpl*> read_;
 };
 
@@ -193,7 +200,7 @@ py::object norm_sum(py::handle params, py::handle grads, double order) {
   } else {
     sum = sum_on_host(read_order(order), gradients.table());
   }
-  return py::cast(at::scalar_tensor(sum, at::kDouble));
+  return py::make_tuple(at::scalar_tensor(sum, at::kDouble), gradients.has_double());
 }
 
 }  // namespace emopt
