@@ -144,7 +144,6 @@ def read_max_norm(max_norm: Any) -> float:
 # ---- the arguments -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _clip_coefficient(
     parameters: Any, max_norm: Any, norm_type: Any, error_if_nonfinite: bool
 ) -> Clipping:
@@ -181,7 +180,7 @@ def _as_list(parameters: Any) -> list[Tensor]:
         warnings.warn(
             "parameters is an empty generator, so nothing is clipped; model.parameters() can be"
             " iterated over once",
-            stacklevel=5,
+            stacklevel=4,
         )
     return params
 
@@ -222,8 +221,8 @@ def _clip(found: PowerSum, order: float, max_norm: float, factor: float | Tensor
         if coefficient > 1.0:  # a NaN stays
             coefficient = 1.0
         return Clipping(
-            torch.tensor(number, dtype=dtype, device="cpu"),
-            torch.tensor(coefficient, dtype=dtype, device="cpu"),
+            torch.scalar_tensor(number, dtype=dtype, device="cpu"),
+            torch.scalar_tensor(coefficient, dtype=dtype, device="cpu"),
         )
     norm = norm * factor
     return Clipping(norm.to(dtype), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))

@@ -60,11 +60,12 @@ def power_sum(
         found = native.norm_sum(params, None, order)
         if found is not None:
             return PowerSum(*found)
-    if grads is None:
-        grads = [param.grad for param in params]
-    if _PLAIN_TYPES.issuperset(map(type, params)):
-        return _sum_here([grad for grad in grads if grad is not None], order)
-    return _sum_with_meshes(params, grads, order, name_of)
+    with torch.no_grad():
+        if grads is None:
+            grads = [param.grad for param in params]
+        if _PLAIN_TYPES.issuperset(map(type, params)):
+            return _sum_here([grad for grad in grads if grad is not None], order)
+        return _sum_with_meshes(params, grads, order, name_of)
 
 
 # ---- one process ---------------------------------------------------------------------------------

@@ -137,8 +137,7 @@ def _run_clipped_step(
     optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None, max_norm: float
 ) -> Tensor | None:
     # Before anything that this process may raise or skip: others wait for its part of the norm.
-    with torch.no_grad():
-        norm, multiplier = clip_for_step(optimizer, max_norm, grad_multiplier)
+    norm, multiplier = clip_for_step(optimizer, max_norm, grad_multiplier)
     found_inf = run_step(optimizer, multiplier)
     optimizer.grad_norm = norm
     return found_inf
