@@ -9,14 +9,11 @@ namespace emopt::cuda {
 namespace {
 
 constexpr uint32_t kWarps = kThreads / kWarp;
-// Blocks resident on a multiprocessor: six allow a thread 40 registers, of which float64 takes 16
-// for its loads.
-constexpr int kNormBlocks = 6;
 
 // Adds the upper half of the lanes to the lower half until one is left, the first thread's.
 template <class Norm>
 __device__ double add_lanes_of_warp(Norm norm, double sum) {
-#pragma unroll
+  EMOPT_UNROLL
   for (uint32_t half = kWarp / 2; half > 0; half /= 2) {
     sum = norm.add(sum, __shfl_down_sync(0xffffffff, sum, half));
   }

@@ -10,15 +10,12 @@ namespace emopt::cuda {
 inline constexpr uint32_t kWarp = 32;
 static_assert(kWarp == kNormLanes, "a lane of a block is a thread of a warp");
 
-// Elements that a thread loads before it adds the first: of float32, 64 KiB in flight on a
-// multiprocessor with 2048 threads.
-inline constexpr uint32_t kNormLoads = 8;
-
 // A lane's sum of up to kNormBlock elements. Those beyond the end count as zeros, which change
 // nothing.
 template <class Stored, class Add>
 EMOPT_FN double sum_of_lane(const Stored* from, uint32_t n, uint32_t lane, Add add) {
   double sum = 0.0;
+  EMOPT_NO_UNROLL
   for (uint32_t first = lane; first < n; first += kNormLoads * kWarp) {
     Stored held[kNormLoads] = {};
     EMOPT_UNROLL
