@@ -1,12 +1,14 @@
 #include "norm_sum.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -20,10 +22,19 @@
 #include "python_objects.h"
 #include "tensor_memory.h"
 #include "tracing_modes.h"
+#if EMOPT_CUDA
+#include "../engine/cuda/device_norm.h"
+#endif
 
 namespace emopt {
 
 namespace {
+
+#if EMOPT_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
 // The number of elements from which releasing the GIL pays off.
 constexpr int64_t kWorthTheGil = 1 << 18;
@@ -64,14 +75,14 @@ bool is_readable(const c10::TensorImpl& impl) {
 // The gradients of a call. They are borrowed while the GIL is held, as in a step.
 class Gradients {
  public:
-  explicit Gradients(NormOrder order) : order_(order) {}
+  Gradients(NormOrder order, size_t num_params) : order_(order), num_params_(num_params) {
+    read_.reserve(num_params);
+  }
 
   // Adds the gradients of all parameters; false if one is not supported, or a parameter is not: a
   // DTensor without a gradient takes part in sums over processes.
   bool add_all(const py::tuple& params, const py::tuple& grads) {
     const auto count = static_cast<Py_ssize_t>(params.size());
-    table_.rows.reserve(params.size());
-    read_.reserve(params.size());
     std::array<const at::Tensor*, kBatch> batch;
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
@@ -83,7 +94,15 @@ class Gradients {
     return true;
   }
 
-  const GradTable& table() const { return table_; }
+  const std::vector<GradTable>& tables() const { return tables_; }  // none is empty
+  int64_t num_tensors() const { return static_cast<int64_t>(read_.size()); }
+  at::Device first_device() const { return first_device_.value_or(at::kCPU); }
+
+  bool are_worth_the_gil() const {
+    return std::any_of(tables_.begin(), tables_.end(), [](const GradTable& table) {
+      return table.device != kHost || table.numel >= kWorthTheGil;
+    });
+  }
 
   bool has_double() const { return has_double_; }
 
@@ -154,31 +173,110 @@ class Gradients {
     const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
     const auto numbers = numbers_of(grad.scalar_type(), order_);
     if (!is_readable(impl) || !numbers || !grad.is_non_overlapping_and_dense()) return false;
-    if (!grad.is_cpu()) return false;
+    const bool is_on_host = impl.device_type() == at::kCPU;
+    if (!is_on_host && !kHasCuda) return false;
     const auto [dtype, per_element] = *numbers;
     has_double_ = has_double_ || dtype == DType::kFloat64;
     const int64_t numel = impl.numel() * per_element;
+    if (!first_device_) first_device_ = impl.device();
     if (numel == 0) return true;
-    c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
-    const char* const base = static_cast<const char*>(storage.data());
+    const auto* const base =
+        static_cast<const char*>(impl.unsafe_storage().unsafeGetStorageImpl()->data());
     if (base == nullptr) return false;
     const void* const data = base + impl.storage_offset() * per_element * size_of(dtype);
-    prefetch(data);
-    table_.append({data, dtype, kHost, numel, static_cast<int64_t>(table_.rows.size()), 0, 0});
+    if (is_on_host) {
+      prefetch(data);
+    } else if (!is_aligned(data, dtype)) {  // GPUs fault on misaligned elements
+      return false;
+    }
+    const auto position = static_cast<int64_t>(read_.size());
+    table_of(is_on_host ? kHost : impl.device().index())
+        .append({data, dtype, numel, position, 0, 0});
     read_.push_back(&impl);
     return true;
   }
 
+  GradTable& table_of(int8_t device) {
+    for (GradTable& table : tables_) {
+      if (table.device == device) return table;
+    }
+    GradTable& table = tables_.emplace_back();
+    table.device = device;
+    if (tables_.size() == 1) table.rows.reserve(num_params_);  // usually the only table
+    return table;
+  }
+
   NormOrder order_;
-  GradTable table_;
+  size_t num_params_;
+  std::vector<GradTable> tables_;
+  std::optional<at::Device> first_device_;
   bool has_double_ = false;
   std::vector<const c10::TensorImpl*> read_;
 };
 
-double sum_on_host(NormOrder order, const GradTable& table) {
-  std::vector<double> tensor_sums(table.rows.size());
-  cpu::sum_tensors(order, table, tensor_sums.data());
-  return cpu::add_tensors(order, tensor_sums.data(), static_cast<int64_t>(tensor_sums.size()));
+// The sum of each tensor of a table, at the tensor's position; zeros at those of other tables.
+at::Tensor sum_tensors(NormOrder order, const GradTable& table, int64_t num_tensors) {
+  const bool is_on_host = table.device == kHost;
+  const auto options =
+      at::TensorOptions(at::kDouble)
+          .device(is_on_host ? at::Device(at::kCPU) : at::Device(at::kCUDA, table.device));
+  const bool are_all = static_cast<int64_t>(table.rows.size()) == num_tensors;
+  at::Tensor sums = are_all ? at::empty({num_tensors}, options) : at::zeros({num_tensors}, options);
+  auto* const address = static_cast<double*>(sums.mutable_data_ptr());
+  if (is_on_host) {
+    cpu::sum_tensors(order, table, address);
+  } else {
+#if EMOPT_CUDA
+    const at::Tensor block_sums = at::empty({table.num_blocks}, options);
+    cuda::sum_tensors(order, table, static_cast<double*>(block_sums.mutable_data_ptr()), address);
+#endif
+  }
+  return sums;
+}
+
+// The sum of tensors on several devices. Waits for none, unless the sum is on the host.
+at::Tensor sum_on_devices(NormOrder order, const Gradients& gradients, at::Device device) {
+  std::vector<at::Tensor> parts;
+  for (const bool is_host : {false, true}) {  // devices first: they and the host work in parallel
+    for (const GradTable& table : gradients.tables()) {
+      if ((table.device == kHost) != is_host) continue;
+      parts.push_back(sum_tensors(order, table, gradients.num_tensors()));
+    }
+  }
+  // A tensor's sum is in one of them; adding the others' zeros changes nothing.
+  at::Tensor sums;
+  for (const at::Tensor& part : parts) {
+    const at::Tensor here = part.to(device, /*non_blocking=*/device.is_cuda());
+    sums = sums.defined() ? sums.add_(here) : here;
+  }
+  const auto* const address = static_cast<const double*>(sums.const_data_ptr());
+  if (device.is_cpu()) {
+    return at::scalar_tensor(cpu::add_tensors(order, address, gradients.num_tensors()),
+                             at::kDouble);
+  }
+  at::Tensor sum = at::empty({}, at::TensorOptions(at::kDouble).device(device));
+#if EMOPT_CUDA
+  cuda::add_tensors(order, device.index(), address, gradients.num_tensors(),
+                    static_cast<double*>(sum.mutable_data_ptr()));
+#endif
+  return sum;
+}
+
+at::Tensor sum_on_host(NormOrder order, const GradTable& table) {
+  std::vector<double> sums(table.rows.size());
+  cpu::sum_tensors(order, table, sums.data());
+  const auto num_tensors = static_cast<int64_t>(sums.size());
+  return at::scalar_tensor(cpu::add_tensors(order, sums.data(), num_tensors), at::kDouble);
+}
+
+at::Tensor sum_of(NormOrder order, const Gradients& gradients) {
+  const at::Device device = gradients.first_device();
+  const auto& tables = gradients.tables();
+  if (tables.empty()) return at::zeros({}, at::TensorOptions(at::kDouble).device(device));
+  if (tables.size() == 1 && tables[0].device == kHost && device.is_cpu()) {
+    return sum_on_host(order, tables[0]);
+  }
+  return sum_on_devices(order, gradients, device);
 }
 
 }  // namespace
@@ -190,17 +288,18 @@ py::object norm_sum(py::handle params, py::handle grads, double order) {
   const py::tuple grad_tuple = grads.is_none() ? py::tuple() : items("grads", grads);
   TORCH_CHECK_VALUE(grads.is_none() || grad_tuple.size() == param_tuple.size(), "there are ",
                     grad_tuple.size(), " gradients for ", param_tuple.size(), " parameters");
-  Gradients gradients(read_order(order));
+  const NormOrder norm_order = read_order(order);
+  Gradients gradients(norm_order, param_tuple.size());
   if (!gradients.add_all(param_tuple, grad_tuple)) return py::none();
-  double sum = 0.0;
-  if (gradients.table().numel >= kWorthTheGil) {
-    const auto storages = gradients.storages();
-    const py::gil_scoped_release without_gil;
-    sum = sum_on_host(read_order(order), gradients.table());
-  } else {
-    sum = sum_on_host(read_order(order), gradients.table());
+  std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages;
+  std::optional<py::gil_scoped_release> without_gil;
+  if (gradients.are_worth_the_gil()) {
+    storages = gradients.storages();
+    without_gil.emplace();
   }
-  return py::make_tuple(at::scalar_tensor(sum, at::kDouble), gradients.has_double());
+  const at::Tensor sum = sum_of(norm_order, gradients);
+  without_gil.reset();
+  return py::make_tuple(sum, gradients.has_double());
 }
 
 }  // namespace emopt

@@ -41,6 +41,31 @@ EMOPT_FN decltype(auto) with_norm(NormOrder order, Visit visit) {
   return visit(NormSum<NormOrder::kInf>());
 }
 
+// Adds the upper half of the lanes to the lower half until one is left. Only the first n are set.
+template <class Norm>
+EMOPT_FN double add_lanes(Norm norm, double (&lanes)[kNormLanes], int64_t n) {
+  int half = kNormLanes / 2;
+  while (half >= n && half > 1) half /= 2;  // adding zeros changes nothing
+  for (; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] = norm.add(lanes[lane], lanes[lane + half]);
+    }
+  }
+  return lanes[0];
+}
+
+EMOPT_FN double add_in_order(NormOrder order, double sum, const double* sums, int64_t n) {
+  return with_norm(order, [&](auto norm) {
+    for (int64_t i = 0; i < n; ++i) sum = norm.add(sum, sums[i]);
+    return sum;
+  });
+}
+
+// The bits of NaNs depend on the processor.
+EMOPT_FN double with_one_nan(double sum) {
+  return sum == sum ? sum : bit_cast<double>(uint64_t{0x7ff8} << 48);
+}
+
 // Calls `visit` with a value of a gradient's stored type.
 template <class Visit>
 EMOPT_FN decltype(auto) with_grad_type(DType dtype, Visit visit) {
@@ -56,7 +81,6 @@ constexpr int64_t num_norm_blocks(int64_t numel) { return (numel + kNormBlock - 
 struct GradRow {
   const void* data;
   DType dtype;
-  int8_t device;        // a CUDA device's index, or kHost
   int64_t numel;        // not 0
   int64_t position;     // the index of its sum among the tensors' sums
   int64_t start;        // the number of elements in all earlier rows
@@ -65,6 +89,7 @@ struct GradRow {
 
 // The gradients on one device.
 struct GradTable {
+  int8_t device = kHost;  // or a CUDA device's index
   std::vector<GradRow> rows;
   int64_t numel = 0;
   int64_t num_blocks = 0;

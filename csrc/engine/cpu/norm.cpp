@@ -16,19 +16,6 @@ namespace {
 // As in element_loop.inl: hardware prefetches no further than to the end of a 4 KiB page.
 constexpr int64_t kAheadBytes = 2048;
 
-// Adds the upper half of the lanes to the lower half until one is left. Only the first n are set.
-template <class Norm>
-double add_lanes(double (&lanes)[kNormLanes], int64_t n) {
-  int half = kNormLanes / 2;
-  while (half >= n && half > 1) half /= 2;  // adding zeros changes nothing
-  for (; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      lanes[lane] = Norm::add(lanes[lane], lanes[lane + half]);
-    }
-  }
-  return lanes[0];
-}
-
 template <class Norm, class Stored>
 double sum_block(const NormLoops& loops, DType dtype, const Stored* from, int64_t n,
                  const void* ahead) {
@@ -39,7 +26,7 @@ double sum_block(const NormLoops& loops, DType dtype, const Stored* from, int64_
     double& lane = lanes[i - body];
     lane = Norm::add(lane, Norm::term(static_cast<double>(widen(from[i]))));
   }
-  return add_lanes<Norm>(lanes, n);
+  return add_lanes(Norm(), lanes, n);
 }
 
 }  // namespace
@@ -81,27 +68,22 @@ void sum_blocks_between(NormOrder order, Isa isa, const GradTable& table, Place 
 
 double add_blocks(NormOrder order, const double* block_sums, int64_t num_blocks) {
   return with_norm(order, [&](auto norm) {
-    using Norm = decltype(norm);
     double sum = 0.0;
     for (int64_t begin = 0; begin < num_blocks; begin += kNormBlock) {
       const int64_t n = std::min(num_blocks - begin, kNormBlock);
       double lanes[kNormLanes] = {};
       for (int64_t i = 0; i < n; ++i) {
         double& lane = lanes[i % kNormLanes];
-        lane = Norm::add(lane, block_sums[begin + i]);
+        lane = norm.add(lane, block_sums[begin + i]);
       }
-      sum = Norm::add(sum, add_lanes<Norm>(lanes, n));
+      sum = norm.add(sum, add_lanes(norm, lanes, n));
     }
     return sum;
   });
 }
 
 double add_tensors(NormOrder order, const double* tensor_sums, int64_t num_tensors) {
-  return with_norm(order, [&](auto norm) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < num_tensors; ++i) sum = norm.add(sum, tensor_sums[i]);
-    return sum == sum ? sum : std::numeric_limits<double>::quiet_NaN();
-  });
+  return with_one_nan(add_in_order(order, 0.0, tensor_sums, num_tensors));
 }
 
 }  // namespace emopt::cpu
