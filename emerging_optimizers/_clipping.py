@@ -51,7 +51,8 @@ def clip_coefficient(
 
     Norms of order 1, 2 and infinity are native. Their sums are float64, in a fixed order: the bits
     do not depend on threads, instruction sets, alignment or the device. PyTorch operations compute
-    other norms. On CUDA, the host does not wait.
+    other norms. On CUDA, the host does not wait. In a function that ``torch.compile`` compiles, the
+    call is a graph break.
 
     The norm of DTensors is that of the full tensors. Processes communicate by one all-reduce for
     each mesh (for several, if parameters are sharded along several dimensions of it). All processes
