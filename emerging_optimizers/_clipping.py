@@ -125,7 +125,10 @@ def clip_for_step(
     scale = getattr(optimizer, "grad_scale", None)
     if grad_multiplier is not None:
         grad_multiplier = _as_factor(grad_multiplier, found.total)
-        factor = abs(grad_multiplier)  # type: ignore[assignment]
+        if isinstance(grad_multiplier, Tensor):
+            factor = grad_multiplier.abs()
+        else:
+            factor = abs(grad_multiplier)
     if scale is not None:
         factor = _divided(factor, _as_factor(whole(scale), found.total))
     norm, coefficient = _clip(found, 2.0, max_norm, factor)
@@ -136,12 +139,6 @@ def clip_for_step(
     return norm, read(coefficient, HYPERPARAMETER) * grad_multiplier
 
 
-def read_max_norm(max_norm: Any) -> float:
-    number = read_number("max_norm", max_norm)
-    check_domain("max_norm", number, NonNegative)
-    return number
-
-
 # ---- the arguments -------------------------------------------------------------------------------
 
 
@@ -149,7 +146,7 @@ def _clip_coefficient(
     parameters: Any, max_norm: Any, norm_type: Any, error_if_nonfinite: bool
 ) -> Clipping:
     params = _as_list(parameters)
-    max_norm = read_max_norm(max_norm)
+    max_norm = _read_max_norm(max_norm)
     order = math.inf if norm_type == "inf" else read_number("norm_type", norm_type)
     check_domain("norm_type", order, float)
     try:
@@ -233,9 +230,8 @@ def _as_factor(value: float | Tensor, total: Tensor) -> float | Tensor:
     """Return a float; or a 0-dim float64 tensor, if the host would have to wait for the value."""
     if not isinstance(value, Tensor) or not value.is_cuda:
         return read(value, HYPERPARAMETER)
-    return (
-        value.detach().to(total.device if total.is_cuda else value.device, torch.float64).view(())
-    )
+    device = total.device if total.is_cuda else value.device
+    return value.detach().to(device, torch.float64).view(())
 
 
 def _divided(factor: float | Tensor, scale: float | Tensor) -> float | Tensor:

@@ -5,7 +5,7 @@ The norm of order p is the p-th root of the sum of `|g|^p`. Sums are float64.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ def _sum_here(grads: Sequence[Tensor], order: float) -> PowerSum:
         found = native.norm_sum(grads, grads, order)
         if found is not None:
             return PowerSum(*found)
+    # It leaves some layouts, and some norms of complex numbers.
     is_double = any(grad.dtype in _DOUBLES for grad in grads)
     grads = [_as_real(grad, order) for grad in grads]
     if native is not None and order in _NATIVE_ORDERS:
@@ -114,8 +115,9 @@ def _as_real(grad: Tensor, order: float) -> Tensor:
     grad = grad.resolve_conj().resolve_neg()
     if not grad.is_complex():
         return grad
-    # The square of an absolute value is the sum of two squares.
-    return torch.view_as_real(grad) if order == 2.0 else grad.abs()
+    if order == 2.0:  # the square of an absolute value is a sum of two squares
+        return torch.view_as_real(grad)
+    return grad.to(torch.complex128).abs()
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -137,8 +139,8 @@ def _sum_with_meshes(
     present: list[Tensor] = []
     meshes: dict[Any, _OnMesh] = {}
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is not None:
-            _check_kinds(param, grad, name_of(i))
+        if grad is not None and is_dtensor(param) != is_dtensor(grad):
+            _refuse_kinds(param, grad, name_of(i))
         if not is_dtensor(param):
             if grad is not None:
                 present.append(grad)
@@ -164,12 +166,11 @@ def _combine(a: Tensor, b: Tensor, order: float) -> Tensor:
     return a + b
 
 
-def _check_kinds(param: Any, grad: Any, name: str) -> None:
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"{name}: its gradient must be a Tensor, not {type(grad).__name__}")
-    if is_dtensor(param) != is_dtensor(grad):
-        kinds = ["DTensor" if is_dtensor(tensor) else "Tensor" for tensor in (param, grad)]
-        raise TypeError(f"{name} is a {kinds[0]} but its gradient is a {kinds[1]}")
+def _refuse_kinds(param: Any, grad: Any, name: str) -> NoReturn:
+    kind, grad_kind = (
+        "DTensor" if is_dtensor(tensor) else type(tensor).__name__ for tensor in (param, grad)
+    )
+    raise TypeError(f"{name} is a {kind} but its gradient is a {grad_kind}")
 
 
 def _sum_over(mesh: Any, on_mesh: _OnMesh, order: float) -> PowerSum:
