@@ -16,13 +16,25 @@ template <class Stored>
 using MagnitudeBits = std::conditional_t<sizeof(Stored) == 2, int16_t,
                                          std::conditional_t<sizeof(Stored) == 4, int32_t, int64_t>>;
 
-// Both prefetch as many elements from `ahead` on. Indexed by the stored type.
-using AddToLanes = void (*)(double* lanes, const void* data, int64_t n, const void* ahead);
-using FindLargest = double (*)(const void* data, int64_t n, const void* ahead);
+// What to prefetch while a block is read: the bytes from `here` on, and after `num_here` of them
+// those of the next gradient.
+struct Ahead {
+  const char* here;
+  int64_t num_here;
+  const char* next;
 
-// The loops of one instruction set.
+  EMOPT_FN const char* at(int64_t offset) const {
+    return offset < num_here ? here + offset : next + (offset - num_here);
+  }
+};
+
+// Sets the lanes to their sums.
+using SumLanes = void (*)(double* lanes, const void* data, int64_t n, const Ahead& ahead);
+using FindLargest = double (*)(const void* data, int64_t n, const Ahead& ahead);
+
+// The loops of one instruction set, indexed by the stored type.
 struct NormLoops {
-  AddToLanes add_to_lanes[4];  // n is a multiple of kNormLanes
+  SumLanes sum_lanes[4];  // n is a multiple of kNormLanes
   FindLargest find_largest[4];
 };
 
