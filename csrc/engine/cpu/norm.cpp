@@ -43,21 +43,18 @@ double sum_block(Norm norm, SumLanes sum_lanes, const Stored* from, int64_t n, c
 
 }  // namespace
 
-const NormLoops& norm_loops(NormOrder order, Isa isa) {
-  return with_norm(order, [&](auto norm) -> const NormLoops& {
-    using Norm = decltype(norm);
+const NormLoops& norm_loops(Isa isa) {
 #if EMOPT_X86_UNITS
-    if (isa == Isa::kAVX512) return avx512::kNormLoops<Norm>;
-    if (isa == Isa::kAVX2) return avx2::kNormLoops<Norm>;
+  if (isa == Isa::kAVX512) return avx512::kNormLoops;
+  if (isa == Isa::kAVX2) return avx2::kNormLoops;
 #endif
-    static_cast<void>(isa);
-    return baseline::kNormLoops<Norm>;
-  });
+  static_cast<void>(isa);
+  return baseline::kNormLoops;
 }
 
 void sum_blocks_between(NormOrder order, Isa isa, const GradTable& table, Place begin, Place end,
                         double* block_sums) {
-  const NormLoops& loops = norm_loops(order, isa);
+  const NormLoops& loops = norm_loops(isa);
   const GradRow& last = table.rows.back();
   for_each_part(table, begin, end, [&](const GradRow& row, int64_t from, int64_t to) {
     const auto loop = static_cast<size_t>(row.dtype);
@@ -69,7 +66,8 @@ void sum_blocks_between(NormOrder order, Isa isa, const GradTable& table, Place 
         const Ahead ahead = ahead_of(row, i, next);
         block_sums[row.first_block + i / kNormBlock] = with_norm(order, [&](auto norm) {
           if constexpr (norm.kIsLargest) return loops.find_largest[loop](data + i, n, ahead);
-          return sum_block(norm, loops.sum_lanes[loop], data + i, n, ahead);
+          return sum_block(norm, loops.sum_lanes[static_cast<int>(order)][loop], data + i, n,
+                           ahead);
         });
       }
     });

@@ -32,13 +32,13 @@ struct Ahead {
 using SumLanes = void (*)(double* lanes, const void* data, int64_t n, const Ahead& ahead);
 using FindLargest = double (*)(const void* data, int64_t n, const Ahead& ahead);
 
-// The loops of one instruction set, indexed by the stored type.
+// The loops of one instruction set, indexed by the order, kOne or kTwo, and the stored type.
 struct NormLoops {
-  SumLanes sum_lanes[4];  // n is a multiple of kNormLanes
+  SumLanes sum_lanes[2][4];  // n is a multiple of kNormLanes
   FindLargest find_largest[4];
 };
 
-const NormLoops& norm_loops(NormOrder order, Isa isa);
+const NormLoops& norm_loops(Isa isa);
 
 // Stores the sums of the blocks between two places of a table, on the calling thread.
 void sum_blocks_between(NormOrder order, Isa isa, const GradTable& table, Place begin, Place end,

@@ -49,10 +49,12 @@ double find_largest(const void* data, int64_t n, const Ahead& ahead) {
   return static_cast<double>(widen(bit_cast<Stored>(result)));
 }
 
-template <class Norm>
+#define EMOPT_SUM_LANES(order)                                            \
+  {&sum_lanes<NormSum<order>, float>, &sum_lanes<NormSum<order>, double>, \
+   &sum_lanes<NormSum<order>, BFloat16>, &sum_lanes<NormSum<order>, Float16>}
 inline constexpr NormLoops kNormLoops = {
-    {&sum_lanes<Norm, float>, &sum_lanes<Norm, double>, &sum_lanes<Norm, BFloat16>,
-     &sum_lanes<Norm, Float16>},
+    {EMOPT_SUM_LANES(NormOrder::kOne), EMOPT_SUM_LANES(NormOrder::kTwo)},
     {&find_largest<float>, &find_largest<double>, &find_largest<BFloat16>, &find_largest<Float16>}};
+#undef EMOPT_SUM_LANES
 
 }  // namespace emopt::cpu::EMOPT_UNIT
