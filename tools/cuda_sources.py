@@ -94,8 +94,8 @@ class Sources:
         self.advance = self.function(chunk, "advance_counters")
         self.scalars = self.function(chunk, "read_scalar")
         self.step = self.function(chunk, "step_and_store")
-        # A norm's gradients, and the sums of blocks and tensors. nvcc gives some stores of a sum the
-        # line of the last addition.
+        # A norm's gradients, and the sums of blocks and tensors. nvcc gives some stores of a
+        # sum the line of the last addition.
         self.grads = self.function("engine/cuda/norm_work.h", "sum_of_lane")
         self.sums = self.lines_with("engine/cuda/norm.cu", r"_sums\[.*;|\*all\.sum = |_shfl_")
         found = re.search(r"kNormLoads = (\d+)", tuning)

@@ -139,8 +139,20 @@ class Gradients {
                        type_name(object));
     }
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    prefetch_lines(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    if (grads.empty()) {
+      prefetch(tensor.unsafeGetTensorImpl());  // only the pointer to its gradient is read
+    } else {
+      prefetch_grad(tensor);
+    }
     return &tensor;
+  }
+
+  // All but the sizes, which are not read.
+  static void prefetch_grad(const at::Tensor& grad) {
+    const auto* const impl = reinterpret_cast<const char*>(grad.unsafeGetTensorImpl());
+    prefetch(impl);
+    static_assert(sizeof(c10::TensorImpl) > 128);
+    prefetch_lines(impl + 128, sizeof(c10::TensorImpl) - 128);
   }
 
   bool add_batch(const at::Tensor** batch, size_t n, bool are_grads) {
@@ -155,13 +167,13 @@ class Gradients {
       if (!batch[i]->defined()) {
         batch[i] = nullptr;
       } else {
-        prefetch_lines(batch[i]->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+        prefetch_grad(*batch[i]);
       }
     }
     for (size_t i = 0; i < n; ++i) {
       if (batch[i] == nullptr) continue;
       const c10::Storage& storage = batch[i]->unsafeGetTensorImpl()->unsafe_storage();
-      prefetch_lines(storage.unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+      prefetch(storage.unsafeGetStorageImpl());
     }
     for (size_t i = 0; i < n; ++i) {
       if (batch[i] != nullptr && !add(*batch[i])) return false;
@@ -180,8 +192,10 @@ class Gradients {
     const int64_t numel = impl.numel() * per_element;
     if (!first_device_) first_device_ = impl.device();
     if (numel == 0) return true;
-    const auto* const base =
-        static_cast<const char*>(impl.unsafe_storage().unsafeGetStorageImpl()->data());
+    // Without a check that reads another line of the cache; a storage without memory has no
+    // address.
+    c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+    const auto* const base = static_cast<const char*>(storage._mutable_data_ptr_no_checks().get());
     if (base == nullptr) return false;
     const void* const data = base + impl.storage_offset() * per_element * size_of(dtype);
     if (is_on_host) {

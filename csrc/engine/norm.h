@@ -26,9 +26,11 @@ enum class NormOrder : uint8_t { kOne, kTwo, kInf };
 // `term` is what an element contributes. The largest of values is NaN if one of them is.
 template <NormOrder kOrder>
 struct NormSum {
+  static constexpr bool kIsLargest = kOrder == NormOrder::kInf;
+
   EMOPT_FN static double term(double x) { return kOrder == NormOrder::kTwo ? x * x : fabs(x); }
   EMOPT_FN static double add(double sum, double term) {
-    if constexpr (kOrder == NormOrder::kInf) return term > sum || term != term ? term : sum;
+    if constexpr (kIsLargest) return term > sum || term != term ? term : sum;
     return sum + term;
   }
 };
@@ -41,15 +43,15 @@ EMOPT_FN decltype(auto) with_norm(NormOrder order, Visit visit) {
   return visit(NormSum<NormOrder::kInf>());
 }
 
-// Adds the upper half of the lanes to the lower half until one is left. Only the first n are set.
+// Adds the upper half of the lanes to the lower half until one is left. Lanes from the n-th on are
+// not read: they would be zeros, which change nothing.
 template <class Norm>
-EMOPT_FN double add_lanes(Norm norm, double (&lanes)[kNormLanes], int64_t n) {
-  int half = kNormLanes / 2;
-  while (half >= n && half > 1) half /= 2;  // adding zeros changes nothing
-  for (; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
+EMOPT_FN double add_lanes(Norm norm, double (&lanes)[kNormLanes], int n) {
+  for (int half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane + half < n; ++lane) {
       lanes[lane] = norm.add(lanes[lane], lanes[lane + half]);
     }
+    n = n < half ? n : half;
   }
   return lanes[0];
 }

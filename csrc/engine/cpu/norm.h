@@ -16,17 +16,29 @@ template <class Stored>
 using MagnitudeBits = std::conditional_t<sizeof(Stored) == 2, int16_t,
                                          std::conditional_t<sizeof(Stored) == 4, int32_t, int64_t>>;
 
-// Both prefetch as many elements from `ahead` on. Indexed by the stored type.
-using AddToLanes = void (*)(double* lanes, const void* data, int64_t n, const void* ahead);
-using FindLargest = double (*)(const void* data, int64_t n, const void* ahead);
+// What to prefetch while a block is read: the bytes from `here` on, and after `num_here` of them
+// those of the next gradient.
+struct Ahead {
+  const char* here;
+  int64_t num_here;
+  const char* next;
 
-// The loops of one instruction set.
+  EMOPT_FN const char* at(int64_t offset) const {
+    return offset < num_here ? here + offset : next + (offset - num_here);
+  }
+};
+
+// Sets the lanes to their sums.
+using SumLanes = void (*)(double* lanes, const void* data, int64_t n, const Ahead& ahead);
+using FindLargest = double (*)(const void* data, int64_t n, const Ahead& ahead);
+
+// The loops of one instruction set, indexed by the order, kOne or kTwo, and the stored type.
 struct NormLoops {
-  AddToLanes add_to_lanes[4];  // n is a multiple of kNormLanes
+  SumLanes sum_lanes[2][4];  // n is a multiple of kNormLanes
   FindLargest find_largest[4];
 };
 
-const NormLoops& norm_loops(NormOrder order, Isa isa);
+const NormLoops& norm_loops(Isa isa);
 
 // Stores the sums of the blocks between two places of a table, on the calling thread.
 void sum_blocks_between(NormOrder order, Isa isa, const GradTable& table, Place begin, Place end,
