@@ -279,7 +279,7 @@ def test_the_multiplier_counts(multiplier: Any, fused: bool | None) -> None:
     optimizer, other = AdamW(params, fused=fused), torch.optim.AdamW(others)
     for q in others:
         assert q.grad is not None
-        q.grad *= multiplier
+        q.grad *= float(multiplier)
     optimizer.step(grad_multiplier=multiplier, max_norm=1.0)
     norm = clip_grad_norm_(others, 1.0)
     other.step()
@@ -491,6 +491,7 @@ def test_rules_in_python() -> None:
     assert_same(contents(optimizer), expected_step(lambda p: SoftSign(p, lr=0.1, fused=False)))
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("make", [AdamW, megatron.FusedAdam, SGD])
 def test_copies(make: Callable[..., ScalarOptimizer]) -> None:
     """The norm is not saved: a copy has none until it steps."""
