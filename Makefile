@@ -105,11 +105,12 @@ format: $(INSTALLED)  ## Format Python and C++
 demo: $(INSTALLED)  ## Train a small language model with each rule; table and curves in build/demo
 	$(PY) examples/train_char_lm.py --rule all --output build/demo
 
-bench: $(INSTALLED)  ## Measure functions and optimizers, also distributed; results in build/
+bench: $(INSTALLED)  ## Measure functions, optimizers and clipping, also distributed; results in build/
 	$(PY) benchmarks/bench_functions.py --json build/bench_functions.json
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 	$(PY) benchmarks/bench_rules.py --json build/bench_rules.json
+	$(PY) benchmarks/bench_clipping.py --json build/bench_clipping.json
 
 # For machines without network: uses only the packages that are installed.
 # make gpu-check GPU_CHECK_ARGS="--only build,bits"

@@ -38,6 +38,8 @@ class BaseOptimizer(torch.optim.Optimizer):
     _other_rules: ClassVar[tuple[Rule, ...]] = ()
     # The keys of a parameter's states, by their names in the formulas, where these differ.
     _state_keys: ClassVar[Mapping[str, str]] = {}
+    # The norm of the gradients in the last step that clipped them.
+    grad_norm: Tensor | None = None
     # Made from these: `_rule` as groups store it, and the keys of its states; all rules, by name;
     # and the keys of all states.
     _group_rule: ClassVar[GroupRule]

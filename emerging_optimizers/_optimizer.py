@@ -78,6 +78,10 @@ class ScalarOptimizer(BaseOptimizer):
             shard that is an ordinary tensor, the index is that in the shard: there, processes need
             generators in different states.
         differentiable: Not supported; True raises a ValueError.
+
+    Attributes:
+        grad_norm: The norm of the gradients in the last ``step(max_norm=...)``, before clipping; a
+            0-dim tensor on the first gradient's device. None before. It is not saved.
     """
 
     if TYPE_CHECKING:
@@ -146,12 +150,20 @@ class ScalarOptimizer(BaseOptimizer):
 
     @overload
     def step(
-        self, closure: None = None, *, grad_multiplier: float | Tensor | None = None
+        self,
+        closure: None = None,
+        *,
+        grad_multiplier: float | Tensor | None = None,
+        max_norm: float | None = None,
     ) -> None: ...
 
     @overload
     def step(
-        self, closure: Callable[[], float], *, grad_multiplier: float | Tensor | None = None
+        self,
+        closure: Callable[[], float],
+        *,
+        grad_multiplier: float | Tensor | None = None,
+        max_norm: float | None = None,
     ) -> float: ...
 
     def step(
@@ -159,6 +171,7 @@ class ScalarOptimizer(BaseOptimizer):
         closure: Callable[[], float] | None = None,
         *,
         grad_multiplier: float | Tensor | None = None,
+        max_norm: float | None = None,
     ) -> float | None:
         """Update the parameters that have a gradient.
 
@@ -168,7 +181,12 @@ class ScalarOptimizer(BaseOptimizer):
             closure: Reevaluates the model, with gradients enabled, and returns the loss. Hooks see
                 it as a positional argument.
             grad_multiplier: A number or a one-element tensor. Every gradient is multiplied by it on
-                the fly, as for gradient clipping. ``p.grad`` is not modified.
+                the fly. ``p.grad`` is not modified.
+            max_norm: The largest norm (of order 2) of all gradients, as in
+                :func:`torch.nn.utils.clip_grad_norm_`. It is the norm of the gradients after
+                ``GradScaler``'s unscaling and after `grad_multiplier`, and becomes `grad_norm`. The
+                clipping coefficient, of which :func:`~emerging_optimizers.clip_coefficient` tells
+                more, multiplies every gradient on the fly.
 
         Returns:
             What `closure` returned, or None.
@@ -183,11 +201,15 @@ class ScalarOptimizer(BaseOptimizer):
         if is_observed and not getattr(type(self).step, "runs_hooks", False):
             arguments = () if closure is None else (closure,)
             options = {} if grad_multiplier is None else {"grad_multiplier": grad_multiplier}
+            if max_norm is not None:
+                options["max_norm"] = max_norm
             loss: float | None = self._observed_step(*arguments, **options)
             return loss
         if closure is not None or _is_compiling():
-            return self._unobserved_step(closure, grad_multiplier=grad_multiplier)
-        self._step(grad_multiplier)
+            return self._unobserved_step(
+                closure, grad_multiplier=grad_multiplier, max_norm=max_norm
+            )
+        self._step(grad_multiplier, max_norm)
         return None
 
     # Keeps torch from wrapping it, which would take longer than a step of one small parameter.
@@ -205,21 +227,24 @@ class ScalarOptimizer(BaseOptimizer):
         closure: Callable[[], float] | None = None,
         *,
         grad_multiplier: float | Tensor | None = None,
+        max_norm: float | None = None,
     ) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         run = self._step_between_graphs if _is_compiling() else self._step
-        run(grad_multiplier)
+        run(grad_multiplier, max_norm)
         return loss
 
     # With hooks, and with a profiler's record under the name of the class.
     _observed_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(_unobserved_step)
 
     @_disable_dynamo
-    def _step_between_graphs(self, grad_multiplier: float | Tensor | None) -> None:
-        self._step(grad_multiplier)
+    def _step_between_graphs(
+        self, grad_multiplier: float | Tensor | None, max_norm: float | None
+    ) -> None:
+        self._step(grad_multiplier, max_norm)
 
     # Not a method that calls it: every step would pay for the call.
     _step = run_step

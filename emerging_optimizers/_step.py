@@ -16,6 +16,7 @@ from ._base import (
     hook_of,
     members_of,
 )
+from ._clipping import clip_for_step
 from ._counters import split_counters
 from ._dtensor import is_dtensor, whole
 from ._fallback_step import placed_like
@@ -37,8 +38,17 @@ _is_cuda_in_use = torch.cuda.is_initialized  # every step asks: without looking 
 Left: TypeAlias = dict[int, Collection[int]]
 
 
-def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -> Tensor | None:
+def run_step(
+    optimizer: BaseOptimizer,
+    grad_multiplier: float | Tensor | None,
+    max_norm: float | None = None,
+) -> Tensor | None:
     """Update the parameters of all groups.
+
+    Args:
+        optimizer: The optimizer.
+        grad_multiplier: Every gradient is multiplied by it.
+        max_norm: The largest norm of the gradients that result, if they are to be clipped.
 
     Returns:
         The ``found_inf`` of a ``GradScaler``, if there is one: if it is not 0, nothing has changed.
@@ -46,6 +56,8 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
     # `is None` first: `isinstance` is a call.
     if grad_multiplier is not None:
         grad_multiplier = _read_multiplier(grad_multiplier)
+    if max_norm is not None:
+        return _run_clipped_step(optimizer, grad_multiplier, max_norm)
     if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         _check_capturable(optimizer)
     # A GradScaler sets these for the duration of the call.
@@ -118,6 +130,16 @@ def run_step(optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None) -
         for i, indices in sorted(left.items()):
             communicates = _communicates(optimizer, groups[i])
             _fallback_step.update_group(call, i, indices, communicates)
+    return found_inf
+
+
+def _run_clipped_step(
+    optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None, max_norm: float
+) -> Tensor | None:
+    # Before anything that this process may raise or skip: others wait for its part of the norm.
+    norm, multiplier = clip_for_step(optimizer, max_norm, grad_multiplier)
+    found_inf = run_step(optimizer, multiplier)
+    optimizer.grad_norm = norm
     return found_inf
 
 

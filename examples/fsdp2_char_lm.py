@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ from train_char_lm import (
     random_batch,
 )
 
+from emerging_optimizers import ScalarOptimizer
 from emerging_optimizers.registry import get_optimizer_cls
 
 DEFAULT_STEPS = 100
@@ -84,10 +86,10 @@ def make_model(text: Text, seed: int, device: torch.device) -> CharacterModel:
     return model
 
 
-def make_optimizer(name: str, model: nn.Module, num_steps: int) -> Optimizer:
+def make_optimizer(name: str, model: nn.Module, num_steps: int) -> ScalarOptimizer:
     """Return the optimizer with this registry name."""
     settings = SETTINGS[name]
-    optimizer_cls = get_optimizer_cls(name)
+    optimizer_cls: Any = get_optimizer_cls(name)
     return optimizer_cls(parameter_groups(model), lr=settings.lr, **settings.options(num_steps))
 
 
@@ -108,7 +110,7 @@ def sum_over_processes(loss: Tensor) -> float:
 
 def train_step(
     model: CharacterModel,
-    optimizer: Optimizer,
+    optimizer: ScalarOptimizer,
     batch: tuple[Tensor, Tensor],
     device: torch.device,
 ) -> float:
@@ -116,8 +118,7 @@ def train_step(
     optimizer.zero_grad()
     loss = loss_of_share(model, batch, device)
     (loss * dist.get_world_size()).backward()  # FSDP averages gradients over processes
-    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    optimizer.step()
+    optimizer.step(max_norm=MAX_GRAD_NORM)
     return sum_over_processes(loss)
 
 

@@ -183,8 +183,7 @@ def train(run: Run, text: Text, num_steps: int, seed: int) -> ScalarOptimizer:
             optimizer.zero_grad()
             loss = model.loss(*random_batch(text, generator))
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
+            optimizer.step(max_norm=MAX_GRAD_NORM)
             scheduler.step()
             run.train_losses.append(loss.item())
             if step % evaluate_every == 0 or step == num_steps:

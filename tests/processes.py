@@ -15,9 +15,15 @@ from unittest import mock
 import emerging_optimizers
 
 # A server imports what all workers need once; the workers are forked from it.
-_WORKERS = ["amp_workers", "distributed_workers", "dtensor_workers", "fault_workers"]
+_WORKERS = [
+    "amp_workers",
+    "clipping_workers",
+    "distributed_workers",
+    "dtensor_workers",
+    "fault_workers",
+]
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload([*_WORKERS, "torch._dynamo"])
+_FORK.set_forkserver_preload([*(f"{name}_workers" for name in _WORKERS), "torch._dynamo"])
 
 
 def launch(

@@ -178,6 +178,7 @@ def test_values_set_by_schedulers_are_used(
 
 OVERFLOW = 3
 SCALE = 2.0**12
+MAX_NORM = {"max_norm": 0.1}
 
 
 def _forward(model: nn.Module, i: int, batch: Batch) -> Tensor:
@@ -429,8 +430,10 @@ def test_accelerate_continues_from_a_saved_state(
     assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_accelerate_sees_a_skipped_step(accelerate: Any, clip: bool, fused: bool | None) -> None:
+@pytest.mark.parametrize("clip", [None, "in place", "by a hook"])
+def test_accelerate_sees_a_skipped_step(
+    accelerate: Any, clip: str | None, fused: bool | None
+) -> None:
     """The scheduler does not advance with a skipped step."""
 
     def train(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[Any], list[Tensor]]:
@@ -440,14 +443,17 @@ def test_accelerate_sees_a_skipped_step(accelerate: Any, clip: bool, fused: bool
         accelerator.native_amp = True
         model = make_model()
         optimizer = cls(model.parameters(), lr=0.01, weight_decay=0.1, **options)
+        in_step = clip == "by a hook" and cls is AdamW
+        if in_step:
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, kwargs | MAX_NORM))
         scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
         seen: list[Any] = []
         for step, (x, y) in enumerate(make_batches(5)):
             loss = mse(model(x).float(), y * (1e9 if step == 2 else 1.0))
             accelerator.backward(loss)
-            if clip:
-                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            if clip and not in_step:
+                accelerator.clip_grad_norm_(model.parameters(), **MAX_NORM)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -1,5 +1,6 @@
-"""The loops of every rule are vectorized."""
+"""The loops of every rule, and those of norms, are vectorized."""
 
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -13,14 +14,14 @@ CSRC = _TESTS.parent / "csrc"
 UNITS = CSRC / "units"
 
 
-def vectorized_loops(unit: Path, folder: Path) -> int:
-    """Compile a rule's unit; return how many vector loops its element loops become."""
+def vectorized_loops(unit: Path, folder: Path, loops: str = "element_loop") -> int:
+    """Compile a unit; return how many vector loops those of a file become."""
     options = [*_build.COMPILE_ARGS["unix"], "-std=c++17", "-DEMOPT_ABI=0"]
     options += [f"-I{path}" for path in (CSRC, _TESTS / "cpp")]
     command = [_build.compiler(), *options, "-fopt-info-vec-optimized", "-c", str(unit)]
     command += ["-o", str(folder / f"{unit.stem}.o")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return len(re.findall(r"element_loop\.inl:\d+:\d+: optimized: loop vectorized", report))
+    return len(re.findall(rf"{loops}\.inl:\d+:\d+: optimized: loop vectorized", report))
 
 
 def is_gcc() -> bool:
@@ -57,3 +58,14 @@ def test_every_case_is_vectorized(tmp_path: Path) -> None:
         unit.write_text("\n".join([*lines, ""]))
         counts[name] = vectorized_loops(unit, tmp_path)
     assert counts["PatientDescent"] >= 3 * counts["SignDescent"] > 0
+
+
+@pytest.mark.slow
+def test_norms_are_vectorized(tmp_path: Path) -> None:
+    if not _build.has_compiler() or not is_gcc():
+        pytest.skip("needs the reports of GCC")
+    unit = CSRC / "engine" / "cpu" / "norm.cpp"
+    # For each instruction set and dtype, two sums. Their largest element has other loops as well;
+    # SSE2 has no comparison of 64-bit integers.
+    fewest = 3 * 4 * 3 - 1 if platform.machine() == "x86_64" else 4 * 3
+    assert vectorized_loops(unit, tmp_path, "norm_loop") >= fewest

@@ -80,7 +80,7 @@ def compile_kernels(
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
     base = [str(nvcc), *flags, "-Werror", "all-warnings"]
     units = [sources.units / f"{stem}_cuda.cu" for stem in sources.stems]
-    units.append(sources.cuda / "advance.cu")
+    units += sorted(sources.cuda.glob("*.cu"))
     cubins = {a: [out / f"{unit.stem}.{a}.cubin" for unit in units] for a in architectures}
     commands = []
     for architecture, of_all in cubins.items():

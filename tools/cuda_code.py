@@ -20,6 +20,7 @@ REGISTERS = {
     ("float64", True, True): 192,  # one
 }
 ADVANCE_REGISTERS = 32
+NORM_REGISTERS = 40  # six blocks
 # Instructions of the loop per operand of a row, over all dtypes: 10 % above the largest measured.
 # A block that computes the constants has one loop for each value of a rule's flags.
 INSTRUCTIONS = {
@@ -43,6 +44,8 @@ def budget(sources: Sources, kernel: Kernel) -> int:
     """Return how many registers a kernel may use."""
     if kernel == ADVANCE:
         return ADVANCE_REGISTERS
+    if kernel in sources.norms:
+        return NORM_REGISTERS
     has_six = sources.operands.get(kernel, 0) > 5
     return REGISTERS[kernel.real, kernel.needs_setup, has_six]
 
@@ -64,7 +67,7 @@ def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], l
         allowed = budget(sources, kernel)
         if used > allowed:
             findings.append(f"{kernel}: {used} registers, more than {allowed}")
-    wanted = {*sources.operands, ADVANCE}
+    wanted = {*sources.operands, *sources.norms, ADVANCE}
     findings += [f"{kernel}: no such kernel" for kernel in sorted(wanted - registers.keys())]
     findings += [f"{kernel}: not expected" for kernel in sorted(registers.keys() - wanted)]
     return registers, findings
@@ -173,6 +176,22 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
     return wrong
 
 
+def check_sums(sources: Sources, code: Code) -> Counter[str]:
+    """Find loads of a norm that come after an addition, and so wait for other loads."""
+    runs: list[int] = []
+    is_run = False
+    for one in code.instructions:
+        if one.name == "LDG" and one.is_in(sources.grads):
+            runs = [*runs[:-1], runs[-1] + 1] if is_run else [*runs, 1]
+            is_run = True
+        elif one.name in ("DADD", "DMUL", "DSETP"):  # ptxas may convert one before the last load
+            is_run = False
+    wanted = sources.norm_loads
+    if runs and all(run == wanted for run in runs):
+        return Counter()
+    return Counter({f"{runs} loads in a row, not {wanted}: some wait for a result": 1})
+
+
 def loop_length(sources: Sources, code: Code) -> int:
     """Return the number of instructions in the loop over tiles, 0 if there is none.
 
@@ -195,6 +214,8 @@ def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], l
     for kernel, code in read_disassembly(sources, disassembly).items():
         wrong = check_accesses(sources, kernel, code)
         lengths[kernel] = loop_length(sources, code)
+        if kernel.rule in ("sum_blocks", "sum_tensors"):
+            wrong += check_sums(sources, code)
         if kernel in sources.operands:
             wrong += check_order(sources, kernel, code)
             allowed = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]

@@ -13,7 +13,7 @@ LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 
 
 class Kernel(NamedTuple):
-    """One instance of a kernel; the one that advances counters has a name only."""
+    """One instance of a kernel; those that are no rule's have a name, and perhaps a size."""
 
     rule: str
     epilogue: str = ""
@@ -28,12 +28,18 @@ class Kernel(NamedTuple):
 
 
 ADVANCE = Kernel("advance")
+ADD_TENSORS = Kernel("add_tensors")
+_SUMS = ("sum_blocks", "sum_tensors")
 
 
 def kernel_of(symbol: str) -> Kernel | None:
     """Return the kernel with this mangled name, if it is one."""
     if re.search(r"7advanceE", symbol):
         return ADVANCE
+    if re.search(r"11add_tensorsE", symbol):
+        return ADD_TENSORS
+    if norm := re.search(r"(sum_blocks|sum_tensors)I\w*10NormLaunchILm(\d+)E", symbol):
+        return Kernel(norm[1], launch_bytes=int(norm[2]))
     found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
     if found is None:
         return None
@@ -52,7 +58,7 @@ class Sources:
         self.units = self.csrc / "units"
         self.stems = rules or sorted(p.stem[:-5] for p in self.units.glob("*_cuda.cu"))
         tuning = (self.cuda / "tuning.h").read_text()
-        sizes = (int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning))
+        sizes = [int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning)]
         small, large = sizes
         epilogues = dict(
             re.findall(
@@ -75,6 +81,8 @@ class Sources:
                 ):
                     count = 2 + states.count('"') // 2 + int(added)
                     self.operands[Kernel(rule, name, *instance, needs_setup)] = count
+        # The kernels of norms.
+        self.norms = {Kernel(name, launch_bytes=n) for name in _SUMS for n in sizes} | {ADD_TENSORS}
         # The only places that access global memory: vectors of a tile, and the single elements next
         # to them. Found by the callers' lines, because nvcc misattributes some lines of vectors.h.
         chunk = "engine/cuda/chunk.h"
@@ -86,6 +94,12 @@ class Sources:
         self.advance = self.function(chunk, "advance_counters")
         self.scalars = self.function(chunk, "read_scalar")
         self.step = self.function(chunk, "step_and_store")
+        # A norm's gradients, and the sums of blocks and tensors. nvcc gives some stores of a
+        # sum the line of the last addition.
+        self.grads = self.function("engine/cuda/norm_work.h", "sum_of_lane")
+        self.sums = self.lines_with("engine/cuda/norm.cu", r"_sums\[.*;|\*all\.sum = |_shfl_")
+        found = re.search(r"kNormLoads = (\d+)", tuning)
+        self.norm_loads = int(found[1]) if found else 0
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
         """Whether this instruction may access a single element at these places."""
@@ -93,7 +107,9 @@ class Sources:
             return False
         if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
             return True
-        return instruction == "LDG" and not self.scalars.isdisjoint(places)
+        if not self.sums.isdisjoint(places):
+            return True
+        return instruction == "LDG" and not (self.scalars | self.grads).isdisjoint(places)
 
     def build_constant(self, name: str) -> Any:
         """Return a literal that _build.py assigns: the check compiles with the same flags."""

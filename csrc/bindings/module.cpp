@@ -13,6 +13,7 @@
 #include "../engine/cpu/isa.h"
 #include "../rules/all.h"
 #include "entry_point.h"
+#include "norm_sum.h"
 #include "operand_checks.h"
 #include "optimizer_step.h"
 #if EMOPT_CUDA
@@ -139,6 +140,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("rules") = py::dict();
   for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, rule->name, handles(*rule));
   m.def("step", torch::wrap_pybind_function(optimizer_step));
+  m.def("norm_sum", torch::wrap_pybind_function(norm_sum), py::arg("params"), py::arg("grads"),
+        py::arg("order"));
   // For rules that are compiled separately; not public yet. In the package's namespace, a rule
   // becomes an attribute of the module, like those of the package.
   m.def("_load_rule",

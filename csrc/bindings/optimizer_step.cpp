@@ -1,7 +1,6 @@
 #include "optimizer_step.h"
 
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "group_step.h"
+#include "tracing_modes.h"
 
 namespace emopt {
 
@@ -35,19 +35,6 @@ bool is_worth_the_gil(int64_t numel, size_t num_storages) {
 template <class Any, class Visit>
 decltype(auto) with(Any& step, const Visit& visit) {
   return std::visit(visit, step);
-}
-
-// Whether an active mode must see each PyTorch operation. Under a FakeTensorMode, for example,
-// nothing may be computed.
-bool is_seen_by_tracer() {
-  using c10::impl::TorchDispatchModeKey;
-  using c10::impl::TorchDispatchModeTLS;
-  if (!TorchDispatchModeTLS::any_modes_set()) return false;
-  constexpr std::array kKeys = {TorchDispatchModeKey::FAKE, TorchDispatchModeKey::PROXY,
-                                TorchDispatchModeKey::FUNCTIONAL};
-  return std::any_of(kKeys.begin(), kKeys.end(), [](TorchDispatchModeKey key) {
-    return TorchDispatchModeTLS::get_mode(key).has_value();
-  });
 }
 
 // A copy: another thread may change the list.

@@ -35,8 +35,8 @@ struct Place {
 
 // The place of the table's element `element`, rounded down to a multiple of `tile` elements from
 // the row's start, so that no tile is split between threads.
-template <int kOperands>
-Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
+template <class AnyTable>
+Place place_of(const AnyTable& table, int64_t element, int64_t tile) {
   const auto& rows = table.rows;
   if (element >= table.numel) return {static_cast<int64_t>(rows.size()), 0};
   // The last row that starts at or before `element`. It is not empty, since an empty row comes
@@ -51,10 +51,10 @@ Place place_of(const Table<kOperands>& table, int64_t element, int64_t tile) {
 }
 
 // Calls `visit(row, begin, end)` for the elements of each row between two places, in order.
-template <int kOperands, class Visit>
-void for_each_part(const Table<kOperands>& table, Place begin, Place end, Visit visit) {
+template <class AnyTable, class Visit>
+void for_each_part(const AnyTable& table, Place begin, Place end, Visit visit) {
   for (int64_t r = begin.row; r <= end.row && r < static_cast<int64_t>(table.rows.size()); ++r) {
-    const Row<kOperands>& row = table.rows[static_cast<size_t>(r)];
+    const auto& row = table.rows[static_cast<size_t>(r)];
     const int64_t from = r == begin.row ? begin.offset : 0;
     const int64_t to = r == end.row ? end.offset : row.numel;
     if (from < to) visit(row, from, to);

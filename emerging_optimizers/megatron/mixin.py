@@ -262,11 +262,13 @@ class MegatronMixin(ScalarOptimizer):
 
     # ---- the step --------------------------------------------------------------------------------
 
-    def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
+    def _step(
+        self, grad_multiplier: float | Tensor | None, max_norm: float | None = None
+    ) -> Tensor | None:
         before = [(group, group.get("step", _ABSENT)) for group in self.param_groups]
         try:
             group_steps.read_steps(self, getattr(self, "found_inf", None))
-            found_inf = super()._step(grad_multiplier)
+            found_inf = super()._step(grad_multiplier, max_norm)
         except Exception:
             for group, step in before:
                 group["step"] = step

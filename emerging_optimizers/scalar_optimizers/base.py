@@ -155,7 +155,9 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             self._check_masters({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def _step(self, grad_multiplier: float | Tensor | None) -> Tensor | None:
+    def _step(
+        self, grad_multiplier: float | Tensor | None, max_norm: float | None = None
+    ) -> Tensor | None:
         if self._has_hooks():
             for group in self.param_groups:
                 self._check_masters(group)
@@ -163,7 +165,7 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
             with torch.no_grad():
                 for group in self.param_groups:
                     self._init_group(group)
-        return super()._step(grad_multiplier)
+        return super()._step(grad_multiplier, max_norm)
 
     def _around_update(self, member: Member, update: Callable[[Member], None]) -> None:
         try:
@@ -194,7 +196,8 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: in contrast to ``torch.optim``, all attributes."""
-        dropped = {"_rules", "step", "_opt_called", *vars(torch.optim.Optimizer([Tensor()], {}))}
+        base = vars(torch.optim.Optimizer([Tensor()], {}))
+        dropped = {"_rules", "grad_norm", "step", "_opt_called", *base}
         own = {name: value for name, value in vars(self).items() if name not in dropped}
         return {**own, **super().__getstate__()}
 

@@ -1,6 +1,8 @@
 // The CUDA engine on the host, instead of engine/cuda/device_sweep.cpp and the CUDA units.
+#include "engine/cuda/device_norm.h"
 #include "engine/cuda/device_sweep.h"
 #include "enqueue_on_host.h"
+#include "norm_on_host.h"
 #include "rules.h"
 
 namespace emopt::cuda {
@@ -28,6 +30,18 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
   };
   sweep_table(epilogue, table, enqueue_key,
               [](int8_t, const Advance& advance) { run_on_host(advance); });
+}
+
+void sum_tensors(NormOrder order, const GradTable& table, double* block_sums, double* tensor_sums) {
+  plan_norm({order, 0, 0, block_sums, tensor_sums}, table, {2, true}, [](const auto& launch) {
+    run_on_host(launch);
+    return true;
+  });
+}
+
+void add_tensors(NormOrder order, int8_t /*device*/, const double* tensor_sums, int64_t num_tensors,
+                 double* sum) {
+  *sum = with_one_nan(add_in_order(order, 0.0, tensor_sums, num_tensors));
 }
 
 std::vector<int> compiled_architectures() { return {900}; }

@@ -8,8 +8,10 @@
 // Arrays stay in registers only if the loops over them are unrolled.
 #if defined(__CUDACC__)
 #define EMOPT_UNROLL _Pragma("unroll")
+#define EMOPT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define EMOPT_UNROLL
+#define EMOPT_NO_UNROLL
 #endif
 
 namespace emopt::cuda {
@@ -41,6 +43,12 @@ inline constexpr int kBlocks = EMOPT_BLOCKS;
 #define EMOPT_MAX_CHUNK 8
 #endif
 inline constexpr uint32_t kMaxChunk = EMOPT_MAX_CHUNK * kTile;
+
+// Elements of a gradient that a thread loads before it adds the first one to a norm's sum: 64 KiB
+// of float32 in flight on a multiprocessor, half of that in a 16-bit type. At least six blocks of
+// threads are resident; with the 32 registers that a thread takes, there are eight.
+inline constexpr uint32_t kNormLoads = 8;
+inline constexpr int kNormBlocks = 6;
 
 // Both are off. EMOPT_STREAMING marks accesses as evict-first: it should gain 1 to 2 percent if
 // operands are larger than the L2 cache, and lose if they fit. With EMOPT_PREFETCH, a thread loads
