@@ -157,9 +157,7 @@ class Result:
         ]
 
 
-def measure(
-    rule: Rule, move: str, elements: int, offsets: Sequence[int], budget: float
-) -> Result:
+def measure(rule: Rule, move: str, elements: int, offsets: Sequence[int], budget: float) -> Result:
     """Check the offsets, then time them."""
     print(f"{rule.name}, {move} ...", file=sys.stderr, flush=True)
     check(rule, move, offsets)

@@ -4,6 +4,7 @@ r"""Draw a chart of a committed result; measures nothing.
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg \
         --summary AdamW
+    python benchmarks/plot.py build/bench_offsets.json build/offsets.svg --offsets
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
@@ -155,17 +156,47 @@ def draw_summary_panel(axes: Axes, title: str, times: dict[str, dict[str, float]
         spine.set_color(GREY)
 
 
+def chart_offsets(result: dict[str, Any]) -> Figure:
+    """Return a chart of the relative times at all offsets, a line for each rule."""
+    moves = list(dict.fromkeys(f["moved"] for f in result["figures"]))
+    figure, panels = plt.subplots(
+        1, len(moves), figsize=(10, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, move in zip(panels[0], moves, strict=True):
+        lines: dict[str, tuple[list[int], list[float]]] = {}
+        for f in result["figures"]:
+            if f["moved"] == move:
+                offsets, times = lines.setdefault(f["rule"], ([], []))
+                offsets.append(f["offset"])
+                times.append(f["relative_time"])
+        for rule, (offsets, times) in lines.items():
+            axes.plot(offsets, times, linewidth=1, label=rule)
+        axes.set_title(f"moved: {move}", color=GREY)
+        axes.set_xlabel("bytes modulo 4096", color=GREY)
+        axes.tick_params(colors=GREY)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GREY)
+    panels[0][0].set_ylabel("time / median of all offsets", color=GREY)
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, labelcolor=GREY)
+    return figure
+
+
 def main() -> None:
     """Read a result, write a chart."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("result", type=Path, help="JSON that a suite wrote")
     parser.add_argument("chart", type=Path, help="SVG or PNG to write")
     parser.add_argument("--summary", metavar="OPTIMIZER", help="compare one optimizer's times")
+    parser.add_argument("--offsets", action="store_true", help="draw a result of bench_offsets.py")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
 
     mpl.rcParams["svg.hashsalt"] = "functions"  # the same result gives the same file
-    if arguments.summary is None:
+    if arguments.offsets:
+        figure = chart_offsets(result)
+    elif arguments.summary is None:
         figure = chart_rules(result)
     else:
         figure = chart_summary(result, arguments.summary)
