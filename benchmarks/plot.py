@@ -6,6 +6,7 @@ r"""Draw a chart of a committed result; measures nothing.
         --summary AdamW
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg \
         --small AdamW
+    python benchmarks/plot.py build/bench_offsets.json build/offsets.svg --offsets
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
@@ -175,6 +176,33 @@ def draw_times(axes: Axes, title: str, figures: list[dict[str, Any]], font: int)
         spine.set_color(GREY)
 
 
+def chart_offsets(result: dict[str, Any]) -> Figure:
+    """Return a chart of the relative times at all offsets, a line for each rule."""
+    moves = list(dict.fromkeys(f["moved"] for f in result["figures"]))
+    figure, panels = plt.subplots(
+        1, len(moves), figsize=(10, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, move in zip(panels[0], moves, strict=True):
+        lines: dict[str, tuple[list[int], list[float]]] = {}
+        for f in result["figures"]:
+            if f["moved"] == move:
+                offsets, times = lines.setdefault(f["rule"], ([], []))
+                offsets.append(f["offset"])
+                times.append(f["relative_time"])
+        for rule, (offsets, times) in lines.items():
+            axes.plot(offsets, times, linewidth=1, label=rule)
+        axes.set_title(f"moved: {move}", color=GREY)
+        axes.set_xlabel("bytes modulo 4096", color=GREY)
+        axes.tick_params(colors=GREY)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GREY)
+    panels[0][0].set_ylabel("time / median of all offsets", color=GREY)
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, labelcolor=GREY)
+    return figure
+
+
 def main() -> None:
     """Read a result, write a chart."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -183,11 +211,14 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--summary", metavar="OPTIMIZER", help="compare one optimizer's times")
     kinds.add_argument("--small", metavar="OPTIMIZER", help="the same for many small tensors")
+    kinds.add_argument("--offsets", action="store_true", help="draw a result of bench_offsets.py")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
 
     mpl.rcParams["svg.hashsalt"] = "functions"  # the same result gives the same file
-    if arguments.summary is not None:
+    if arguments.offsets:
+        figure = chart_offsets(result)
+    elif arguments.summary is not None:
         figure = chart_summary(result, arguments.summary)
     elif arguments.small is not None:
         figure = chart_small(result, arguments.small)

@@ -183,6 +183,33 @@ def test_memory_alignment(rule: Rule, mix: Mix) -> None:
                 assert_equal_results(rule, (out, moved), (update, aligned), label)
 
 
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_operands_near_each_other(rule: Rule, dtype: torch.dtype, num_threads: None) -> None:
+    """Where loads would wait for stores, large rows are swept in another order than short ones."""
+    torch.set_num_threads(1)
+    size, page = 65536 + 777, 4096 // dtype.itemsize
+    originals = make_operands(rule, (size,), Mix(dtype, (dtype,) * 3))
+    short = originals.clone()
+    chunks = zip(*(tensor.split(1000) for tensor in short), strict=True)
+    updates = call(rule, rule.usual, [Operands(grad, states) for grad, *states in chunks])
+    room = (size // page + 2) * page
+    tensors = [*originals, torch.zeros(size, dtype=dtype)]
+    for elements in (16, 17, page - 16):
+        buffer = torch.full((room * (len(tensors) + 1),), 7, dtype=dtype)
+        begins = [k * room + k * elements % page for k in range(len(tensors))]
+        moved = [buffer[begin : begin + size] for begin in begins]
+        for to, from_ in zip(moved, tensors, strict=True):
+            to.copy_(from_)
+        grad, *states, out = moved
+        call(rule, rule.usual, Operands(grad, states), out=out)
+        label = f"{dtype}, {elements} elements from operand to operand"
+        assert_equal_results(
+            rule, (out, Operands(grad, states)), (torch.cat(updates), short), label
+        )
+        assert buffer[begins[0] + size : begins[1]].eq(7).all(), label
+
+
 # ---- instruction set -----------------------------------------------------------------------------
 
 

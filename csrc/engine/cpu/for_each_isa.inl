@@ -21,17 +21,27 @@
 #define EMOPT_COMPILES_AVX512 1
 #endif
 
+// Before loops, also before those of a fixed number of iterations, which compilers would rather
+// unroll than vectorize; and after a lambda's parameters.
 #if defined(__clang__)
 #define EMOPT_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#define EMOPT_FIXED_ITERATIONS _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
+#define EMOPT_INLINED __attribute__((always_inline))
 #elif defined(__GNUC__)
 #define EMOPT_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#define EMOPT_FIXED_ITERATIONS _Pragma("GCC unroll 1") _Pragma("GCC ivdep")
+#define EMOPT_INLINED __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define EMOPT_INDEPENDENT_ITERATIONS __pragma(loop(ivdep))
+#define EMOPT_FIXED_ITERATIONS __pragma(loop(ivdep))
+#define EMOPT_INLINED
 #endif
 
 #if EMOPT_COMPILES_BASELINE
 #define EMOPT_UNIT baseline
+#define EMOPT_PIECE_BYTES 256
 #include EMOPT_INCLUDE
+#undef EMOPT_PIECE_BYTES
 #undef EMOPT_UNIT
 #endif
 
@@ -43,7 +53,9 @@
 #pragma GCC target("avx2")
 #endif
 #define EMOPT_UNIT avx2
+#define EMOPT_PIECE_BYTES 64
 #include EMOPT_INCLUDE
+#undef EMOPT_PIECE_BYTES
 #undef EMOPT_UNIT
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -61,7 +73,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define EMOPT_UNIT avx512
+#define EMOPT_PIECE_BYTES 64
 #include EMOPT_INCLUDE
+#undef EMOPT_PIECE_BYTES
 #undef EMOPT_UNIT
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -71,3 +85,5 @@
 #endif
 
 #undef EMOPT_INDEPENDENT_ITERATIONS
+#undef EMOPT_FIXED_ITERATIONS
+#undef EMOPT_INLINED
