@@ -54,12 +54,17 @@ py::tuple items(const char* name, py::handle value) {
   return result;
 }
 
-// The type of a gradient's real numbers, and how many of them an element has; none if it is not
-// supported. A complex number's square is the sum of two.
-std::optional<std::pair<DType, int64_t>> numbers_of(at::ScalarType type, NormOrder order) {
-  if (is_supported_dtype(type)) return std::pair(to_dtype(type), int64_t{1});
-  if (!c10::isComplexType(type) || order != NormOrder::kTwo) return std::nullopt;
-  return std::pair(to_dtype(c10::toRealValueType(type)), int64_t{2});
+// The real numbers of a gradient's elements.
+struct Numbers {
+  DType dtype;
+  int64_t per_element;  // 0 if the gradient is not supported
+};
+
+// A complex number's square is the sum of two.
+Numbers numbers_of(at::ScalarType type, NormOrder order) {
+  if (is_supported_dtype(type)) return {to_dtype(type), 1};
+  if (!c10::isComplexType(type) || order != NormOrder::kTwo) return {DType::kFloat32, 0};
+  return {to_dtype(c10::toRealValueType(type)), 2};
 }
 
 // Whether a tensor's memory holds its values, up to conjugation and signs.
@@ -82,14 +87,17 @@ class Gradients {
   // Adds the gradients of all parameters; false if one is not supported, or a parameter is not: a
   // DTensor without a gradient takes part in sums over processes.
   bool add_all(const py::tuple& params, const py::tuple& grads) {
+    constexpr auto kAhead = static_cast<Py_ssize_t>(kBatch);
     const auto count = static_cast<Py_ssize_t>(params.size());
+    const bool are_given = !grads.empty();
     std::array<const at::Tensor*, kBatch> batch;
     for (Py_ssize_t next = 0; next < count;) {
       size_t n = 0;
       for (; n < kBatch && next < count; ++n, ++next) {
-        batch[n] = find_tensor(params, grads, next);
+        if (next + kAhead < count) prefetch(PyTuple_GET_ITEM(params.ptr(), next + kAhead));
+        batch[n] = find_tensor(params, are_given ? &grads : nullptr, next);
       }
-      if (!add_batch(batch.data(), n, !grads.empty())) return false;
+      if (!add_batch(batch.data(), n, are_given)) return false;
     }
     return true;
   }
@@ -122,24 +130,19 @@ class Gradients {
   static constexpr size_t kBatch = 16;
 
   // The parameter, or the gradient that was given instead of its own; null if that is None.
-  static const at::Tensor* find_tensor(const py::tuple& params, const py::tuple& grads,
+  static const at::Tensor* find_tensor(const py::tuple& params, const py::tuple* grads,
                                        Py_ssize_t index) {
-    constexpr auto kAhead = static_cast<Py_ssize_t>(kBatch);
-    PyObject* const ahead = index + kAhead < static_cast<Py_ssize_t>(params.size())
-                                ? PyTuple_GET_ITEM(params.ptr(), index + kAhead)
-                                : nullptr;
-    prefetch(ahead);
     PyObject* object = PyTuple_GET_ITEM(params.ptr(), index);
     TORCH_CHECK_TYPE(is_tensor(object), "params[", index, "] must be a Tensor, not ",
                      type_name(object));
-    if (!grads.empty()) {
-      object = PyTuple_GET_ITEM(grads.ptr(), index);
+    if (grads != nullptr) {
+      object = PyTuple_GET_ITEM(grads->ptr(), index);
       if (object == Py_None) return nullptr;
       TORCH_CHECK_TYPE(is_tensor(object), "grads[", index, "] must be a Tensor or None, not ",
                        type_name(object));
     }
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    if (grads.empty()) {
+    if (grads == nullptr) {
       prefetch(tensor.unsafeGetTensorImpl());  // only the pointer to its gradient is read
     } else {
       prefetch_grad(tensor);
@@ -183,11 +186,12 @@ class Gradients {
 
   bool add(const at::Tensor& grad) {
     const c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
-    const auto numbers = numbers_of(grad.scalar_type(), order_);
-    if (!is_readable(impl) || !numbers || !grad.is_non_overlapping_and_dense()) return false;
+    const auto [dtype, per_element] = numbers_of(grad.scalar_type(), order_);
+    if (!is_readable(impl) || per_element == 0 || !grad.is_non_overlapping_and_dense()) {
+      return false;
+    }
     const bool is_on_host = impl.device_type() == at::kCPU;
     if (!is_on_host && !kHasCuda) return false;
-    const auto [dtype, per_element] = *numbers;
     has_double_ = has_double_ || dtype == DType::kFloat64;
     const int64_t numel = impl.numel() * per_element;
     if (!first_device_) first_device_ = impl.device();
