@@ -26,8 +26,6 @@ class StateLookup {
  public:
   explicit StateLookup(PyObject* state) : cursor_(state, std::numeric_limits<Py_ssize_t>::max()) {}
 
-  bool is_in_order() const { return cursor_.is_in_order(); }
-
   // Null if there is none, or if it was found before: one call cannot update a parameter twice.
   PyObject* find(PyObject* param) {
     PyObject* const state = cursor_.find(param);
@@ -51,22 +49,28 @@ class StateLookup {
   // A lookup, in order only, for parameters of which `param` is the first, probably `count` entries
   // after the last one found.
   StateLookup ahead(PyObject* param, size_t count) const {
-    StateLookup result = *this;
-    result.found_.clear();
+    StateLookup result(cursor_);
     result.cursor_.skip_to(param, static_cast<Py_ssize_t>(count));
     return result;
   }
 
-  // Goes on after what another lookup has found. False if that is not all later in the dictionary.
-  bool follow(const StateLookup& other) {
-    if (other.found_.empty()) return true;
-    if (other.first_ < cursor_.next()) return false;
-    cursor_ = other.cursor_;
-    found_.insert(found_.end(), other.found_.begin(), other.found_.end());
-    return true;
+  bool has_found() const { return !found_.empty(); }
+
+  // Whether all that it has found is later in the dictionary than all that `other` has.
+  bool is_after(const StateLookup& other) const {
+    return found_.empty() || first_ >= other.cursor_.next();
+  }
+
+  // Goes on after what another lookup, which is after this one, has found.
+  void follow(const StateLookup& later) {
+    if (later.found_.empty()) return;
+    cursor_ = later.cursor_;
+    found_.insert(found_.end(), later.found_.begin(), later.found_.end());
   }
 
  private:
+  explicit StateLookup(const DictCursor& cursor) : cursor_(cursor) {}
+
   DictCursor cursor_;
   std::vector<PyObject*> found_;  // in order
   Py_ssize_t first_ = 0;          // the entry of the first one found

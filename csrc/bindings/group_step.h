@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <deque>
+#include <memory>
 #include <optional>
 #include <unordered_set>
 #include <utility>
@@ -124,32 +124,33 @@ class GroupStep {
     const auto begin_of = [&](size_t part) { return num_params() * part / count; };
 
     struct Part {
-      std::optional<Collected<kStates>> collected;
+      Collected<kStates> collected;
       StateLookup states;
       bool is_done = false;
     };
-    std::deque<Part> parts;
-    while (parts.size() < count) parts.push_back({std::nullopt, states});
+    std::vector<std::unique_ptr<Part>> parts(count);
     at::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto index = static_cast<size_t>(i);
         const size_t begin = begin_of(index), end = begin_of(index + 1);
-        Part& part = parts[index];
-        part.collected.emplace(end - begin);
-        part.states = states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin);
+        parts[index].reset(
+            new Part{Collected<kStates>(end - begin),
+                     states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin)});
+        Part& part = *parts[index];
         RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,
-                                        *part.collected);
+                                        part.collected);
         part.is_done = walk_.each_without_python(begin, end, part.states,
                                                  [&](CandidateOf& c) { return collector.add(c); });
       }
     });
-    StateLookup all = states;
-    for (const Part& part : parts) {
-      if (!part.is_done || !all.follow(part.states)) return false;
+    const StateLookup* last = &states;
+    for (const auto& part : parts) {
+      if (!part->is_done || !part->states.is_after(*last)) return false;
+      if (part->states.has_found()) last = &part->states;
     }
-    states = std::move(all);
-    collected_ = std::move(*parts.front().collected);
-    for (size_t i = 1; i < count; ++i) collected_.append(std::move(*parts[i].collected));
+    for (const auto& part : parts) states.follow(part->states);
+    collected_ = std::move(parts.front()->collected);
+    for (size_t i = 1; i < count; ++i) collected_.append(std::move(parts[i]->collected));
     return true;
   }
 

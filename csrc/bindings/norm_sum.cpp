@@ -36,9 +36,6 @@ constexpr bool kHasCuda = true;
 constexpr bool kHasCuda = false;
 #endif
 
-// The number of elements from which releasing the GIL pays off.
-constexpr int64_t kWorthTheGil = 1 << 18;
-
 NormOrder read_order(double order) {
   if (order == 1.0) return NormOrder::kOne;
   if (order == 2.0) return NormOrder::kTwo;
@@ -108,7 +105,7 @@ class Gradients {
 
   bool are_worth_the_gil() const {
     return std::any_of(tables_.begin(), tables_.end(), [](const GradTable& table) {
-      return table.device != kHost || table.numel >= kWorthTheGil;
+      return table.device != kHost || is_worth_the_gil(table.numel, table.rows.size());
     });
   }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "group_step.h"
+#include "tensor_memory.h"
 #include "tracing_modes.h"
 
 namespace emopt {
@@ -24,13 +25,6 @@ using AnyGroupStep = std::variant<GroupStep<0>, GroupStep<1>, GroupStep<2>, Grou
                                   GroupStep<4>, GroupStep<5>>;
 using Steps = std::vector<AnyGroupStep>;
 using Remaining = std::vector<std::vector<Py_ssize_t>>;  // by group
-
-// Whether to release the GIL, which means to hold every storage: that takes as long as sweeping
-// some hundred elements of each. Other threads may wait for a sweep of so many elements.
-bool is_worth_the_gil(int64_t numel, size_t num_storages) {
-  constexpr int64_t kFew = 1 << 18, kMany = 1 << 23;
-  return numel >= kMany || (numel >= kFew && numel >= 1024 * static_cast<int64_t>(num_storages));
-}
 
 template <class Any, class Visit>
 decltype(auto) with(Any& step, const Visit& visit) {

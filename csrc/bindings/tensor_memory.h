@@ -5,6 +5,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/impl/COWDeleter.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../engine/dtypes.h"
@@ -55,6 +56,13 @@ inline bool is_copy_on_write(const at::Tensor& tensor) {
 // Zero if a tensor's only reference is its Python object.
 C10_ALWAYS_INLINE uintptr_t other_users(const at::Tensor& tensor) {
   return c10::raw::intrusive_ptr::use_count(tensor.unsafeGetTensorImpl()) ^ 1;
+}
+
+// Whether to release the GIL for work on elements, which means to hold every storage: that takes as
+// long as sweeping some hundred elements of each. Other threads may wait for work on fewer.
+inline bool is_worth_the_gil(int64_t numel, size_t num_storages) {
+  constexpr int64_t kFew = 1 << 18, kMany = 1 << 23;
+  return numel >= kMany || (numel >= kFew && numel >= 1024 * static_cast<int64_t>(num_storages));
 }
 
 }  // namespace emopt
