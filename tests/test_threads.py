@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from emerging_optimizers import Adam, AdEMAMix, Lion, ScalarOptimizer
+from emerging_optimizers._native import native
 from emerging_optimizers.megatron import FusedAdam
 
 # More than one thread collects, and the last one has another number of parameters than the others.
@@ -174,6 +175,16 @@ def copy_on_write() -> ScalarOptimizer:
 
 
 @case
+def counters_copied_on_write() -> ScalarOptimizer:
+    optimizer = stepped(FusedAdam(make_params(), lr=0.1))
+    params = params_of(optimizer)
+    params[690].grad = None  # it counts nevertheless
+    for i in (1, 401, 690):
+        optimizer.state[params[i]]["step"] = torch._lazy_clone(optimizer.state[params[i]]["step"])
+    return optimizer
+
+
+@case
 def parameters_that_share_memory() -> ScalarOptimizer:
     params = make_params()
     whole = torch.randn(16, generator=torch.Generator().manual_seed(1))
@@ -225,6 +236,35 @@ def test_steps_do_not_depend_on_the_number_of_threads(make: Make) -> None:
     got, versions = results(make, THREADS)
     assert_same(got, wanted)
     assert versions == wanted_versions
+
+
+# How many walks two steps share, in the cases that need no Python in a walk.
+SHARED = {
+    "plain": 2,
+    "two_groups": 4,
+    "rounded_stochastically": 2,
+    "master_weights": 2,
+    "idle_parameters_that_count": 2,
+    "some_have_no_gradient": 2,
+    "steps_that_differ": 2,
+    "dtypes_that_differ": 2,
+    "copy_on_write": 1,
+    "counters_copied_on_write": 1,
+    "parameters_that_share_memory": 2,
+    "a_shared_counter": 2,
+    "a_flat_buffer": 2,
+}
+
+
+@pytest.mark.skipif(native is None, reason="there are no native kernels")
+@pytest.mark.parametrize("name", CASES)
+def test_threads_share_the_walk_where_they_can(name: str) -> None:
+    torch.set_num_threads(THREADS)
+    optimizer = CASES[name]()
+    before = native._count_walks_on_threads()
+    for _ in range(2):
+        optimizer.step()
+    assert native._count_walks_on_threads() - before == SHARED.get(name, 0)
 
 
 @pytest.mark.parametrize("position", [0, 300, COUNT - 1])

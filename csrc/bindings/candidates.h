@@ -26,6 +26,9 @@ class StateLookup {
  public:
   explicit StateLookup(PyObject* state) : cursor_(state, std::numeric_limits<Py_ssize_t>::max()) {}
 
+  // Whether all were found in the dictionary's order.
+  bool is_in_order() const { return cursor_.is_in_order(); }
+
   // Null if there is none, or if it was found before: one call cannot update a parameter twice.
   PyObject* find(PyObject* param) {
     PyObject* const state = cursor_.find(param);
@@ -134,8 +137,8 @@ class CandidateWalk {
   }
 
   // The same for the parameters from `begin` to `end`, until `visit` returns false. Any thread may
-  // call this while another one holds the GIL: no Python code runs, nothing is raised and no
-  // reference is counted. False if that, or `visit`, was in the way.
+  // call this while another one holds the GIL: no Python code runs and no reference is counted.
+  // False if that, or `visit`, was in the way. What is thrown has no Python state.
   template <class Visit>
   bool each_without_python(size_t begin, size_t end, StateLookup& states, const Visit& visit) {
     return grads_.empty() && walk<kWithoutPython>(begin, end, states, visit);

@@ -55,6 +55,7 @@ class CollectedRows {
 
   // Adds what another thread has collected from later parameters.
   void append(CollectedRows&& later) {
+    num_params_ += later.num_params_;
     for (auto& [key, bucket] : later.buckets_) {
       const auto [mine, is_new] = buckets_.try_emplace(key, std::move(bucket));
       if (!is_new) mine->second.append(std::move(bucket));

@@ -18,6 +18,9 @@
 
 namespace emopt {
 
+// How many walks several threads have shared, for tests.
+inline int64_t num_walks_on_threads = 0;
+
 // Tensors are borrowed: counting references would dominate a step, since PyTorch counts some of
 // them in Python. That is safe as long as no other thread changes parameters, gradients or states
 // during the walk. A sweep without the GIL keeps their storages alive.
@@ -118,7 +121,10 @@ class GroupStep {
   // thread keeps the GIL while the others read Python's objects.
   bool collect_on_threads(StateLookup& states, bool is_first) {
     const size_t most = (num_params() + kGrain - 1) / kGrain;
-    if (most < 2 || at::in_parallel_region()) return false;
+#ifdef Py_GIL_DISABLED
+    return false;  // a thread needs a state of Python's to read its objects
+#endif
+    if (most < 2 || at::in_parallel_region() || !states.is_in_order()) return false;
     const size_t count = std::min(most, static_cast<size_t>(at::get_num_threads()));
     if (count < 2) return false;
     const auto begin_of = [&](size_t part) { return num_params() * part / count; };
@@ -139,8 +145,12 @@ class GroupStep {
         Part& part = *parts[index];
         RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,
                                         part.collected);
-        part.is_done = walk_.each_without_python(begin, end, part.states,
-                                                 [&](CandidateOf& c) { return collector.add(c); });
+        try {
+          part.is_done = walk_.each_without_python(
+              begin, end, part.states, [&](CandidateOf& c) { return collector.add(c); });
+        } catch (...) {
+          part.is_done = false;  // the calling thread raises it
+        }
       }
     });
     const StateLookup* last = &states;
@@ -149,6 +159,7 @@ class GroupStep {
       if (part->states.has_found()) last = &part->states;
     }
     for (const auto& part : parts) states.follow(part->states);
+    ++num_walks_on_threads;
     collected_ = std::move(parts.front()->collected);
     for (size_t i = 1; i < count; ++i) collected_.append(std::move(parts[i]->collected));
     return true;

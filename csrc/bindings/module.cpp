@@ -140,6 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("rules") = py::dict();
   for (const RegisteredRule* rule : builtin_rules()) bind_rule(m, rule->name, handles(*rule));
   m.def("step", torch::wrap_pybind_function(optimizer_step));
+  m.def("_count_walks_on_threads", count_walks_on_threads);
   m.def("norm_sum", torch::wrap_pybind_function(norm_sum), py::arg("params"), py::arg("grads"),
         py::arg("order"));
   // For rules that are compiled separately; not public yet. In the package's namespace, a rule

@@ -166,6 +166,8 @@ void run(Steps& steps, uint32_t num_waves) {
 
 }  // namespace
 
+int64_t count_walks_on_threads() { return num_walks_on_threads; }
+
 py::object optimizer_step(const py::dict& state, const py::list& groups, const py::list& positions,
                           const py::list& rules, const py::tuple& arguments, py::handle grads,
                           bool may_leave) {

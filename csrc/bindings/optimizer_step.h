@@ -4,6 +4,8 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdint>
+
 #include "operators.h"
 
 namespace emopt {
@@ -29,5 +31,8 @@ namespace emopt {
 py::object optimizer_step(const py::dict& state, const py::list& groups, const py::list& positions,
                           const py::list& rules, const py::tuple& arguments, py::handle grads,
                           bool may_leave);
+
+// How many groups' parameters were collected by several threads; for tests.
+int64_t count_walks_on_threads();
 
 }  // namespace emopt

@@ -94,6 +94,7 @@ class RowCollector {
     const at::Tensor& step = THPVariable_Unpack(c.step_object);
     if (!is_plain(step) || step.scalar_type() != at::kFloat || step.numel() != 1) return false;
     if (!step.is_cpu()) return false;
+    if (is_copy_on_write(step) && !may_allocate()) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
     // If found_inf is on a device, only the device knows whether this step is skipped.
     if (counter == nullptr || scalars_.found_inf.is_on_device()) return counter != nullptr;
@@ -200,6 +201,7 @@ class RowCollector {
     // Scalars on a device need a counter there, and cannot be used on the host.
     const bool must_count_there = options_.is_capturable || scalars_.found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
+    if (is_copy_on_write(step) && !may_allocate()) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
     if (counter == nullptr) return false;
     if (counts_here) {
