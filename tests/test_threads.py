@@ -1,5 +1,6 @@
 """Steps whose parameters are collected by several threads: as by one, whatever is in the way."""
 
+import io
 import threading
 from collections.abc import Callable, Iterator
 
@@ -125,6 +126,26 @@ def entries_in_another_order() -> ScalarOptimizer:
 
 
 @case
+def a_state_of_another_class() -> ScalarOptimizer:
+    class Text(str):
+        pass
+
+    optimizer = plain()
+    last = optimizer.state[params_of(optimizer)[-1]]
+    last[Text("step")] = last.pop("step")
+    return optimizer
+
+
+@case
+def loaded() -> ScalarOptimizer:
+    optimizer = plain()
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    optimizer.load_state_dict(torch.load(io.BytesIO(saved.getvalue())))
+    return optimizer
+
+
+@case
 def some_states_were_deleted() -> ScalarOptimizer:
     optimizer = plain()
     for p in params_of(optimizer)[400:600:50]:
@@ -246,6 +267,8 @@ SHARED = {
     "master_weights": 2,
     "idle_parameters_that_count": 2,
     "some_have_no_gradient": 2,
+    "entries_in_another_order": 2,
+    "loaded": 2,
     "steps_that_differ": 2,
     "dtypes_that_differ": 2,
     "copy_on_write": 1,

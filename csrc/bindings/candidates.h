@@ -7,7 +7,6 @@
 
 #include <array>
 #include <cstring>
-#include <limits>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -24,7 +23,7 @@ namespace emopt {
 // Finds parameters' states in the optimizer's dictionary, which usually has the parameters' order.
 class StateLookup {
  public:
-  explicit StateLookup(PyObject* state) : cursor_(state, std::numeric_limits<Py_ssize_t>::max()) {}
+  explicit StateLookup(PyObject* state) : cursor_(state) {}
 
   // Whether all were found in the dictionary's order.
   bool is_in_order() const { return cursor_.is_in_order(); }
@@ -252,15 +251,19 @@ class CandidateWalk {
       CandidateOf& c = batch[i];
       c.state_objects.fill(nullptr);
       if (c.state == nullptr) continue;
-      DictCursor fields(c.state);
+      FieldCursor fields(c.state);
+      bool are_all_found = true;
       const auto find_field = [&](PyObject* key) {
-        return kMode == kWithPython ? fields.find(key) : fields.find_in_order(key);
+        PyObject* const value = fields.find(key);
+        if (kMode == kWithPython && value == nullptr) return find_item(c.state, key);
+        are_all_found &= value != nullptr;
+        return value;
       };
       c.step_object = find_field(step_key_);
       for (size_t s = 0; s < kStates; ++s) c.state_objects[s] = find_field(state_names_[s]);
       c.has_master = needs_master(THPVariable_Unpack(c.param));
       if (c.has_master) c.state_objects.back() = find_field(master_key_);
-      if (kMode == kWithoutPython && !fields.is_in_order()) return false;
+      if (!are_all_found) return false;  // only without Python
       prefetch_ends(c.step_object, sizeof(THPVariable));
       for (PyObject* const object : c.state_objects) prefetch_ends(object, sizeof(THPVariable));
     }

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -34,9 +35,7 @@ inline bool is_tensor(PyObject* object) {
 // a tensor calls Python code, which would dominate the step of a small parameter.
 class DictCursor {
  public:
-  // Up to `max_skipped` entries may lie between two keys.
-  explicit DictCursor(PyObject* dict, Py_ssize_t max_skipped = 0)
-      : dict_(dict), max_skipped_(max_skipped) {}
+  explicit DictCursor(PyObject* dict) : dict_(dict) {}
 
   // Whether all keys so far were found in order.
   bool is_in_order() const { return is_in_order_; }
@@ -51,8 +50,7 @@ class DictCursor {
   // Null if the key is missing or out of order. Needs the GIL, but any thread may call it.
   PyObject* find_in_order(PyObject* wanted) {
     PyObject *key, *value;
-    for (Py_ssize_t i = 0; is_in_order_; ++i) {
-      if (i > max_skipped_ || PyDict_Next(dict_, &next_, &key, &value) == 0) break;
+    while (is_in_order_ && PyDict_Next(dict_, &next_, &key, &value) != 0) {
       if (key == wanted) return value;
     }
     is_in_order_ = false;
@@ -71,9 +69,43 @@ class DictCursor {
 
  private:
   PyObject* dict_;
-  Py_ssize_t max_skipped_;
   Py_ssize_t next_ = 0;
   bool is_in_order_ = true;
+};
+
+// Looks up the keys of a small dictionary, which are text, fastest in the dictionary's order.
+class FieldCursor {
+ public:
+  explicit FieldCursor(PyObject* dict) : dict_(dict) {}
+
+  // A borrowed reference; null if the key is missing, or an instance of a class of the user's.
+  // Needs the GIL, but any thread may call it.
+  PyObject* find(PyObject* wanted) {
+    const Py_ssize_t start = next_;
+    PyObject *key, *value;
+    while (PyDict_Next(dict_, &next_, &key, &value) != 0) {
+      if (is_same(key, wanted)) return value;
+    }
+    next_ = 0;
+    while (next_ < start && PyDict_Next(dict_, &next_, &key, &value) != 0) {
+      if (is_same(key, wanted)) return value;
+    }
+    return nullptr;
+  }
+
+ private:
+  // Keys that were loaded from a file are other objects.
+  static bool is_same(PyObject* key, PyObject* wanted) {
+    if (key == wanted) return true;
+    if (!PyUnicode_CheckExact(key) || PyUnicode_KIND(key) != PyUnicode_KIND(wanted)) return false;
+    const Py_ssize_t length = PyUnicode_GET_LENGTH(wanted);
+    if (PyUnicode_GET_LENGTH(key) != length) return false;
+    const auto bytes = static_cast<size_t>(length) * static_cast<size_t>(PyUnicode_KIND(key));
+    return std::memcmp(PyUnicode_DATA(key), PyUnicode_DATA(wanted), bytes) == 0;
+  }
+
+  PyObject* dict_;
+  Py_ssize_t next_ = 0;
 };
 
 // A DTensor's local tensor and placement. (PyTorch has no C++ type for it.)
