@@ -15,7 +15,7 @@ from ._dtensor import whole
 from ._grad_norm import PowerSum, power_sum
 from ._hyperparameters import NonNegative, check_domain, read_number
 from ._members import param_name
-from ._values import HYPERPARAMETER, read
+from ._values import HYPERPARAMETER, is_tracing, read
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -44,7 +44,8 @@ def clip_coefficient(
         \mathtt{coefficient} = \min\left(1,
             \frac{\mathtt{max\_norm}}{\mathtt{total\_norm} + 10^{-6}}\right)
 
-    Takes the arguments of :func:`torch.nn.utils.clip_grad_norm_`, but does not modify gradients.
+    Takes the arguments of :func:`torch.nn.utils.clip_grad_norm_` except `foreach`, but does not
+    modify gradients.
     Pass the coefficient to ``step(grad_multiplier=...)``, which multiplies each gradient on the
     fly. ``step(max_norm=...)`` does both, and is the one for gradients that are still scaled by a
     ``GradScaler``.
@@ -212,15 +213,16 @@ def _clip(found: PowerSum, order: float, max_norm: float, factor: float | Tensor
     """Return the norm of gradients that are multiplied by a factor >= 0, and the coefficient."""
     dtype = torch.float64 if found.is_double else torch.float32
     norm = found.root(order)
-    if type(norm) is Tensor and norm.is_cpu and not isinstance(factor, Tensor):
+    if type(norm) is Tensor and norm.is_cpu and not isinstance(factor, Tensor) and not is_tracing():
         # The host's arithmetic is faster than operations on tensors.
         number = norm.item() * factor
         coefficient = max_norm / (number + 1e-6)
         if coefficient > 1.0:  # a NaN stays
             coefficient = 1.0
         return Clipping(
-            torch.scalar_tensor(number, dtype=dtype, device="cpu"),
-            torch.scalar_tensor(coefficient, dtype=dtype, device="cpu"),
+            # Not `scalar_tensor`, which raises for a number that is too large for float32.
+            torch.tensor(number, dtype=dtype, device="cpu"),
+            torch.tensor(coefficient, dtype=dtype, device="cpu"),
         )
     norm = norm * factor
     return Clipping(norm.to(dtype), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype))

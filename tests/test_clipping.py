@@ -24,6 +24,7 @@ from optimizers import (
 from processes import launch
 from support import assert_equal_bits
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import clip_grad_norm_
 
 from emerging_optimizers import (
@@ -219,6 +220,32 @@ ERRORS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((1.0, math.nan), ValueError, "norm_type is nan; expected a number"),
     ((1.0, None), TypeError, "norm_type must be a number, not NoneType"),
 ]
+
+
+def test_a_norm_that_overflows_float32() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.full((2,), 3e38)
+    total_norm, coefficient = clip_coefficient([param], 1.0)
+    assert total_norm == math.inf
+    wanted = 1.0 / (math.sqrt(2.0) * float(torch.tensor(3e38)))  # float64 does not overflow
+    torch.testing.assert_close(coefficient.cpu(), torch.tensor(wanted), rtol=0, atol=2e-45)
+    optimizer = AdamW([param])
+    optimizer.step(max_norm=1.0)
+    assert optimizer.grad_norm == math.inf
+    assert bool(param.isfinite().all())
+
+
+def test_traced() -> None:
+    weight = torch.zeros(3)
+
+    def clip(grad: Tensor) -> Tensor:
+        param = nn.Parameter(weight)
+        param.grad = grad
+        return grad * clip_coefficient([param], 1.0).coefficient
+
+    grad = torch.tensor([3.0, 0.0, 4.0])
+    graph = make_fx(clip)(torch.ones(3))
+    torch.testing.assert_close(graph(grad), clip(grad))
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), ERRORS)
