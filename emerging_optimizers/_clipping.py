@@ -58,8 +58,8 @@ def clip_coefficient(
     The norm of DTensors is that of the full tensors. Processes communicate by one all-reduce for
     each mesh (for several, if parameters are sharded along several dimensions of it). All processes
     with parameters on a mesh must make the call, with or without gradients. A gradient that is
-    placed otherwise than its parameter is redistributed first, as in a step. Of ordinary tensors,
-    such as the shards of FSDP1, each process counts its own.
+    placed otherwise than its parameter is redistributed first, as in a step; it must be there on
+    all processes. Of ordinary tensors, such as the shards of FSDP1, each process counts its own.
 
     Args:
         parameters: A parameter, or an iterable of parameters. Their gradients may have any dtype
