@@ -72,7 +72,8 @@ def clip_coefficient(
     Returns:
         ``(total_norm, coefficient)``, a named tuple of 0-dim tensors on the first gradient's
         device: float64 if a gradient is float64 or complex128, else float32. Both are computed in
-        float64 and rounded once. The coefficient of a NaN is NaN; that of an infinite norm is 0.
+        float64 and rounded once. The coefficient of a NaN is NaN; that of an infinite norm is 0,
+        or tiny if only float32 overflows.
 
     Raises:
         TypeError: A parameter that is not a tensor, or an argument that is not a number.

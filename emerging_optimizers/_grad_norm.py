@@ -108,6 +108,8 @@ def _as_real(grad: Tensor, order: float) -> Tensor:
     """Return a gradient's elements, or their absolute values, as a tensor of real numbers."""
     if grad.is_mps:
         grad = grad.cpu()  # there is no float64
+    if grad.dtype.itemsize == 1 or not (grad.is_floating_point() or grad.is_complex()):
+        grad = grad.double()  # PyTorch has no norms of float8; a step refuses integers by name
     if grad.layout is torch.strided and not grad.is_complex():
         return grad.resolve_neg() if grad.is_neg() else grad
     if grad.layout is not torch.strided:

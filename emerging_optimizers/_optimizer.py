@@ -81,7 +81,8 @@ class ScalarOptimizer(BaseOptimizer):
 
     Attributes:
         grad_norm: The norm of the gradients in the last ``step(max_norm=...)``, before clipping; a
-            0-dim tensor on the first gradient's device. None before. It is not saved.
+            0-dim tensor on the first gradient's device. None before. It is not saved. A step that a
+            ``GradScaler`` skips without calling it leaves the norm as it was.
     """
 
     if TYPE_CHECKING:
@@ -184,9 +185,9 @@ class ScalarOptimizer(BaseOptimizer):
                 the fly. ``p.grad`` is not modified.
             max_norm: The largest norm (of order 2) of all gradients, as in
                 :func:`torch.nn.utils.clip_grad_norm_`. It is the norm of the gradients after
-                ``GradScaler``'s unscaling and after `grad_multiplier`, and becomes `grad_norm`. The
-                clipping coefficient, of which :func:`~emerging_optimizers.clip_coefficient` tells
-                more, multiplies every gradient on the fly.
+                ``GradScaler``'s unscaling and after `grad_multiplier`, and becomes `grad_norm`. Every
+                gradient is multiplied by the clipping coefficient on the fly; see
+                :func:`~emerging_optimizers.clip_coefficient`.
 
         Returns:
             What `closure` returned, or None.

@@ -136,7 +136,7 @@ def run_step(
 def _run_clipped_step(
     optimizer: BaseOptimizer, grad_multiplier: float | Tensor | None, max_norm: float
 ) -> Tensor | None:
-    # Before anything that this process may raise or skip: others wait for its part of the norm.
+    # Before the step is checked or skipped: other processes wait for this one's part of the norm.
     norm, multiplier = clip_for_step(optimizer, max_norm, grad_multiplier)
     found_inf = run_step(optimizer, multiplier)
     optimizer.grad_norm = norm

@@ -196,6 +196,27 @@ def test_without_gradients(order: float) -> None:
 
 
 @pytest.mark.usefixtures("_ways")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32])
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 3.0])
+def test_dtypes_without_norms(dtype: torch.dtype, order: float) -> None:
+    values = torch.tensor([3.0, -4.0])
+    narrow = nn.Parameter(values.to(dtype), requires_grad=False)
+    narrow.grad = values.to(dtype)
+    (param,) = make_params([(2,)])
+    param.grad = values
+    assert_same(clip_coefficient([narrow], 1.0, order), clip_coefficient([param], 1.0, order))
+
+
+def test_a_step_refuses_integers_by_name() -> None:
+    param = nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False)
+    param.grad = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(
+        TypeError, match=r"param_groups\[0\]\['params'\]\[0\]: the parameter has dtype"
+    ):
+        AdamW([param], lr=0.1).step(max_norm=1.0)
+
+
+@pytest.mark.usefixtures("_ways")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

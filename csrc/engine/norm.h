@@ -2,9 +2,9 @@
 //
 // A tensor's elements, in memory order, are cut into blocks of kNormBlock, counted from the first.
 // In a block, element i is added to lane i mod kNormLanes, in order; then the upper half of the
-// lanes is added to the lower half until one is left. The blocks' sums are cut and added in the
-// same way, and what that gives for each kNormBlock of them is added in order. So are the tensors'
-// sums. All of it is float64, without contraction.
+// lanes is added to the lower half until one is left. A tensor's block sums are reduced in the same
+// way, kNormBlock at a time, and the results are added in order; then the tensors' sums are. All of
+// it is float64, without contraction.
 #pragma once
 
 #include <cstdint>
