@@ -185,8 +185,8 @@ class ScalarOptimizer(BaseOptimizer):
                 the fly. ``p.grad`` is not modified.
             max_norm: The largest norm (of order 2) of all gradients, as in
                 :func:`torch.nn.utils.clip_grad_norm_`. It is the norm of the gradients after
-                ``GradScaler``'s unscaling and after `grad_multiplier`, and becomes `grad_norm`. Every
-                gradient is multiplied by the clipping coefficient on the fly; see
+                ``GradScaler``'s unscaling and after `grad_multiplier`, and becomes `grad_norm`.
+                Every gradient is multiplied by the clipping coefficient on the fly; see
                 :func:`~emerging_optimizers.clip_coefficient`.
 
         Returns:
