@@ -114,6 +114,14 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def _no_other_device(_default_device: None) -> Iterator[None]:
     """Make tensors on the CPU by default, whatever `--device` is."""
     with torch.device("cpu"):

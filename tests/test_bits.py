@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,14 +47,6 @@ def _positions(rule: Rule, sizes: Sequence[int], rotation: int = 0) -> list[Oper
         make_operands(rule, (1, size), mixes[(i + rotation) % len(mixes)], seed=i)
         for i, size in enumerate(sizes)
     ]
-
-
-@pytest.fixture
-def num_threads() -> Iterator[None]:
-    """Restore the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- list partition ------------------------------------------------------------------------------

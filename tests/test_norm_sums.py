@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,6 @@ def mixed_grads(seed: int = 0) -> list[Tensor]:
         .to(torch.get_default_device())
         for i, size in enumerate(SIZES)
     ]
-
-
-@pytest.fixture
-def num_threads() -> Iterator[None]:
-    """Restore the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- values --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,16 +18,10 @@ from emerging_optimizers.megatron import FusedAdam
 COUNT = 700
 THREADS = 3
 
+pytestmark = pytest.mark.usefixtures("num_threads")
+
 Make = Callable[[], ScalarOptimizer]
 CASES: dict[str, Make] = {}
-
-
-@pytest.fixture(autouse=True)
-def threads_are_restored() -> Iterator[None]:
-    """Leave the number of threads as it was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def case(make: Make) -> Make:

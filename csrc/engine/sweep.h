@@ -17,6 +17,10 @@ template <int kStates, class Epilogue>
 void sweep(const RuleInstance& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
            const Table<kNumOperands<kStates, Epilogue>>* tables, size_t count) {
 #if EMOPT_CUDA
+  // The usual case, without copying rows.
+  if (count == 1 && tables[0].any_on_device && !tables[0].any_on_host) {
+    return cuda::sweep_on_devices<kStates>(rule, step, epilogue, tables[0]);
+  }
   const auto is_on_device = [](const auto& table) { return table.any_on_device; };
   if (std::any_of(tables, tables + count, is_on_device)) {
     Table<kNumOperands<kStates, Epilogue>> on_host, on_devices;
