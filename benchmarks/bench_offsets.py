@@ -138,23 +138,20 @@ class Result:
         minima = [taken.minimum for taken in self.comparison.samples.values()]
         return min(minima) / max(minima)
 
-    def figures(self) -> list[dict[str, Any]]:
-        """Return the offsets' rows for the JSON report."""
-        times = self.times()
-        return [
-            {
-                "rule": self.rule.name,
-                "moved": self.move,
-                "offset": int(name),
-                "rounds": len(samples.seconds),
-                "calls_per_sample": samples.calls,
-                "median_seconds": samples.median,
-                "min_seconds": samples.minimum,
-                "relative_time": times[int(name)],
-                "processor_taken_by_others": self.comparison.taken_by_others,
-            }
-            for name, samples in self.comparison.samples.items()
-        ]
+    def figure(self) -> dict[str, Any]:
+        """Return the row for the JSON report."""
+        samples = self.comparison.samples
+        first = next(iter(samples.values()))
+        return {
+            "rule": self.rule.name,
+            "moved": self.move,
+            "rounds": len(first.seconds),
+            "calls_per_sample": first.calls,
+            "processor_taken_by_others": self.comparison.taken_by_others,
+            # By offset.
+            "relative_times": {at: round(time, 4) for at, time in self.times().items()},
+            "min_seconds": {int(name): taken.minimum for name, taken in samples.items()},
+        }
 
 
 def measure(rule: Rule, move: str, elements: int, offsets: Sequence[int], budget: float) -> Result:
@@ -240,14 +237,13 @@ def main() -> None:
     reached = verdicts(results)
     print(report_targets(reached))
     if arguments.json is not None:
-        figures = [figure for result in results for figure in result.figures()]
         write_json(
             arguments.json,
             {
                 "run": run,
                 "elements": arguments.elements,
                 "budget_seconds": arguments.budget,
-                "figures": figures,
+                "figures": [result.figure() for result in results],
                 "targets": reached,
             },
         )

@@ -179,25 +179,28 @@ def draw_times(axes: Axes, title: str, figures: list[dict[str, Any]], font: int)
 def chart_offsets(result: dict[str, Any]) -> Figure:
     """Return a chart of the relative times at all offsets, a line for each rule."""
     moves = list(dict.fromkeys(f["moved"] for f in result["figures"]))
+    columns = min(len(moves), 2)
     figure, panels = plt.subplots(
-        1, len(moves), figsize=(10, 3.6), sharey=True, squeeze=False, layout="constrained"
+        -(-len(moves) // columns),
+        columns,
+        figsize=(10, 5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, move in zip(panels[0], moves, strict=True):
-        lines: dict[str, tuple[list[int], list[float]]] = {}
+    for axes, move in zip(panels.flat, moves, strict=False):
         for f in result["figures"]:
             if f["moved"] == move:
-                offsets, times = lines.setdefault(f["rule"], ([], []))
-                offsets.append(f["offset"])
-                times.append(f["relative_time"])
-        for rule, (offsets, times) in lines.items():
-            axes.plot(offsets, times, linewidth=1, label=rule)
+                times = f["relative_times"]
+                axes.plot([int(at) for at in times], times.values(), linewidth=1, label=f["rule"])
         axes.set_title(f"moved: {move}", color=GREY)
         axes.set_xlabel("bytes modulo 4096", color=GREY)
         axes.tick_params(colors=GREY)
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(GREY)
-    panels[0][0].set_ylabel("time / median of all offsets", color=GREY)
+    figure.supylabel("time / median of all offsets", color=GREY, fontsize="medium")
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", frameon=False, labelcolor=GREY)
     return figure
