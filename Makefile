@@ -123,6 +123,7 @@ chart: $(INSTALLED)  ## Draw the charts of README and documentation from the com
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary AdamW
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg --small AdamW
+	$(PY) benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
 
 clean:  ## Remove everything that was built, and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

@@ -6,7 +6,7 @@ r"""Draw a chart of a committed result; measures nothing.
         --summary AdamW
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg \
         --small AdamW
-    python benchmarks/plot.py build/bench_offsets.json build/offsets.svg --offsets
+    python benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
@@ -137,6 +137,7 @@ def chart_summary(result: dict[str, Any], optimizer: str) -> Figure:
         of_shape = [f for f in figures if f["shape"] == shape]
         timings = {f["timing"] for f in of_shape}
         timing = COLD if COLD in timings else "back to back"
+        title += "\n" + TIMINGS[timing] * (len(timings) > 1)
         draw_times(axes, title, [f for f in of_shape if f["timing"] == timing], SUMMARY_FONT)
     return figure
 

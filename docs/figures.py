@@ -32,7 +32,12 @@ RULE_CONTENDERS = {
     "loop": "the formula, tensor by tensor",
     "compiled": "the formula under `torch.compile`, tensor by tensor",
 }
-COLD = "single calls, caches cold"
+CLIPPING = {
+    "in_place": "`clip_grad_norm_`, then `AdamW.step()`",
+    "fused": "`clip_grad_norm_`, then `torch.optim.AdamW(fused=True)`",
+    "coefficient": "`clip_coefficient`, then `AdamW.step(grad_multiplier=...)`",
+    "unclipped": "`AdamW.step()`, without clipping",
+}
 
 
 def substitutions() -> dict[str, str]:
@@ -41,17 +46,36 @@ def substitutions() -> dict[str, str]:
     optimizers = _read("optimizers-cpu.json")
     distributed = _read("distributed-cpu.json")
     rules = _read("rules-cpu.json")
+    clipping = _read("clipping-cpu.json")
+    offsets = _read("offsets-cpu.json")
     return {
         "functions_caption": _caption(functions, "functions-cpu.json"),
-        "functions_table": _ratios(functions["figures"], FUNCTIONS, ""),
+        "functions_table": _ratios(_of_adam(functions), FUNCTIONS),
         "optimizers_caption": _caption(optimizers, "optimizers-cpu.json"),
-        "optimizers_table": _ratios(optimizers["figures"], OPTIMIZERS, ""),
+        "optimizers_table": _ratios(_of_adam(optimizers), OPTIMIZERS),
         "optimizers_missed": _missed(optimizers["targets"]),
+        "clipping_caption": _caption(clipping, "clipping-cpu.json"),
+        "clipping_table": _ratios(clipping["figures"], CLIPPING),
+        "offsets_caption": _caption(offsets, "offsets-cpu.json"),
+        "offsets_table": _offsets(offsets["figures"]),
         "rules_caption": _caption(rules, "rules-cpu.json"),
         "rules_table": _rules(rules["figures"]),
         "distributed_caption": _caption(distributed, "distributed-cpu.json"),
         "distributed_table": _distributed(distributed["figures"]),
     }
+
+
+def readme_sentence() -> str:
+    """Return what the README says of small tensors that are in the caches."""
+    times = {
+        f["shape"]: _round(f["times_as_long"]["median"])
+        for f in _of_adam(_read("optimizers-cpu.json"))
+        if f["contender"] == "fused" and f["timing"] == "back to back"
+    }
+    return (
+        "Back to back, when they are in the caches, `torch.optim.AdamW(fused=True)` takes"
+        f" {times['1000x1000']} and {times['1000x8']} times as long."
+    )
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -68,23 +92,37 @@ def _caption(result: dict[str, Any], name: str) -> str:
     )
 
 
-def _ratios(figures: list[dict[str, Any]], contenders: dict[str, str], prefix: str) -> str:
-    """Return a table of how many times as long the contenders take with Adam."""
-    columns = [
-        (f"{prefix}{title}{', cold' if timing == COLD else ''}", shape, timing)
-        for shape, title in SHAPES.items()
-        for timing in dict.fromkeys(f.get("timing") for f in figures if f["shape"] == shape)
-    ]
+def _of_adam(result: dict[str, Any]) -> list[dict[str, Any]]:
+    figures = result["figures"]
+    return [f for f in figures if f["rule"] == "adam" and f["compared_with"] == "package"]
+
+
+def _ratios(figures: list[dict[str, Any]], contenders: dict[str, str]) -> str:
+    """Return a table of how many times as long the contenders take."""
     times = {
-        (f["contender"], f["shape"], f.get("timing")): f["times_as_long"]["median"]
+        (f["contender"], f["shape"], f.get("timing", "")): f["times_as_long"]["median"]
         for f in figures
-        if f["rule"] == "adam" and f["compared_with"] == "package"
+    }
+    columns = {
+        (shape, timing): f"{SHAPES[shape]}{', cold' if timing.endswith('cold') else ''}"
+        for shape in SHAPES
+        for _, measured, timing in times
+        if measured == shape
     }
     rows = [
-        [title, *(_round(times[name, shape, timing]) for _, shape, timing in columns)]
+        [title, *(_round(times[(name, *column)]) for column in columns)]
         for name, title in contenders.items()
     ]
-    return _table(["", *(title for title, _, _ in columns)], rows)
+    return _table(["", *columns.values()], rows)
+
+
+def _offsets(figures: list[dict[str, Any]]) -> str:
+    """Return a table of the best offset's time over the worst one's."""
+    least = {(f["rule"], f["moved"]): f["best_over_worst"] for f in figures}
+    moves = list(dict.fromkeys(moved for _, moved in least))
+    rules = dict.fromkeys(rule for rule, _ in least)
+    rows = [[rule, *(_round(least[rule, moved]) for moved in moves)] for rule in rules]
+    return _table(["moved", *moves], rows)
 
 
 def _missed(targets: list[dict[str, Any]]) -> str:

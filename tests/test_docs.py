@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -66,6 +67,15 @@ def test_commands(page: str) -> None:
                 assert target in targets, line
             for script in re.findall(r"^(?:\$ )?(?:python|torchrun).* (\w+/\w+\.py)", line):
                 assert (ROOT / script).exists(), line
+
+
+def test_readme_has_the_committed_figures() -> None:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    assert figures.readme_sentence() in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
