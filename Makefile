@@ -121,8 +121,8 @@ gpu-check:  ## Build, test and measure on this machine's GPU, with the installed
 chart: $(INSTALLED)  ## Draw the charts of README and documentation from the committed results
 	$(PY) benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
-	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary AdamW
-	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg --small AdamW
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary adam
+	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg --small adam
 	$(PY) benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
 
 clean:  ## Remove everything that was built, and the virtual environment

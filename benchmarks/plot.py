@@ -3,14 +3,14 @@ r"""Draw a chart of a committed result; measures nothing.
     python benchmarks/plot.py benchmarks/results/functions-cpu.json docs/functions-cpu.svg
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/optimizers-cpu.svg
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg \
-        --summary AdamW
+        --summary adam
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg \
-        --small AdamW
+        --small adam
     python benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
-the contenders of one optimizer take, in a chart that can be read at half its size. With
+the contenders of one rule take, in a chart that can be read at half its size. With
 ``--small``, they are that for many small tensors, in and out of the caches. Lines span from the
 tenth to the ninetieth percentile. The colours are legible on light and dark pages; the
 background is transparent.
@@ -127,9 +127,9 @@ def chart_rules(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def chart_summary(result: dict[str, Any], optimizer: str) -> Figure:
-    """Return a chart of how many times as long as ``optimizer`` its contenders take."""
-    figures = [f for f in result["figures"] if f["optimizer"] == optimizer]
+def chart_summary(result: dict[str, Any], rule: str) -> Figure:
+    """Return a chart of how many times as long as a rule's optimizer its contenders take."""
+    figures = [f for f in result["figures"] if f["rule"] == rule]
     figure, panels = plt.subplots(
         1, len(SUMMARY), figsize=(10, 3.6), sharey=True, layout="constrained"
     )
@@ -142,9 +142,9 @@ def chart_summary(result: dict[str, Any], optimizer: str) -> Figure:
     return figure
 
 
-def chart_small(result: dict[str, Any], optimizer: str) -> Figure:
+def chart_small(result: dict[str, Any], rule: str) -> Figure:
     """Return a chart of the same for many small tensors: by shape, and by what the caches hold."""
-    figures = [f for f in result["figures"] if f["optimizer"] == optimizer]
+    figures = [f for f in result["figures"] if f["rule"] == rule]
     figure, rows = plt.subplots(
         len(SMALL), len(TIMINGS), figsize=(10, 4.6), sharey=True, layout="constrained"
     )
@@ -180,17 +180,21 @@ def draw_times(axes: Axes, title: str, figures: list[dict[str, Any]], font: int)
 def chart_offsets(result: dict[str, Any]) -> Figure:
     """Return a chart of the relative times at all offsets, a line for each rule."""
     moves = list(dict.fromkeys(f["moved"] for f in result["figures"]))
-    columns = min(len(moves), 2)
+    columns = min(len(moves), 3)
+    rows = -(-len(moves) // columns)
     figure, panels = plt.subplots(
-        -(-len(moves) // columns),
+        rows,
         columns,
-        figsize=(10, 5),
+        figsize=(13, 3.6 * rows),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
+    for axes in panels.flat[len(moves) :]:
+        axes.set_axis_off()
     for axes, move in zip(panels.flat, moves, strict=False):
+        axes.set_prop_cycle(color=mpl.colormaps["tab20"].colors)
         for f in result["figures"]:
             if f["moved"] == move:
                 times = f["relative_times"]
@@ -213,8 +217,8 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="JSON that a suite wrote")
     parser.add_argument("chart", type=Path, help="SVG or PNG to write")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--summary", metavar="OPTIMIZER", help="compare one optimizer's times")
-    kinds.add_argument("--small", metavar="OPTIMIZER", help="the same for many small tensors")
+    kinds.add_argument("--summary", metavar="RULE", help="compare one rule's times")
+    kinds.add_argument("--small", metavar="RULE", help="the same for many small tensors")
     kinds.add_argument("--offsets", action="store_true", help="draw a result of bench_offsets.py")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
