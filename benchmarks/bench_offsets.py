@@ -10,7 +10,7 @@ and states are, modulo 4096 bytes. They are views of one buffer here, at the sam
 offset. All offsets are timed in turn, and compared by the ratio of their time to the median of all
 offsets in the same round. Each is checked first: the bits are those of tensors of their own.
 
-The extremes of 64 medians are some percent apart by chance alone, as the control shows, in which
+The extremes of many medians are some percent apart by chance alone, as the control shows, in which
 nothing is moved. So the best and the worst offset are chosen by one half of the rounds, and
 compared in the other half.
 """
@@ -47,7 +47,7 @@ CHECKED_ELEMENTS = 140_001  # so long that a thread's share is swept as a large 
 
 # ---- where operands are --------------------------------------------------------------------------
 
-CONTROL = "none"
+CONTROL = "none"  # nothing is moved
 # By how many times the offset each operand is moved: of the gradient, the parameter and the states.
 MOVES: dict[str, Callable[[int], Sequence[int]]] = {
     CONTROL: lambda count: [0] * count,

@@ -137,8 +137,9 @@ def chart_summary(result: dict[str, Any], rule: str) -> Figure:
         of_shape = [f for f in figures if f["shape"] == shape]
         timings = {f["timing"] for f in of_shape}
         timing = COLD if COLD in timings else "back to back"
-        title += "\n" + TIMINGS[timing] * (len(timings) > 1)
-        draw_times(axes, title, [f for f in of_shape if f["timing"] == timing], SUMMARY_FONT)
+        caches = TIMINGS[timing] if len(timings) > 1 else ""
+        chosen = [f for f in of_shape if f["timing"] == timing]
+        draw_times(axes, f"{title}\n{caches}", chosen, SUMMARY_FONT)
     return figure
 
 
