@@ -13,8 +13,6 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 _IS_ELF = sys.platform not in ("win32", "darwin")
 _SEAL = b"\nemerging_optimizers crc32 "
 _SEAL_SIZE = len(_SEAL) + 8
@@ -58,6 +56,8 @@ def _elf_fault(file: BinaryIO, size: int) -> str:
         return "is damaged: it has no ELF header"
     if len(header) < 64:
         return "is truncated"
+    import torch
+
     with open(torch._C.__file__, "rb") as other:
         expected = other.read(20)
     # Word size, byte order, processor.
