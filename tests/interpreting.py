@@ -30,7 +30,7 @@ def compiled(rule: UserRule) -> UserRule:
 def interpreted(rule: UserRule) -> UserRule:
     """Return a rule of the same function that is never compiled."""
     twin = eo.rule(rule.formula)
-    twin._code = code = NativeCode(twin._trace, twin._emitter, twin.source)
+    twin._code = code = NativeCode(twin._program, twin.source)
     twin._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
     return twin
 

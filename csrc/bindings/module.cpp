@@ -126,6 +126,19 @@ std::pair<py::object, py::object> handles(const RegisteredRule& rule) {
   return {py::capsule(&rule), entry_point(rule)};
 }
 
+// Registers a rule that is interpreted. Its description is that of TracedRule.
+std::pair<py::object, py::object> interpret_rule(
+    const std::string& operator_namespace, const std::string& operator_name,
+    const std::string& name, const std::vector<std::string>& states,
+    const std::vector<TracedRule::HyperparameterText>& hyperparameters, int lowest_step,
+    bool may_keep_weight, uint32_t num_constants, const std::vector<double>& step_constants,
+    const std::vector<TracedRule::StepBlockText>& blocks, const std::vector<double>& literals,
+    const std::vector<TracedRule::TileProgramText>& cases) {
+  const RuleInfo& info = *interpreted({name, states, hyperparameters, lowest_step, may_keep_weight,
+                                       num_constants, step_constants, blocks, literals, cases});
+  return handles(*new RegisteredRule(register_rule(info, operator_namespace, operator_name)));
+}
+
 // Adds `rules[name]` and `<name>_update` to the module.
 void bind_rule(const py::module_& module, const std::string& name,
                const std::pair<py::object, py::object>& rule) {
@@ -176,24 +189,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         }),
         py::arg("path"), py::arg("symbol"), py::arg("operator_namespace") = kNamespace,
         py::arg("name") = "");
-  py::class_<TracedRule>(m, "_TracedRule")
-      .def(py::init<>())
-      .def_readwrite("name", &TracedRule::name)
-      .def_readwrite("states", &TracedRule::states)
-      .def_readwrite("hyperparameters", &TracedRule::hyperparameters)
-      .def_readwrite("lowest_step", &TracedRule::lowest_step)
-      .def_readwrite("may_keep_weight", &TracedRule::may_keep_weight)
-      .def_readwrite("num_constants", &TracedRule::num_constants)
-      .def_readwrite("step_constants", &TracedRule::step_constants)
-      .def_readwrite("blocks", &TracedRule::blocks)
-      .def_readwrite("literals", &TracedRule::literals)
-      .def_readwrite("cases", &TracedRule::cases);
-  m.def("_interpret_rule",
-        torch::wrap_pybind_function(
-            [](TracedRule traced, const std::string& operator_namespace, const std::string& name) {
-              const RuleInfo& info = *interpreted(std::move(traced));
-              return handles(*new RegisteredRule(register_rule(info, operator_namespace, name)));
-            }));
+  m.def("_interpret_rule", torch::wrap_pybind_function(interpret_rule));
   m.def("_attach_library", torch::wrap_pybind_function(attach_library));
 
   m.attr("torch_version") = TORCH_VERSION;

@@ -162,7 +162,7 @@ bool are_same(const RuleInfo& a, const RuleInfo& b) {
 
 }  // namespace
 
-const RuleInfo* interpreted(TracedRule traced) {
+const RuleInfo* interpreted(const TracedRule& traced) {
   auto rule = std::make_unique<InterpretedRule>();
   rule->name = traced.name;
   rule->names = traced.states;

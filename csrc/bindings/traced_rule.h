@@ -40,7 +40,7 @@ struct TracedRule {
 };
 
 // Returns the description of an interpreted rule, which lives as long as the process.
-const RuleInfo* interpreted(TracedRule traced);
+const RuleInfo* interpreted(const TracedRule& traced);
 
 // Replaces the interpreter of a rule by the compiled rule's loops, from the next sweep on. Raises
 // if that is not the same rule.

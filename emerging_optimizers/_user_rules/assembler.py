@@ -6,7 +6,7 @@ values, hence the same bits. Cases and constants have the same numbers in both.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .emitter import DOMAINS, Emitter
 from .expressions import complement_of_power
@@ -20,37 +20,54 @@ _MAX_REGISTERS = 1 << 16
 _ZERO = (0.0).hex()
 
 
-def assemble(trace: Trace, emitter: Emitter, target: Any) -> Any:
-    """Fill in a ``_TracedRule`` of the compiled module, and return it.
+class Program(NamedTuple):
+    """A rule as the compiled module takes it (``TracedRule`` in csrc/bindings/traced_rule.h)."""
+
+    name: str
+    states: list[str]
+    hyperparameters: list[tuple[str, str, str, int]]
+    lowest_step: int
+    may_keep_weight: bool
+    num_constants: int
+    step_constants: list[float]
+    blocks: list[Any]
+    literals: list[float]
+    cases: list[Any]
+
+
+def assemble(trace: Trace, emitter: Emitter) -> Program:
+    """Return a rule's programs.
 
     Raises:
         RuleError: The rule has too many values.
     """
     signature = trace.signature
-    target.name = signature.name
-    target.states = list(signature.states)
-    target.hyperparameters = [
-        (h.name, h.kind, DOMAINS.get(h.domain, ""), h.length) for h in signature.hyperparameters
-    ]
-    target.lowest_step = int(signature.counts_from_1)
-    target.may_keep_weight = trace.may_keep_weight
-    target.num_constants = emitter.num_constants
     step = _StepAssembler(trace, emitter)
-    target.step_constants, target.blocks = step.constants, step.blocks
     literals = _literals(trace.cases)
     first_literal = 1 + len(signature.states) + emitter.num_constants
-    target.literals = literals
     # Of the cases with the same program, the first one.
     cases: dict[int, Any] = {}
     for case, (which, constants) in zip(trace.cases, emitter.choices, strict=True):
         if which not in cases:
             tiles = _TileAssembler(case, signature.states, constants, literals, first_literal)
             cases[which] = (tiles.instructions, tiles.update, tiles.num_buffers)
-    target.cases = [cases[which] for which in sorted(cases)]
-    most = max(num_buffers for _, _, num_buffers in target.cases)
+    most = max(num_buffers for _, _, num_buffers in cases.values())
     if most > _MAX_BUFFERS or len(literals) > _MAX_LITERALS or step.num_registers > _MAX_REGISTERS:
         raise RuleError(f"rule {signature.name}: its formula has too many values: split the rule")
-    return target
+    return Program(
+        name=signature.name,
+        states=list(signature.states),
+        hyperparameters=[
+            (h.name, h.kind, DOMAINS.get(h.domain, ""), h.length) for h in signature.hyperparameters
+        ],
+        lowest_step=int(signature.counts_from_1),
+        may_keep_weight=trace.may_keep_weight,
+        num_constants=emitter.num_constants,
+        step_constants=step.constants,
+        blocks=step.blocks,
+        literals=literals,
+        cases=[cases[which] for which in sorted(cases)],
+    )
 
 
 # ---- the step's part -----------------------------------------------------------------------------

@@ -12,22 +12,21 @@ from .. import _build_cache, _native
 from .._build_cache import BuildError
 from .._operators import USER_NAMESPACE
 from . import background
-from .assembler import assemble
+from .assembler import Program
 from .build import library_for, product_for
-from .emitter import Emitter, struct_name
-from .tracer import Trace
+from .emitter import struct_name
 
 # By the C++ text: rules that are defined twice share their code. Operators cannot be removed.
 _CODES: dict[str, "NativeCode"] = {}
 _LOCK = threading.RLock()
 
 
-def native_code(trace: Trace, emitter: Emitter, source: str) -> "NativeCode":
-    """Return a rule's native code."""
+def native_code(program: Program, source: str) -> "NativeCode":
+    """Return a rule's native code, which its programs and its C++ text describe."""
     with _LOCK:
         found = _CODES.get(source)
         if found is None:
-            found = _CODES[source] = NativeCode(trace, emitter, source)
+            found = _CODES[source] = NativeCode(program, source)
         return found
 
 
@@ -42,18 +41,17 @@ class NativeCode:
         why_not: Why it cannot be compiled, as far as that is known.
     """
 
-    def __init__(self, trace: Trace, emitter: Emitter, source: str) -> None:
+    def __init__(self, program: Program, source: str) -> None:
         module: Any = _native.native
-        self.stem = self._name = name = trace.signature.name
+        self.stem = self._name = name = program.name
         self._source = source
         count = 1
         while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{self.stem}_update_"):
             count += 1
             self.stem = f"{name}_{count}"
-        traced = assemble(trace, emitter, module._TracedRule())
         self.handle: Any
         self.eager: Callable[..., Any]
-        self.handle, self.eager = module._interpret_rule(traced, USER_NAMESPACE, self.stem)
+        self.handle, self.eager = module._interpret_rule(USER_NAMESPACE, self.stem, *program)
         self.is_compiled = False
         self.why_not: str | None = None
         self._is_started = False

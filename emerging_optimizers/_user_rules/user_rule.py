@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
+from .assembler import assemble
 from .emitter import Emitter
 from .graph import RuleError
 from .info import Info, describe
@@ -40,8 +41,9 @@ class UserRule(Rule):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         trace = trace_rule(function)
-        self._emitter = Emitter(trace)
-        self.source = self._emitter.text()
+        emitter = Emitter(trace)
+        self.source = emitter.text()
+        self._program = assemble(trace, emitter)
         self.formula = function
         self.signature = trace.signature
         self._trace = trace
@@ -127,7 +129,7 @@ class UserRule(Rule):
     def _native_code(self) -> NativeCode | None:
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
-            code = native_code(self._trace, self._emitter, self.source)
+            code = native_code(self._program, self.source)
             self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
             self._code = code
         return self._code
