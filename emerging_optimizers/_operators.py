@@ -26,6 +26,10 @@ class OperatorRule(Protocol):
 
     name: str
 
+    @property
+    def summary(self) -> str:
+        """The name, and what is special about the native code."""
+
     def operate_on_devices(self, *arguments: Any, **options: Any) -> None:
         """Update tensors on devices without a kernel."""
 
@@ -78,7 +82,7 @@ def dtensor_registration(operator: Any) -> Callable[[], None]:
 
 
 def loaded_user_rules() -> list[str]:
-    """Return the names of users' rules whose native code is loaded."""
+    """Return the summaries of users' rules that have native code."""
     return sorted(
-        {rule.name for key, rule in _rules.items() if key.startswith(f"{USER_NAMESPACE}::")}
+        {rule.summary for key, rule in _rules.items() if key.startswith(f"{USER_NAMESPACE}::")}
     )

@@ -123,6 +123,11 @@ class Rule:
         self._eager = eager
         self.native = handle
 
+    @property
+    def summary(self) -> str:
+        """The name, and what is special about the native code."""
+        return self.name
+
     def build_for(self, tensors: Iterable[Any]) -> bool:
         """Return whether there is native code; a user's rule is built at its first use."""
         return self.native is not None

@@ -126,6 +126,14 @@ class UserRule(Rule):
         """Whether the rule's compiled code is loaded."""
         return self._code is not None and self._code.is_compiled
 
+    @property
+    def summary(self) -> str:
+        """The name, and why the rule is interpreted, if it is."""
+        if self._code is None or self.is_compiled:
+            return self.name
+        reason = self._code.why_not or "not compiled yet"
+        return f"{self.name} (interpreted: {reason})"
+
     def _native_code(self) -> NativeCode | None:
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
