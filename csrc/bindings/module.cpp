@@ -57,9 +57,9 @@ void* find(at::DynamicLibrary& library, const std::string& path, const std::stri
   }
 }
 
-// Loads the rule of a struct from a shared library, which stays loaded, and registers it.
-const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
-                                const std::string& operator_namespace, const std::string& name) {
+// Returns the description of a struct's rule in a shared library, which stays loaded.
+const RuleInfo* open_rule(const std::string& path, const std::string& symbol,
+                          const std::string& name) {
   std::unique_ptr<at::DynamicLibrary> library = open_library(path);
   using Function = const RuleInfo* (*)();
   const auto function = reinterpret_cast<Function>(find(*library, path, symbol));
@@ -73,9 +73,68 @@ const RegisteredRule& load_rule(const std::string& path, const std::string& symb
   TORCH_CHECK((info->loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
               " was not compiled for ", cpu::name(isa),
               ", the instruction set in use; recompile it for that");
-  const auto* const rule = new RegisteredRule(register_rule(*info, operator_namespace, name));
   library.release();
-  return *rule;
+  return info;
+}
+
+// Loads the rule of a struct from a shared library and registers it.
+const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
+                                const std::string& operator_namespace, const std::string& name) {
+  const RuleInfo* const info = open_rule(path, symbol, name);
+  return *new RegisteredRule(register_rule(*info, operator_namespace, name));
+}
+
+// The names of kinds and domains are those of _hyperparameters.py.
+const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::kFloat:
+      return "number";
+    case Kind::kFloats:
+      return "numbers";
+    case Kind::kOptionalFloat:
+      return "optional";
+    case Kind::kFlag:
+      return "flag";
+    case Kind::kWarmupSteps:
+      return "warm-up";
+    case Kind::kStep:
+      return "step";
+  }
+  return "";
+}
+
+const char* name_of(Domain domain) {
+  switch (domain) {
+    case Domain::kAny:
+      return "float";
+    case Domain::kBeta:
+      return "Beta";
+    case Domain::kNonNegative:
+      return "NonNegative";
+    case Domain::kInteger:
+      return "int";
+  }
+  return "";
+}
+
+// What Python needs to know of a rule in a shared library before it is registered.
+py::dict rule_info(const std::string& path, const std::string& symbol) {
+  const RuleInfo& info = *open_rule(path, symbol, symbol);
+  py::list states, hyperparameters;
+  for (uint32_t s = 0; s < info.num_states; ++s) states.append(info.states[s]);
+  for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
+    const HyperparameterInfo& h = info.hyperparameters[i];
+    hyperparameters.append(py::make_tuple(h.name, name_of(h.kind), name_of(h.domain), h.length));
+  }
+  py::dict found;
+  found["name"] = info.name;
+  found["states"] = py::tuple(states);
+  found["hyperparameters"] = py::tuple(hyperparameters);
+  found["lowest_step"] = info.lowest_step;
+  found["has_check"] = info.check != nullptr;
+  found["shape_scale"] = py::none();
+  if (info.shape_scale != nullptr) found["shape_scale"] = py::cpp_function(info.shape_scale);
+  return found;
 }
 
 struct EntryPoint {
@@ -156,6 +215,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         }),
         py::arg("path"), py::arg("symbol"), py::arg("operator_namespace") = kNamespace,
         py::arg("name") = "");
+  m.def("_rule_info", torch::wrap_pybind_function(rule_info), py::arg("path"), py::arg("symbol"));
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda_architectures") = py::cast(cuda_architectures());

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _build, _build_cache
@@ -24,12 +25,21 @@ from . import ownership
 _THEN = "call the rule's compile() again"
 
 
-def library_for(name: str, source: str) -> Path:
+def library_for(
+    name: str,
+    source: str,
+    folders: Sequence[Path] = (),
+    headers: Sequence[str] = (),
+    then: str = _THEN,
+) -> Path:
     """Return the shared library of a rule, which is compiled now unless it is in the cache.
 
     Args:
         name: The rule's name, an identifier.
         source: The rule's C++ text, which includes ``engine/rule_unit.h``.
+        folders: Where else the compiler looks for what the text includes in quotes.
+        headers: The texts of the other headers that it depends on.
+        then: What happens once an error is fixed, as a clause.
 
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
@@ -40,27 +50,31 @@ def library_for(name: str, source: str) -> Path:
         )
     csrc = _build_cache.csrc()
     options = _options(csrc)
-    folder = _build_cache.root(_THEN) / "rules" / f"{name}-{_key(source, options, csrc)}"
-    return _build_cache.load_once(_RuleLibrary(folder, name, source, [*options, f"-I{csrc}"]))
+    key = _key(source, options, csrc, headers)
+    folder = _build_cache.root(then) / "rules" / f"{name}-{key}"
+    options += [*(f"-iquote{path}" for path in folders), f"-I{csrc}"]
+    return _build_cache.load_once(_RuleLibrary(folder, name, source, options, then))
 
 
 class _RuleLibrary(_build_cache.Product[Path]):
     """The library of one rule."""
 
-    then = _THEN
     retry = "use the rule again"
     file_mode = 0o600
 
-    def __init__(self, folder: Path, name: str, source: str, options: list[str]) -> None:
+    def __init__(self, folder: Path, name: str, source: str, options: list[str], then: str) -> None:
         super().__init__(folder, f"{name}{_build_cache.SUFFIX}")
         self.what = f"the rule {name}"
+        self.then = then
         self.name = name
         self.source = source
         self.options = options
         self.seconds = 0.0
 
     def missing_tool(self) -> tuple[str, str] | None:
-        return _build_cache.missing_compiler(_THEN)
+        if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+            return f"EMERGING_OPTIMIZERS_JIT=0, and {self.folder} has no library", "Unset it"
+        return _build_cache.missing_compiler(self.then)
 
     def make_folder(self) -> None:
         rules = self.folder.parent
@@ -123,12 +137,12 @@ def _options(csrc: Path) -> list[str]:
     ]
 
 
-def _key(source: str, options: list[str], csrc: Path) -> str:
+def _key(source: str, options: list[str], csrc: Path, others: Sequence[str]) -> str:
     """Return a hash of what the library depends on. EMOPT_ABI covers most of the headers."""
     included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
     headers = _build.hash_of_headers(
         [csrc / name for name in sorted(included - {"engine/rule_unit.h"})]
     )
     machine = (sys.platform, platform.machine())
-    parts = (source, options, _build.compiler(), headers, machine)
+    parts = (source, options, _build.compiler(), headers, machine, *others)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -8,24 +8,25 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _dtensor, _native
 from .._build_cache import BuildError
-from .._operators import USER_NAMESPACE
+from .._operators import USER_NAMESPACE, unused_stem
 from .._rule import Rule, arithmetic_dtype, store
 from .build import library_for
 from .emitter import emit, struct_name
 from .graph import RuleError
 from .info import Info, describe
 from .optimizer_class import complete_class
+from .signature import make_function
 from .tracer import is_users, trace_rule
 
 # The rules of this process, by name.
-_RULES: weakref.WeakValueDictionary[str, "UserRule"] = weakref.WeakValueDictionary()
+_RULES: weakref.WeakValueDictionary[str, "Named"] = weakref.WeakValueDictionary()
 # What has been loaded, by its C++ text: the stem of the operator, the compiled module's handle of
 # the rule, and its function for eager calls. Operators cannot be removed.
 _LOADED: dict[str, tuple[str, Any, Callable[..., Any]]] = {}
@@ -33,6 +34,16 @@ _LOCK = threading.RLock()
 
 # Devices whose tensors have no values, so that no native kernel is missing there.
 _WITHOUT_VALUES = ("meta",)
+
+
+class Named(Protocol):
+    """What a rule's name needs to know of the rule."""
+
+    name: str
+    source: str
+
+    @property
+    def place(self) -> tuple[str, str]: ...
 
 
 class UserRule(Rule):
@@ -62,7 +73,12 @@ class UserRule(Rule):
         functools.update_wrapper(self, function, updated=())
         self._function = self._make_function()
         self.__signature__ = inspect.signature(self._function)
-        _register(self)
+        register(self)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where the rule is defined."""
+        return self.__module__, self.__qualname__  # type: ignore[attr-defined]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._function(*arguments, **options)
@@ -76,17 +92,7 @@ class UserRule(Rule):
 
     def _make_function(self) -> Callable[..., Any]:
         """Return a function with the rule's signature and ``out`` that calls the rule."""
-        signature = self.signature
-        names = [h.name for h in signature.hyperparameters]
-        defaults = {f"_default_{name}": value for name, value in signature.defaults.items()}
-        keywords = [f"{n}=_default_{n}" if n in signature.defaults else n for n in names]
-        tensors = [signature.grad, *signature.states]
-        arguments = ", ".join([*tensors, "*", *keywords, "out=None"])
-        passed = ", ".join([*tensors, *names, "out"])
-        text = f"def {self.name}({arguments}):\n    return _call({passed})\n"
-        namespace: dict[str, Any] = {"_call": self.entry_point(), **defaults}
-        exec(compile(text, f"<rule {self.name}>", "exec"), namespace)
-        function: Callable[..., Any] = namespace[self.name]
+        function = make_function(self.signature, self.entry_point())
         function.__doc__ = self.formula.__doc__
         function.__module__ = self.formula.__module__
         return function
@@ -252,10 +258,7 @@ def _loaded(name: str, source: str) -> tuple[str, Any, Callable[..., Any]]:
     found = _LOADED.get(source)
     if found is None:
         library = library_for(name, source)
-        stem, count = name, 1
-        while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{stem}_update_"):
-            count += 1
-            stem = f"{name}_{count}"
+        stem = unused_stem(name)
         assert _native.native is not None
         handle, eager = _native.native._load_rule(
             str(library), struct_name(name), operator_namespace=USER_NAMESPACE, name=stem
@@ -264,21 +267,16 @@ def _loaded(name: str, source: str) -> tuple[str, Any, Callable[..., Any]]:
     return found
 
 
-def _register(rule: UserRule) -> None:
+def register(rule: Named) -> None:
     """Take a rule's name, which may be that of a rule that this one redefines.
 
     Raises:
-        RuleError: Another function's rule has the name.
+        RuleError: Another rule has the name.
     """
     known = _RULES.get(rule.name)
     # One file may be loaded twice: as a script, and as a module.
-    is_known = known is not None and known.source != rule.source and _place(known) != _place(rule)
-    if known is not None and is_known:
+    if known is not None and known.source != rule.source and known.place != rule.place:
         raise RuleError(
-            f"rule {rule.name}: {'.'.join(_place(known))} has the same name; rename one of them"
+            f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
         )
     _RULES[rule.name] = rule
-
-
-def _place(rule: UserRule) -> tuple[str, str]:
-    return rule.__module__, rule.__qualname__  # type: ignore[attr-defined]
