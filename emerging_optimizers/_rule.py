@@ -133,8 +133,8 @@ class Rule:
     def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
         """Give a class of optimizers this rule; only users' rules do that."""
         raise TypeError(
-            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule; the"
-            " package's rules have classes already"
+            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule or"
+            " load_rule; the package's rules have classes already"
         )
 
     def for_groups(

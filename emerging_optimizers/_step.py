@@ -280,7 +280,9 @@ def _step_rest(
     for group, indices, group_grads in zip(groups, ready, grads, strict=True):
         for k in indices:
             group_grads[k] = placed_like(group_grads[k], group["params"][k])
-    still = _call_native(call, grads, may_leave=True)
+    # The native step knows only of fused=True.
+    required = [{**g, "fused": True} if _has_to_be_native(optimizer, g) else g for g in groups]
+    still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
     for i, indices in left.items():
         if _has_to_be_native(optimizer, groups[i]):
@@ -322,8 +324,8 @@ def _raise_no_native_step(
     if not rule.has_formula:
         raise RuntimeError(
             f"{type(optimizer).__name__} has no native step for {name}, and its rule {rule.name},"
-            " which is written in C++, has no formula in PyTorch operations: use ordinary"
-            " parameters on the CPU"
+            " which is written in C++, has no formula in PyTorch operations: use parameters on the"
+            " CPU, without gaps in memory"
         )
     raise RuntimeError(
         f"fused=True, but {type(optimizer).__name__} has no native step for {name}; fused=None"

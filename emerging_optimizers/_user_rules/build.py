@@ -28,7 +28,7 @@ _THEN = "call the rule's compile() again"
 def library_for(
     name: str,
     source: str,
-    folders: Sequence[Path] = (),
+    options: Sequence[str] = (),
     headers: Sequence[str] = (),
     then: str = _THEN,
 ) -> Path:
@@ -37,7 +37,7 @@ def library_for(
     Args:
         name: The rule's name, an identifier.
         source: The rule's C++ text, which includes ``engine/rule_unit.h``.
-        folders: Where else the compiler looks for what the text includes in quotes.
+        options: Further options of the compiler, which do not change the library.
         headers: The texts of the other headers that it depends on.
         then: What happens once an error is fixed, as a clause.
 
@@ -49,10 +49,10 @@ def library_for(
             "rules are not compiled on Windows yet", "Use the Windows Subsystem for Linux"
         )
     csrc = _build_cache.csrc()
-    options = _options(csrc)
-    key = _key(source, options, csrc, headers)
+    shared = _options(csrc)
+    key = _key(source, shared, csrc, headers)
     folder = _build_cache.root(then) / "rules" / f"{name}-{key}"
-    options += [*(f"-iquote{path}" for path in folders), f"-I{csrc}"]
+    options = [*shared, *options, f"-I{csrc}"]
     return _build_cache.load_once(_RuleLibrary(folder, name, source, options, then))
 
 

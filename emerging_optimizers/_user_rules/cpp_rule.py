@@ -1,7 +1,7 @@
 """Rules that users write in C++.
 
-They are built like rules in Python, by one call of the compiler without torch's headers:
-torch.utils.cpp_extension takes 35 s for what takes 4 to 7 s in this way.
+They are built like rules in Python, by one call of the compiler without torch's headers. Lion takes
+2 s in this way (GCC 12), and 50 s by torch.utils.cpp_extension.
 """
 
 import inspect
@@ -20,7 +20,16 @@ from .._hyperparameters import Beta, Hyperparameter, NonNegative, WarmupSteps
 from .._operators import USER_NAMESPACE, unused_stem
 from .._rule import Rule
 from .build import library_for
-from .cpp_source import Source, Struct, find_struct, included_texts, read_source, unit_of
+from .cpp_source import (
+    Source,
+    Struct,
+    find_struct,
+    included_texts,
+    lacks_brace,
+    options_of,
+    read_source,
+    unit_of,
+)
 from .graph import RuleError
 from .optimizer_class import complete_class
 from .signature import Signature, check_default, check_names, make_function
@@ -136,27 +145,34 @@ def _build(source: Source, struct: Struct) -> str:
         raise RuntimeError(f"the rule {struct.name} cannot be loaded: {_native.reason}")
     try:
         csrc = _build_cache.csrc()
-        folders = [source.path.parent] if source.path is not None else []
         library = library_for(
             struct.name,
             unit_of(source, struct),
-            [*folders, csrc / "rules"],
+            options_of(source, csrc),
             included_texts(source, csrc),
             "load the rule again",
         )
     except CompilationError as error:
-        told = _build_output.first_error(error.output)
-        found = _REQUIREMENT.fullmatch(told)
-        if found is not None:
-            told = f"{source.label}:{struct.line}: {found[1].replace('MyRule', struct.name)}"
         raise RuleError(
-            f"rule {struct.name} cannot be compiled: {told} (all errors are in {error.log})"
+            f"rule {struct.name} cannot be compiled: {_explain(error, source, struct)} (all errors"
+            f" are in {error.log})"
         ) from None
     except BuildError as error:
         raise RuntimeError(
             f"the rule {struct.name} cannot be loaded: {error.reason}. {error.remedy}"
         ) from None
     return str(library)
+
+
+def _explain(error: CompilationError, source: Source, struct: Struct) -> str:
+    """Return the compiler's first error, at a line of the user's text where there is one."""
+    told = _build_output.first_error(error.output)
+    found = _REQUIREMENT.fullmatch(told)
+    if found is not None:
+        return f"{source.label}:{struct.line}: {found[1].replace('MyRule', struct.name)}"
+    if "rule_unit.h" in told and lacks_brace(source.text):
+        return f"{source.label}:{len(source.text.splitlines())}: a closing brace is missing"
+    return told
 
 
 def _signature(info: Mapping[str, Any], defaults: Mapping[str, Any]) -> Signature:

@@ -141,6 +141,12 @@ def _block(head: list[str], namespace: str, line: int) -> list[str] | Struct | N
     return Struct(name, namespace, line, set()) if name.isidentifier() else None
 
 
+def lacks_brace(text: str) -> bool:
+    """Return whether a text opens more braces than it closes."""
+    signs = [token["sign"] for token in _TOKEN.finditer(text)]
+    return signs.count("{") > signs.count("}")
+
+
 def included_texts(source: Source, csrc: Path) -> list[str]:
     """Return the texts of the files that a text includes, and those include, where they exist.
 
@@ -165,14 +171,25 @@ def included_texts(source: Source, csrc: Path) -> list[str]:
     return list(found.values())
 
 
-def unit_of(source: Source, struct: Struct) -> str:
-    """Return the text of the unit of a rule, in which the compiler names the user's lines."""
+def options_of(source: Source, csrc: Path) -> list[str]:
+    """Return the compiler's options that tell where a text is: in messages, and for its includes.
+
+    Args:
+        source: The text.
+        csrc: The folder of the package's headers.
+    """
     label = source.label.replace("\\", "\\\\").replace('"', '\\"')
+    folders = [source.path.parent] if source.path is not None else []
+    return [f'-DEMOPT_SOURCE="{label}"', *(f"-iquote{path}" for path in (*folders, csrc / "rules"))]
+
+
+def unit_of(source: Source, struct: Struct) -> str:
+    """Return the text of a rule's unit. It depends on the user's text, but not on where that is."""
     lines = [
         '#include "engine/rule_unit.h"',
         "// Without an update, a step would do anything.",
         '#pragma GCC diagnostic error "-Wreturn-type"',
-        f'#line 1 "{label}"',
+        "#line 1 EMOPT_SOURCE",
         source.text,
     ]
     if struct.namespace != "emopt":
