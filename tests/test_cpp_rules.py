@@ -290,7 +290,7 @@ def test_no_formula(blend: CppRule) -> None:
     assert weight.tolist() == [0.5, 0.5]
     row = [[torch.ones(2, device="meta")] for _ in range(3)]
     message = "the rule blend is written in C++ and has no formula in PyTorch operations: call it"
-    with pytest.raises(RuntimeError, match=f"{re.escape(message)}.*, not on meta"):
+    with pytest.raises(RuntimeError, match=f"{re.escape(message)}.*, not with a Tensor on meta"):
         blend.operate_on_devices(*row, 0.5, True, 1)
 
 
@@ -464,7 +464,9 @@ BROKEN: list[tuple[str, str, str]] = [
     ("StepArgument{}", "StepArgument{}, StepArgument{}", "StepArgument{} more than once"),
     (*after("  double beta;", " double x[32];"), "the struct has more than 256 bytes"),
     (*after("  double beta;", " std::tuple<int> x;"), "the struct has a member that is neither"),
-    (*after("  double beta;", " explicit Blend(int);"), "cannot be made without arguments"),
+    (*after("  double beta;", " explicit Blend(int);"), "the struct has a constructor, or a"),
+    ("double beta;", "double beta = 0.9;", "a member with a value, which would have no effect"),
+    (*after("  double beta;", " double x;"), "a member that hyperparameters() does not list"),
     (STATES, "  static constexpr const char* kStates[] = {};\n", "kStates is not a constant array"),
     (STATES, '  static constexpr const char* kStates = "x";\n', "kStates is not a constant array"),
     ('{"exp_avg"}', '{"a", "b", "c", "d", "e", "f"}', "a rule has at most 5 states"),

@@ -69,23 +69,27 @@ inline constexpr bool kIsHyperparameter =
 template <class Rule, class Entry>
 struct Listed {
   static constexpr bool kIsKnown = false, kIsMember = true, kIsSupported = true, kIsStep = false;
+  static constexpr size_t kMostBytes = 0;  // in the struct, with the padding
 };
 template <class Rule, class Owner, class Value>
 struct Listed<Rule, Hyperparameter<Owner, Value>> {
   static constexpr bool kIsKnown = true, kIsMember = std::is_base_of_v<Owner, Rule>;
   static constexpr bool kIsSupported = kIsHyperparameter<Value>, kIsStep = false;
+  static constexpr size_t kMostBytes = (sizeof(Value) + 7) / 8 * 8;
 };
 template <class Rule, class Owner>
 struct Listed<Rule, OptionalHyperparameter<Owner>> : Listed<Rule, Hyperparameter<Owner, double>> {};
 template <class Rule>
 struct Listed<Rule, StepArgument> {
   static constexpr bool kIsKnown = true, kIsMember = true, kIsSupported = true, kIsStep = true;
+  static constexpr size_t kMostBytes = 0;
 };
 
 template <class Rule, class List>
 struct AllListed {
   static constexpr bool kAreKnown = false, kAreMembers = true, kAreSupported = true;
   static constexpr int kNumSteps = 0;
+  static constexpr size_t kMostBytes = 0;
 };
 template <class Rule, class... Entry>
 struct AllListed<Rule, std::tuple<Entry...>> {
@@ -93,6 +97,7 @@ struct AllListed<Rule, std::tuple<Entry...>> {
   static constexpr bool kAreMembers = (Listed<Rule, Entry>::kIsMember && ...);
   static constexpr bool kAreSupported = (Listed<Rule, Entry>::kIsSupported && ...);
   static constexpr int kNumSteps = (0 + ... + (Listed<Rule, Entry>::kIsStep ? 1 : 0));
+  static constexpr size_t kMostBytes = (size_t{0} + ... + Listed<Rule, Entry>::kMostBytes);
 };
 
 // ---- calls of a step ----------------------------------------------------------------------------
@@ -193,8 +198,6 @@ struct RuleRequirements {
   static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8,
                 "the struct has a member that is neither a number nor a flag: it is copied as"
                 " bytes");
-  static_assert(std::is_default_constructible_v<Rule>,
-                "the struct cannot be made without arguments: remove its constructors");
   static_assert(!kHasStates<Rule> || (kHasConstantStates<Rule> && kStateCount<Rule> != 0),
                 "kStates is not a constant array of strings: write static constexpr const char*"
                 " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
@@ -210,6 +213,12 @@ struct RuleRequirements {
   static_assert(!kHasShapeScale<Rule> || kScales<Rule>,
                 "shape_scale() takes other arguments: write static double shape_scale(int64_t rows,"
                 " int64_t cols)");
+  static_assert(std::is_trivially_default_constructible_v<Rule>,
+                "the struct has a constructor, or a member with a value, which would have no"
+                " effect: make constants static constexpr, and pass defaults in Python");
+  static_assert(std::is_empty_v<Rule> || sizeof(Rule) <= List::kMostBytes,
+                "the struct has a member that hyperparameters() does not list, so nothing would set"
+                " it");
   static_assert(kHasStep<Rule>,
                 "Step is missing, or is not a template of one type: add template <class Real>"
                 " struct Step { ... };");

@@ -125,7 +125,8 @@ class CppRule(Rule):
         """Raise: there is no formula in PyTorch operations."""
         raise RuntimeError(
             f"the rule {self.name} is written in C++ and has no formula in PyTorch operations: call"
-            f" it with ordinary tensors on the CPU, not on {grad.device}"
+            " it with ordinary tensors on the CPU, not with a"
+            f" {type(grad).__name__} on {grad.device}"
         )
 
     def _check_natively(self, **values: Any) -> None:
