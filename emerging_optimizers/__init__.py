@@ -16,6 +16,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ._user_rules import RuleError as RuleError
+    from ._user_rules import load_rule as load_rule
     from ._user_rules import rule as rule
 
 # The modules that are not here are those of NVIDIA's package, if it is installed, and so is the
@@ -24,8 +25,8 @@ if _namesake is not None:
     __path__.append(str(_namesake.folder))  # noqa: F405
     __version__ = _namesake.package_version()
 
-__all__ = ["Beta", "NonNegative", "RuleError", "__version__", "rule", "scalar_optimizers"]
-__all__ += ["clip_coefficient", "show_config"]
+__all__ = ["Beta", "NonNegative", "RuleError", "__version__", "load_rule", "rule"]
+__all__ += ["clip_coefficient", "scalar_optimizers", "show_config"]
 # The optimizers, but not the update functions. Type checkers read the first line only.
 __all__ += scalar_optimizers.__all__
 __all__ = sorted(name for name in __all__ if not name.startswith("calculate_"))
@@ -33,7 +34,7 @@ __all__ = sorted(name for name in __all__ if not name.startswith("calculate_"))
 
 def __getattr__(name: str) -> Any:
     """Import what only users' rules need, or what describes NVIDIA's package."""
-    if name in ("RuleError", "rule"):
+    if name in ("RuleError", "load_rule", "rule"):
         from . import _user_rules
 
         return getattr(_user_rules, name)

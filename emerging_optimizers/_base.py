@@ -134,7 +134,8 @@ def _complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, 
     if not isinstance(known, Rule):
         given = ", and none is given" if rule is None else f", not {type(rule).__name__}"
         raise TypeError(
-            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule{given}"
+            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule or"
+            f" load_rule{given}"
         )
     known.complete_class(cls, defaults)
 

@@ -43,6 +43,20 @@ class BuildError(Exception):
         self.remedy = remedy
 
 
+class CompilationError(BuildError):
+    """The compiler failed.
+
+    Attributes:
+        output: What it printed.
+        log: The file that has this.
+    """
+
+    def __init__(self, reason: str, remedy: str, output: str, log: Path) -> None:
+        super().__init__(reason, remedy)
+        self.output = output
+        self.log = log
+
+
 class Product(ABC, Generic[Result]):
     """A library that is built, or found in the cache.
 
@@ -236,9 +250,11 @@ def _failure(product: Product[Result], text: str, log: Path) -> BuildError:
     what = f"Fix the errors in {log}" if log.exists() else "Fix this"
     if _build_output.was_killed(text):
         what += product.if_killed
-    return BuildError(
+    return CompilationError(
         f"compilation failed: {_build_output.first_error(text)}",
         f"{what}, and {product.then}; or set EMERGING_OPTIMIZERS_JIT=0",
+        text,
+        log,
     )
 
 

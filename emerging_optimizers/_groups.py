@@ -228,6 +228,12 @@ def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> N
             f"{name} does not support differentiable=True: its step records no autograd graph;"
             " torch.optim has optimizers that do"
         )
+    rule = optimizer._rule_of(group).rule
+    if not (rule.has_formula or group["fused"] is None or group["fused"]):
+        raise ValueError(
+            f"fused=False, but the rule {rule.name} is written in C++ and has no formula in"
+            " PyTorch operations: use fused=None"
+        )
     if group["fused"] and group.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["master_weights"] and group["stochastic_rounding"]:

@@ -55,6 +55,15 @@ def connect(rule: OperatorRule, namespace: str, stem: str) -> Any:
     return operator
 
 
+def unused_stem(name: str) -> str:
+    """Return the stem of a user's operator that is not registered yet: ``name``, or ``name_2``."""
+    stem, count = name, 1
+    while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{stem}_update_"):
+        count += 1
+        stem = f"{name}_{count}"
+    return stem
+
+
 def has_cuda_kernel(operator: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA"))
 

@@ -64,6 +64,9 @@ class Rule:
         lowest_step: 1 if steps count from 1 with any hyperparameters.
     """
 
+    # Whether there is a formula in PyTorch operations; a rule that a user wrote in C++ has none.
+    has_formula = True
+
     def __init__(
         self,
         name: str,
@@ -135,8 +138,8 @@ class Rule:
     def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
         """Give a class of optimizers this rule; only users' rules do that."""
         raise TypeError(
-            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule; the"
-            " package's rules have classes already"
+            f"class {cls.__name__}: rule= must be a rule made by emerging_optimizers.rule or"
+            " load_rule; the package's rules have classes already"
         )
 
     def for_groups(
@@ -227,6 +230,10 @@ class Rule:
         if self._check is not None:
             self._check(**values)
 
+    def scale_of(self, shape: Sequence[int]) -> float:
+        """Return the factor by which ``use_shape_scaling`` multiplies the update of a matrix."""
+        return shape_scale(shape)
+
     def operate_on_devices(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for other devices. Arguments are in the order of its schema."""
         self._apply(*self._read_operator(arguments), step_tensor)
@@ -276,7 +283,7 @@ class Rule:
             for grad, *read, update in zip(grads.tensors, *lists, strict=True):
                 if update.numel() != 0:
                     # Exact so far: the update is a sign, which every dtype holds.
-                    scaled = update.to(arithmetic_dtype(read)).mul_(shape_scale(grad.shape))
+                    scaled = update.to(arithmetic_dtype(read)).mul_(self.scale_of(grad.shape))
                     store(update, scaled)
         _dtensor.increment_versions(chain(*(o.tensors for o in operands if o.in_place)))
 

@@ -178,6 +178,10 @@ def has_native_step(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
     return all(has_master(group, p) or p.dtype not in HALF for p in group["params"])
 
 
+def _has_to_be_native(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
+    return bool(group["fused"]) or not optimizer._rule_of(group).rule.has_formula
+
+
 def _communicates(optimizer: BaseOptimizer, group: dict[str, Any]) -> bool:
     """Return whether processes communicate for parameters without a gradient, too."""
     return hook_of(optimizer, group) is not None and not has_native_step(optimizer, group)
@@ -209,7 +213,7 @@ def _step_by_group(call: StepCall) -> Left:
             chosen.append(i)
             continue
         indices = prepare(call, i)
-        if indices and group["fused"]:
+        if indices and _has_to_be_native(optimizer, group):
             _raise_no_native_step(optimizer, group, indices)
         if indices or _communicates(optimizer, group):
             left[i] = indices
@@ -243,7 +247,7 @@ def _settle_order(call: StepCall, left: Mapping[int, Collection[int]]) -> set[Pl
     optimizer, groups = call.optimizer, call.groups
     followers = find_followers(check_overlap(optimizer, groups), left)
     for i, k in followers:
-        if groups[i]["fused"]:
+        if _has_to_be_native(optimizer, groups[i]):
             _raise_no_native_step(optimizer, groups[i], [k])
         prepare(call, i, [k])
     return followers
@@ -276,10 +280,12 @@ def _step_rest(
     for group, indices, group_grads in zip(groups, ready, grads, strict=True):
         for k in indices:
             group_grads[k] = placed_like(group_grads[k], group["params"][k])
-    still = _call_native(call, grads, may_leave=True)
+    # The native step knows only of fused=True.
+    required = [{**g, "fused": True} if _has_to_be_native(optimizer, g) else g for g in groups]
+    still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
     for i, indices in left.items():
-        if groups[i]["fused"]:
+        if _has_to_be_native(optimizer, groups[i]):
             _raise_no_native_step(optimizer, groups[i], indices)  # nothing was done
     return left
 
@@ -314,9 +320,16 @@ def _explain(optimizer: BaseOptimizer, error: Exception) -> NoReturn:
 def _raise_no_native_step(
     optimizer: BaseOptimizer, group: dict[str, Any], indices: Collection[int]
 ) -> NoReturn:
+    name, rule = param_name(optimizer, group, min(indices)), optimizer._rule_of(group).rule
+    if not rule.has_formula:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has no native step for {name}, and its rule {rule.name},"
+            " which is written in C++, has no formula in PyTorch operations: use parameters on the"
+            " CPU, without gaps in memory"
+        )
     raise RuntimeError(
-        f"fused=True, but {type(optimizer).__name__} has no native step for"
-        f" {param_name(optimizer, group, min(indices))}; fused=None uses PyTorch operations there"
+        f"fused=True, but {type(optimizer).__name__} has no native step for {name}; fused=None"
+        " uses PyTorch operations there"
     )
 
 

@@ -132,6 +132,9 @@ def messages_of_cpp(path: Path) -> Iterator[list[str]]:
     text = re.sub(r'"\s*\n\s*"', "", path.read_text())  # literals that continue
     for call in re.findall(r"(?:TORCH_CHECK\w*|throw std::\w+)\((.*?)\);", text, re.DOTALL):
         yield re.findall(r'"((?:[^"\\]|\\.)*)"', call)
+    if path.name == "rule_requirements.h":
+        for message in re.findall(r'static_assert\([^"]*"((?:[^"\\]|\\.)*)"\)', text):
+            yield [message.replace('\\"', '"')]
 
 
 def all_messages() -> Iterator[tuple[str, str]]:

@@ -350,7 +350,10 @@ CLASSES: dict[str, tuple[dict[str, Any], str]] = {
         "unknown argument 'foo'; expected lr",
     ),
     "hyperparameter lr": ({"rule": rejections_lr}, "a hyperparameter named lr, which every"),
-    "no rule": ({"rule": 3}, "rule= must be a rule made by emerging_optimizers.rule, not int"),
+    "no rule": (
+        {"rule": 3},
+        "rule= must be a rule made by emerging_optimizers.rule or load_rule, not int",
+    ),
     "plain function": ({"rule": rejections_plain.formula}, "rule= must be a rule .*, not function"),
     "argument without a rule": ({"lr": 0.1}, "rule= must be a rule .*, and none is given"),
     "default of a wrong type": ({"rule": rejections_plain, "scale": "x"}, "scale must be a number"),

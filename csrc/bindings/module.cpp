@@ -1,11 +1,9 @@
 // The extension module: built-in rules, rules from shared libraries, their entry points, and the
 // optimizers' step.
-#include <ATen/DynamicLibrary.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +14,7 @@
 #include "norm_sum.h"
 #include "operand_checks.h"
 #include "optimizer_step.h"
+#include "rule_library.h"
 #include "traced_rule.h"
 #if EMOPT_CUDA
 #include "../engine/cuda/device_sweep.h"
@@ -40,62 +39,6 @@ const std::vector<const RegisteredRule*>& builtin_rules() {
     return registered;
   }();
   return *rules;
-}
-
-std::unique_ptr<at::DynamicLibrary> open_library(const std::string& path) {
-  try {
-    return std::make_unique<at::DynamicLibrary>(path.c_str());
-  } catch (const c10::Error& error) {
-    TORCH_CHECK(false, "cannot load ", path, ": ", error.what_without_backtrace());
-  }
-}
-
-void* find(at::DynamicLibrary& library, const std::string& path, const std::string& name) {
-  try {
-    return library.sym(("emopt_rule_" + name).c_str());
-  } catch (const c10::Error&) {
-    TORCH_CHECK(false, path, " has no rule ", name, "; compile it with EMOPT_RULE(", name, ")");
-  }
-}
-
-// Calls `use` with the rule of a struct from a shared library, which then stays loaded.
-template <class Use>
-auto with_library(const std::string& path, const std::string& symbol, const char* cure, Use use) {
-  std::unique_ptr<at::DynamicLibrary> library = open_library(path);
-  using Function = const RuleInfo* (*)();
-  const auto function = reinterpret_cast<Function>(find(*library, path, symbol));
-  const RuleInfo& info = *function();
-  TORCH_CHECK(info.abi == EMOPT_ABI, path,
-              " was compiled with the headers of another version of emerging_optimizers; ", cure);
-  const cpu::Isa isa = cpu::active_isa();
-  TORCH_CHECK((info.loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
-              " was not compiled for ", cpu::name(isa),
-              ", the instruction set in use; recompile it for that");
-  const auto result = use(info);
-  library.release();
-  return result;
-}
-
-constexpr const char* kRebuild =
-    "the package's headers changed after it was built: rebuild the package";
-
-// Loads the rule of a struct from a shared library and registers it.
-const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
-                                const std::string& operator_namespace, const std::string& name) {
-  const char* const cure = name.empty() ? "recompile it" : kRebuild;
-  return *with_library(path, symbol, cure, [&](const RuleInfo& info) {
-    return new RegisteredRule(register_rule(info, operator_namespace, name));
-  });
-}
-
-// Gives an interpreted rule the compiled code of a shared library.
-void attach_library(const py::capsule& rule, const std::string& path, const std::string& symbol) {
-  const RuleInfo& interpreted = *rule.get_pointer<RegisteredRule>()->info;
-  const py::gil_scoped_release without_gil;  // loading takes milliseconds
-  with_library(path, symbol, kRebuild, [&](const RuleInfo& compiled) {
-    attach(interpreted, compiled, path);
-    return true;
-  });
 }
 
 struct EntryPoint {
@@ -190,7 +133,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("path"), py::arg("symbol"), py::arg("operator_namespace") = kNamespace,
         py::arg("name") = "");
   m.def("_interpret_rule", torch::wrap_pybind_function(interpret_rule));
-  m.def("_attach_library", torch::wrap_pybind_function(attach_library));
+  m.def("_attach_library",
+        torch::wrap_pybind_function(
+            [](const py::capsule& rule, const std::string& path, const std::string& symbol) {
+              const RegisteredRule& registered = *rule.get_pointer<RegisteredRule>();
+              const py::gil_scoped_release without_gil;  // loading takes milliseconds
+              attach_library(registered, path, symbol);
+            }));
+  m.def("_rule_info", torch::wrap_pybind_function(rule_info), py::arg("path"), py::arg("symbol"));
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda_architectures") = py::cast(cuda_architectures());

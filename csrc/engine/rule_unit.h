@@ -19,6 +19,7 @@
 #include "cpu/isa.h"
 #include "prefetch.h"
 #include "rule_info.h"
+#include "rule_requirements.h"
 #if EMOPT_CUDA
 #include "cuda/enqueue_rows.h"
 #endif
@@ -34,10 +35,6 @@ namespace emopt::unit {
 // `Owner` is the rule, or a base of it.
 template <class Rule, class Owner, class Value>
 HyperparameterInfo describe(const Hyperparameter<Owner, Value>& hyperparameter) {
-  static_assert(std::is_same_v<Value, double> || std::is_same_v<Value, bool> ||
-                    std::is_same_v<Value, int64_t> ||
-                    (std::is_array_v<Value> && std::is_same_v<std::remove_extent_t<Value>, double>),
-                "a hyperparameter is a double, double[N], bool or int64_t");
   constexpr Kind kKind = std::is_array_v<Value>           ? Kind::kFloats
                          : std::is_same_v<Value, bool>    ? Kind::kFlag
                          : std::is_same_v<Value, int64_t> ? Kind::kWarmupSteps
@@ -100,8 +97,6 @@ inline constexpr decltype(RuleInfo::shape_scale)
 template <class Rule, class Real>
 void make_constants(const RuleInstance& rule, double step, void* constants) {
   using Step = typename Rule::template Step<Real>;
-  static_assert(sizeof(Step) <= kMaxConstantsBytes && alignof(Step) <= 16);
-  static_assert(std::is_trivially_copyable_v<Step> && std::is_trivially_destructible_v<Step>);
   new (constants) Step(*reinterpret_cast<const Rule*>(rule.bytes), step);
 }
 
@@ -129,10 +124,7 @@ constexpr EnqueueRows enqueue_rows() {
 
 template <class Rule>
 RuleInfo make_info() {
-  static_assert(kNumStates<Rule> <= kMaxStates, "a rule has at most 5 states");
-  static_assert(sizeof(Rule) <= kMaxRuleBytes, "a rule's struct has at most 256 bytes");
-  static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8,
-                "a rule's members are numbers and flags");
+  static_assert(sizeof(requirements::RuleRequirements<Rule>) != 0);
   static const auto hyperparameters = std::apply(
       [](const auto&... each) {
         return std::array<HyperparameterInfo, sizeof...(each)>{describe<Rule>(each)...};

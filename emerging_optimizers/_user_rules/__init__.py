@@ -1,12 +1,13 @@
-"""Rules that users write in Python."""
+"""Rules that users write, in Python or in C++."""
 
 from collections.abc import Callable
 from typing import Any
 
+from .cpp_rule import CppRule, load_rule
 from .graph import RuleError
 from .user_rule import UserRule
 
-__all__ = ["RuleError", "UserRule", "rule"]
+__all__ = ["CppRule", "RuleError", "UserRule", "load_rule", "rule"]
 
 
 def rule(function: Callable[..., Any]) -> UserRule:

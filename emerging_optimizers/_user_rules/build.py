@@ -11,6 +11,7 @@ import hashlib
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _build, _build_cache
@@ -19,20 +20,35 @@ from .._native import native
 from .library import THEN, RuleLibrary
 
 
-def library_for(name: str, source: str) -> Path:
+def library_for(
+    name: str,
+    source: str,
+    options: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    then: str = THEN,
+) -> Path:
     """Return the shared library of a rule, which is compiled now unless it is in the cache.
 
     Args:
         name: The rule's name, an identifier.
         source: The rule's C++ text, which includes ``engine/rule_unit.h``.
+        options: Further options of the compiler, which do not change the library.
+        headers: The texts of the other headers that it depends on.
+        then: What happens once an error is fixed, as a clause.
 
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
     """
-    return _build_cache.load_once(product_for(name, source))
+    return _build_cache.load_once(product_for(name, source, options, headers, then))
 
 
-def product_for(name: str, source: str) -> RuleLibrary:
+def product_for(
+    name: str,
+    source: str,
+    options: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    then: str = THEN,
+) -> RuleLibrary:
     """Return the library of a rule, which may not have been compiled yet.
 
     Raises:
@@ -43,9 +59,10 @@ def product_for(name: str, source: str) -> RuleLibrary:
             "rules are not compiled on Windows yet", "Use the Windows Subsystem for Linux"
         )
     csrc = _build_cache.csrc()
-    options = _options(csrc)
-    folder = _build_cache.root(THEN) / "rules" / f"{name}-{_key(source, options, csrc)}"
-    return RuleLibrary(folder, name, source, [*options, f"-I{csrc}"])
+    shared = _options(csrc)
+    key = _key(source, shared, csrc, headers)
+    folder = _build_cache.root(then) / "rules" / f"{name}-{key}"
+    return RuleLibrary(folder, name, source, [*shared, *options, f"-I{csrc}"], then)
 
 
 def _options(csrc: Path) -> list[str]:
@@ -62,12 +79,12 @@ def _options(csrc: Path) -> list[str]:
     ]
 
 
-def _key(source: str, options: list[str], csrc: Path) -> str:
+def _key(source: str, options: list[str], csrc: Path, others: Sequence[str]) -> str:
     """Return a hash of what the library depends on. EMOPT_ABI covers most of the headers."""
     included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
     headers = _build.hash_of_headers(
         [csrc / name for name in sorted(included - {"engine/rule_unit.h"})]
     )
     machine = (sys.platform, platform.machine())
-    parts = (source, options, _build.compiler(), headers, machine)
+    parts = (source, options, _build.compiler(), headers, machine, *others)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -19,22 +19,27 @@ class RuleLibrary(_build_cache.Product[Path]):
         name: The rule's name.
         source: The rule's C++ text.
         options: The compiler's options.
+        then: What happens once an error is fixed, as a clause.
     """
 
-    then = THEN
     retry = "use the rule again"
     file_mode = 0o600
 
-    def __init__(self, folder: Path, name: str, source: str, options: list[str]) -> None:
+    def __init__(
+        self, folder: Path, name: str, source: str, options: list[str], then: str = THEN
+    ) -> None:
         super().__init__(folder, f"{name}{_build_cache.SUFFIX}")
         self.what = f"the rule {name}"
+        self.then = then
         self.name = name
         self.source = source
         self.options = options
         self.seconds = 0.0
 
     def missing_tool(self) -> tuple[str, str] | None:
-        return _build_cache.missing_compiler(THEN)
+        if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+            return f"EMERGING_OPTIMIZERS_JIT=0, and {self.folder} has no library", "Unset it"
+        return _build_cache.missing_compiler(self.then)
 
     def make_folder(self) -> None:
         rules = self.folder.parent

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import _build_cache, _native
 from .._build_cache import BuildError
-from .._operators import USER_NAMESPACE
+from .._operators import USER_NAMESPACE, unused_stem
 from . import background
 from .assembler import Program
 from .build import library_for, product_for
@@ -43,12 +41,9 @@ class NativeCode:
 
     def __init__(self, program: Program, source: str) -> None:
         module: Any = _native.native
-        self.stem = self._name = name = program.name
+        self._name = program.name
         self._source = source
-        count = 1
-        while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{self.stem}_update_"):
-            count += 1
-            self.stem = f"{name}_{count}"
+        self.stem = unused_stem(program.name)
         self.handle: Any
         self.eager: Callable[..., Any]
         self.handle, self.eager = module._interpret_rule(USER_NAMESPACE, self.stem, *program)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._groups import SHAPE_SCALING
 from .._hyperparameters import Beta, Hyperparameter, NonNegative, check_domain
 from .graph import RuleError
 
@@ -25,7 +26,7 @@ _RESERVED = (
     "step_tensor",
     "master_param",
     "params",
-    "use_shape_scaling",
+    SHAPE_SCALING,
 )
 _DOMAINS = (Beta, NonNegative, float, int)
 
@@ -68,17 +69,14 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     name = function.__name__
     if name == "<lambda>":
         raise RuleError("a rule needs a name: use `def`, not a lambda")
-    _check_name(name, "the rule")
+    check_name(name, "the rule")
     parameters = inspect.signature(function).parameters.values()
     tensors = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise RuleError(f"{p}: name each state and hyperparameter")
-        _check_name(p.name, "an argument")
-        if p.name in _RESERVED:
-            raise RuleError(
-                f"an argument cannot be named {p.name}, which has another meaning: rename it"
-            )
+        check_name(p.name, "an argument")
+        _check_is_free(p.name)
     for p in tensors:
         if p.default is not p.empty or p.name == "step":
             raise RuleError(
@@ -94,16 +92,52 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     hyperparameters = tuple(_read(function, p) for p in keywords)
     if sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
         raise RuleError(f"the hyperparameters have more than {_MAX_NUMBERS} numbers in total")
-    names = [f"{state}_list" for state in states] + [h.name for h in hyperparameters]
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    signature = Signature(tensors[0].name, states, hyperparameters, defaults, name)
+    _check_lists(signature)
+    return signature
+
+
+def check_names(signature: Signature) -> None:
+    """Raise for a signature that is not a function's, if a name in it cannot be used."""
+    check_name(signature.name, "the rule")
+    names = [signature.grad, *signature.states]
+    names += [h.name for h in signature.hyperparameters if h.kind != "step"]
+    for name in names:
+        check_name(name, "an argument")
+        if name != SHAPE_SCALING:
+            _check_is_free(name)
+        _check_is_no_type(name)
+        if name == "step":
+            raise RuleError("an argument cannot be named step: the step number is StepArgument{}")
+        if names.count(name) > 1:
+            raise RuleError(f"two arguments are named {name}: rename one of them")
+    _check_lists(signature)
+
+
+def _check_is_free(name: str) -> None:
+    if name in _RESERVED:
+        raise RuleError(f"an argument cannot be named {name}, which has another meaning: rename it")
+
+
+def _check_is_no_type(name: str) -> None:
+    try:
+        torch._C.parse_schema(f"rule(float {name}) -> ()")
+    except RuntimeError:
+        raise RuleError(f"{name} is reserved in PyTorch's operator schemas: rename it") from None
+
+
+def _check_lists(signature: Signature) -> None:
+    names = [f"{state}_list" for state in signature.states]
+    names += [h.name for h in signature.hyperparameters]
     for twice in {n for n in names if names.count(n) > 1}:
         raise RuleError(
             f"the hyperparameter {twice} has the name of an operator's argument: rename it"
         )
-    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-    return Signature(tensors[0].name, states, hyperparameters, defaults, name)
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Raise for what is not a name in Python and C++."""
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
         raise RuleError(
             f"{what} is named {name}: use a name of ASCII letters, digits and _ that starts with a"
@@ -117,10 +151,7 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     has_default = default is not parameter.empty
     if name == "step":
         return Hyperparameter(name, "step")
-    try:
-        torch._C.parse_schema(f"rule(float {name}) -> ()")
-    except RuntimeError:
-        raise RuleError(f"{name} is reserved in PyTorch's operator schemas: rename it") from None
+    _check_is_no_type(name)
     annotation = _resolve(function, parameter)
     if annotation is None:
         hyperparameter = _infer(name, default if has_default else None, has_default)
@@ -192,3 +223,18 @@ def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
         f"{name}: {shown}: expected Beta, NonNegative, float or int, one of them `| None`, a tuple"
         " such as tuple[Beta, Beta], or bool"
     )
+
+
+def make_function(signature: Signature, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with a rule's signature and ``out`` that passes all on by position."""
+    names = [h.name for h in signature.hyperparameters]
+    defaults = {f"_default_{name}": value for name, value in signature.defaults.items()}
+    keywords = [f"{n}=_default_{n}" if n in signature.defaults else n for n in names]
+    tensors = [signature.grad, *signature.states]
+    arguments = ", ".join([*tensors, "*", *keywords, "out=None"])
+    passed = ", ".join([*tensors, *names, "out"])
+    text = f"def {signature.name}({arguments}):\n    return _call({passed})\n"
+    namespace: dict[str, Any] = {"_call": call, **defaults}
+    exec(compile(text, f"<rule {signature.name}>", "exec"), namespace)
+    function: Callable[..., Any] = namespace[signature.name]
+    return function

@@ -6,7 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,24 @@ from .graph import RuleError
 from .info import Info, describe
 from .native_code import NativeCode, native_code
 from .optimizer_class import complete_class
+from .signature import make_function
 from .tracer import is_users, trace_rule
 
 # The rules of this process, by name.
-_RULES: weakref.WeakValueDictionary[str, "UserRule"] = weakref.WeakValueDictionary()
+_RULES: weakref.WeakValueDictionary[str, "Named"] = weakref.WeakValueDictionary()
+
 # Devices whose tensors have no values, so that no native kernel is missing there.
 _WITHOUT_VALUES = ("meta",)
+
+
+class Named(Protocol):
+    """What a rule's name needs to know of the rule."""
+
+    name: str
+    source: str
+
+    @property
+    def place(self) -> tuple[str, str]: ...
 
 
 class UserRule(Rule):
@@ -57,7 +69,12 @@ class UserRule(Rule):
         functools.update_wrapper(self, function, updated=())
         self._function = self._make_function()
         self.__signature__ = inspect.signature(self._function)
-        _register(self)
+        register(self)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where the rule is defined."""
+        return self.__module__, self.__qualname__  # type: ignore[attr-defined]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._function(*arguments, **options)
@@ -71,17 +88,7 @@ class UserRule(Rule):
 
     def _make_function(self) -> Callable[..., Any]:
         """Return a function with the rule's signature and ``out`` that calls the rule."""
-        signature = self.signature
-        names = [h.name for h in signature.hyperparameters]
-        defaults = {f"_default_{name}": value for name, value in signature.defaults.items()}
-        keywords = [f"{n}=_default_{n}" if n in signature.defaults else n for n in names]
-        tensors = [signature.grad, *signature.states]
-        arguments = ", ".join([*tensors, "*", *keywords, "out=None"])
-        passed = ", ".join([*tensors, *names, "out"])
-        text = f"def {self.name}({arguments}):\n    return _call({passed})\n"
-        namespace: dict[str, Any] = {"_call": self.entry_point(), **defaults}
-        exec(compile(text, f"<rule {self.name}>", "exec"), namespace)
-        function: Callable[..., Any] = namespace[self.name]
+        function = make_function(self.signature, self.entry_point())
         function.__doc__ = self.formula.__doc__
         function.__module__ = self.formula.__module__
         return function
@@ -244,21 +251,16 @@ def _device_types(grads: Any) -> tuple[str, ...]:
     return tuple(grad.device.type for grad in grads)
 
 
-def _register(rule: UserRule) -> None:
+def register(rule: Named) -> None:
     """Take a rule's name, which may be that of a rule that this one redefines.
 
     Raises:
-        RuleError: Another function's rule has the name.
+        RuleError: Another rule has the name.
     """
     known = _RULES.get(rule.name)
     # One file may be loaded twice: as a script, and as a module.
-    is_known = known is not None and known.source != rule.source and _place(known) != _place(rule)
-    if known is not None and is_known:
+    if known is not None and known.source != rule.source and known.place != rule.place:
         raise RuleError(
-            f"rule {rule.name}: {'.'.join(_place(known))} has the same name; rename one of them"
+            f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
         )
     _RULES[rule.name] = rule
-
-
-def _place(rule: UserRule) -> tuple[str, str]:
-    return rule.__module__, rule.__qualname__  # type: ignore[attr-defined]

@@ -1,0 +1,229 @@
+// What a rule's struct has to provide (rules/rule.h), checked where its unit is compiled. The first
+// message that fails is what users of load_rule see (emerging_optimizers/_user_rules/cpp_rule.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "rule_info.h"
+#include "rule_traits.h"
+
+namespace emopt::requirements {
+
+// Whether an expression of T compiles, and whether it is a constant that is true. There, `*&` keeps
+// members that are not static from being errors.
+#define EMOPT_HAS(kHas, expression)   \
+  template <class T, class = void>    \
+  inline constexpr bool kHas = false; \
+  template <class T>                  \
+  inline constexpr bool kHas<T, std::void_t<decltype(expression)>> = true
+#define EMOPT_HAS_CONSTANT(kHas, expression) \
+  template <class T, class = void>           \
+  inline constexpr bool kHas = false;        \
+  template <class T>                         \
+  inline constexpr bool kHas<T, std::enable_if_t<static_cast<bool>(expression)>> = true
+
+EMOPT_HAS(kHasName, T::kName);
+EMOPT_HAS_CONSTANT(kHasConstantName, static_cast<const char*>(*&T::kName)[0] != 0);
+EMOPT_HAS(kHasHyperparameters, T::hyperparameters());
+EMOPT_HAS(kHasStates, T::kStates);
+EMOPT_HAS_CONSTANT(kHasConstantStates, static_cast<const char* const*>(*&T::kStates)[0][0] != 0);
+EMOPT_HAS(kHasLowestStep, T::kLowestStep);
+EMOPT_HAS(kHasNumCases, T::kNumCases);
+EMOPT_HAS_CONSTANT(kHasConstantNumCases, *&T::kNumCases >= 1);
+EMOPT_HAS(kHasCheck, &T::check);
+EMOPT_HAS(kChecks, std::declval<const T&>().check(std::declval<ErrorText&>()));
+EMOPT_HAS(kHasShapeScale, &T::shape_scale);
+EMOPT_HAS(kScales, static_cast<double (*)(int64_t, int64_t)>(&T::shape_scale));
+EMOPT_HAS(kHasStep, sizeof(typename T::template Step<float>));
+EMOPT_HAS(kHasCase, static_cast<int>(std::declval<const T&>().which));
+EMOPT_HAS_CONSTANT(kHasFlag, (std::is_same_v<decltype(T::keeps_weight), bool>));
+
+#undef EMOPT_HAS
+#undef EMOPT_HAS_CONSTANT
+
+template <class T, int kValue, class = void>
+inline constexpr bool kLowestStepIs = false;
+template <class T, int kValue>
+inline constexpr bool kLowestStepIs<T, kValue, std::enable_if_t<*&T::kLowestStep == kValue>> = true;
+
+// 0 if kStates is not an array.
+template <class T, class = void>
+inline constexpr size_t kStateCount = 0;
+template <class T>
+inline constexpr size_t kStateCount<T, std::enable_if_t<kHasStates<T>>> =
+    std::extent_v<std::remove_reference_t<decltype(T::kStates)>>;
+
+// ---- hyperparameters ----------------------------------------------------------------------------
+
+template <class Value>
+inline constexpr bool kIsHyperparameter =
+    std::is_same_v<Value, double> || std::is_same_v<Value, bool> ||
+    std::is_same_v<Value, int64_t> ||
+    (std::is_array_v<Value> && std::is_same_v<std::remove_extent_t<Value>, double>);
+
+// An entry of hyperparameters().
+template <class Rule, class Entry>
+struct Listed {
+  static constexpr bool kIsKnown = false, kIsMember = true, kIsSupported = true, kIsStep = false;
+  static constexpr size_t kMostBytes = 0;  // in the struct, with the padding
+};
+template <class Rule, class Owner, class Value>
+struct Listed<Rule, Hyperparameter<Owner, Value>> {
+  static constexpr bool kIsKnown = true, kIsMember = std::is_base_of_v<Owner, Rule>;
+  static constexpr bool kIsSupported = kIsHyperparameter<Value>, kIsStep = false;
+  static constexpr size_t kMostBytes = (sizeof(Value) + 7) / 8 * 8;
+};
+template <class Rule, class Owner>
+struct Listed<Rule, OptionalHyperparameter<Owner>> : Listed<Rule, Hyperparameter<Owner, double>> {};
+template <class Rule>
+struct Listed<Rule, StepArgument> {
+  static constexpr bool kIsKnown = true, kIsMember = true, kIsSupported = true, kIsStep = true;
+  static constexpr size_t kMostBytes = 0;
+};
+
+template <class Rule, class List>
+struct AllListed {
+  static constexpr bool kAreKnown = false, kAreMembers = true, kAreSupported = true;
+  static constexpr int kNumSteps = 0;
+  static constexpr size_t kMostBytes = 0;
+};
+template <class Rule, class... Entry>
+struct AllListed<Rule, std::tuple<Entry...>> {
+  static constexpr bool kAreKnown = (Listed<Rule, Entry>::kIsKnown && ...);
+  static constexpr bool kAreMembers = (Listed<Rule, Entry>::kIsMember && ...);
+  static constexpr bool kAreSupported = (Listed<Rule, Entry>::kIsSupported && ...);
+  static constexpr int kNumSteps = (0 + ... + (Listed<Rule, Entry>::kIsStep ? 1 : 0));
+  static constexpr size_t kMostBytes = (size_t{0} + ... + Listed<Rule, Entry>::kMostBytes);
+};
+
+// ---- calls of a step ----------------------------------------------------------------------------
+
+template <size_t, class T>
+using Each = T;
+
+// Whether an element's update can be computed with states of type Real.
+template <class Step, class Real, size_t... kState>
+constexpr bool takes(std::index_sequence<kState...>) {
+  return std::is_invocable_v<Step, Real, Each<kState, Real&>...>;
+}
+// For any number of states up to the last one of the sequence.
+template <class Step, class Real, size_t... kCount>
+constexpr bool takes_any_of(std::index_sequence<kCount...>) {
+  return (takes<Step, Real>(std::make_index_sequence<kCount>()) || ...);
+}
+
+// Whether a state could be a temporary: what is assigned to it would be lost.
+template <class Step, class Real, size_t kCopied, size_t... kState>
+constexpr bool copies_state(std::index_sequence<kState...>) {
+  return std::is_invocable_v<Step, Real, std::conditional_t<kState == kCopied, Real, Real&>...>;
+}
+template <class Step, class Real, size_t... kState>
+constexpr bool copies_any_state(std::index_sequence<kState...> states) {
+  return (copies_state<Step, Real, kState>(states) || ...);
+}
+
+template <class Step, class Real, size_t... kState>
+constexpr bool returns_update(std::index_sequence<kState...>) {
+  return std::is_same_v<std::invoke_result_t<Step, Real, Each<kState, Real&>...>, Real>;
+}
+
+template <class Step, class Real, class Sequence, class = void>
+inline constexpr bool kComputes = false;
+template <class Step, class Real, size_t... kState>
+inline constexpr bool
+    kComputes<Step, Real, std::index_sequence<kState...>,
+              std::void_t<decltype(std::declval<Step>().template compute<0>(
+                  std::declval<Real>(), std::declval<Each<kState, Real&>>()...))>> = true;
+
+// ---- all of it ----------------------------------------------------------------------------------
+
+template <class Rule, class Real>
+struct StepRequirements {
+  using Step = typename Rule::template Step<Real>;
+  using States = std::make_index_sequence<kStateCount<Rule>>;
+  using UpToMost = std::make_index_sequence<kMaxStates + 1>;
+
+  static_assert(std::is_constructible_v<Step, const Rule&, double>,
+                "Step has no constructor that takes the rule and the step number: add"
+                " EMOPT_FN Step(const MyRule& rule, double step)");
+  static_assert(std::is_trivially_copyable_v<Step> && std::is_trivially_destructible_v<Step>,
+                "Step has a member that is neither a number nor a flag: it is copied as bytes");
+  static_assert(sizeof(Step) <= kMaxConstantsBytes,
+                "Step has more than 512 bytes: store fewer constants");
+  static_assert(alignof(Step) <= 16, "Step is aligned to more than 16 bytes: remove alignas");
+  static_assert(takes_any_of<Step&, Real>(UpToMost()),
+                "Step has no operator() that takes a gradient and states of type Real: add"
+                " EMOPT_FN Real operator()(Real grad, Real& exp_avg) const");
+  static_assert(takes_any_of<const Step&, Real>(UpToMost()),
+                "operator() of Step is not const: add const after its arguments");
+  static_assert(takes<const Step&, Real>(States()),
+                "operator() of Step takes another number of states than kStates has names");
+  static_assert(!copies_any_state<const Step&, Real>(States()),
+                "operator() of Step takes a state by value, so its new value would be lost: take"
+                " Real&");
+  static_assert(returns_update<const Step&, Real>(States()),
+                "operator() of Step does not return the update, a Real");
+  static_assert(!kHasNumCases<Rule> || kHasCase<Step>,
+                "the rule has kNumCases, but Step has no int which, the case of the step");
+  static_assert(!kHasNumCases<Rule> || kComputes<const Step&, Real, States>,
+                "the rule has kNumCases, but Step has no template <int kCase> Real compute(...)"
+                " const with the arguments of operator()");
+  static_assert(!kMayKeepWeight<Step> || kHasFlag<Step>, "keeps_weight is not a bool");
+};
+
+template <class Rule>
+struct RuleRequirements {
+  static_assert(kHasName<Rule>,
+                "kName is missing: add static constexpr const char* kName = \"my_rule\";");
+  static_assert(kHasConstantName<Rule>,
+                "kName is not a constant string: write static constexpr const char* kName");
+  static_assert(kHasHyperparameters<Rule>,
+                "hyperparameters() is missing, not static or takes arguments: add static constexpr"
+                " auto hyperparameters() { return std::make_tuple(...); }");
+  using List = AllListed<Rule, std::decay_t<decltype(Rule::hyperparameters())>>;
+  static_assert(List::kAreKnown,
+                "hyperparameters() does not return a std::tuple of hyperparameter(...),"
+                " optional_hyperparameter(...) and StepArgument{}");
+  static_assert(List::kAreMembers, "hyperparameters() lists a member of another struct");
+  static_assert(List::kAreSupported,
+                "hyperparameters() lists a member of an unsupported type: use double, double[N],"
+                " bool or int64_t");
+  static_assert(List::kNumSteps <= 1, "hyperparameters() lists StepArgument{} more than once");
+  static_assert(sizeof(Rule) <= kMaxRuleBytes,
+                "the struct has more than 256 bytes: use fewer hyperparameters");
+  static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8,
+                "the struct has a member that is neither a number nor a flag: it is copied as"
+                " bytes");
+  static_assert(!kHasStates<Rule> || (kHasConstantStates<Rule> && kStateCount<Rule> != 0),
+                "kStates is not a constant array of strings: write static constexpr const char*"
+                " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
+  static_assert(kStateCount<Rule> <= kMaxStates,
+                "kStates has too many names: a rule has at most 5 states");
+  static_assert(!kHasLowestStep<Rule> || kLowestStepIs<Rule, 0> || kLowestStepIs<Rule, 1>,
+                "kLowestStep is neither of the constants 0 and 1: write static constexpr int"
+                " kLowestStep = 1; or leave it out if steps count from 0");
+  static_assert(!kHasNumCases<Rule> || kHasConstantNumCases<Rule>,
+                "kNumCases is not a constant of at least 1");
+  static_assert(!kHasCheck<Rule> || kChecks<Rule>,
+                "check() takes other arguments: write void check(ErrorText& error) const");
+  static_assert(!kHasShapeScale<Rule> || kScales<Rule>,
+                "shape_scale() takes other arguments: write static double shape_scale(int64_t rows,"
+                " int64_t cols)");
+  static_assert(std::is_trivially_default_constructible_v<Rule>,
+                "the struct has a constructor, or a member with a value, which would have no"
+                " effect: make constants static constexpr, and pass defaults in Python");
+  static_assert(std::is_empty_v<Rule> || sizeof(Rule) <= List::kMostBytes,
+                "the struct has a member that hyperparameters() does not list, so nothing would set"
+                " it");
+  static_assert(kHasStep<Rule>,
+                "Step is missing, or is not a template of one type: add template <class Real>"
+                " struct Step { ... };");
+  static_assert(sizeof(StepRequirements<Rule, float>) != 0);
+  static_assert(sizeof(StepRequirements<Rule, double>) != 0);
+};
+
+}  // namespace emopt::requirements
