@@ -52,6 +52,13 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     if name.startswith("__i"):
         raise RuleError("an operator modifies a tensor that is not an argument of the rule")
     if operation is None:
+        values = (*arguments, *options.values())
+        kinds = {Element, Number} & set(map(type, values))
+        if kinds == {Number}:
+            raise RuleError(
+                f"torch.{name} of a constant tensor and a per-step number: use a Python number in"
+                " place of the tensor"
+            )
         raise refusal(f"torch.{name}", name.strip("_"))
     return call(operation, f"torch.{name}", function, *arguments, **options)
 

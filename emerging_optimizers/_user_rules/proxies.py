@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from .._hyperparameters import is_flag
 from .graph import Graph, Node, RuleError
 from .refusals import ElementRefusals, NumberRefusals, refusal
 
@@ -65,7 +66,7 @@ class Number(NumberRefusals, Proxy):
     def __hash__(self) -> NoReturn:
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: it cannot be in a"
-            " set or a key"
+            " set or a key; use `if`, or `in` with a tuple"
         )
 
     def __bool__(self) -> bool:
@@ -75,16 +76,26 @@ class Number(NumberRefusals, Proxy):
     def __float__(self) -> float:
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: use operators and"
-            " functions of math, not int() or NumPy"
+            " functions of math, in functions of your own, not in other libraries"
         )
 
     def __index__(self) -> int:
+        if self.node.kind == "flag":
+            return int(bool(self))
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: it cannot be"
-            " an index or the length of a loop"
+            " an index or the length of a loop; use `if`, and loop over a constant range that"
+            " `break` ends"
         )
 
     __int__ = __float__
+
+    def __round__(self, digits: Any = None) -> "Proxy":
+        if digits is not None:
+            raise RuleError(
+                "round() of a per-step number to digits: scale it, as in round(100 * x) / 100"
+            )
+        return apply("nearbyint", self)
 
     def __floor__(self) -> "Proxy":
         return apply("floor", self)
@@ -190,7 +201,7 @@ def node_of(trace: Tracing, value: Any) -> Node:
     """Return the node of a proxy or a constant."""
     if isinstance(value, Proxy):
         return value.node
-    if isinstance(value, Real):
+    if isinstance(value, Real) or is_flag(value):
         return trace.graph.constant(float(value))
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 and not value.is_complex():
@@ -203,7 +214,10 @@ def node_of(trace: Tracing, value: Any) -> Node:
         raise RuleError(
             "None in a computation: if a hyperparameter may be None, test `is None` first"
         )
-    raise RuleError(f"a rule computes with numbers and its arguments, not with {_type(value)}")
+    raise RuleError(
+        f"a rule computes with numbers and its arguments, not with {_type(value)}: use numbers,"
+        " such as float(x) or x[i]"
+    )
 
 
 def _type(value: Any) -> str:
