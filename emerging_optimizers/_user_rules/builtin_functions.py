@@ -81,7 +81,7 @@ def _extreme(name: str) -> Callable[..., Any]:
     other = "max" if name == "min" else "min"
 
     def extreme(*values: Any, **options: Any) -> Any:
-        if len(values) == 1 and isinstance(values[0], (tuple, list)) and values[0]:
+        if len(values) == 1 and isinstance(values[0], (tuple, list)) and has_proxy(*values[0]):
             values = tuple(values[0])
             options.pop("default", None)
         if options or not has_proxy(*values):

@@ -9,8 +9,10 @@ import builtins
 import dis
 import functools
 import importlib
+import os
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .outside import Outside
 from .refusals import refusal
 
 _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _RANDOM = ("random", "numpy.random", "secrets")
 _GENERATORS = ("Random", "SystemRandom", "RandomState", "Generator")
 # What a rule may catch although native code never raises it.
@@ -38,10 +41,10 @@ class Lifting:
         self._copies: dict[int, Any] = {}
         # What was made here, by its id.
         self._made: dict[int, Any] = {}
-        # Containers outside of the rule by their ids, and what the rule sees of them.
-        self._containers: dict[int, Any] = {}
+        # Containers outside of the rule, by their ids, and what the rule sees of them.
+        self._containers: dict[int, tuple[Any, Any]] = {}
         self._outside = Outside()
-        self._objects = Objects(self.lift, self._outside)
+        self._objects = Objects(self.lift, self.copy, self._outside)
         # The code of the functions that were copied: where errors are located.
         self.codes: set[types.CodeType] = set()
         # Those of the copies.
@@ -88,7 +91,7 @@ class Lifting:
         if module.partition(".")[0] == "numpy":
             return numpy_function(name, value)
         if isinstance(value, types.FunctionType):
-            if module.startswith("emerging_optimizers."):
+            if value.__code__.co_filename.startswith(_PACKAGE):
                 return _compiled(name, value)
             is_users = not is_of_a_library(module) or hasattr(value, "__wrapped__")
             return self.copy(value) if is_users else value
@@ -103,17 +106,17 @@ class Lifting:
         """Return a container whose items take proxies."""
         known = self._containers.get(id(value))
         if known is not None:
-            return known
+            return known[1]
         if not isinstance(value, tuple):
             self._outside.remember(value)
-        self._containers[id(value)] = value  # it may hold itself
+        self._containers[id(value)] = (value, value)  # it may hold itself
         items = value.values() if isinstance(value, dict) else value
         lifted = [self.lift(item) for item in items]
         if any(new is not old for new, old in zip(lifted, items, strict=True)):
             by_key = isinstance(value, dict)
             new = dict(zip(value, lifted, strict=True)) if by_key else type(value)(lifted)
-            self._containers[id(value)] = new
-        return self._containers[id(value)]
+            self._containers[id(value)] = (value, new)
+        return self._containers[id(value)][1]
 
     def check_outside(self) -> None:
         """Raise if the rule modified a container or a tensor that is not its own."""
@@ -124,6 +127,7 @@ class Lifting:
         found = self._copies.get(id(function))
         if found is None:
             found = self._copies[id(function)] = self._lazy_copy(function)
+            self._made[id(found)] = found
             self._outside.remember(found)
         return found
 

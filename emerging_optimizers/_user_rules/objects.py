@@ -31,11 +31,15 @@ class Objects:
 
     Args:
         lift: Returns a value as the rule sees it.
+        copy: The same for a function of a class.
         outside: Where the classes are remembered.
     """
 
-    def __init__(self, lift: Callable[[Any], Any], outside: Outside) -> None:
+    def __init__(
+        self, lift: Callable[[Any], Any], copy: Callable[[Any], Any], outside: Outside
+    ) -> None:
         self._lift = lift
+        self._copy = copy
         self._outside = outside
         self._classes: dict[type, type] = {}
         # The originals, too, which keeps their ids.
@@ -43,12 +47,24 @@ class Objects:
 
     def lift_class(self, kind: type) -> type:
         """Return a class whose functions take proxies, if it is one of the user's."""
-        if not _is_users(kind):
+        found = self._classes.get(kind, kind)
+        if found is not kind or not _is_users(kind):
+            return found
+        # Behind the class, for super().
+        bases = [base for base in map(self.lift_class, kind.__bases__) if base not in kind.__mro__]
+        try:
+            derived = type(kind)(kind.__name__, (kind, *bases), self._access(kind))
+        except TypeError:  # their objects have different layouts
             return kind
-        found = self._classes.get(kind)
-        if found is None:
-            found = self._classes[kind] = self._derive(kind)
-        return found
+        self._classes[kind] = derived  # before its members, which may be of the class
+        for name, member in vars(kind).items():
+            lifted = self._member(name, member)
+            if lifted is not member and name not in _EXCEPT:
+                setattr(derived, name, lifted)
+                if isinstance(lifted, functools.cached_property):
+                    lifted.__set_name__(derived, name)
+        self._outside.remember(derived)
+        return derived
 
     def lift(self, value: Any) -> Any:
         """Return an object whose functions take proxies, if it is of a class of the user's."""
@@ -56,29 +72,26 @@ class Objects:
         if known is not None:
             return known[1]
         kind = self.lift_class(type(value))
-        copied = value if kind is type(value) else self._copy(value, kind)
-        self._copies[id(value)] = (value, copied)
-        return copied
-
-    def _copy(self, value: Any, kind: type) -> Any:
-        if isinstance(value, tuple):
-            return tuple.__new__(kind, map(self._lift, value))
-        try:
-            copied: Any = object.__new__(kind)
-        except TypeError:  # of a class that derives from one in C
+        if kind is type(value):
             return value
-        vars(copied).update(getattr(value, "__dict__", {}))
+        if isinstance(value, tuple):
+            copied: Any = tuple.__new__(kind, map(self._lift, value))
+        else:
+            try:
+                copied = object.__new__(kind)
+            except TypeError:  # of a class that derives from one in C
+                return value
+        self._copies[id(value)] = (value, copied)
+        if hasattr(value, "__dict__"):
+            object.__getattribute__(copied, "__dict__").update(vars(value))
         for base in type(value).__mro__:
             for name, member in vars(base).items():
                 if isinstance(member, types.MemberDescriptorType) and hasattr(value, name):
-                    member.__set__(copied, getattr(value, name))
+                    member.__set__(copied, self._lift(getattr(value, name)))
         return copied
 
-    def _derive(self, kind: type) -> type:
-        own = {name: member for name, member in vars(kind).items() if name not in _EXCEPT}
-        lifted = {name: self._member(name, member) for name, member in own.items()}
-        # Behind the class, for super().
-        bases = [base for base in map(self.lift_class, kind.__bases__) if base not in kind.__mro__]
+    def _access(self, kind: type) -> dict[str, Any]:
+        """Return the special methods that read and modify objects of a derived class."""
         lift, copies = self._lift, self._copies
         base: Any = kind
 
@@ -87,12 +100,8 @@ class Objects:
 
         def get(self: Any, name: str) -> Any:
             value = base.__getattribute__(self, name)
-            is_special = name.startswith("__") and name.endswith("__")
-            if is_special or (
-                not is_outside(self) and name in base.__getattribute__(self, "__dict__")
-            ):
-                return value
-            return lift(value)
+            is_stored = name in base.__getattribute__(self, "__dict__")
+            return lift(value) if is_stored and is_outside(self) else value
 
         def assign(self: Any, name: str, value: Any) -> None:
             if is_outside(self):
@@ -102,17 +111,17 @@ class Objects:
                 )
             base.__setattr__(self, name, value)
 
-        namespace = {name: member for name, member in lifted.items() if member is not None}
-        namespace |= {"__getattribute__": get, "__setattr__": assign}
-        namespace |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        derived = type(kind)(kind.__name__, (kind, *bases), namespace)
-        self._outside.remember(derived)
-        return derived
+        return {
+            "__getattribute__": get,
+            "__setattr__": assign,
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+        }
 
     def _member(self, name: str, member: Any) -> Any:
-        """Return a member of a class as the rule sees it; None if that is the member itself."""
+        """Return a member of a class as the rule sees it."""
         if isinstance(member, types.FunctionType):
-            return self._lift(member)
+            return self._copy(member)
         if isinstance(member, (staticmethod, classmethod)):
             return type(member)(self._lift(member.__func__))
         if isinstance(member, functools.cached_property):
@@ -120,8 +129,18 @@ class Objects:
         if isinstance(member, property):
             return property(*(f and self._lift(f) for f in (member.fget, member.fset, member.fdel)))
         lifted = member if name.startswith("__") else self._lift(member)
-        is_function = isinstance(lifted, types.FunctionType)
-        return None if lifted is member else staticmethod(lifted) if is_function else lifted
+        is_bound = lifted is member or hasattr(member, "__get__")
+        return lifted if is_bound else _Constant(lifted)
+
+
+class _Constant:
+    """A member of a class that its objects do not bind, whatever stands for it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return self._value
 
 
 def _is_users(kind: type) -> bool:
