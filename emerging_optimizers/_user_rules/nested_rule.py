@@ -27,7 +27,10 @@ class NestedRule:
 
     def __call__(self, *arguments: Any, **options: Any) -> Element:
         signature: Signature = self._rule.signature
-        bound = self._rule.__signature__.bind(*arguments, **options)
+        try:
+            bound = self._rule.__signature__.bind(*arguments, **options)
+        except TypeError as error:
+            raise RuleError(f"{signature.name} in a rule: {error}") from error
         bound.apply_defaults()
         values = bound.arguments
         if values.pop("out") is not None:

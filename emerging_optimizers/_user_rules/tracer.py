@@ -25,6 +25,7 @@ MAX_CASES = 16
 _MAX_CONDITIONS = 24
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class Trace(NamedTuple):
@@ -262,6 +263,7 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
 
 
 def is_users(code: types.CodeType) -> bool:
-    """Return whether code is the user's, and not of this package, of torch or generated."""
-    others = (_PACKAGE, _TORCH, contextlib.__file__, "<frozen", "<rule ", "<class ")
-    return not code.co_filename.startswith(others)
+    """Return whether code is the user's, and not of a library or generated."""
+    others = (_PACKAGE, _TORCH, "<frozen", "<rule ", "<class ")
+    is_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
+    return not is_python and not code.co_filename.startswith(others)
