@@ -297,6 +297,10 @@ sum(x * w for x, w in zip((grad, a), betas)) ; math.prod([grad, a, h]) ; operato
 torch.zeros_like(grad, memory_format=torch.preserve_format) + a
 a.clone(memory_format=torch.preserve_format)
 torch.full_like(grad, h, dtype=grad.dtype) * a ; torch.nn.functional.relu(grad, inplace=False)
+torch.tensor(0.9, dtype=grad.dtype, device=grad.device) * grad ; HALF.to(grad) * grad
+torch.zeros((), dtype=grad.dtype) + grad ; grad.to(grad.device) * grad.to(device=a.device) ; +grad
+torch.zeros_like(grad, device=grad.device, dtype=grad.dtype) + a ; grad.to(a.dtype) ; grad.to(a) * 2
+grad if torch.is_floating_point(grad) else a ; grad * torch.is_tensor(grad) ; HALF.to(grad) ** step
 [grad, -grad][step % 2 == 0] ; grad ** int(2.0) ; grad.abs() ** (1 / len(betas))
 grad.clamp(max=round(h * 10))
 grad / (1 - max(betas) ** step)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .builtin_functions import has_proxy, plain_type
-from .calls import OPERATIONS, call
+from .calls import OPERATIONS, call, known
 from .graph import RuleError
 from .proxies import Number, Proxy, apply
 from .refusals import refusal
@@ -62,9 +62,9 @@ def _holds_proxy(value: Any) -> bool:
 
 
 def _call_plain(plain: Callable[..., Any], arguments: Any, options: dict[str, Any]) -> Any:
-    """Call a function that has no proxies; a dtype may be `float`."""
-    known = {name: plain_type(value) for name, value in options.items()}
-    return plain(*map(plain_type, arguments), **known)
+    """Call a function that has no proxies; a dtype may be `float`, or that of a proxy."""
+    values = {name: known(plain_type(value)) for name, value in options.items()}
+    return plain(*(known(plain_type(value)) for value in arguments), **values)
 
 
 def math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:

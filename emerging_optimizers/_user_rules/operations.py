@@ -12,6 +12,7 @@ import torch
 from .calls import ARITHMETIC, COMPARISONS, OPERATIONS
 from .graph import RuleError
 from .proxies import (
+    DEVICE,
     DTYPE,
     Element,
     Number,
@@ -124,8 +125,17 @@ def _masked_fill(input: Any, mask: Any, value: Any) -> Proxy:
     return where(mask, value, input)
 
 
-def _copy(input: Any, value: Any = None, *, dtype: Any = None, memory_format: Any = None) -> Proxy:
+def _copy(
+    input: Any,
+    value: Any = None,
+    *,
+    dtype: Any = None,
+    device: Any = DEVICE,
+    memory_format: Any = None,
+) -> Proxy:
     """`clone`, or `fill_`, `zeros_like` and others with a value."""
+    if device is not DEVICE:
+        raise RuleError(f"a tensor with device={device}: remove it; a rule cannot choose devices")
     if dtype is not None and dtype is not DTYPE:
         raise RuleError(
             f"a tensor with dtype={dtype}: remove it; rules compute in float32, and in float64"
@@ -152,9 +162,12 @@ def _detach(input: Any) -> Any:
     return input
 
 
-def _to(x: Any, dtype: Any = None, **options: Any) -> Any:
+def _to(x: Any, dtype: Any = None, *, device: Any = DEVICE, **options: Any) -> Any:
     """Turn a condition into a number; a number stays as it is."""
-    if options or not (dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))):
+    if isinstance(x, torch.Tensor) or ((dtype is None or dtype is DEVICE) and device is DEVICE):
+        return x
+    is_known = dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))
+    if options or device is not DEVICE or not is_known:
         raise RuleError(f"Tensor.to({dtype}): remove it; a rule cannot choose devices or layouts")
     if x.node.kind == "mask":
         return _as_float(x)
@@ -301,6 +314,8 @@ OPERATIONS.update(
         "ones_like": _filled(1.0),
         "full_like": lambda input, fill_value, **options: _copy(input, fill_value, **options),
         "detach": _detach,
+        "is_floating_point": lambda input: input.node.kind == "element",
+        "is_tensor": lambda obj: isinstance(obj, Element),
         "positive": _detach,
         "to": _to,
         "type_as": _to,

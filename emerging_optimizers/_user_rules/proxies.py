@@ -36,7 +36,25 @@ class _Dtype:
         )
 
 
+class _Device:
+    """The device, which is known only where the rule runs."""
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return "the device"
+
+    def __eq__(self, other: object) -> bool:
+        raise RuleError("a device in a condition: a rule is the same on all devices")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuleError(f".{name} of a device: a rule is the same on all devices")
+
+
 DTYPE = _Dtype()
+DEVICE = _Device()
 
 
 class Proxy:
@@ -155,6 +173,10 @@ class Element(ElementRefusals, Proxy):
     @property
     def dtype(self) -> _Dtype:
         return DTYPE
+
+    @property
+    def device(self) -> _Device:
+        return DEVICE
 
     @property
     def data(self) -> "Element":

@@ -39,9 +39,11 @@ _REASONS = {
         "full zeros ones empty empty_like new_tensor new_zeros new_ones new_full new_empty"
     ),
     "does not change values; remove it": "contiguous requires_grad",
-    "changes the dtype; rules compute in float32, and in float64 where an operand is": (
-        "half bfloat16 double int long"
+    "is not known where a rule is defined; remove it": (
+        "is_cuda is_cpu layout grad grad_fn is_leaf data_ptr storage"
     ),
+    "changes the dtype; rules compute in float32, and in float64 where an operand is; for a"
+    " condition, use mask.float()": "half bfloat16 double int long short char byte bool type",
 }
 _REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 

@@ -25,6 +25,8 @@ MAX_CASES = 16
 _MAX_CONDITIONS = 24
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+# How errors of other libraries name what they do not expect.
+_PROXIES = ("_Dtype", "_Device", "'Element'", "Element'>", "'Number'", "Number'>")
 _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
@@ -213,7 +215,13 @@ class _Tracer:
 
 
 def _described(error: Exception) -> str:
-    return ": ".join(filter(None, (type(error).__name__, str(error))))
+    text = ": ".join(filter(None, (type(error).__name__, str(error))))
+    if not any(name in text for name in _PROXIES):
+        return text
+    return (
+        f"{text.partition(', but expected')[0]}: a rule's tensors and numbers are not accepted"
+        " there; use operators, methods of tensors, and functions of torch and math"
+    )
 
 
 @contextlib.contextmanager
