@@ -110,6 +110,11 @@ def rooted(x: Any) -> Any:
     yield math.sqrt(x)
 
 
+def printed(x: Any) -> Any:
+    print(x, file=sys.stderr)
+    return x
+
+
 def in_context(x: Any) -> Any:
     with rooted(x) as root, contextlib.nullcontext(2.0) as two:
         return root * two
@@ -275,7 +280,7 @@ max([2.0]) * h ; min((h,)) ; max([h]) + max(1, 2)
 TABLE["nested"]["exp"](h) ; sum(function(h) for function in FUNCTIONS) ; Level.LOW * h
 sum(geometric(h, 3)) ; apply_to(h) ; apply_to(h, math.log) ; composed(math.sqrt, math.exp)(h)
 factorial(4) * h ; by_milestones(step) ; newton(h) ; first_turns(n) ; with_default("none") * h
-in_context(h) ; cached(h) ; decorated(h) ; wrapped(h) ; elsewhere.warmup(step)
+in_context(h) ; printed(h) ; cached(h) ; decorated(h) ; wrapped(h) ; elsewhere.warmup(step)
 elsewhere.warmup(step, n, floor=h) ; elsewhere.both(step, 20) ; halves(step) ; elsewhere.FLOOR * h
 functools.partial(elsewhere.warmup, floor=h)(step) ; functools.partial(math.pow, 2)(h)
 functools.partial(apply_to, function=math.log)(h) ; copy.deepcopy(h) + copy.copy(step)

@@ -7,6 +7,7 @@ import linecache
 import math
 import random
 import statistics  # noqa: F401
+import types
 import warnings
 from random import random as draw
 from typing import Any
@@ -302,11 +303,16 @@ counter = Counter()
 LIST, DICT, SET = [0], {"count": 0}, {0}
 COUNTS: collections.Counter[str] = collections.Counter()
 TENSOR, ARRAY = torch.zeros(()), np.zeros(1)
+FUNCTIONS: list[Any] = [math.sqrt]
+NAMESPACE, DEQUE = types.SimpleNamespace(count=0), collections.deque([0])
 NUMBERS_FROM_0 = itertools.count()
 KEPT = [
     ("LIST[0] += 1", "the rule modifies a list outside of it: a rule keeps nothing but its states"),
     ("LIST.append(h)", "the rule modifies a list outside of it"),
     ("DICT['count'] += 1", "the rule modifies a dict outside of it"),
+    ("FUNCTIONS.append(h)", "the rule modifies a list outside of it"),
+    ("DEQUE.append(1)", "the rule modifies a deque outside of it"),
+    ("NAMESPACE.count += 1", "the rule modifies a SimpleNamespace outside of it"),
     ("SET.add(len(SET))", "the rule modifies a set outside of it"),
     ("COUNTS['x'] += 1", "the rule modifies a Counter outside of it"),
     ("TENSOR.add_(1)", "the rule modifies a Tensor outside of it"),

@@ -116,6 +116,8 @@ class Lifting:
             by_key = isinstance(value, dict)
             new = dict(zip(value, lifted, strict=True)) if by_key else type(value)(lifted)
             self._containers[id(value)] = (value, new)
+            if not isinstance(new, tuple):
+                self._outside.remember(new)
         return self._containers[id(value)][1]
 
     def check_outside(self) -> None:

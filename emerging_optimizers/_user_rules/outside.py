@@ -1,5 +1,7 @@
 """What a rule reads from outside: it may not change it, because native code would not."""
 
+import io
+import types
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +23,7 @@ class Outside:
         Raises:
             RuleError: It is an iterator, which changes when it is read.
         """
-        if hasattr(type(value), "__next__"):
+        if hasattr(type(value), "__next__") and not isinstance(value, io.IOBase):
             raise RuleError(
                 f"the rule reads a {type(value).__name__} outside of it, which changes: use a"
                 " tuple, or make it in the rule"
@@ -68,7 +70,7 @@ def _reader(value: Any) -> Callable[[Any], Any] | None:
         return lambda mapping: [each for pair in mapping.items() for each in pair]
     if isinstance(value, (list, set, deque)):
         return list
-    if isinstance(value, type) or callable(value):
+    if isinstance(value, (type, types.SimpleNamespace)) or callable(value):
         return lambda owner: [each for pair in vars(owner).items() for each in pair]
     return None
 

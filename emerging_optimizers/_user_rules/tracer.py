@@ -26,7 +26,7 @@ _MAX_CONDITIONS = 24
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 # How errors of other libraries name what they do not expect.
-_PROXIES = ("_Dtype", "_Device", "'Element'", "Element'>", "'Number'", "Number'>")
+_PROXIES = ("_Dtype", "_Device", "_NumberType", "'Element'", "Element'>", "'Number'", "Number'>")
 _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
