@@ -47,7 +47,7 @@ class Lifting:
         self._objects = Objects(self.lift, self.copy, self._outside)
         # The code of the functions that were copied: where errors are located.
         self.codes: set[types.CodeType] = set()
-        # Those of the copies.
+        # What the copies see as Python's built-in functions.
         self.builtins = {**vars(builtins), **BUILTINS, "__import__": self._import}
 
     def lift(self, value: Any) -> Any:
