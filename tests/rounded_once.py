@@ -87,6 +87,7 @@ class _Evaluation:
             "where": lambda c, a, b: a if c else b,
             "floor_divide": operator.floordiv,
             "floor_modulo": operator.mod,
+            "nearbyint": round,
         }
         return float(special.get(node.op, getattr(math, node.op, None))(*operands))  # type: ignore[misc]
 

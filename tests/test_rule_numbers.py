@@ -198,7 +198,8 @@ def test_two_functions_of_one_name() -> None:
     text = "@eo.rule\ndef numbers_twice(grad):\n    return grad * 2\n"
     kept = make(text, "numbers_twice", __name__="one")
     assert make(text, "numbers_twice", __name__="one") is not kept
-    assert make(text, "numbers_twice", __name__="a copy of the file") is not kept
+    latest = make(text, "numbers_twice", __name__="a copy of the file")  # kept: rules may be freed
+    assert latest is not kept
     text = text.replace("* 2", "* 3")
     with pytest.raises(eo.RuleError, match=r"rule numbers_twice: .*.numbers_twice has the same"):
         make(text, "numbers_twice", __name__="two")

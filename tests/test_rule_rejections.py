@@ -1,9 +1,14 @@
 """What a rule cannot be is refused at its definition, with the rule's name, line and reason."""
 
+import collections
 import functools
+import itertools
 import linecache
 import math
 import random
+import statistics  # noqa: F401
+import types
+import warnings
 from random import random as draw
 from typing import Any
 
@@ -69,11 +74,15 @@ EXPRESSIONS = [
     ("grad * float(a)", "float() of a tensor: needs values on the host"),
     ("grad * int(a)", "of a tensor: needs values on the host"),
     ("grad.cpu()", "Tensor.cpu: needs values on the host"),
-    ("grad * int(h)", "has no value while the rule is traced"),
+    ("grad * complex(h)", "has no value while the rule is traced"),
     ("grad * [1, 2][step]", "it cannot be an index or the length of a loop"),
     ("grad * sum(h for _ in range(n))", "it cannot be an index or the length of a loop"),
     ("grad * {1: 2}.get(step, 3)", "it cannot be in a set or a key"),
-    ("grad * round(h)", "round() of a per-step number"),
+    ("grad * round(h, 2)", "round() of a per-step number to digits: scale it"),
+    ("grad * pair[n]", "use `if`, and loop over a constant range that `break` ends"),
+    ("grad * (1 if step in {1, 2} else 2)", "in a set or a key; use `if`, or `in` with a tuple"),
+    ("grad * np.float64(h)", "in functions of your own, not in other libraries"),
+    ("grad * sum(range(int(h)))", "it cannot be an index or the length of a loop"),
     # random numbers
     ("grad + torch.randn_like(grad)", "torch.randn_like: draws random numbers"),
     ("grad * torch.rand(())", "torch.rand: draws random numbers"),
@@ -96,11 +105,38 @@ EXPRESSIONS = [
     ("grad // 2", "`//` of a tensor"),
     ("grad % 2", "`%` of a tensor"),
     ("grad.floor()", "Tensor.floor: rounds elements to integers"),
+    ("torch.nan_to_num(grad)", "is not available; write it with operators, abs, sign, clamp"),
+    ("torch.nn.functional.softshrink(grad, 0.1)", "write it with operators, abs, sign, clamp"),
+    ("grad * math.fsum(pair)", "math.fsum is not available in rules: use sum()"),
+    ("grad * math.dist(pair, (0, 0))", "use math.hypot of the differences"),
+    ("grad * math.remainder(h, 2)", "math.remainder is not available in rules: use `%`"),
+    ("grad * math.isclose(h, rel_tol=0.1, b=1)", "compare abs(a - b) with a tolerance"),
+    ("grad * np.mean(pair)", "numpy.mean is not available in rules: use operators"),
+    ("np.sqrt(grad)", "numpy.sqrt of a tensor: use functions of torch"),
+    # tensors
+    ("grad * torch.tensor(pair)[0]", "torch.tensor of a sequence of per-step numbers"),
+    ("grad * torch.tensor(grad)", "or of a tensor: use the sequence or the tensor itself"),
+    ("grad * (torch.tensor(3.0) % step)", "use a Python number in place of the tensor"),
+    ("grad * (step // torch.tensor(3.0)) @ a", "`@`: reduces a tensor"),
+    ("grad + grad.new_zeros(())", "makes a tensor; use a number, or zeros_like"),
+    ("grad * torch.full((), h)", "makes a tensor; use a number, or zeros_like"),
+    ("grad.contiguous()", "Tensor.contiguous: does not change values; remove it"),
+    ("grad.requires_grad_(False)", "does not change values; remove it"),
+    ("torch.nn.functional.relu(grad, inplace=True)", "relu with inplace=True: use relu_"),
     # dtypes
+    ("torch.zeros_like(grad, dtype=torch.float32)", "a tensor with dtype=torch.float32: remove it"),
     ("grad.to(torch.float32)", "Tensor.to(torch.float32): remove it"),
     ("grad.half()", "Tensor.half: changes the dtype"),
     ("grad.to('cpu')", "a rule cannot choose devices"),
     ("grad * (1e-3 if grad.dtype == torch.float64 else 1)", "a dtype in a condition"),
+    ("(grad > 0).int() * a", "Tensor.int: changes the dtype; rules compute in float32"),
+    ("(grad > 0).double() * a", "for a condition, use mask.float()"),
+    ("grad * grad.is_cuda", "Tensor.is_cuda: is not known where a rule is defined; remove it"),
+    ("grad * (grad.device.type == 'cpu')", ".type of a device: a rule is the same on all devices"),
+    ("grad * (grad.device == torch.device('cpu'))", "a device in a condition: a rule is the same"),
+    ("torch.zeros_like(grad, device='cpu')", "a tensor with device=cpu: remove it"),
+    ("torch.finfo(grad.dtype).eps * grad", "a rule's tensors and numbers are not accepted there"),
+    ("torch.Tensor.mul(grad, 2)", "use operators, methods of tensors, and functions of torch and"),
     # unknown names and arguments
     ("undefined(grad)", "NameError: name 'undefined' is not defined"),
     ("torch.foo(grad)", "has no attribute 'foo'"),
@@ -119,6 +155,8 @@ EXPRESSIONS = [
     ("grad + 1j", "not with complex"),
     ("grad + np.ones(2)", "not with ndarray"),
     ("grad * isinstance(n, int)", "isinstance that tells an int from a float"),
+    ("grad * isinstance(h, float)", "isinstance that tells an int from a float"),
+    ("grad * statistics.mean(pair)", ".as_integer_ratio of a hyperparameter or the step"),
     ("grad * (type(h) is float)", "type() of a per-step number"),
     # what PyTorch refuses
     ("torch.maximum(grad, 0.0)", "maximum of a number: PyTorch expects tensors"),
@@ -191,7 +229,146 @@ BODIES = {
         "Tensor.sum: reduces a tensor",
     ),
     "exception of its own": ("raise ValueError('own')  # here", "ValueError: own"),
+    "exception on a condition": (
+        "if h > 1:\n    raise ValueError(f'{h} is too large')  # here\nreturn grad, a * h",
+        "ValueError: a per-step number is too large: native code cannot raise errors; remove the",
+    ),
+    "assertion": (
+        "assert step >= 1  # here\nreturn grad, a * h",
+        "AssertionError: native code cannot raise errors; remove the check, or declare the domain",
+    ),
+    "type in a match": (
+        "match n:\n    case int():  # here\n        grad = grad * 2\nreturn grad, a * h",
+        "isinstance that tells an int from a float",
+    ),
+    "loop over a hyperparameter": (
+        "for _ in range(n):  # here\n    grad = grad * h\nreturn grad, a * h",
+        "use `if`, and loop over a constant range that `break` ends",
+    ),
+    "recursion over the step": (
+        "def power(k): return 1 if k <= 0 else h * power(k - 1)  # here\n"
+        "return grad * power(step), a * h",
+        "loop over a constant range, or write a closed form",
+    ),
 }
+# Exceptions of Python's arithmetic, which native code does not have.
+CAUGHT = {
+    "ZeroDivisionError": "try:\n    k = 1 / (step - 1)\nexcept ZeroDivisionError:\n    k = 1.0",
+    "ValueError": "try:\n    k = math.log(step - 1)\nexcept ValueError as error:\n    k = 1.0",
+    "OverflowError": "try:\n    k = h**9\nexcept (TypeError, OverflowError):\n    k = 1.0",
+    "ArithmeticError": "import contextlib\nwith contextlib.suppress(ArithmeticError):\n    k = h",
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_errors_that_native_code_never_raises(name: str) -> None:
+    error, _, _ = refusal(f"{CAUGHT[name]}\nreturn grad * k, a * h")
+    assert f"bad handles {name}, which native code never raises: test the operand" in error
+
+
+# What would keep a value from step to step in Python, and be a constant in native code.
+class Counter:
+    count = 0
+
+    def __init__(self) -> None:
+        self.own = 0
+        self.items = [0]
+
+    @classmethod
+    def of_class(cls) -> int:
+        cls.count += 1
+        return cls.count
+
+    def attribute(self) -> int:
+        self.own += 1
+        return self.own
+
+    def item(self) -> int:
+        self.items[0] += 1
+        return self.items[0]
+
+
+def tick() -> int:
+    tick.count += 1  # type: ignore[attr-defined]
+    return tick.count  # type: ignore[attr-defined]
+
+
+def remembered(seen: list[Any] = []) -> int:  # noqa: B006
+    seen.append(1)
+    return len(seen)
+
+
+tick.count = 0  # type: ignore[attr-defined]
+counter = Counter()
+LIST, DICT, SET = [0], {"count": 0}, {0}
+COUNTS: collections.Counter[str] = collections.Counter()
+TENSOR, ARRAY = torch.zeros(()), np.zeros(1)
+FUNCTIONS: list[Any] = [math.sqrt]
+NAMESPACE, DEQUE = types.SimpleNamespace(count=0), collections.deque([0])
+NUMBERS_FROM_0 = itertools.count()
+KEPT = [
+    ("LIST[0] += 1", "the rule modifies a list outside of it: a rule keeps nothing but its states"),
+    ("LIST.append(h)", "the rule modifies a list outside of it"),
+    ("DICT['count'] += 1", "the rule modifies a dict outside of it"),
+    ("FUNCTIONS.append(h)", "the rule modifies a list outside of it"),
+    ("DEQUE.append(1)", "the rule modifies a deque outside of it"),
+    ("NAMESPACE.count += 1", "the rule modifies a SimpleNamespace outside of it"),
+    ("SET.add(len(SET))", "the rule modifies a set outside of it"),
+    ("COUNTS['x'] += 1", "the rule modifies a Counter outside of it"),
+    ("TENSOR.add_(1)", "the rule modifies a Tensor outside of it"),
+    ("ARRAY[0] += 1", "the rule modifies a ndarray outside of it"),
+    ("remembered()", "the rule modifies a list outside of it"),
+    ("tick()", "the rule modifies tick outside of it"),
+    ("Counter.of_class()", "the rule modifies Counter outside of it"),
+    ("Counter.count += 1", "the rule modifies Counter outside of it"),
+    ("counter.attribute()", "the rule assigns own of an object outside of it: a rule keeps"),
+    ("counter.item()", "the rule modifies a list outside of it"),
+    ("math.count = 1", "the rule assigns math.count: a rule keeps nothing but its states"),
+    ("next(NUMBERS_FROM_0)", "the rule reads a count outside of it, which changes: use a tuple"),
+    ("def f():\n    global LIST\n    LIST = []\nf()", "assigns LIST, a variable outside of it"),
+]
+
+
+@pytest.mark.parametrize(("statement", "reason"), KEPT, ids=[s for s, _ in KEPT])
+def test_values_that_would_be_kept(statement: str, reason: str) -> None:
+    error, _, _ = refusal(f"{statement}\nreturn grad, a * h")
+    assert reason in error
+    assert (LIST, DICT, SET, counter.items, counter.own) == ([0], {"count": 0}, {0}, [0], 0)
+    assert (Counter.count, tick.count) == (0, 0)  # type: ignore[attr-defined]
+    assert remembered.__defaults__ == ([],)
+
+
+# ---- what rules cannot call ----------------------------------------------------------------------
+
+
+@eo.rule
+def rejections_called(grad, exp_avg, *, betas: tuple[eo.Beta, ...] = (0.9, 0.99)):
+    return grad, exp_avg * betas[0]
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scripted = torch.jit.trace(torch.square, torch.ones(2))
+
+CALLS = [
+    ("rejections_called([grad], [a])[0]", "grad must be one tensor, an argument of this rule or"),
+    ("rejections_called(grad, torch.zeros(()))", "exp_avg must be one tensor, an argument of"),
+    ("rejections_called(grad, grad)", "the same tensor twice; pass a clone()"),
+    ("rejections_called(grad, a, out=grad)", "rejections_called with out=: assign the result"),
+    ("rejections_called(grad, a, betas=(h,))", "betas has 1 values; expected 2"),
+    ("rejections_called(grad, a, betas=(0.9, 1.0))", "betas[1] is 1; expected 0 <= betas[1] < 1"),
+    ("rejections_called(grad > 0, a)", "a tensor of integers or of conditions"),
+    ("rejections_called(grad, a, beta=h)", "got an unexpected keyword argument 'beta'"),
+    ("eo.scalar_optimizers.calculate_lion_update(grad, a, 0.9)", "calculate_lion_update is comp"),
+    ("scripted(grad)", "is compiled: write its formula in the rule, or call another rule"),
+]
+
+
+@pytest.mark.parametrize(("call", "reason"), CALLS, ids=[call for call, _ in CALLS])
+def test_calls(call: str, reason: str) -> None:
+    error, source, line = refusal(f"a.add_(grad)\nupdate = {call}  # here\nreturn update")
+    assert error.startswith(f"rule bad, <refused>:{line}: `{source}`: ")
+    assert reason in error
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -217,6 +394,10 @@ WHOLE = [
     ("return None, a * h", "the rule never returns an update"),
     ("return 1.0, 2.0", "the rule uses neither the gradient nor a state"),
     ("return grad * torch.empty(()).uniform_(), a * h", "the rule draws random numbers"),
+    (
+        "k = 0\nfor i in range(20):\n    k = k + 1 if step > i else k\nreturn grad * k, a * h",
+        "more than 256 combinations of conditions: use them as numbers, as in `x * float(",
+    ),
     ("global count\ncount = step\nreturn grad, a * h", "bad assigns count, a variable outside"),
 ]
 
@@ -250,7 +431,14 @@ SIGNATURES = [
     ("grad, *, n: int = 2.5", "n"),
     ("grad, *, f: bool = 1", "f must be a bool, not int (1)"),
     ("grad, *, h: str = 'x'", "expected Beta, NonNegative, float or int"),
-    ("grad, *, h: tuple[float, ...] = (1.0,)", "a tuple such as tuple[Beta, Beta]"),
+    ("grad, *, h: tuple[float, ...]", "h has numbers, and no default that tells how many"),
+    ("grad, *, h: tuple[float, ...] = ()", "h has numbers, and no default that tells how many"),
+    ("grad, *, h: list[float]", "h has numbers, and no default that tells how many"),
+    ("grad, *, h: tuple", "h has numbers, and no default that tells how many"),
+    ("grad, *, h: tuple[float, int] = (1.0, 2)", "a tuple such as tuple[Beta, Beta]"),
+    ("grad, *, h=((1.0, 2.0), 3.0)", "h[0] must be a number, not tuple: the default must be"),
+    ("grad, *, h={'a': 1.0}", "not dict: the default must be a number, a bool, None or a tuple"),
+    ("grad, *, h=math.sqrt", "make anything else a variable outside of the rule"),
     ("grad, *, h: 'Missing' = 1.0", "h: Missing: name 'Missing' is not defined"),
     ("grad, *, h=" + repr((1.0,) * 33), "more than 32 numbers"),
 ]

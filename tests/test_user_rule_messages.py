@@ -27,7 +27,7 @@ REFUSED: list[tuple[Callable[..., Any], str]] = [
     (lambda x, n: x << 1, "`<<`: rules have no integers; multiply by a power of 2"),
     (lambda x, n: 1 >> n, "`>>`: rules have no integers; divide by a power of 2"),
     (lambda x, n: round(x), "round() of a tensor: rounds elements to integers"),
-    (lambda x, n: round(n, 2), "round() of a per-step number: use math.floor or math.ceil"),
+    (lambda x, n: round(n, 2), "round() of a per-step number to digits: scale it"),
     (lambda x, n: x.floor(), "Tensor.floor: rounds elements to integers"),
     (lambda x, n: torch.trunc(x), "torch.trunc: rounds elements to integers"),
     (lambda x, n: math.floor(x), "math.floor of a tensor: rounds elements to integers"),

@@ -8,7 +8,7 @@ import torch
 
 from . import shadows
 from .graph import RuleError
-from .proxies import DTYPE, Element, Number, Proxy, apply, truth
+from .proxies import DEVICE, DTYPE, Element, Number, Proxy, apply, truth
 from .refusals import refusal
 
 # The known functions and methods of tensors, by name (operations.py).
@@ -52,6 +52,13 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     if name.startswith("__i"):
         raise RuleError("an operator modifies a tensor that is not an argument of the rule")
     if operation is None:
+        values = (*arguments, *options.values())
+        kinds = {Element, Number} & set(map(type, values))
+        if kinds == {Number}:
+            raise RuleError(
+                f"torch.{name} of a constant tensor and a per-step number: use a Python number in"
+                " place of the tensor"
+            )
         raise refusal(f"torch.{name}", name.strip("_"))
     return call(operation, f"torch.{name}", function, *arguments, **options)
 
@@ -84,7 +91,14 @@ def _shadow(value: Any) -> Any:
         return value.shadow
     if isinstance(value, Number):
         return True if value.node.kind == "flag" else 0.5
-    return shadows.DTYPE if value is DTYPE else value
+    return known(value)
+
+
+def known(value: Any) -> Any:
+    """Return the dtype and the device that a trace has."""
+    if value is DTYPE:
+        return shadows.DTYPE
+    return torch.device("cpu") if value is DEVICE else value
 
 
 # ---- operators of Python -------------------------------------------------------------------------

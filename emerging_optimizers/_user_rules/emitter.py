@@ -78,8 +78,8 @@ class Emitter:
         if len(self.programs) > MAX_CASES:
             raise RuleError(
                 f"rule {name}: {len(self.programs)} cases with different formulas; at most"
-                f" {MAX_CASES} are supported: use torch.where, or one formula with numbers that"
-                " depend on the conditions"
+                f" {MAX_CASES} are supported: use one formula with numbers that depend on the"
+                " conditions, as in `x * float(step > 10)`"
             )
         if self.num_constants > _MAX_CONSTANTS:
             raise RuleError(

@@ -45,6 +45,10 @@ def no_error_is_lost() -> Iterator[None]:
     token = _RAISED.set(raised)
     try:
         yield
+    except Exception as error:
+        if raised and raised[0] is not error:
+            raise raised[0] from error
+        raise
     finally:
         _RAISED.reset(token)
     if raised:

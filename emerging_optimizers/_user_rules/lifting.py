@@ -9,95 +9,29 @@ import builtins
 import dis
 import functools
 import importlib
-import math
-import re
+import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .calls import OPERATIONS, call
+from .._rule import Rule
+from .builtin_functions import BUILTINS, has_proxy
 from .graph import RuleError
-from .proxies import Element, Number, Proxy, apply, as_number
+from .libraries import math_function, numpy_function, torch_function
+from .nested_rule import NestedRule
+from .objects import Objects, is_of_a_library
+from .outside import Outside
 from .refusals import refusal
 
-# The functions of math that take per-step numbers.
-_MATH = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1
-        fabs floor fmod hypot log log10 log1p log2 pow sin sinh sqrt tan tanh trunc
-        """,
-    )
-)
 _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
-# Functions that make a tensor of a number.
-_CONSTANTS = ("tensor", "as_tensor", "scalar_tensor")
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _RANDOM = ("random", "numpy.random", "secrets")
 _GENERATORS = ("Random", "SystemRandom", "RandomState", "Generator")
-
-
-def _has_proxy(*arguments: Any, **options: Any) -> bool:
-    return any(isinstance(value, Proxy) for value in (*arguments, *options.values()))
-
-
-class _Float(type):
-    """``float`` of a per-step number is that number."""
-
-    def __call__(cls, value: Any = 0.0) -> Any:
-        if not isinstance(value, Number):
-            return float(value)
-        return Number(value.trace, as_number(value.trace, value.node))
-
-    def __instancecheck__(cls, value: Any) -> bool:
-        return isinstance(value, (float, Number))
-
-
-class _LiftedFloat(metaclass=_Float):
-    pass
-
-
-def _type(value: Any, *rest: Any) -> Any:
-    if isinstance(value, Proxy):
-        raise RuleError(f"type() of {value!r}: use isinstance, or a hyperparameter")
-    return type(value, *rest)
-
-
-def _isinstance(value: Any, classes: Any) -> bool:
-    """Return whether what a proxy stands for is of a class."""
-    flat = classes if isinstance(classes, tuple) else (classes,)
-    plain: dict[Any, Any] = {_LiftedFloat: float, _type: type}
-    known: tuple[Any, ...] = tuple(plain.get(c, c) for c in flat)
-    if isinstance(value, Element):
-        return issubclass(torch.Tensor, known)
-    if isinstance(value, Number):
-        outcomes = {issubclass(kind, known) for kind in (int, float)}
-        if len(outcomes) > 1:
-            raise RuleError("isinstance that tells an int from a float: a number may be either")
-        return outcomes.pop()
-    return isinstance(value, known)
-
-
-def _extreme(name: str) -> Callable[..., Any]:
-    plain = getattr(builtins, name)
-    other = "max" if name == "min" else "min"
-
-    def extreme(*values: Any, **options: Any) -> Any:
-        if len(values) == 1 and isinstance(values[0], (tuple, list)) and values[0]:
-            values = tuple(values[0])
-            options.pop("default", None)
-        if options or not _has_proxy(*values):
-            return plain(*values, **options)
-        if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
-            raise RuleError(
-                f"{name}() of tensors: use torch.{name}imum(a, b), or clamp({other}=...) with a"
-                " number"
-            )
-        return functools.reduce(lambda a, b: apply(name, a, b), values)
-
-    return extreme
+# What a rule may catch although native code never raises it.
+_ARITHMETIC = {"ArithmeticError", "FloatingPointError", "OverflowError", "ZeroDivisionError"}
 
 
 class Lifting:
@@ -105,49 +39,98 @@ class Lifting:
 
     def __init__(self) -> None:
         self._copies: dict[int, Any] = {}
+        # What was made here, by its id.
+        self._made: dict[int, Any] = {}
+        # Containers outside of the rule, by their ids, and what the rule sees of them.
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._outside = Outside()
+        self._objects = Objects(self.lift, self.copy, self._outside)
         # The code of the functions that were copied: where errors are located.
         self.codes: set[types.CodeType] = set()
-        self._builtins = {
-            **vars(builtins),
-            "__import__": self._import,
-            "float": _LiftedFloat,
-            "isinstance": _isinstance,
-            "type": _type,
-            "min": _extreme("min"),
-            "max": _extreme("max"),
-        }
+        # What the copies see as Python's built-in functions.
+        self.builtins = {**vars(builtins), **BUILTINS, "__import__": self._import}
 
     def lift(self, value: Any) -> Any:
         """Return a value as the rule sees it: functions take proxies, constants are unchanged."""
+        if id(value) in self._made or value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        lifted = self._lift(value)
+        if lifted is not value:
+            self._made[id(lifted)] = lifted
+        return lifted
+
+    def _lift(self, value: Any) -> Any:
         if isinstance(value, types.ModuleType):
             return _Module(self, value)
+        if isinstance(value, Rule) and hasattr(value, "signature"):
+            return NestedRule(value, self.lift(value.formula))
         if isinstance(value, functools.partial):
-            return functools.partial(self.lift(value.func), *value.args, **value.keywords)
+            keywords = {name: self.lift(each) for name, each in value.keywords.items()}
+            return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)
+        if type(value) in (tuple, list, dict, set):
+            return self._lift_container(value)
         if isinstance(value, type):
-            return value
-        if _is_random(value) or _is_random(getattr(value, "__self__", None)):
+            return self._objects.lift_class(value)
+        is_method = isinstance(value, (types.BuiltinMethodType, types.MethodType))
+        if _is_random(value.__self__ if is_method else value):
             return _Random(value)
         if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
-            return types.MethodType(self.lift(value.__func__), value.__self__)
-        if not callable(value):
-            return value
+            return types.MethodType(self.lift(value.__func__), self.lift(value.__self__))
+        if callable(value):
+            return self._lift_function(value)
+        self._outside.remember(value)
+        return self._objects.lift(value)
+
+    def _lift_function(self, value: Any) -> Any:
         name = getattr(value, "__name__", "")
-        module = getattr(value, "__module__", None) or ""
+        module = getattr(value, "__module__", None) or type(value).__module__
         if module == "math":
-            return _math_function(name, value)
+            return math_function(name, value)
         if getattr(torch, name, None) is value or module in _TORCH_MODULES:
-            return _torch_function(name, value)
+            return torch_function(name, value)
+        if module.partition(".")[0] == "numpy":
+            return numpy_function(name, value)
+        if isinstance(value, types.FunctionType):
+            if value.__code__.co_filename.startswith(_PACKAGE):
+                return _compiled(name, value)
+            is_users = not is_of_a_library(module) or hasattr(value, "__wrapped__")
+            return self.copy(value) if is_users else value
+        if isinstance(value, torch.jit.ScriptFunction):
+            return _compiled(name, value)
         wrapped = getattr(value, "__wrapped__", None)
-        if isinstance(wrapped, types.FunctionType) and not isinstance(value, types.FunctionType):
+        if isinstance(wrapped, types.FunctionType):
             return self.lift(wrapped)  # functools.cache
-        is_users = isinstance(value, types.FunctionType) and not module.startswith("torch.")
-        return self.copy(value) if is_users else value
+        return self._objects.lift(value)
+
+    def _lift_container(self, value: Any) -> Any:
+        """Return a container whose items take proxies."""
+        known = self._containers.get(id(value))
+        if known is not None:
+            return known[1]
+        if not isinstance(value, tuple):
+            self._outside.remember(value)
+        self._containers[id(value)] = (value, value)  # it may hold itself
+        items = value.values() if isinstance(value, dict) else value
+        lifted = [self.lift(item) for item in items]
+        if any(new is not old for new, old in zip(lifted, items, strict=True)):
+            by_key = isinstance(value, dict)
+            new = dict(zip(value, lifted, strict=True)) if by_key else type(value)(lifted)
+            self._containers[id(value)] = (value, new)
+            if not isinstance(new, tuple):
+                self._outside.remember(new)
+        return self._containers[id(value)][1]
+
+    def check_outside(self) -> None:
+        """Raise if the rule modified a container or a tensor that is not its own."""
+        self._outside.check()
 
     def copy(self, function: types.FunctionType) -> Callable[..., Any]:
         """Return a copy of a function, made at its first call."""
         found = self._copies.get(id(function))
         if found is None:
             found = self._copies[id(function)] = self._lazy_copy(function)
+            self._made[id(found)] = found
+            self._outside.remember(found)
         return found
 
     def _lazy_copy(self, function: types.FunctionType) -> Callable[..., Any]:
@@ -164,23 +147,25 @@ class Lifting:
 
     def _make_copy(self, function: types.FunctionType) -> Callable[..., Any]:
         self.codes.add(function.__code__)
-        _refuse_global(function.__code__)
+        _check_code(function.__code__)
         names = _names_in(function.__code__)
         found = {name: function.__globals__[name] for name in names & set(function.__globals__)}
         own = {name: self.lift(value) for name, value in found.items()}
-        own["__builtins__"] = self._builtins
+        own["__builtins__"] = self.builtins
         own["__name__"] = function.__globals__.get("__name__", "")
         copied = types.FunctionType(
             function.__code__,
             own,
             function.__name__,
-            function.__defaults__,
-            tuple(map(self._lift_cell, function.__closure__ or ())),
+            self.lift(function.__defaults__),
+            tuple(map(self._lift_cell, function.__code__.co_freevars, function.__closure__ or ())),
         )
-        copied.__kwdefaults__ = function.__kwdefaults__
+        copied.__kwdefaults__ = self.lift(function.__kwdefaults__)
         return copied
 
-    def _lift_cell(self, cell: types.CellType) -> types.CellType:
+    def _lift_cell(self, name: str, cell: types.CellType) -> types.CellType:
+        if name == "__class__":  # of super()
+            return cell
         try:
             return types.CellType(self.lift(cell.cell_contents))
         except ValueError:  # not assigned yet
@@ -190,15 +175,31 @@ class Lifting:
         return self.lift(importlib.__import__(*arguments, **options))
 
 
-def _refuse_global(code: types.CodeType) -> None:
-    """Raise for `global` and `nonlocal`: the copy of a function has variables of its own."""
-    for step in dis.get_instructions(code):
+def _check_code(code: types.CodeType) -> None:
+    """Raise for what the copy of a function would do differently, without an error."""
+    before = ""
+    for step in _instructions(code):
         is_outer = step.opname == "STORE_DEREF" and step.argval in code.co_freevars
         if step.opname == "STORE_GLOBAL" or is_outer:
             raise RuleError(
                 f"{code.co_name} assigns {step.argval}, a variable outside of it: a rule keeps"
                 " nothing but its states"
             )
+        is_caught = step.opname.endswith("EXC_MATCH") and before == "ValueError"
+        if is_caught or (step.opname.startswith("LOAD") and step.argval in _ARITHMETIC):
+            raise RuleError(
+                f"{code.co_name} handles {before if is_caught else step.argval}, which native code"
+                " never raises: test the operand first, with `if`"
+            )
+        before = step.argval
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Yield the instructions of a function, and of functions in it."""
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
 
 
 def _names_in(code: types.CodeType) -> set[str]:
@@ -213,9 +214,16 @@ def _names_in(code: types.CodeType) -> set[str]:
 class _Module:
     """A module, whose functions take proxies."""
 
+    _lifting: Lifting
+    _module: types.ModuleType
+
     def __init__(self, lifting: Lifting, module: types.ModuleType) -> None:
-        self._lifting = lifting
-        self._module = module
+        vars(self).update(_lifting=lifting, _module=module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise RuleError(
+            f"the rule assigns {self._module.__name__}.{name}: a rule keeps nothing but its states"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if self._module.__name__ in _RANDOM:
@@ -242,54 +250,14 @@ class _Random:
         raise refusal(self._name, "random")
 
 
-def _math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    def function(*values: Any) -> Any:
-        if not _has_proxy(*values):
-            return plain(*values)
-        if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):
-            if name not in OPERATIONS:
-                raise refusal(f"math.{name} of a tensor", name)
-            raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
-        if name == "log" and len(values) == 2:
-            top, bottom = (apply("log", v) if _has_proxy(v) else math.log(v) for v in values)
-            return apply("/", top, bottom)
-        if name in ("isnan", "isinf", "isfinite"):
-            return OPERATIONS[name](*values)
-        if name not in _MATH:
-            raise RuleError(
-                f"math.{name} is not available in rules: compute it outside, and pass the result as"
-                " a hyperparameter"
-            )
-        return apply({"fabs": "abs"}.get(name, name), *values)
+def _compiled(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of compiled code that refuses proxies."""
 
-    return function
-
-
-def _torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def function(*arguments: Any, **options: Any) -> Any:
-        operation = OPERATIONS.get(name.rstrip("_"))
-        if name in _CONSTANTS and len(arguments) >= 1 and isinstance(arguments[0], Number):
-            return arguments[0]
-        if _has_proxy(*arguments, **options):
-            if operation is None:
-                raise refusal(f"torch.{name}", name)
-            if not _has_element(*arguments, **options):
-                raise RuleError(
-                    f"torch.{name} of numbers: use operators, min(), max() or functions of math"
-                )
-            return call(operation, f"torch.{name}", plain, *arguments, **options)
-        if refusal_of_random(name):
-            raise refusal(f"torch.{name}", name)
+        if has_proxy(*arguments, **options):
+            raise RuleError(
+                f"{name} is compiled: write its formula in the rule, or call another rule"
+            )
         return plain(*arguments, **options)
 
     return function
-
-
-def _has_element(*arguments: Any, **options: Any) -> bool:
-    values = (*arguments, *options.values())
-    return any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values)
-
-
-def refusal_of_random(name: str) -> bool:
-    """Return whether a function of torch draws random numbers."""
-    return name.startswith("rand") or name in ("bernoulli", "normal", "poisson", "manual_seed")

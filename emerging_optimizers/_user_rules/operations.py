@@ -12,6 +12,7 @@ import torch
 from .calls import ARITHMETIC, COMPARISONS, OPERATIONS
 from .graph import RuleError
 from .proxies import (
+    DEVICE,
     DTYPE,
     Element,
     Number,
@@ -124,8 +125,22 @@ def _masked_fill(input: Any, mask: Any, value: Any) -> Proxy:
     return where(mask, value, input)
 
 
-def _copy(input: Any, value: Any = None) -> Proxy:
-    """`clone`, or `fill_` and others with a value."""
+def _copy(
+    input: Any,
+    value: Any = None,
+    *,
+    dtype: Any = None,
+    device: Any = DEVICE,
+    memory_format: Any = None,
+) -> Proxy:
+    """`clone`, or `fill_`, `zeros_like` and others with a value."""
+    if device is not DEVICE:
+        raise RuleError(f"a tensor with device={device}: remove it; a rule cannot choose devices")
+    if dtype is not None and dtype is not DTYPE:
+        raise RuleError(
+            f"a tensor with dtype={dtype}: remove it; rules compute in float32, and in float64"
+            " where an operand is"
+        )
     trace = trace_of(input)
     if value is None:
         return wrap(trace, input.node)
@@ -133,17 +148,26 @@ def _copy(input: Any, value: Any = None) -> Proxy:
     return wrap(trace, as_element(trace, value))
 
 
-def _filled(value: float) -> Callable[[Any], Proxy]:
-    return lambda input: _copy(input, value)
+def _filled(value: float) -> Callable[..., Proxy]:
+    return lambda input, **options: _copy(input, value, **options)
+
+
+def _relu(input: Any, *, inplace: bool = False) -> Proxy:
+    if inplace:
+        raise RuleError("relu with inplace=True: use relu_")
+    return apply("max", input, 0.0)
 
 
 def _detach(input: Any) -> Any:
     return input
 
 
-def _to(x: Any, dtype: Any = None, **options: Any) -> Any:
+def _to(x: Any, dtype: Any = None, *, device: Any = DEVICE, **options: Any) -> Any:
     """Turn a condition into a number; a number stays as it is."""
-    if options or not (dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))):
+    if isinstance(x, torch.Tensor) or ((dtype is None or dtype is DEVICE) and device is DEVICE):
+        return x
+    is_known = dtype is DTYPE or isinstance(dtype, (torch.dtype, Proxy))
+    if options or device is not DEVICE or not is_known:
         raise RuleError(f"Tensor.to({dtype}): remove it; a rule cannot choose devices or layouts")
     if x.node.kind == "mask":
         return _as_float(x)
@@ -257,7 +281,7 @@ OPERATIONS.update(
         "clip": _clamp,
         "clamp_min": lambda input, min: _clamp(input, min=min),
         "clamp_max": lambda input, max: _clamp(input, max=max),
-        "relu": lambda input: _clamp(input, min=0.0),
+        "relu": _relu,
         "maximum": _extreme("max"),
         "minimum": _extreme("min"),
         "max": _extreme("max"),
@@ -288,8 +312,11 @@ OPERATIONS.update(
         "zero": _filled(0.0),
         "zeros_like": _filled(0.0),
         "ones_like": _filled(1.0),
-        "full_like": lambda input, fill_value: _copy(input, fill_value),
+        "full_like": lambda input, fill_value, **options: _copy(input, fill_value, **options),
         "detach": _detach,
+        "is_floating_point": lambda input: input.node.kind == "element",
+        "is_tensor": lambda obj: isinstance(obj, Element),
+        "positive": _detach,
         "to": _to,
         "type_as": _to,
         "float": _float,

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from .._hyperparameters import is_flag
 from .graph import Graph, Node, RuleError
 from .refusals import ElementRefusals, NumberRefusals, refusal
 
@@ -35,7 +36,25 @@ class _Dtype:
         )
 
 
+class _Device:
+    """The device, which is known only where the rule runs."""
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return "the device"
+
+    def __eq__(self, other: object) -> bool:
+        raise RuleError("a device in a condition: a rule is the same on all devices")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuleError(f".{name} of a device: a rule is the same on all devices")
+
+
 DTYPE = _Dtype()
+DEVICE = _Device()
 
 
 class Proxy:
@@ -65,7 +84,7 @@ class Number(NumberRefusals, Proxy):
     def __hash__(self) -> NoReturn:
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: it cannot be in a"
-            " set or a key"
+            " set or a key; use `if`, or `in` with a tuple"
         )
 
     def __bool__(self) -> bool:
@@ -75,16 +94,26 @@ class Number(NumberRefusals, Proxy):
     def __float__(self) -> float:
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: use operators and"
-            " functions of math, not int() or NumPy"
+            " functions of math, in functions of your own, not in other libraries"
         )
 
     def __index__(self) -> int:
+        if self.node.kind == "flag":
+            return int(bool(self))
         raise RuleError(
             "a hyperparameter or the step has no value while the rule is traced: it cannot be"
-            " an index or the length of a loop"
+            " an index or the length of a loop; use `if`, and loop over a constant range that"
+            " `break` ends"
         )
 
     __int__ = __float__
+
+    def __round__(self, digits: Any = None) -> "Proxy":
+        if digits is not None:
+            raise RuleError(
+                "round() of a per-step number to digits: scale it, as in round(100 * x) / 100"
+            )
+        return apply("nearbyint", self)
 
     def __floor__(self) -> "Proxy":
         return apply("floor", self)
@@ -146,6 +175,10 @@ class Element(ElementRefusals, Proxy):
         return DTYPE
 
     @property
+    def device(self) -> _Device:
+        return DEVICE
+
+    @property
     def data(self) -> "Element":
         return self
 
@@ -190,7 +223,7 @@ def node_of(trace: Tracing, value: Any) -> Node:
     """Return the node of a proxy or a constant."""
     if isinstance(value, Proxy):
         return value.node
-    if isinstance(value, Real):
+    if isinstance(value, Real) or is_flag(value):
         return trace.graph.constant(float(value))
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 and not value.is_complex():
@@ -203,7 +236,10 @@ def node_of(trace: Tracing, value: Any) -> Node:
         raise RuleError(
             "None in a computation: if a hyperparameter may be None, test `is None` first"
         )
-    raise RuleError(f"a rule computes with numbers and its arguments, not with {_type(value)}")
+    raise RuleError(
+        f"a rule computes with numbers and its arguments, not with {_type(value)}: use numbers,"
+        " such as float(x) or x[i]"
+    )
 
 
 def _type(value: Any) -> str:

@@ -16,7 +16,7 @@ _REASONS = {
     "changes the shape; a rule sees one element at a time": (
         "view reshape flatten unsqueeze squeeze expand expand_as view_as transpose permute t T mT"
         " cat stack split chunk narrow select repeat tile flip roll index_select gather scatter"
-        " shape size dim ndim numel stride unbind contiguous __getitem__ __setitem__ __len__"
+        " shape size dim ndim numel stride unbind __getitem__ __setitem__ __len__"
     ),
     "needs values on the host, and a rule is compiled without any": "item tolist numpy cpu cuda",
     "draws random numbers, which a rule cannot": (
@@ -28,11 +28,22 @@ _REASONS = {
     ),
     "its bits differ between machines, so rules cannot use it on elements": (
         "exp log tanh sigmoid erf sin cos tan atan atan2 arctan2 exp2 expm1 log1p log2 log10"
-        " softplus sinh cosh asin acos logaddexp hypot logit gelu silu erfinv lgamma digamma"
+        " softplus expit mish elu celu selu sinh cosh asin acos logaddexp hypot logit gelu silu"
+        " erfinv lgamma digamma"
     ),
-    "changes the dtype; rules compute in float32, and in float64 where an operand is": (
-        "half bfloat16 double int long"
+    "is not available; write it with operators, abs, sign, clamp and torch.where": (
+        "hardtanh relu6 hardsigmoid hardswish hardshrink softshrink softsign leaky_relu prelu"
+        " threshold heaviside nan_to_num signbit float_power fmax fmin isclose frexp ldexp"
     ),
+    "makes a tensor; use a number, or zeros_like, ones_like or full_like": (
+        "full zeros ones empty empty_like new_tensor new_zeros new_ones new_full new_empty"
+    ),
+    "does not change values; remove it": "contiguous requires_grad",
+    "is not known where a rule is defined; remove it": (
+        "is_cuda is_cpu layout grad grad_fn is_leaf data_ptr storage"
+    ),
+    "changes the dtype; rules compute in float32, and in float64 where an operand is; for a"
+    " condition, use mask.float()": "half bfloat16 double int long short char byte bool type",
 }
 _REASON_OF = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
@@ -44,7 +55,8 @@ def refusal(what: str, name: str) -> RuleError:
         what: The operation, as the message names it.
         name: The name of torch's function or of the tensor's method.
     """
-    plain = name.removeprefix("linalg_").removeprefix("special_")
+    plain = name.removeprefix("linalg_").removeprefix("special_").lstrip("_")
+    plain = name if name.startswith("__") else plain.rstrip("_")
     return RuleError(f"{what}: {_REASON_OF.get(plain, _NOT_ELEMENTWISE)}")
 
 
@@ -74,7 +86,6 @@ class NumberRefusals(_Refusals):
     """What hyperparameters and the step cannot do."""
 
     __slots__ = ()
-    __round__ = _refuse("round() of a per-step number", "use math.floor or math.ceil")
     __iter__ = __getitem__ = __len__ = _refuse(
         "one number where several are expected",
         "give the hyperparameter a default or an annotation with several, as in betas=(0.9, 0.999)",

@@ -5,7 +5,7 @@ import keyword
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ _RESERVED = (
     SHAPE_SCALING,
 )
 _DOMAINS = (Beta, NonNegative, float, int)
+# With any number of items, which the default tells.
+_SEQUENCES = (tuple, list, Sequence)
 
 
 class Signature(NamedTuple):
@@ -156,9 +158,15 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
     if annotation is None:
         hyperparameter = _infer(name, default if has_default else None, has_default)
     else:
-        hyperparameter = _from_annotation(name, annotation)
+        hyperparameter = _from_annotation(name, annotation, default if has_default else None)
     if has_default:
-        check_default(hyperparameter, default)
+        try:
+            check_default(hyperparameter, default)
+        except TypeError as error:
+            raise RuleError(
+                f"{error}: the default must be a number, a bool, None or a tuple of numbers; make"
+                " anything else a variable outside of the rule"
+            ) from error
     return hyperparameter
 
 
@@ -204,7 +212,7 @@ def _infer(name: str, default: Any, has_default: bool) -> Hyperparameter:
     return Hyperparameter(name, "number", domain)
 
 
-def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
+def _from_annotation(name: str, annotation: Any, default: Any) -> Hyperparameter:
     arguments = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if annotation is bool:
@@ -215,6 +223,17 @@ def _from_annotation(name: str, annotation: Any) -> Hyperparameter:
         inner = [a for a in arguments if a is not type(None)]
         if len(inner) == 1 and inner[0] in _DOMAINS:
             return Hyperparameter(name, "optional", inner[0])
+    if annotation == float | int:
+        return Hyperparameter(name, "number", float)
+    is_open = annotation in _SEQUENCES or origin in (list, Sequence)
+    if (is_open or arguments[1:] == (Ellipsis,)) and {*arguments} <= {*_DOMAINS, Ellipsis}:
+        if not isinstance(default, (tuple, list)) or not default:
+            raise RuleError(
+                f"{name} has numbers, and no default that tells how many: give it one, or write a"
+                " tuple such as tuple[Beta, Beta]"
+            )
+        inferred = _infer(name, default, has_default=True)
+        return inferred._replace(domain=arguments[0]) if arguments else inferred
     is_tuple = origin is tuple and arguments and Ellipsis not in arguments
     if is_tuple and arguments[0] in _DOMAINS and len(set(arguments)) == 1:
         return Hyperparameter(name, "numbers", arguments[0], len(arguments))

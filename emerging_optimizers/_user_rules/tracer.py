@@ -1,6 +1,7 @@
 """Traces a rule: runs its function once for each outcome of its conditions."""
 
 import contextlib
+import dis
 import inspect
 import linecache
 import os
@@ -24,6 +25,9 @@ MAX_CASES = 16
 _MAX_CONDITIONS = 24
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+# How errors of other libraries name what they do not expect.
+_PROXIES = ("_Dtype", "_Device", "_NumberType", "'Element'", "Element'>", "'Number'", "Number'>")
+_PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class Trace(NamedTuple):
@@ -78,7 +82,8 @@ class _Run:
         if len(self.outcomes) == _MAX_CONDITIONS:
             raise RuleError(
                 f"more than {_MAX_CONDITIONS} conditions in a row: the length of a loop must be"
-                " known when the rule is defined"
+                " known when the rule is defined; loop over a constant range, or write a closed"
+                " form"
             )
         made = len(self.outcomes)
         outcome = self._prefix[made] if made < len(self._prefix) else True
@@ -92,6 +97,7 @@ class _Tracer:
     ) -> None:
         self.signature = signature
         self.graph = Graph()
+        self.lifting = lifting
         self.function = lifting.copy(function)
         self.modifies_grad = self.shares = False
 
@@ -103,11 +109,15 @@ class _Tracer:
             run = _Run(self.graph, prefix)
             cases.append(self._trace_case(run))
             if len(cases) > MAX_RUNS:
-                raise RuleError(f"more than {MAX_RUNS} combinations of conditions: use torch.where")
+                raise RuleError(
+                    f"more than {MAX_RUNS} combinations of conditions: use them as numbers, as in"
+                    " `x * float(step > 10)`"
+                )
             taken = [outcome for _, outcome in run.outcomes]
             for i in range(len(taken) - 1, len(prefix) - 1, -1):
                 pending.append([*taken[:i], False])
         self._check_results(cases)
+        self.lifting.check_outside()
         return Trace(self.signature, tuple(cases), self.modifies_grad, self.shares)
 
     def _trace_case(self, run: _Run) -> Case:
@@ -115,7 +125,7 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
-        with no_error_is_lost(), _no_random_numbers():
+        with no_error_is_lost(), _no_random_numbers(), self._no_raise():
             result = self.function(*operands, **values)
         update, states = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
@@ -129,6 +139,22 @@ class _Tracer:
             update=None if update is None else as_element(run, update),
             states=tuple(as_element(run, state) for state in states),
         )
+
+    @contextlib.contextmanager
+    def _no_raise(self) -> Iterator[None]:
+        """Refuse `raise` and `assert` in the rule and in what it calls."""
+        try:
+            yield
+        except Exception as error:
+            *_, last = _frames(error)
+            frame = last.tb_frame
+            is_raised = dis.opname[frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+            if not is_raised or frame.f_builtins is not self.lifting.builtins:
+                raise
+            raise RuleError(
+                f"{_described(error)}: native code cannot raise errors; remove the check, or"
+                " declare the domain, as with eo.Beta and eo.NonNegative"
+            ).with_traceback(error.__traceback__) from error
 
     def _input(self, run: _Run, name: str) -> Element:
         node = self.graph.node("element", "input", leaf=name)
@@ -193,6 +219,16 @@ class _Tracer:
             raise RuleError("the rule uses neither the gradient nor a state")
 
 
+def _described(error: Exception) -> str:
+    text = ": ".join(filter(None, (type(error).__name__, str(error))))
+    if not any(name in text for name in _PROXIES):
+        return text
+    return (
+        f"{text.partition(', but expected')[0]}: a rule's tensors and numbers are not accepted"
+        " there; use operators, methods of tensors, and functions of torch and math"
+    )
+
+
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
     """Raise if random numbers were drawn; they would be constants of the rule."""
@@ -227,7 +263,7 @@ def _located(function: types.FunctionType, lifting: Lifting) -> Iterator[None]:
             if own in lifting.codes or is_users(own):
                 code, line = own, at
         source = linecache.getline(code.co_filename, line).strip()
-        what = str(error) if isinstance(error, RuleError) else f"{type(error).__name__}: {error}"
+        what = str(error) if isinstance(error, RuleError) else _described(error)
         place = f"{code.co_filename}:{line}" + (f": `{source}`" if source else "")
         raise RuleError(f"rule {function.__name__}, {place}: {what}") from error
 
@@ -240,6 +276,7 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
 
 
 def is_users(code: types.CodeType) -> bool:
-    """Return whether code is the user's, and not of this package, of torch or generated."""
-    others = (_PACKAGE, _TORCH, contextlib.__file__, "<frozen", "<rule ", "<class ")
-    return not code.co_filename.startswith(others)
+    """Return whether code is the user's, and not of a library or generated."""
+    others = (_PACKAGE, _TORCH, "<frozen", "<rule ", "<class ")
+    is_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
+    return not is_python and not code.co_filename.startswith(others)

@@ -1,0 +1,87 @@
+"""What a rule reads from outside: it may not change it, because native code would not."""
+
+import io
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .graph import RuleError
+
+
+class Outside:
+    """Objects that a rule reads, and what they held before it ran."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Any, Callable[[Any], Any]]] = {}
+
+    def remember(self, value: Any) -> None:
+        """Remember what a container, tensor, array, class or function holds.
+
+        Raises:
+            RuleError: It is an iterator, which changes when it is read.
+        """
+        if hasattr(type(value), "__next__") and not isinstance(value, io.IOBase):
+            raise RuleError(
+                f"the rule reads a {type(value).__name__} outside of it, which changes: use a"
+                " tuple, or make it in the rule"
+            )
+        contents = _reader(value)
+        if contents is not None and id(value) not in self._known:
+            self._known[id(value)] = (value, contents(value), contents)
+
+    def check(self) -> None:
+        """Raise if something has changed; restore lists, dicts and sets."""
+        changed = [
+            (value, before)
+            for value, before, contents in self._known.values()
+            if not _is_same(contents(value), before)
+        ]
+        for value, before in changed:
+            if isinstance(value, list):
+                value[:] = before
+            elif isinstance(value, set):
+                value.clear()
+                value.update(before)
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(zip(before[::2], before[1::2], strict=True))
+        if changed:
+            raise RuleError(
+                f"the rule modifies {_described(changed[0][0])} outside of it: a rule keeps nothing"
+                " but its states"
+            )
+
+
+def _described(value: Any) -> str:
+    named = isinstance(value, type) or callable(value)
+    return str(value.__name__) if named else f"a {type(value).__name__}"
+
+
+def _reader(value: Any) -> Callable[[Any], Any] | None:
+    """Return what tells whether a value has changed; None for one that cannot."""
+    if isinstance(value, torch.Tensor):
+        return _version
+    if type(value).__name__ == "ndarray":
+        return lambda array: array.tobytes()
+    if isinstance(value, dict):
+        return lambda mapping: [each for pair in mapping.items() for each in pair]
+    if isinstance(value, (list, set, deque)):
+        return list
+    if isinstance(value, (type, types.SimpleNamespace)) or callable(value):
+        return lambda owner: [each for pair in vars(owner).items() for each in pair]
+    return None
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was modified in place, if that is known."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_same(after: Any, before: Any) -> bool:
+    if not isinstance(before, list):
+        return bool(after == before)
+    same = (one is other for one, other in zip(after, before, strict=False))
+    return len(after) == len(before) and all(same)
