@@ -19,6 +19,7 @@ import torch
 from .._build_cache import BuildError
 
 _NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
+_TOOLKIT = "/usr/local/cuda"
 _REMEDY = "Install the package nvidia-cuda-nvrtc of torch's CUDA version, or set CUDA_HOME"
 
 
@@ -54,7 +55,7 @@ def _folders() -> Iterator[Path]:
         if entry:
             yield from sorted(Path(entry, "nvidia").glob("*/lib"))
     yield Path(torch.__file__).parent / "lib"
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT):
         if home:
             yield from (Path(home, "lib64"), Path(home, "lib"))
 

@@ -5,12 +5,12 @@
 #include "engine/cuda/padded_rule.h"
 #include "engine/cuda/sweep_kernel.h"
 
-#define EMOPT_RULE(Rule)                                                                         \
-  namespace emopt::cuda {                                                                        \
+#define EMOPT_RULE(Rule)                                                                   \
+  namespace emopt::cuda {                                                                  \
   using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
-  }                                                                                              \
-  extern "C" __global__ void __launch_bounds__(                                                  \
-      emopt::cuda::kThreads, emopt::cuda::KernelLaunch::num_blocks(EMOPT_NEEDS_SETUP))           \
-      EMOPT_KERNEL(const __grid_constant__ emopt::cuda::KernelLaunch launch) {                   \
-    emopt::cuda::sweep_block<emopt::cuda::KernelLaunch, EMOPT_NEEDS_SETUP>(launch);              \
+  }                                                                                        \
+  extern "C" __global__ void __launch_bounds__(                                            \
+      emopt::cuda::kThreads, emopt::cuda::KernelLaunch::num_blocks(EMOPT_NEEDS_SETUP))     \
+      EMOPT_KERNEL(const __grid_constant__ emopt::cuda::KernelLaunch launch) {             \
+    emopt::cuda::sweep_block<emopt::cuda::KernelLaunch, EMOPT_NEEDS_SETUP>(launch);        \
   }
