@@ -5,6 +5,7 @@ code on the host. NVRTC needs no GPU; without it (the extra "cuda-check" install
 absence is tested.
 """
 
+import ctypes.util
 import importlib.util
 import re
 import shutil
@@ -75,7 +76,9 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "packages")])
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(nvrtc, "_TOOLKIT", str(tmp_path / "cuda"))
+    monkeypatch.setattr(ctypes.util, "find_library", {}.get)
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -107,6 +110,12 @@ def test_that_of_torch_is_preferred(
 def test_that_in_torch_or_in_a_toolkit(tmp_path: Path, folder: str, name: str) -> None:
     libraries(tmp_path / folder, "libnvrtc-builtins.so", "libnvrtc_static.a", name)
     assert nvrtc.find() == tmp_path / folder / name
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_that_on_the_path_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", {"nvrtc": "libnvrtc.so.99"}.get)
+    assert error_of().reason.startswith("NVRTC cannot be loaded (libnvrtc.so.99")
 
 
 @pytest.mark.usefixtures("nowhere")

@@ -4,6 +4,7 @@ CUDA builds of torch bring it; otherwise it is in the toolkit, or in the package
 """
 
 import ctypes
+import ctypes.util
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from .._build_cache import BuildError
 
 _NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
+_BUILTINS = re.compile(r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
 _TOOLKIT = "/usr/local/cuda"
 _REMEDY = "Install the package nvidia-cuda-nvrtc of torch's CUDA version, or set CUDA_HOME"
 
@@ -41,12 +43,18 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def find() -> Path | None:
-    """Return the library's path, or None; the one of torch's CUDA version is preferred."""
+    """Return the library's path, or None; the one of torch's CUDA version is preferred.
+
+    On the system's path, it is found by its name alone.
+    """
     found = [path for folder in _folders() for path in _libraries_in(folder)]
     if torch.version.cuda is not None:
         major = torch.version.cuda.partition(".")[0]
         found.sort(key=lambda path: f".so.{major}" not in path.name)
-    return found[0] if found else None
+    if not found:
+        name = ctypes.util.find_library("nvrtc")
+        return None if name is None else Path(name)
+    return found[0]
 
 
 def _folders() -> Iterator[Path]:
@@ -55,6 +63,7 @@ def _folders() -> Iterator[Path]:
         if entry:
             yield from sorted(Path(entry, "nvidia").glob("*/lib"))
     yield Path(torch.__file__).parent / "lib"
+    yield Path(sys.prefix, "lib")
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT):
         if home:
             yield from (Path(home, "lib64"), Path(home, "lib"))
@@ -81,9 +90,9 @@ def _load() -> ctypes.CDLL:
         raise BuildError("NVRTC (libnvrtc.so) was not found", _REMEDY)
     try:
         # It would search for this one on the system's path only.
-        for builtins in path.parent.glob("libnvrtc-builtins*.so*"):
-            if ".alt." not in builtins.name:
-                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+        for name in sorted(os.listdir(path.parent)) if path.is_absolute() else ():
+            if _BUILTINS.fullmatch(name):
+                ctypes.CDLL(str(path.parent / name))
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"NVRTC cannot be loaded ({error})", _REMEDY) from error
