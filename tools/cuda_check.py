@@ -150,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check the CUDA engine without a GPU.")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent)
     parser.add_argument("--rules", nargs="+", default=[], help="stems; without it, all")
-    parser.add_argument("--user-rules", nargs="*", help="of examples/rules; without both, three")
+    parser.add_argument("--user-rules", nargs="*", help="of examples/rules; without both, two")
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     sources = Sources(arguments.root.resolve(), arguments.rules)

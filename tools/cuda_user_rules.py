@@ -19,9 +19,8 @@ from emerging_optimizers._user_rules.cuda_kernels import (
     kernel_options,
 )
 
-# Of examples/rules: with cases, one of which leaves weights as they are; with two formulas; with
-# four states.
-USER_RULES = ("adopt", "radam", "adan")
+# Of examples/rules: with two formulas, one of which leaves weights as they are; with four states.
+USER_RULES = ("adopt", "adan")
 MAX_SECONDS = 4  # for a kernel
 _EXAMPLES = Path(__file__).parent.parent / "examples" / "rules"
 
