@@ -168,6 +168,21 @@ def load_once(product: Product[Result], limit: float = LIMIT) -> Result:
             shutil.rmtree(build, ignore_errors=True)
 
 
+def find(product: Product[Result]) -> Result | None:
+    """Return what a library in the cache provides; None if it must be built first.
+
+    Raises:
+        BuildError: Others may have written it, or it cannot be built.
+    """
+    library, fault = _cached(product)
+    if library is not None and not fault:
+        return product.load(library)
+    missing = product.missing_tool()
+    if missing is not None:
+        raise BuildError(*missing)
+    return None
+
+
 def _acquire(product: Product[Result], file: TextIO, limit: float) -> _file_lock.Attempt:
     """Lock a file. If the file system has no locks, each process builds for itself."""
     try:

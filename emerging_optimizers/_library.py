@@ -13,8 +13,6 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 _IS_ELF = sys.platform not in ("win32", "darwin")
 _SEAL = b"\nemerging_optimizers crc32 "
 _SEAL_SIZE = len(_SEAL) + 8
@@ -91,6 +89,8 @@ def _elf_fault(file: BinaryIO, size: int, is_for_host: bool) -> str:
 
 
 def _fits_host(header: bytes) -> bool:
+    import torch
+
     with open(torch._C.__file__, "rb") as other:
         expected = other.read(20)
     # Word size, byte order, processor.

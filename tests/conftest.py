@@ -97,6 +97,16 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_builds_in_the_background() -> Iterator[None]:
+    """Rules are compiled where a test asks for it."""
+    from emerging_optimizers._user_rules import background
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "run", lambda task: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

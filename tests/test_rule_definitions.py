@@ -1,4 +1,4 @@
-"""What can be written in a rule: its native code, its fallback and its formula agree."""
+"""What can be written in a rule: compiled, interpreted, in the fallback and as a formula."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreting import in_the_fallback, interpreted
 from torch import Tensor
 
 import emerging_optimizers as eo
@@ -17,7 +18,8 @@ from emerging_optimizers._native import native
 
 pytestmark = pytest.mark.usefixtures("_no_other_device")
 needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
-MODES = [pytest.param("native", marks=needs_native), "fallback"]
+NATIVE_MODES = ["compiled", "interpreted"]
+MODES = [*(pytest.param(mode, marks=needs_native) for mode in NATIVE_MODES), "fallback"]
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -54,22 +56,11 @@ def reference(
 
 @functools.cache
 def in_mode(rule: Any, mode: str) -> Callable[..., Any]:
-    """Return the rule, or one of the same function that runs the formula."""
-    if mode == "native":
+    """Return the rule, or one of the same function that is interpreted or runs the formula."""
+    if mode == "compiled":
         rule.compile()
         return rule
-    twin = eo.rule(rule.formula)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("EMERGING_OPTIMIZERS_JIT", "0")
-            with pytest.warns(RuntimeWarning, match="runs its formula"):
-                result = twin(*arguments, **options)
-        twin._has_warned = False
-        assert not twin.is_compiled
-        return result
-
-    return call
+    return interpreted(rule) if mode == "interpreted" else in_the_fallback(rule)
 
 
 def check(rule: Any, mode: str, labels: Sequence[str] = (), **values: Any) -> None:
@@ -246,6 +237,7 @@ def rule_of_bodies(part: int) -> Any:
 
 @needs_native
 @pytest.mark.parametrize("name", NAMES)
-def test_bodies_natively(name: str) -> None:
+@pytest.mark.parametrize("mode", NATIVE_MODES)
+def test_bodies_natively(name: str, mode: str) -> None:
     part, which = divmod(NAMES.index(name), 10)
-    check(rule_of_bodies(part), "native", which=which, h=0.25, step=2)
+    check(rule_of_bodies(part), mode, which=which, h=0.25, step=2)

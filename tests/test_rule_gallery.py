@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreting import compiled, interpreted, needs_compiler
 from oracle import Array
 from rule_references import GALLERY, GALLERY_RULES, GalleryRule
 from support import assert_equal_bits, needs_native, to_numpy
@@ -135,9 +136,11 @@ def test_formula(rule: GalleryRule, case: str) -> None:
 @needs_native
 @every_case
 @every_precision
+@pytest.mark.parametrize("mode", [pytest.param("compiled", marks=needs_compiler), "interpreted"])
 def test_call(
-    rule: GalleryRule, case: str, grad_dtype: torch.dtype, state_dtype: torch.dtype
+    rule: GalleryRule, case: str, grad_dtype: torch.dtype, state_dtype: torch.dtype, mode: str
 ) -> None:
+    called = compiled(rule.rule) if mode == "compiled" else interpreted(rule.rule)
     tolerance = rule.tolerance if state_dtype == torch.float64 else 1e-6
     lists = make_states(rule, make_grads(0, grad_dtype), state_dtype)
     for step in STEPS:
@@ -145,8 +148,8 @@ def test_call(
         kept = [grad.clone() for grad in grads]
         before = [[state.clone() for state in states] for states in lists]
         arguments = rule.arguments(case, step)
-        updates = rule.rule(grads, *lists, **arguments)
-        assert rule.rule.is_compiled
+        updates = called(grads, *lists, **arguments)
+        assert called.is_compiled is (mode == "compiled")
         assert len(updates) == len(grads)
         for i, (grad, update) in enumerate(zip(grads, updates, strict=True)):
             old = [states[i] for states in before]

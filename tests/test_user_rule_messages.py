@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import emerging_optimizers as eo
+from emerging_optimizers import _native
 
 pytestmark = pytest.mark.once
 
@@ -63,7 +64,7 @@ def test_whole_numbers_of_a_step() -> None:
 
 @pytest.mark.parametrize("use", ["call", "step", "compiled"])
 def test_a_warning_points_at_the_users_line(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMERGING_OPTIMIZERS_JIT", "0")
+    monkeypatch.setattr(_native, "native", None)
 
     def halved(grad: Any) -> Any:
         return grad / 2

@@ -16,6 +16,7 @@
 #include "norm_sum.h"
 #include "operand_checks.h"
 #include "optimizer_step.h"
+#include "traced_rule.h"
 #if EMOPT_CUDA
 #include "../engine/cuda/device_sweep.h"
 #endif
@@ -57,25 +58,44 @@ void* find(at::DynamicLibrary& library, const std::string& path, const std::stri
   }
 }
 
-// Loads the rule of a struct from a shared library, which stays loaded, and registers it.
-const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
-                                const std::string& operator_namespace, const std::string& name) {
+// Calls `use` with the rule of a struct from a shared library, which then stays loaded.
+template <class Use>
+auto with_library(const std::string& path, const std::string& symbol, const char* cure, Use use) {
   std::unique_ptr<at::DynamicLibrary> library = open_library(path);
   using Function = const RuleInfo* (*)();
   const auto function = reinterpret_cast<Function>(find(*library, path, symbol));
-  const RuleInfo* const info = function();
-  TORCH_CHECK(info->abi == EMOPT_ABI, path,
-              " was compiled with the headers of another version of emerging_optimizers; ",
-              name.empty()
-                  ? "recompile it"
-                  : "the package's headers changed after it was built: rebuild the package");
+  const RuleInfo& info = *function();
+  TORCH_CHECK(info.abi == EMOPT_ABI, path,
+              " was compiled with the headers of another version of emerging_optimizers; ", cure);
   const cpu::Isa isa = cpu::active_isa();
-  TORCH_CHECK((info->loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
+  TORCH_CHECK((info.loop_of<StoreUpdate, float>(static_cast<int>(isa))) != nullptr, path,
               " was not compiled for ", cpu::name(isa),
               ", the instruction set in use; recompile it for that");
-  const auto* const rule = new RegisteredRule(register_rule(*info, operator_namespace, name));
+  const auto result = use(info);
   library.release();
-  return *rule;
+  return result;
+}
+
+constexpr const char* kRebuild =
+    "the package's headers changed after it was built: rebuild the package";
+
+// Loads the rule of a struct from a shared library and registers it.
+const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
+                                const std::string& operator_namespace, const std::string& name) {
+  const char* const cure = name.empty() ? "recompile it" : kRebuild;
+  return *with_library(path, symbol, cure, [&](const RuleInfo& info) {
+    return new RegisteredRule(register_rule(info, operator_namespace, name));
+  });
+}
+
+// Gives an interpreted rule the compiled code of a shared library.
+void attach_library(const py::capsule& rule, const std::string& path, const std::string& symbol) {
+  const RuleInfo& interpreted = *rule.get_pointer<RegisteredRule>()->info;
+  const py::gil_scoped_release without_gil;  // loading takes milliseconds
+  with_library(path, symbol, kRebuild, [&](const RuleInfo& compiled) {
+    attach(interpreted, compiled, path);
+    return true;
+  });
 }
 
 struct EntryPoint {
@@ -104,6 +124,19 @@ py::object entry_point(const RegisteredRule& rule) {
 // What Python has of a rule: the handle that the optimizers' step takes, and the entry point.
 std::pair<py::object, py::object> handles(const RegisteredRule& rule) {
   return {py::capsule(&rule), entry_point(rule)};
+}
+
+// Registers a rule that is interpreted. Its description is that of TracedRule.
+std::pair<py::object, py::object> interpret_rule(
+    const std::string& operator_namespace, const std::string& operator_name,
+    const std::string& name, const std::vector<std::string>& states,
+    const std::vector<TracedRule::HyperparameterText>& hyperparameters, int lowest_step,
+    bool may_keep_weight, uint32_t num_constants, const std::vector<double>& step_constants,
+    const std::vector<TracedRule::StepBlockText>& blocks, const std::vector<double>& literals,
+    const std::vector<TracedRule::TileProgramText>& cases) {
+  const RuleInfo& info = *interpreted({name, states, hyperparameters, lowest_step, may_keep_weight,
+                                       num_constants, step_constants, blocks, literals, cases});
+  return handles(*new RegisteredRule(register_rule(info, operator_namespace, operator_name)));
 }
 
 // Adds `rules[name]` and `<name>_update` to the module.
@@ -156,6 +189,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         }),
         py::arg("path"), py::arg("symbol"), py::arg("operator_namespace") = kNamespace,
         py::arg("name") = "");
+  m.def("_interpret_rule", torch::wrap_pybind_function(interpret_rule));
+  m.def("_attach_library", torch::wrap_pybind_function(attach_library));
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("cuda_architectures") = py::cast(cuda_architectures());

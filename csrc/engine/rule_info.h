@@ -2,6 +2,7 @@
 // engines' drivers and the bindings use a rule only through it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -53,6 +54,9 @@ using EnqueueRows = int (*)(const RuleInstance& rule, const HostOrDeviceScalar& 
                             const void* epilogue, const void* const* rows, size_t num_rows,
                             const cuda::Chip& chip, void* stream);
 
+struct Program;
+struct RuleInstance;
+
 struct RuleInfo {
   uint64_t abi;  // the EMOPT_ABI that the unit was compiled with
   const char* name;
@@ -68,17 +72,28 @@ struct RuleInfo {
   void (*check)(const void* rule, ErrorText& error);  // null if there is none
 
   uint32_t constants_bytes[kNumPrecisions];
-  void (*make_constants[kNumPrecisions])(const void* rule, double step, void* constants);
+  void (*make_constants[kNumPrecisions])(const RuleInstance& rule, double step, void* constants);
   bool (*keeps_weight[kNumPrecisions])(const void* constants);  // null if no step does
   ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];   // null if not compiled
   EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];           // null without CUDA
+
+  // Of a rule that is interpreted, else null: what it computes (program.h), and where its compiled
+  // code is announced, whose loops replace the interpreter's from the next sweep on.
+  const Program* program;
+  const std::atomic<const RuleInfo*>* compiled;
 
   // The loop for an instruction set, or for the highest lower one that the unit was compiled for.
   // Null if it was compiled only for higher ones.
   template <class Epilogue, class Real>
   ElementLoop loop_of(int isa) const {
-    while (isa > 0 && loops[isa][Epilogue::kIndex][kPrecision<Real>] == nullptr) --isa;
-    return loops[isa][Epilogue::kIndex][kPrecision<Real>];
+    const RuleInfo* info = this;
+    if (compiled != nullptr) {
+      const RuleInfo* const replacement = compiled->load(std::memory_order_acquire);
+      if (replacement != nullptr) info = replacement;
+    }
+    const auto loop = [&] { return info->loops[isa][Epilogue::kIndex][kPrecision<Real>]; };
+    while (isa > 0 && loop() == nullptr) --isa;
+    return loop();
   }
 
   // A rule in a separate library may have none.

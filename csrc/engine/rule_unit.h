@@ -98,11 +98,11 @@ inline constexpr decltype(RuleInfo::shape_scale)
 // ---- the rule's code ----------------------------------------------------------------------------
 
 template <class Rule, class Real>
-void make_constants(const void* rule, double step, void* constants) {
+void make_constants(const RuleInstance& rule, double step, void* constants) {
   using Step = typename Rule::template Step<Real>;
   static_assert(sizeof(Step) <= kMaxConstantsBytes && alignof(Step) <= 16);
   static_assert(std::is_trivially_copyable_v<Step> && std::is_trivially_destructible_v<Step>);
-  new (constants) Step(*static_cast<const Rule*>(rule), step);
+  new (constants) Step(*reinterpret_cast<const Rule*>(rule.bytes), step);
 }
 
 template <class Step>
@@ -178,6 +178,8 @@ RuleInfo make_info() {
       },
       {{enqueue_rows<Rule, StoreUpdate, float>(), enqueue_rows<Rule, StoreUpdate, double>()},
        {enqueue_rows<Rule, ApplyUpdate, float>(), enqueue_rows<Rule, ApplyUpdate, double>()}},
+      nullptr,
+      nullptr,
   };
 }
 

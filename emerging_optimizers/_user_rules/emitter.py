@@ -8,7 +8,7 @@ from .expressions import Code, bare, count_uses
 from .graph import Case, Node, RuleError
 from .tracer import MAX_CASES, Trace
 
-_DOMAINS = {Beta: "kBeta", NonNegative: "kNonNegative", float: "kAny", int: "kInteger"}
+DOMAINS = {Beta: "kBeta", NonNegative: "kNonNegative", float: "kAny", int: "kInteger"}
 # Names that the struct uses, and reserved words of C++ that are names in Python.
 _TAKEN = frozenset(
     re.findall(
@@ -35,16 +35,19 @@ def struct_name(rule: str) -> str:
     return "".join(word[:1].upper() + word[1:] for word in rule.split("_")) + "Rule"
 
 
-def emit(trace: Trace) -> str:
-    """Return the C++ text of a rule.
+class Emitter:
+    """Writes the C++ text of a rule.
+
+    Attributes:
+        choices: For each of the trace's cases, the number of its program, and the constants of the
+            elements' code.
+        programs: The number of each program, by its text. Cases may have the same one.
+        num_constants: How many constants a step has.
 
     Raises:
         RuleError: It has too many cases or constants.
     """
-    return _Emitter(trace).text()
 
-
-class _Emitter:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.signature = trace.signature
@@ -56,13 +59,11 @@ class _Emitter:
                 *(h.name for h in self.signature.hyperparameters),
             ],
         )
-        # The text of each case, and its number.
         self.programs: dict[str, int] = {}
-        # For each of the trace's cases: that number, and the constants of the elements' code.
         self.choices = [self._compile(case) for case in trace.cases]
+        self._check_limits()
         conditions = [condition for case in trace.cases for condition, _ in case.outcomes]
         constants = [node for _, nodes in self.choices for node in nodes]
-        self.num_constants = max(len(nodes) for _, nodes in self.choices)
         self.uses = count_uses({*conditions, *constants}, is_per_element=False)
 
     def _compile(self, case: Case) -> tuple[int, list[Node]]:
@@ -71,20 +72,24 @@ class _Emitter:
         text = code.program(case, self.signature.states)
         return self.programs.setdefault(text, len(self.programs)), code.constants
 
-    def text(self) -> str:
-        signature = self.signature
-        struct = struct_name(signature.name)
+    def _check_limits(self) -> None:
+        self.num_constants = max(len(nodes) for _, nodes in self.choices)
+        name = self.signature.name
         if len(self.programs) > MAX_CASES:
             raise RuleError(
-                f"rule {signature.name}: {len(self.programs)} cases with different formulas; at"
-                f" most {MAX_CASES} are supported: use torch.where, or one formula with numbers"
-                " that depend on the conditions"
+                f"rule {name}: {len(self.programs)} cases with different formulas; at most"
+                f" {MAX_CASES} are supported: use torch.where, or one formula with numbers that"
+                " depend on the conditions"
             )
         if self.num_constants > _MAX_CONSTANTS:
             raise RuleError(
-                f"rule {signature.name}: its formula uses {self.num_constants} per-step numbers; at"
-                f" most {_MAX_CONSTANTS} are supported: split the rule"
+                f"rule {name}: its formula uses {self.num_constants} per-step numbers; at most"
+                f" {_MAX_CONSTANTS} are supported: split the rule"
             )
+
+    def text(self) -> str:
+        signature = self.signature
+        struct = struct_name(signature.name)
         real = [h for h in signature.hyperparameters if h.kind != "step"]
         grad, *states = (self.names[name] for name in (signature.grad, *signature.states))
         arguments = ", ".join([f"Real {grad}", *(f"Real& {state}" for state in states)])
@@ -123,7 +128,7 @@ class _Emitter:
             *([f"    Real k[{self.num_constants}] = {{}};"] if self.num_constants else []),
             "    int which = 0;  // the case",
         ]
-        if self._may_keep_weight:
+        if self.trace.may_keep_weight:
             lines.append("    bool keeps_weight = false;  // without an update")
         lines += [
             "",
@@ -154,10 +159,6 @@ class _Emitter:
         ]
         return "\n".join(lines)
 
-    @property
-    def _may_keep_weight(self) -> bool:
-        return any(case.update is None for case in self.trace.cases)
-
     def _member(self, h: Hyperparameter) -> str:
         kind = "bool" if h.kind == "flag" else "double"
         length = f"[{h.length}]" if h.kind == "numbers" else ""
@@ -168,7 +169,7 @@ class _Emitter:
         if h.kind == "step":
             return "StepArgument{}"
         function = "optional_hyperparameter" if h.kind == "optional" else "hyperparameter"
-        domain = "" if h.kind == "flag" else f", Domain::{_DOMAINS[h.domain]}"
+        domain = "" if h.kind == "flag" else f", Domain::{DOMAINS[h.domain]}"
         return f'{function}("{h.name}", &{struct}::{self.names[h.name]}{domain})'
 
     # ---- the constructor of `Step` ---------------------------------------------------------------

@@ -138,7 +138,7 @@ class Code:
 
     def _expression(self, node: Node) -> str:
         operands, form = node.operands, self._form(node)
-        complement = None if self.is_per_element else _complement_of_power(node)
+        complement = None if self.is_per_element else complement_of_power(node)
         if complement is not None:
             operands, form = complement, "emopt::one_minus_power({0}, {1})"
         texts = [self.of(operand) for operand in operands]
@@ -190,7 +190,7 @@ def _reads(text: str, name: str) -> bool:
     return name in words.split()
 
 
-def _complement_of_power(node: Node) -> tuple[Node, Node] | None:
+def complement_of_power(node: Node) -> tuple[Node, Node] | None:
     """Return beta and t of ``1 - beta**t``, if t counts steps and is not negative."""
     if node.op != "-" or not node.operands[0].is_constant(1.0) or node.operands[1].op != "pow":
         return None

@@ -41,6 +41,11 @@ class Trace(NamedTuple):
     modifies_grad: bool
     shares: bool
 
+    @property
+    def may_keep_weight(self) -> bool:
+        """Whether some steps have no update."""
+        return any(case.update is None for case in self.cases)
+
 
 def trace_rule(function: Callable[..., Any]) -> Trace:
     """Trace a function.

@@ -2,9 +2,7 @@
 
 import functools
 import inspect
-import os
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,23 +12,18 @@ import torch
 from torch import Tensor
 
 from .. import _dtensor, _native
-from .._build_cache import BuildError
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
-from .build import library_for
-from .emitter import emit, struct_name
+from .assembler import assemble
+from .emitter import Emitter
 from .graph import RuleError
 from .info import Info, describe
+from .native_code import NativeCode, native_code
 from .optimizer_class import complete_class
 from .tracer import is_users, trace_rule
 
 # The rules of this process, by name.
 _RULES: weakref.WeakValueDictionary[str, "UserRule"] = weakref.WeakValueDictionary()
-# What has been loaded, by its C++ text: the stem of the operator, the compiled module's handle of
-# the rule, and its function for eager calls. Operators cannot be removed.
-_LOADED: dict[str, tuple[str, Any, Callable[..., Any]]] = {}
-_LOCK = threading.RLock()
-
 # Devices whose tensors have no values, so that no native kernel is missing there.
 _WITHOUT_VALUES = ("meta",)
 
@@ -48,12 +41,14 @@ class UserRule(Rule):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         trace = trace_rule(function)
-        self.source = emit(trace)
+        emitter = Emitter(trace)
+        self.source = emitter.text()
+        self._program = assemble(trace, emitter)
         self.formula = function
         self.signature = trace.signature
         self._trace = trace
         self._check = None
-        self._why_not_native: str | None = None
+        self._code: NativeCode | None = None
         self._has_warned = False
         signature = trace.signature
         self._describe(signature.name, signature.states, signature.hyperparameters)
@@ -113,71 +108,65 @@ class UserRule(Rule):
     # ---- native code -----------------------------------------------------------------------------
 
     def compile(self) -> None:
-        """Build the rule's native code, or load it from the cache; do nothing if that is done.
+        """Build the rule's compiled code, or load it from the cache; do nothing if that is done.
 
-        Otherwise this happens at the rule's first use with tensors on the CPU.
+        Otherwise this begins in the background at the rule's first use with tensors on the CPU.
+        Until it is done, the rule is interpreted, with the same results.
 
         Raises:
             RuntimeError: There is no compiler, it fails, or ``EMERGING_OPTIMIZERS_JIT=0`` is set.
         """
-        reason = self._load()
-        if reason is not None:
-            raise RuntimeError(f"the rule {self.name} cannot be compiled: {reason}")
+        code = self._native_code()
+        if code is None:
+            raise RuntimeError(f"the rule {self.name} cannot be compiled: {_native.reason}")
+        code.compile()
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the rule's native code is loaded."""
-        return self.native is not None
+        """Whether the rule's compiled code is loaded."""
+        return self._code is not None and self._code.is_compiled
 
-    def _load(self) -> str | None:
-        """Load the native code. Return why that is not possible, or None."""
-        if self.native is not None:
-            return None
-        if _native.native is None:
-            return _native.reason
-        if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
-            return "EMERGING_OPTIMIZERS_JIT=0"
-        with _LOCK:
-            if self.native is None:
-                try:
-                    stem, handle, eager = _loaded(self.name, self.source)
-                except BuildError as error:
-                    return f"{error.reason}. {error.remedy}"
-                except RuntimeError as error:  # the library cannot be loaded
-                    return str(error)
-                self._bind(handle, eager, USER_NAMESPACE, stem)
-        return None
+    def _native_code(self) -> NativeCode | None:
+        """Return the rule's native code; None if there are no native kernels."""
+        if self._code is None and _native.native is not None:
+            code = native_code(self._program, self.source)
+            self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
+            self._code = code
+        return self._code
 
     def build_for(self, tensors: Iterable[Any]) -> bool:
-        """Build the native code if some tensors can use it; return whether there is any."""
+        """Make the native code if some tensors can use it; return whether there is any."""
         self._build_for(tensors)
         return self.native is not None
 
     def _build_for(self, tensors: Iterable[Any]) -> None:
-        if self._why_not_native is not None and self._has_warned:
+        if self._has_warned and _native.native is None:
             return  # asked at every step
         self._build_for_devices(tuple({t.device.type for t in tensors if isinstance(t, Tensor)}))
 
     def _build_for_devices(self, devices: tuple[str, ...]) -> None:
-        """Build the native code at its first use; warn, once, if the formula runs instead."""
+        """Make the native code at its first use; warn, once, if the formula runs instead."""
         if self.native is not None:
             return
         reason: str | None
         if "cpu" in devices:
-            if self._why_not_native is None:
-                self._why_not_native = self._load()
-            reason = self._why_not_native
+            code = self._native_code()
+            if code is not None:
+                code.start_build()
+                return
+            reason = _native.reason
         else:
             others = sorted(set(devices) - set(_WITHOUT_VALUES))
             reason = f"there are no kernels for {' and '.join(others)}" if others else None
-        if reason is not None and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"the rule {self.name} runs its formula in PyTorch operations, tensor by tensor:"
-                f" {reason}",
-                RuntimeWarning,
-                stacklevel=_level_of_user(),
-            )
+        if reason is None or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"the rule {self.name} runs its formula in PyTorch operations, tensor by tensor:"
+            f" {reason}",
+            RuntimeWarning,
+            stacklevel=_level_of_user(),
+        )
 
     # Called while a graph is traced, not by the graph.
     _build_for_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -245,23 +234,6 @@ def _device_types(grads: Any) -> tuple[str, ...]:
     if isinstance(grads, Tensor):
         return (grads.device.type,)
     return tuple(grad.device.type for grad in grads)
-
-
-def _loaded(name: str, source: str) -> tuple[str, Any, Callable[..., Any]]:
-    """Return what was loaded for a C++ text; load it if it was not."""
-    found = _LOADED.get(source)
-    if found is None:
-        library = library_for(name, source)
-        stem, count = name, 1
-        while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{stem}_update_"):
-            count += 1
-            stem = f"{name}_{count}"
-        assert _native.native is not None
-        handle, eager = _native.native._load_rule(
-            str(library), struct_name(name), operator_namespace=USER_NAMESPACE, name=stem
-        )
-        found = _LOADED[source] = (stem, handle, eager)
-    return found
 
 
 def _register(rule: UserRule) -> None:

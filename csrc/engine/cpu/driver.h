@@ -33,7 +33,7 @@ struct Kernel {
       : epilogue(epilogue_),
         loop(rule.info->loop_of<Epilogue, Real>(static_cast<int>(isa))),
         conversions(&cpu::conversions<Real>(isa)) {
-    rule.info->make_constants[kPrecision<Real>](rule.bytes, step, constants);
+    rule.info->make_constants[kPrecision<Real>](rule, step, constants);
     const auto keeps_weight = rule.info->keeps_weight[kPrecision<Real>];
     if (keeps_weight != nullptr && keeps_weight(constants)) epilogue.hold();
   }

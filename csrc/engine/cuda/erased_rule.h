@@ -17,7 +17,7 @@ struct ErasedRule : RuleInstance {
     bool keeps_weight;
 
     Step(const ErasedRule& rule, double step) {
-      rule.info->make_constants[kPrecision<Real>](rule.bytes, step, constants);
+      rule.info->make_constants[kPrecision<Real>](rule, step, constants);
       const auto keeps = rule.info->keeps_weight[kPrecision<Real>];
       keeps_weight = keeps != nullptr && keeps(constants);
     }

@@ -1,0 +1,83 @@
+"""The compiled library of a rule, as a product of the cache. Imports no torch: see worker.py."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from .. import _build, _build_cache
+from . import ownership
+
+THEN = "call the rule's compile() again"
+
+
+class RuleLibrary(_build_cache.Product[Path]):
+    """The library of one rule.
+
+    Args:
+        folder: Its folder in the cache.
+        name: The rule's name.
+        source: The rule's C++ text.
+        options: The compiler's options.
+    """
+
+    then = THEN
+    retry = "use the rule again"
+    file_mode = 0o600
+
+    def __init__(self, folder: Path, name: str, source: str, options: list[str]) -> None:
+        super().__init__(folder, f"{name}{_build_cache.SUFFIX}")
+        self.what = f"the rule {name}"
+        self.name = name
+        self.source = source
+        self.options = options
+        self.seconds = 0.0
+
+    def missing_tool(self) -> tuple[str, str] | None:
+        return _build_cache.missing_compiler(THEN)
+
+    def make_folder(self) -> None:
+        rules = self.folder.parent
+        for folder in (*reversed(rules.parents), rules, self.folder):
+            if not folder.is_dir():
+                # Other users may find the native kernels beside the rules.
+                folder.mkdir(0o700 if folder.is_relative_to(rules) else 0o755, exist_ok=True)
+
+    def check(self) -> None:
+        for path in (self.folder.parent, self.folder, self.folder / self.pattern):
+            ownership.check(path)
+
+    def compile(self, folder: Path) -> Path:
+        # The text stays beside the library: the compiler's errors and debuggers refer to it.
+        text = folder / f"{self.name}.cpp"
+        text.touch(self.file_mode)
+        text.write_text(self.source, encoding="utf-8")
+        text = text.replace(self.folder / text.name)
+        library = folder / self.pattern
+        command = [*_build.compiler_words(), *self.options, str(text), "-o", str(library)]
+        start = time.perf_counter()
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},  # for messages in English
+            check=False,
+        )
+        self.seconds = time.perf_counter() - start
+        if done.returncode:
+            end = "Killed" if done.returncode == -9 else f"exit status {done.returncode}"
+            output = done.stdout or f"the compiler printed nothing ({end})".encode()
+            raise subprocess.CalledProcessError(done.returncode, command, output)
+        library.chmod(0o700)
+        return library
+
+    def load(self, library: Path) -> Path:
+        return library
+
+    def finish(self, library: Path) -> Path:
+        _build_cache.say(f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})")
+        return library
+
+    def finish_unsaved(self, error: OSError) -> Path:
+        raise _build_cache.not_writable(self, error) from error

@@ -1,0 +1,120 @@
+"""The native code of a rule: interpreted by the compiled module, until its library is built."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _build_cache, _native
+from .._build_cache import BuildError
+from .._operators import USER_NAMESPACE
+from . import background
+from .assembler import Program
+from .build import library_for, product_for
+from .emitter import struct_name
+
+# By the C++ text: rules that are defined twice share their code. Operators cannot be removed.
+_CODES: dict[str, "NativeCode"] = {}
+_LOCK = threading.RLock()
+
+
+def native_code(program: Program, source: str) -> "NativeCode":
+    """Return a rule's native code, which its programs and its C++ text describe."""
+    with _LOCK:
+        found = _CODES.get(source)
+        if found is None:
+            found = _CODES[source] = NativeCode(program, source)
+        return found
+
+
+class NativeCode:
+    """A rule's operator, which the module interprets at first.
+
+    Attributes:
+        stem: The operator is ``{stem}_update_``.
+        handle: The compiled module's handle of the rule.
+        eager: The compiled module's function for eager calls.
+        is_compiled: Whether the compiled library has replaced the interpreter.
+        why_not: Why it cannot be compiled, as far as that is known.
+    """
+
+    def __init__(self, program: Program, source: str) -> None:
+        module: Any = _native.native
+        self.stem = self._name = name = program.name
+        self._source = source
+        count = 1
+        while torch._C._dispatch_has_kernel(f"{USER_NAMESPACE}::{self.stem}_update_"):
+            count += 1
+            self.stem = f"{name}_{count}"
+        self.handle: Any
+        self.eager: Callable[..., Any]
+        self.handle, self.eager = module._interpret_rule(USER_NAMESPACE, self.stem, *program)
+        self.is_compiled = False
+        self.why_not: str | None = None
+        self._is_started = False
+
+    def compile(self) -> None:
+        """Load the compiled library; build it now if it is not in the cache.
+
+        Raises:
+            RuntimeError: That is not possible.
+        """
+        if self.is_compiled:
+            return
+        if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+            raise RuntimeError(self._refusal("EMERGING_OPTIMIZERS_JIT=0"))
+        try:
+            self._attach(library_for(self._name, self._source))
+        except BuildError as error:
+            raise RuntimeError(self._refusal(f"{error.reason}. {error.remedy}")) from error
+
+    def _refusal(self, reason: str) -> str:
+        return f"the rule {self._name} cannot be compiled: {reason}"
+
+    def start_build(self) -> None:
+        """Load the compiled library if it is in the cache, else begin to build it; only once."""
+        with _LOCK:
+            if self._is_started:
+                return
+            self._is_started = True
+        if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+            self.why_not = "EMERGING_OPTIMIZERS_JIT=0"
+            return
+        try:
+            product = product_for(self._name, self._source)
+            library = _build_cache.find(product)
+            if library is not None:
+                self._attach(library)
+                return
+        except (BuildError, RuntimeError) as error:
+            self._stay_interpreted(error)
+            return
+
+        def build() -> None:
+            try:
+                if not self.is_compiled:
+                    self._attach(background.build(product))
+            except (BuildError, RuntimeError) as error:
+                self._stay_interpreted(error)
+
+        background.run(build)
+
+    def _attach(self, library: Path) -> None:
+        with _LOCK:
+            if not self.is_compiled:
+                module: Any = _native.native
+                module._attach_library(self.handle, str(library), struct_name(self._name))
+                self.is_compiled = True
+                self.why_not = None
+
+    def _stay_interpreted(self, error: Exception) -> None:
+        if isinstance(error, BuildError):
+            self.why_not = f"{error.reason}. {error.remedy}"
+        else:
+            self.why_not = str(error)
+        _build_cache.say(
+            f"the rule {self._name} is interpreted, which takes longer: {self.why_not}"
+        )
