@@ -112,6 +112,10 @@ class Product(ABC, Generic[Result]):
             BuildError: It is of no use then.
         """
 
+    def fault(self, library: Path) -> str:
+        """Return what is wrong with a library in the cache, as a predicate for its name."""
+        return _library.fault(library)
+
     def make_folder(self) -> None:
         """Create the folder in the cache."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +327,7 @@ def _cached(product: Product[Result]) -> tuple[Path | None, str]:
     product.check()
     library, fault = None, ""
     for library in product.folder.glob(product.pattern):
-        fault = _library.fault(library)
+        fault = product.fault(library)
         if not fault:
             break
     return library, fault

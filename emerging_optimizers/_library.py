@@ -21,8 +21,13 @@ _SHT_STRTAB = 3
 _PIECE = 1 << 16
 
 
-def fault(path: Path) -> str:
-    """Return what is wrong with a library, as a predicate for its name; "" if it is complete."""
+def fault(path: Path, is_for_host: bool = True) -> str:
+    """Return what is wrong with a library, as a predicate for its name; "" if it is complete.
+
+    Args:
+        path: The library.
+        is_for_host: Whether it must be for the processor that torch runs on.
+    """
     try:
         if path.is_dir():
             return "is a folder, not a library"
@@ -30,7 +35,9 @@ def fault(path: Path) -> str:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 return "is empty"
-            return (_elf_fault(file, size) or _checksum_fault(file, size)) if _IS_ELF else ""
+            if not _IS_ELF:
+                return ""
+            return _elf_fault(file, size, is_for_host) or _checksum_fault(file, size)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -50,18 +57,13 @@ def seal(path: Path) -> None:
                 raise  # with any other error, the file system does not support fsync
 
 
-def _elf_fault(file: BinaryIO, size: int) -> str:
+def _elf_fault(file: BinaryIO, size: int, is_for_host: bool) -> str:
     header = file.read(64)
     if header[:4] != b"\x7fELF":
         return "is damaged: it has no ELF header"
     if len(header) < 64:
         return "is truncated"
-    import torch
-
-    with open(torch._C.__file__, "rb") as other:
-        expected = other.read(20)
-    # Word size, byte order, processor.
-    if (header[4:6], header[18:20]) != (expected[4:6], expected[18:20]):
+    if is_for_host and not _fits_host(header):
         return "was compiled for another processor"
     if header[4] != 2:
         return ""
@@ -84,6 +86,15 @@ def _elf_fault(file: BinaryIO, size: int) -> str:
         if file.read(4) != struct.pack("=I", _SHT_STRTAB):
             return "is damaged: its section headers are invalid"
     return ""
+
+
+def _fits_host(header: bytes) -> bool:
+    import torch
+
+    with open(torch._C.__file__, "rb") as other:
+        expected = other.read(20)
+    # Word size, byte order, processor.
+    return (header[4:6], header[18:20]) == (expected[4:6], expected[18:20])
 
 
 def _checksum_fault(file: BinaryIO, size: int) -> str:

@@ -21,8 +21,8 @@ _KERNELS = """
 #include "enqueue_on_host.h"
 #define EMOPT_CUDA_WITH(Rule, Epilogue, Real)                                                 \\
   template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::Epilogue, Real>(                 \\
-      const void*, const emopt::HostOrDeviceScalar&, const void*, const void* const*, size_t, \\
-      const emopt::cuda::Chip&, void*);
+      const emopt::RuleInstance&, const emopt::HostOrDeviceScalar&, const void*,              \\
+      const void* const*, size_t, const emopt::cuda::Chip&, void*);
 #define EMOPT_CUDA_RULE(Rule)                \\
   EMOPT_CUDA_WITH(Rule, StoreUpdate, float)  \\
   EMOPT_CUDA_WITH(Rule, StoreUpdate, double) \\

@@ -1,8 +1,9 @@
 """Checks the CUDA engine without a GPU: `make cuda-check`.
 
-Compiles the kernels for several architectures, and fails where
+Compiles the kernels for several architectures, those of the built-in rules with nvcc and those of
+some rules written in Python with NVRTC, and fails where
 
-- nvcc warns, or the host code around the kernels does not compile;
+- nvcc or NVRTC warns, or the host code around the kernels does not compile;
 - a kernel spills registers, uses local memory, or exceeds its register budget;
 - operands are accessed outside vectors.h, or in vectors narrower than they could be, so that warps
   read or write partial sectors;
@@ -33,6 +34,8 @@ from typing import NamedTuple
 
 from cuda_code import check_code, check_resources, check_rounding
 from cuda_sources import Kernel, Sources
+from cuda_user_rules import MAX_SECONDS as MAX_SECONDS_OF_NVRTC
+from cuda_user_rules import USER_RULES, compile_user_rules
 from torch.utils import cpp_extension
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -74,7 +77,7 @@ class Compiled(NamedTuple):
 
 def compile_kernels(
     sources: Sources, nvcc: Path, out: Path, architectures: Sequence[str]
-) -> tuple[dict[str, Compiled], str]:
+) -> tuple[dict[str, Compiled], list[str]]:
     """Compile all units to cubins for each architecture; return them, and the PTX."""
     flags = [flag for flag in sources.build_constant("NVCC_ARGS") if "--threads" not in flag]
     flags += [*cpp_extension.COMMON_NVCC_FLAGS, "-lineinfo", "-Xptxas", "-v"]
@@ -95,7 +98,29 @@ def compile_kernels(
     compiled = {
         a: Compiled(list(itertools.islice(reports, len(units))), cubins[a]) for a in architectures
     }
-    return compiled, "".join((out / f"{unit.stem}.ptx").read_text() for unit in units)
+    return compiled, [(out / f"{unit.stem}.ptx").read_text() for unit in units]
+
+
+def add_user_rules(
+    sources: Sources, rules: Sequence[str], out: Path, compiled: dict[str, Compiled]
+) -> tuple[list[str], list[str]]:
+    """Compile kernels of users' rules, too; return the findings, and the PTX."""
+    findings = []
+    programs = []
+    units = compile_user_rules(sources, rules, out, list(compiled))
+    for unit in units:
+        compiled[unit.architecture].reports.append(unit.report)
+        compiled[unit.architecture].cubins.append(unit.cubin)
+        if "warning" in unit.report:
+            findings.append(f"NVRTC warns: {unit.report}")
+    for unit in units:
+        if unit.architecture == list(compiled)[-1]:
+            programs.append(unit.ptx)
+    slowest = max(units, key=lambda unit: unit.seconds)
+    print(f"cuda-check: NVRTC took at most {slowest.seconds:.1f} s, for {slowest.cubin.stem}")
+    if slowest.seconds > MAX_SECONDS_OF_NVRTC:
+        findings.append(f"that is more than {MAX_SECONDS_OF_NVRTC} s")
+    return findings, programs
 
 
 def compile_around_kernels(sources: Sources, nvcc: Path) -> None:
@@ -125,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check the CUDA engine without a GPU.")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent)
     parser.add_argument("--rules", nargs="+", default=[], help="stems; without it, all")
+    parser.add_argument("--user-rules", nargs="*", help="of examples/rules; without both, two")
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     sources = Sources(arguments.root.resolve(), arguments.rules)
@@ -138,6 +164,13 @@ def main() -> int:
         seconds = time.monotonic() - start
         if seconds > MAX_SECONDS:
             findings.append(f"nvcc took {seconds:.0f} s, more than {MAX_SECONDS} s")
+        user_rules = arguments.user_rules
+        if user_rules is None and not arguments.rules:
+            user_rules = USER_RULES
+        if user_rules:
+            more, programs = add_user_rules(sources, user_rules, Path(folder), compiled)
+            findings += more
+            ptx += programs
         if not arguments.rules:
             compile_around_kernels(sources, nvcc)
         for name, (reports, cubins) in compiled.items():

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from cuda_sources import ADVANCE, Kernel, Sources, kernel_of
@@ -33,6 +34,9 @@ INSTRUCTIONS = {
     ("ApplyUpdate", "float64", False): 425,
     ("ApplyUpdate", "float64", True): 550,
 }
+INSTRUCTIONS_OF_USERS = 1.1  # times as many for rules written in Python, which may be longer
+# A floating-point operation in PTX.
+_OPERATION = re.compile(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s")
 
 
 def listed(findings: Counter[str]) -> list[str]:
@@ -218,37 +222,45 @@ def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], l
             wrong += check_sums(sources, code)
         if kernel in sources.operands:
             wrong += check_order(sources, kernel, code)
-            allowed = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]
-            allowed *= sources.operands[kernel]
+            per_operand = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]
+            if kernel.is_users:
+                per_operand = int(per_operand * INSTRUCTIONS_OF_USERS)
+            allowed = per_operand * sources.operands[kernel]
             if not 0 < lengths[kernel] <= allowed:
                 wrong[f"{lengths[kernel]} instructions in the loop, more than {allowed}"] += 1
         findings += [f"{kernel}: {finding}" for finding in listed(wrong)]
     return lengths, findings
 
 
-def check_rounding(sources: Sources, ptx: str) -> list[str]:
-    """Read the PTX: ptxas may contract every operation that does not name its rounding."""
-    files = dict(re.findall(r'\.file\s+(\d+)\s+"(.*)"', ptx))
+def check_rounding(sources: Sources, programs: Iterable[str]) -> list[str]:
+    """Read PTX: ptxas may contract every operation that does not name its rounding."""
     wrong: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    function = place = ""
-    for line in ptx.splitlines():
-        if found := re.search(r"\.(?:entry|func).* (\w+)\($", line):
-            function = found[1]
-        elif found := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
-            place = sources.place(files[found[1]], found[2])
-        elif found := re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s", line):
-            name, *modifiers = found[1].split(".")
-            seen[found[1]] += 1
-            what = f"PTX, {kernel_of(function) or function}: {found[1]} of {place}"
-            if name in ("add", "sub", "mul", "div", "sqrt") and "rn" not in modifiers:
-                wrong[f"{what}, which names no rounding"] += 1
-            if name in ("fma", "mad") or not {"approx", "full", "ftz"}.isdisjoint(modifiers):
-                # The math library has no line numbers: it is a function, or on its caller's line.
-                is_library = function.startswith("__internal_") or sources.calls_library(place)
-                if modifiers[-1] != "f64" or not is_library:
-                    wrong[f"{what}, contracted or not exactly rounded"] += 1
+    for ptx in programs:
+        files = dict(re.findall(r'\.file\s+(\d+)\s+"(.*)"', ptx))
+        function = place = ""
+        for line in ptx.splitlines():
+            if found := re.search(r"\.(?:entry|func).* (\w+)\($", line):
+                function = found[1]
+            elif found := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
+                place = sources.place(files[found[1]], found[2])
+            elif found := _OPERATION.match(line):
+                seen[found[1]] += 1
+                for fault in _rounding_faults(sources, found[1], function, place):
+                    where = kernel_of(function) or function
+                    wrong[f"PTX, {where}: {found[1]} of {place}, {fault}"] += 1
     for name in ("add.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"):
         if seen[name] == 0 and "adam" in sources.stems:
             wrong[f"PTX: no {name}"] += 1
     return listed(wrong)
+
+
+def _rounding_faults(sources: Sources, operation: str, function: str, place: str) -> Iterator[str]:
+    name, *modifiers = operation.split(".")
+    if name in ("add", "sub", "mul", "div", "sqrt") and "rn" not in modifiers:
+        yield "which names no rounding"
+    if name in ("fma", "mad") or not {"approx", "full", "ftz"}.isdisjoint(modifiers):
+        # The math library has no line numbers: it is a function, or on its caller's line.
+        is_library = function.startswith("__internal_") or sources.calls_library(place)
+        if modifiers[-1] != "f64" or not is_library:
+            yield "contracted or not exactly rounded"

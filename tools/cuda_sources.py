@@ -13,13 +13,21 @@ LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 
 
 class Kernel(NamedTuple):
-    """One instance of a kernel; those that are no rule's have a name, and perhaps a size."""
+    """One instance of a kernel; those that are no rule's have a name, and perhaps a size.
+
+    A kernel of a user's rule has no size: only one is compiled.
+    """
 
     rule: str
     epilogue: str = ""
     real: str = ""
     launch_bytes: int = 0
     needs_setup: bool = False
+
+    @property
+    def is_users(self) -> bool:
+        """Whether NVRTC compiles it, for a rule written in Python."""
+        return self.epilogue != "" and self.launch_bytes == 0
 
     def __str__(self) -> str:
         setup = "setup" if self.needs_setup else ""
@@ -29,6 +37,7 @@ class Kernel(NamedTuple):
 
 ADVANCE = Kernel("advance")
 ADD_TENSORS = Kernel("add_tensors")
+_REALS = {"f": "float32", "float": "float32", "d": "float64", "double": "float64"}
 _SUMS = ("sum_blocks", "sum_tensors")
 
 
@@ -40,11 +49,12 @@ def kernel_of(symbol: str) -> Kernel | None:
         return ADD_TENSORS
     if norm := re.search(r"(sum_blocks|sum_tensors)I\w*10NormLaunchILm(\d+)E", symbol):
         return Kernel(norm[1], launch_bytes=int(norm[2]))
+    if user := re.search(r"emopt_(\w+?)_(\w+Update)_(float|double)_small(_setup)?$", symbol):
+        return Kernel(user[1], user[2], _REALS[user[3]], needs_setup=user[4] is not None)
     found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
     if found is None:
         return None
-    real = {"f": "float32", "d": "float64"}[found[3]]
-    return Kernel(found[1], found[2], real, int(found[4]), found[5] == "1")
+    return Kernel(found[1], found[2], _REALS[found[3]], int(found[4]), found[5] == "1")
 
 
 class Sources:
@@ -60,7 +70,7 @@ class Sources:
         tuning = (self.cuda / "tuning.h").read_text()
         sizes = [int(n) for n in re.findall(r"k(?:Small|Large)Launch = (\d+)", tuning)]
         small, large = sizes
-        epilogues = dict(
+        self.epilogues = dict(
             re.findall(
                 r"^struct (\w+) \{\n  static constexpr int kIndex = \d+;\n"
                 r"  static constexpr int kOperands = (\d+);",
@@ -77,7 +87,7 @@ class Sources:
             text = (self.csrc / "rules" / f"{stem}.h").read_text()
             for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
                 for (name, added), instance, needs_setup in itertools.product(
-                    epilogues.items(), instances, (False, True)
+                    self.epilogues.items(), instances, (False, True)
                 ):
                     count = 2 + states.count('"') // 2 + int(added)
                     self.operands[Kernel(rule, name, *instance, needs_setup)] = count
@@ -100,6 +110,14 @@ class Sources:
         self.sums = self.lines_with("engine/cuda/norm.cu", r"_sums\[.*;|\*all\.sum = |_shfl_")
         found = re.search(r"kNormLoads = (\d+)", tuning)
         self.norm_loads = int(found[1]) if found else 0
+
+    def add_user_rule(self, name: str, num_states: int) -> None:
+        """Expect a user's rule, whose kernels NVRTC compiles."""
+        for (epilogue, added), real, needs_setup in itertools.product(
+            self.epilogues.items(), ("float32", "float64"), (False, True)
+        ):
+            kernel = Kernel(name, epilogue, real, needs_setup=needs_setup)
+            self.operands[kernel] = 2 + num_states + int(added)
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
         """Whether this instruction may access a single element at these places."""

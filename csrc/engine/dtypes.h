@@ -3,16 +3,12 @@
 // Every conversion rounds once, to nearest even. Those of the 16-bit types use integer operations
 // and exact floating-point ones, so that compilers vectorize them and the bits are the same on
 // every instruction set. A NaN stays a NaN. CUDA devices convert with instructions, whose results
-// are the same except for a NaN's payload.
+// are the same except for a NaN's payload. They are written as PTX, since CUDA's headers for these
+// types take longer to compile than a kernel, and NVRTC comes without them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 #include "../rules/rule.h"
 
@@ -65,7 +61,9 @@ EMOPT_FN float widen(SplitParam x) { return widen(BFloat16{x.bits}); }  // the p
 
 EMOPT_FN float widen(Float16 x) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(x.bits));
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
@@ -118,7 +116,9 @@ template <>
 struct Round<BFloat16> {
   EMOPT_FN static BFloat16 from(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+    BFloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
 #else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -133,7 +133,9 @@ template <>
 struct Round<Float16> {
   EMOPT_FN static Float16 from(float x) {
 #if defined(__CUDA_ARCH__)
-    return {__half_as_ushort(__float2half_rn(x))};
+    Float16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
 #else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -179,17 +181,30 @@ EMOPT_FN uint32_t round_pair(Real low, Real high) {
   return Round<To>::from(low).bits | static_cast<uint32_t>(Round<To>::from(high).bits) << 16;
 }
 
-#if defined(__CUDA_ARCH__)  // one instruction
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two 16-bit values. Were it copied trivially, the compiler would merge the code that stores
+// results of the two types, and a kernel would take five more registers.
+struct Pair {
+  uint32_t bits;
+
+  Pair() = default;
+  EMOPT_FN Pair(const Pair& other) : bits(other.bits) {}
+};
+EMOPT_FN uint32_t bits_of(Pair pair) { return pair.bits; }
+
+// One instruction, which takes `high` first.
 template <>
-__device__ __forceinline__ uint32_t round_pair<Float16>(float low, float high) {
-  return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+EMOPT_FN uint32_t round_pair<Float16>(float low, float high) {
+  Pair pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair.bits) : "f"(high), "f"(low));
+  return bits_of(pair);
 }
-#if __CUDA_ARCH__ >= 800
 template <>
-__device__ __forceinline__ uint32_t round_pair<BFloat16>(float low, float high) {
-  return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+EMOPT_FN uint32_t round_pair<BFloat16>(float low, float high) {
+  Pair pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair.bits) : "f"(high), "f"(low));
+  return bits_of(pair);
 }
-#endif
 #endif
 
 }  // namespace emopt

@@ -24,9 +24,7 @@ namespace cuda {
 struct Chip;
 }
 
-// The sizes of callers' buffers for a rule's hyperparameters and for the constants of a step.
-inline constexpr size_t kMaxRuleBytes = 256;
-inline constexpr size_t kMaxConstantsBytes = 512;
+struct RuleInstance;
 
 inline constexpr int kNumIsas = 3;        // indexed by cpu::Isa
 inline constexpr int kNumEpilogues = 2;   // by Epilogue::kIndex
@@ -52,9 +50,9 @@ using ElementLoop = void (*)(const void* constants, const void* epilogue_at, voi
 
 // Plans launches for rows (`Row<kOperands>`) of one CUDA device and one set of dtypes, and enqueues
 // them on a cudaStream_t. Returns a cudaError_t.
-using EnqueueRows = int (*)(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
-                            const void* const* rows, size_t num_rows, const cuda::Chip& chip,
-                            void* stream);
+using EnqueueRows = int (*)(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                            const void* epilogue, const void* const* rows, size_t num_rows,
+                            const cuda::Chip& chip, void* stream);
 
 struct Program;
 struct RuleInstance;

@@ -1,6 +1,7 @@
 // What a rule and its `Step` may provide (rules/rule.h), for the engines' code.
 #pragma once
 
+#include <cstddef>
 #include <iterator>
 #include <type_traits>
 #include <utility>
@@ -8,6 +9,10 @@
 #include "../rules/rule.h"
 
 namespace emopt {
+
+// The sizes of callers' buffers for a rule's hyperparameters and for the constants of a step.
+inline constexpr size_t kMaxRuleBytes = 256;
+inline constexpr size_t kMaxConstantsBytes = 512;
 
 template <class Rule, class = void>
 inline constexpr int kNumStates = 0;

@@ -1,6 +1,7 @@
 // The AdEMAMix Optimizer: Better, Faster, Older, arXiv:2409.03137.
 #pragma once
 
+#include "checks.h"
 #include "schedules.h"
 
 namespace emopt {

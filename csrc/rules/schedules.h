@@ -1,8 +1,6 @@
 // Bias corrections and warm-up schedules, computed once per step, in double.
 #pragma once
 
-#include <cstdio>
-
 #include "rule.h"
 
 namespace emopt {
@@ -56,15 +54,6 @@ EMOPT_FN double half_life_warmup(double step, double start, double end, int64_t 
   if (!(step < n)) return end;
   const double done = step / n;
   return beta_of_half_life((1.0 - done) * half_life(start) + done * half_life(end));
-}
-
-// For a rule's `check()`: rejects a beta whose half-life is not finite.
-inline void check_half_life(ErrorText& error, const char* name, double beta, int64_t warmup_steps) {
-  if (!error.is_empty() || warmup_steps == 0 || beta + 1e-8 < 1.0) return;
-  std::snprintf(error.text, error.capacity,
-                "%s is too close to 1 to be warmed up: expected %s + 1e-8 < 1; pass None as the "
-                "number of warm-up steps to use it from the first step",
-                name, name);
 }
 
 }  // namespace emopt

@@ -2,6 +2,7 @@
 // averages. arXiv:2409.03137, arXiv:2502.02431.
 #pragma once
 
+#include "checks.h"
 #include "schedules.h"
 
 namespace emopt {

@@ -10,6 +10,13 @@ from .._build_cache import BuildError
 _REMEDY = "Remove it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
 
 
+def make_folders(folder: Path) -> None:
+    """Create a folder of the cache and its parents. Other users can enter all but the last two."""
+    for each in (*reversed(folder.parents), folder):
+        if not each.is_dir():
+            each.mkdir(0o700 if each.is_relative_to(folder.parent) else 0o755, exist_ok=True)
+
+
 def check(path: Path) -> None:
     """Check that only this user and root can write a file or a folder, if it exists.
 

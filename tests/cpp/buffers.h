@@ -131,9 +131,9 @@ inline float joined(uint16_t param, uint16_t remainder) {
 
 // Returns the rule's update of an element and updates its states.
 template <class Step, class Real, size_t... kState>
-Real update_by_hand(const Step& step, Real grad, std::vector<Buffer>& operands, int64_t i,
-                    std::index_sequence<kState...>) {
-  Real states[] = {static_cast<Real>(operands[emopt::kFirstState + kState].get(i))...};
+Real update_by_hand(const Step& step, Real grad, std::vector<Buffer>& operands,
+                    [[maybe_unused]] int64_t i, std::index_sequence<kState...>) {
+  Real states[] = {static_cast<Real>(operands[emopt::kFirstState + kState].get(i))..., Real(0)};
   const Real update = step(grad, states[kState]...);
   (operands[emopt::kFirstState + kState].put(i, states[kState]), ...);
   return update;

@@ -7,9 +7,9 @@
 
 namespace emopt::cuda {
 
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue, Real)                                       \
-  template int enqueue_rows<Rule, Epilogue, Real>(const void*, const HostOrDeviceScalar&,  \
-                                                  const void*, const void* const*, size_t, \
+#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue, Real)                                              \
+  template int enqueue_rows<Rule, Epilogue, Real>(const RuleInstance&, const HostOrDeviceScalar&, \
+                                                  const void*, const void* const*, size_t,        \
                                                   const Chip&, void*);
 #define EMOPT_INSTANTIATE(Rule)                     \
   EMOPT_INSTANTIATE_WITH(Rule, StoreUpdate, float)  \
@@ -26,7 +26,7 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Table<kNumOperands<kStates, Epilogue>>& table) {
   const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
     const EnqueueRows enqueue = rule.info->enqueue_of<Epilogue>(row.compute);
-    enqueue(rule.bytes, step, &epilogue, rows, num_rows, {2, true}, nullptr);
+    enqueue(rule, step, &epilogue, rows, num_rows, {2, true}, nullptr);
   };
   sweep_table(epilogue, table, enqueue_key,
               [](int8_t, const Advance& advance) { run_on_host(advance); });

@@ -16,7 +16,7 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
   const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
     const EnqueueRows enqueue_rows = rule.info->enqueue_of<Epilogue>(row.compute);
     const c10::cuda::CUDAGuard guard(row.device);
-    const int error = enqueue_rows(rule.bytes, step, &epilogue, rows, num_rows, chip_of(row.device),
+    const int error = enqueue_rows(rule, step, &epilogue, rows, num_rows, chip_of(row.device),
                                    c10::cuda::getCurrentCUDAStream().stream());
     check_launch(static_cast<cudaError_t>(error), row.device);
   };

@@ -6,6 +6,10 @@
 
 #include "../host_or_device_scalar.h"
 
+namespace emopt {
+struct RuleInstance;
+}
+
 namespace emopt::cuda {
 
 // The device properties that a plan depends on.
@@ -16,7 +20,7 @@ struct Chip {
 
 // An EnqueueRows. Compiled by nvcc in the rule's unit.
 template <class Rule, class Epilogue, class Real>
-int enqueue_rows(const void* rule, const HostOrDeviceScalar& step, const void* epilogue,
+int enqueue_rows(const RuleInstance& rule, const HostOrDeviceScalar& step, const void* epilogue,
                  const void* const* rows, size_t num_rows, const Chip& chip, void* stream);
 
 }  // namespace emopt::cuda

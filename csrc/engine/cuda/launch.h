@@ -2,7 +2,6 @@
 // nothing must outlive the launch, so a captured launch can be replayed.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -37,7 +36,8 @@ struct LaunchHead {
   // Blocks that a multiprocessor holds at once.
   static constexpr uint32_t num_blocks(bool needs_setup) {
     const int blocks = kBlocks - (needs_setup ? 1 : 0) - (kOperands > 5 ? 1 : 0);
-    return static_cast<uint32_t>(std::max(1, sizeof(Real) == sizeof(float) ? blocks : blocks / 2));
+    const int fitting = sizeof(Real) == sizeof(float) ? blocks : blocks / 2;
+    return static_cast<uint32_t>(fitting > 1 ? fitting : 1);
   }
 
   Rule rule;
@@ -120,18 +120,5 @@ EMOPT_FN constexpr uint32_t vector_bytes(uint32_t size) {
 // The number of leading elements, fewer than kHeld, after which all operands are aligned for vector
 // accesses; kNoPhase if there is no such number.
 inline constexpr uint8_t kNoPhase = 255;
-
-inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) {
-  for (uint8_t peel = 0; peel < kHeld; ++peel) {
-    bool is_aligned = true;
-    for (int k = 0; k < num_operands; ++k) {
-      const auto size = static_cast<uint32_t>(size_of(dtype[k]));
-      const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + peel * size;
-      is_aligned &= address % vector_bytes(size) == 0;
-    }
-    if (is_aligned) return peel;
-  }
-  return kNoPhase;
-}
 
 }  // namespace emopt::cuda

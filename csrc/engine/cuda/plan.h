@@ -69,6 +69,19 @@ inline uint32_t chunk_for(int64_t total, int64_t blocks_at_a_time) {
 // CUDA's limit on the blocks of a launch. One row cannot exceed it: no memory holds so many chunks.
 inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
+inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) {
+  for (uint8_t peel = 0; peel < kHeld; ++peel) {
+    bool is_aligned = true;
+    for (int k = 0; k < num_operands; ++k) {
+      const auto size = static_cast<uint32_t>(size_of(dtype[k]));
+      const uintptr_t address = reinterpret_cast<uintptr_t>(data[k]) + peel * size;
+      is_aligned &= address % vector_bytes(size) == 0;
+    }
+    if (is_aligned) return peel;
+  }
+  return kNoPhase;
+}
+
 // Fills one launch with the first rows of a key and passes it to `enqueue(launch, blocks)`. Returns
 // the number of its rows; 0 if `enqueue` failed.
 template <class Launch, class Enqueue>

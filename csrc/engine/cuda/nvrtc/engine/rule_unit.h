@@ -1,0 +1,16 @@
+// A rule's unit as NVRTC compiles it, instead of engine/rule_unit.h: one kernel of the rule, and no
+// code for the host. The macros that name the kernel and choose it are options of the compiler.
+#pragma once
+
+#include "engine/cuda/padded_rule.h"
+#include "engine/cuda/sweep_kernel.h"
+
+#define EMOPT_RULE(Rule)                                                                   \
+  namespace emopt::cuda {                                                                  \
+  using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
+  }                                                                                        \
+  extern "C" __global__ void __launch_bounds__(                                            \
+      emopt::cuda::kThreads, emopt::cuda::KernelLaunch::num_blocks(EMOPT_NEEDS_SETUP))     \
+      EMOPT_KERNEL(const __grid_constant__ emopt::cuda::KernelLaunch launch) {             \
+    emopt::cuda::sweep_block<emopt::cuda::KernelLaunch, EMOPT_NEEDS_SETUP>(launch);        \
+  }

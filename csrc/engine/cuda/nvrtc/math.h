@@ -1,0 +1,2 @@
+// NVRTC declares the functions of the math library.
+#pragma once

@@ -1,0 +1,174 @@
+"""Compiles the CUDA kernels of a rule from its C++ text, or finds them in the cache.
+
+NVRTC compiles one kernel in about a second, to the machine code of one architecture: only the
+kernels that are launched are compiled. The text is that of the CPU's library. The stand-ins in
+engine/cuda/nvrtc take the places of headers that NVRTC does not have, and of engine/rule_unit.h.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import _build, _build_cache, _library
+from .._build_cache import BuildError
+from . import nvrtc, ownership
+
+_THEN = "use the rule again"
+
+
+class Kernel(NamedTuple):
+    """One of a rule's kernels.
+
+    Attributes:
+        epilogue: What is done with updates: "StoreUpdate" or "ApplyUpdate".
+        real: The arithmetic type: "float" or "double".
+        is_large: Whether the arguments take more than 4096 bytes.
+        needs_setup: Whether blocks compute the constants, from numbers on the device.
+    """
+
+    epilogue: str
+    real: str
+    is_large: bool
+    needs_setup: bool
+
+    def symbol(self, rule: str) -> str:
+        """Return the name of a rule's kernel in the machine code, which profilers show."""
+        size = "large" if self.is_large else "small"
+        setup = "_setup" if self.needs_setup else ""
+        return f"emopt_{rule}_{self.epilogue}_{self.real}_{size}{setup}"
+
+
+# Large launches are not compiled for float64 (engine/cuda/plan.h).
+KERNELS = [
+    Kernel(epilogue, real, is_large, needs_setup)
+    for epilogue, (real, is_large), needs_setup in itertools.product(
+        ("StoreUpdate", "ApplyUpdate"),
+        (("float", False), ("float", True), ("double", False)),
+        (False, True),
+    )
+]
+
+
+def compile_kernel(text: Path, options: Sequence[str], csrc: Path) -> nvrtc.Compiled:
+    """Compile a kernel.
+
+    Args:
+        text: The file with the rule's C++ text.
+        options: The compiler's options, without the headers' folders.
+        csrc: The folder of the C++ sources.
+
+    Raises:
+        BuildError: NVRTC is missing.
+        subprocess.CalledProcessError: The text cannot be compiled; has the compiler's output.
+    """
+    folders = [f"-I{csrc / 'engine' / 'cuda' / 'nvrtc'}", f"-I{csrc}"]
+    return nvrtc.compile_program(text.read_text("utf-8"), str(text), [*options, *folders])
+
+
+def cubin_for(rule: str, source: str, kernel: Kernel, architecture: int) -> Path:
+    """Return the file of a kernel, which is compiled now unless it is in the cache.
+
+    Args:
+        rule: The rule's name, an identifier.
+        source: The rule's C++ text, which includes ``engine/rule_unit.h``.
+        kernel: Which of its kernels.
+        architecture: What to compile for: 90 for sm_90.
+
+    Raises:
+        BuildError: It cannot be compiled, or others can write to its place in the cache.
+    """
+    if architecture not in nvrtc.architectures():
+        major, minor = nvrtc.version()
+        raise BuildError(
+            f"NVRTC {major}.{minor} does not compile for sm_{architecture}",
+            "Install a torch for a CUDA version that supports this GPU",
+        )
+    csrc = _build_cache.csrc()
+    options = kernel_options(rule, kernel, architecture)
+    folder = _build_cache.root(_THEN) / "rules" / f"{rule}-cuda-{_key(source, options, csrc)}"
+    return _build_cache.load_once(_Cubin(folder, rule, source, kernel.symbol(rule), options))
+
+
+class _Cubin(_build_cache.Product[Path]):
+    """The machine code of one kernel."""
+
+    then = _THEN
+    retry = "use the rule again"
+    file_mode = 0o600
+
+    def __init__(
+        self, folder: Path, rule: str, source: str, symbol: str, options: list[str]
+    ) -> None:
+        super().__init__(folder, f"{symbol}.cubin")
+        self.what = f"the kernel {symbol}"
+        self.rule = rule
+        self.source = source
+        self.options = options
+        self.seconds = 0.0
+
+    def missing_tool(self) -> tuple[str, str] | None:
+        return None  # the folder's name has the version of NVRTC
+
+    def make_folder(self) -> None:
+        ownership.make_folders(self.folder)
+
+    def check(self) -> None:
+        for path in (self.folder.parent, self.folder, self.folder / self.pattern):
+            ownership.check(path)
+
+    def fault(self, library: Path) -> str:
+        return _library.fault(library, is_for_host=False)
+
+    def compile(self, folder: Path) -> Path:
+        # The text stays beside the kernel: the compiler's errors refer to it.
+        text = folder / f"{self.rule}.cpp"
+        text.touch(self.file_mode)
+        text.write_text(self.source, encoding="utf-8")
+        text = text.replace(self.folder / text.name)
+        compiled = compile_kernel(text, self.options, _build_cache.csrc())
+        self.seconds = compiled.seconds
+        cubin = folder / self.pattern
+        cubin.touch(self.file_mode)
+        cubin.write_bytes(compiled.cubin)
+        return cubin
+
+    def load(self, library: Path) -> Path:
+        return library
+
+    def finish(self, library: Path) -> Path:
+        _build_cache.say(f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})")
+        return library
+
+    def finish_unsaved(self, error: OSError) -> Path:
+        raise _build_cache.not_writable(self, error) from error
+
+
+def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
+    """Return the compiler's options, except for the headers' folders."""
+    return [
+        f"--gpu-architecture=sm_{architecture}",
+        "--std=c++17",
+        "--device-as-default-execution-space",
+        "--diag-suppress=1097",  # gnu::may_alias is unknown
+        # Those of nvcc that determine bits.
+        *(flag for flag in _build.NVCC_ARGS if flag.startswith(("--fmad", "--ftz", "--prec"))),
+        f"-DEMOPT_KERNEL={kernel.symbol(rule)}",
+        f"-DEMOPT_EPILOGUE={kernel.epilogue}",
+        f"-DEMOPT_REAL={kernel.real}",
+        f"-DEMOPT_LAUNCH={'kLargeLaunch' if kernel.is_large else 'kSmallLaunch'}",
+        f"-DEMOPT_NEEDS_SETUP={int(kernel.needs_setup)}",
+    ]
+
+
+def _key(source: str, options: list[str], csrc: Path) -> str:
+    """Return a hash of what a kernel depends on."""
+    cuda = csrc / "engine" / "cuda"
+    included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
+    first = [csrc / name for name in sorted(included - {"engine/rule_unit.h"})]
+    headers = _build.hash_of_headers([cuda / "sweep_kernel.h", cuda / "padded_rule.h", *first])
+    stand_ins = [path.read_text() for path in sorted((cuda / "nvrtc").rglob("*")) if path.is_file()]
+    parts = (source, options, nvrtc.version(), headers, stand_ins)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

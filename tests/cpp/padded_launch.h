@@ -1,0 +1,37 @@
+// The launches of rules whose kernels are compiled at run time, on the host.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+
+#include "engine/cuda/erased_rule.h"
+#include "engine/cuda/launch.h"
+#include "engine/cuda/padded_rule.h"
+#include "run_on_host.h"
+
+// A kernel's arguments, with which the host has filled a launch.
+template <class Rule, class Erased>
+struct KernelArguments;
+
+template <class Rule, int kStates, class Epilogue, class Real, size_t kBytes>
+struct KernelArguments<
+    Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates>, Epilogue, Real, kBytes>> {
+  using Erased = emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates>, Epilogue, Real, kBytes>;
+  using Launch = emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes>;
+  static_assert(sizeof(Launch) == sizeof(Erased) && alignof(Launch) == alignof(Erased));
+  static_assert(Launch::kCapacity == Erased::kCapacity);
+  static_assert(std::is_trivially_copyable_v<Launch> && std::is_trivially_copyable_v<Erased>);
+
+  alignas(Launch) unsigned char bytes[sizeof(Launch)];
+
+  explicit KernelArguments(const Erased& launch) { std::memcpy(bytes, &launch, sizeof(bytes)); }
+
+  const Launch& get() const { return *reinterpret_cast<const Launch*>(bytes); }
+};
+
+// Runs the kernel of `Rule` on the host.
+template <class Rule, class Erased>
+void run_on_host_as(const Erased& launch, uint32_t num_blocks) {
+  run_on_host(KernelArguments<Rule, Erased>(launch).get(), num_blocks);
+}
