@@ -1,4 +1,10 @@
-"""Commands of setuptools for packages that ship their rules compiled, for ``setup.py``."""
+"""Commands of setuptools for packages that ship their rules compiled, for ``setup.py``.
+
+Example:
+    >>> from emerging_optimizers.packaging import cmdclass
+    >>> sorted(cmdclass)  # for setup(cmdclass=cmdclass)
+    ['bdist_wheel', 'build']
+"""
 
 import os
 import subprocess
