@@ -1,12 +1,10 @@
 """SGD with Polyak's momentum: a rule in Python."""
 
-from torch import Tensor
-
 import emerging_optimizers as eo
 
 
 @eo.rule
-def heavy_ball(grad: Tensor, velocity: Tensor, *, momentum: eo.Beta = 0.9) -> Tensor:
+def heavy_ball(grad, velocity, *, momentum: eo.Beta = 0.9):
     """Return the sum of all gradients, older ones with less weight."""
     velocity.mul_(momentum).add_(grad)
     return velocity
