@@ -23,7 +23,7 @@ endif
 
 INSTALLED := build/.installed-$(shell echo '$(PY) $(TORCH_STAMP)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml emerging_optimizers/_build.py $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help install test python-test test-user-rules emulated-test cpp-test lint cuda-check gpu-check format demo \
