@@ -290,6 +290,8 @@ Warm(h).inverse ; Warm.base(h) ; warm[3] * h ; warm[step] ; Warm(h) < warm ; isi
 sum(map(warm.root, betas)) ; functools.partial(warm.root)(step) ; (warm.me is warm) + h
 constants.value(h) ; Constants(h).value(step) ; constants.scale * h ; Slotted(h).value()
 dataclasses.replace(constants, scale=h).value(2.0) ; Pair(h).norm() ; Pair(3.0).norm() * h
+math.hypot(*betas, h) ; math.hypot(3.0, h, 4.0, step) ; math.hypot(-h) ; math.prod(betas, start=h)
+math.log(step, 3) ; np.hypot(h, 2.0) ; math.isnan(h) + h
 sum(Pair(h, step)) ; Pair(h)._replace(b=step).b ; types.SimpleNamespace(x=h).x
 """
 NUMBERS_LIST = [part.strip() for part in NUMBERS.replace("\n", " ; ").split(" ; ") if part.strip()]

@@ -84,6 +84,8 @@ def _extreme(name: str) -> Callable[..., Any]:
         if len(values) == 1 and isinstance(values[0], (tuple, list)) and has_proxy(*values[0]):
             values = tuple(values[0])
             options.pop("default", None)
+        elif len(values) == 1:
+            return plain(*values, **options)
         if options or not has_proxy(*values):
             return plain(*values, **options)
         if any(isinstance(value, Proxy) and not isinstance(value, Number) for value in values):

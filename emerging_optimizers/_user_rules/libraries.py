@@ -1,7 +1,10 @@
 """Functions of ``math``, ``torch`` and NumPy, where an argument may be a proxy."""
 
+import contextlib
+import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,23 +80,46 @@ def math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
                 raise RuleError(
                     f"math.{name} is not available in rules: {_INSTEAD_OF_SEQUENCES[name]}"
                 )
-        if not has_proxy(*values, **options):
+        if not has_proxy(*values, **options) or name == "prod":
             return plain(*values, **options)
         if has_element(*values, **options):
             if name not in OPERATIONS:
                 raise refusal(f"math.{name} of a tensor", name)
             raise RuleError(f"math.{name} of a tensor: use torch.{name} or the tensor's method")
+        is_test = name in ("isnan", "isinf", "isfinite")
+        if name not in _MATH and not is_test:
+            instead = "compute it outside, and pass the result as a hyperparameter"
+            raise RuleError(f"math.{name} is not available in rules: {_INSTEAD.get(name, instead)}")
+        _check_arguments(plain, values, options)
+        if is_test:
+            return OPERATIONS[name](*values)
         if name == "log" and len(values) == 2:
             top, bottom = (apply("log", v) if has_proxy(v) else math.log(v) for v in values)
             return apply("/", top, bottom)
-        if name in ("isnan", "isinf", "isfinite"):
-            return OPERATIONS[name](*values)
-        if name not in _MATH:
-            instead = "compute it outside, and pass the result as a hyperparameter"
-            raise RuleError(f"math.{name} is not available in rules: {_INSTEAD.get(name, instead)}")
-        return apply({"fabs": "abs"}.get(name, name), *values)
+        return _apply(name, values)
 
     return function
+
+
+def _check_arguments(plain: Callable[..., Any], values: Any, options: dict[str, Any]) -> None:
+    """Let a function check how many arguments it has, and their names."""
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numpy, which returns NaN outside of the domain
+        plain(*(0.5 for _ in values), **dict.fromkeys(options, 0.5))
+
+
+def _apply(name: str, values: tuple[Any, ...]) -> Proxy:
+    """Return a function of numbers."""
+    if name == "hypot":
+        if len(values) == 1:
+            return apply("abs", *values)
+        *known, last = sorted(values, key=has_proxy)  # constants first
+        return apply("hypot", functools.reduce(_hypot, known), last)
+    return apply({"fabs": "abs"}.get(name, name), *values)
+
+
+def _hypot(x: Any, y: Any) -> Any:
+    return apply("hypot", x, y) if has_proxy(x, y) else math.hypot(x, y)
 
 
 def numpy_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,8 +135,8 @@ def numpy_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
                 f"numpy.{name} is not available in rules: use operators, min(), max(), sum() or"
                 " functions of math"
             )
-        op = _NUMPY[name]
-        return apply({"fabs": "abs"}.get(op, op), *values)
+        _check_arguments(plain, values, options)
+        return _apply(_NUMPY[name], values)
 
     return function
 
