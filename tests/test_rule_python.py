@@ -105,6 +105,32 @@ def with_default(key: str) -> Any:
         assert TABLE
 
 
+NAMES_OF_MODES = ("adam", "lion")
+
+
+def position(name: str) -> int:
+    try:
+        return NAMES_OF_MODES.index(name)
+    except ValueError:
+        return -1
+
+
+def handled(x: Any) -> Any:
+    try:
+        TABLE["none"]
+        return x
+    except (KeyError, ValueError):
+        with contextlib.suppress(ValueError, TypeError):
+            NAMES_OF_MODES.index("none")
+    try:
+        try:
+            return math.sqrt(x) + position("none") + position("lion")
+        finally:
+            x = 1 / x
+    except (KeyError, LookupError):
+        return 2
+
+
 @contextlib.contextmanager
 def rooted(x: Any) -> Any:
     yield math.sqrt(x)
@@ -280,6 +306,7 @@ max([2.0]) * h ; min((h,)) ; max([h]) + max(1, 2)
 TABLE["nested"]["exp"](h) ; sum(function(h) for function in FUNCTIONS) ; Level.LOW * h
 sum(geometric(h, 3)) ; apply_to(h) ; apply_to(h, math.log) ; composed(math.sqrt, math.exp)(h)
 factorial(4) * h ; by_milestones(step) ; newton(h) ; first_turns(n) ; with_default("none") * h
+handled(h)
 in_context(h) ; printed(h) ; cached(h) ; decorated(h) ; wrapped(h) ; elsewhere.warmup(step)
 elsewhere.warmup(step, n, floor=h) ; elsewhere.both(step, 20) ; halves(step) ; elsewhere.FLOOR * h
 functools.partial(elsewhere.warmup, floor=h)(step) ; functools.partial(math.pow, 2)(h)

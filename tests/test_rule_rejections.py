@@ -7,6 +7,7 @@ import linecache
 import math
 import random
 import statistics  # noqa: F401
+import sys
 import types
 import warnings
 from random import random as draw
@@ -274,6 +275,41 @@ CAUGHT = {
 def test_errors_that_native_code_never_raises(name: str) -> None:
     error, _, _ = refusal(f"{CAUGHT[name]}\nreturn grad * k, a * h")
     assert f"bad handles {name}, which native code never raises: test the operand" in error
+
+
+def divides(x: Any) -> Any:
+    return 1 / x
+
+
+HANDLERS = [
+    ("try:\n    k = 1 / step\nexcept:\n    k = 1.0", "every error"),
+    ("try:\n    k = divides(step)\nexcept Exception:\n    k = 1.0", "Exception"),
+    ("try:\n    k = n % step\nexcept (KeyError, BaseException) as e:\n    k = 1.0", "KeyError and"),
+    ("try:\n    k = n // h\nexcept KeyError:\n    k = 2\nexcept:\n    k = 1.0", "every error"),
+    ("try:\n    k = math.sqrt(h)\nexcept (ValueError, TypeError):\n    k = 1.0", "ValueError and"),
+    (
+        "E = (KeyError, ValueError)\ntry:\n    k = math.log(h)\nexcept E:\n    k = 1.0",
+        "KeyError and",
+    ),
+    ("try:\n    k = h**n\nexcept Exception:\n    k = 1.0", "Exception"),
+    (
+        "try:\n    try:\n        k = 1 / h\n    finally:\n        k = 2.0\nexcept:\n    pass",
+        "every error",
+    ),
+    (
+        "import contextlib\nk = 1\nwith contextlib.suppress(ValueError):\n    k = math.log(h)",
+        "ValueE",
+    ),
+    ("import contextlib\nk = 1\nwith contextlib.suppress(Exception):\n    k = h / step", "Excep"),
+]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no tables of handlers")
+@pytest.mark.parametrize(("body", "name"), HANDLERS, ids=[body for body, _ in HANDLERS])
+def test_handlers_around_arithmetic(body: str, name: str) -> None:
+    error, _, _ = refusal(f"{body}\nreturn grad * k, a * h")
+    assert f"handles {name}" in error
+    assert "which native code never raises: test the operand first" in error
 
 
 # What would keep a value from step to step in Python, and be a constant in native code.

@@ -11,6 +11,7 @@ from typing import Any
 from .builtin_functions import has_proxy, plain_type
 from .calls import OPERATIONS, call, known
 from .graph import RuleError
+from .handlers import check_no_handler
 from .proxies import Number, Proxy, apply
 from .refusals import refusal
 
@@ -24,6 +25,8 @@ _MATH = frozenset(
         """,
     )
 )
+# Those that never raise an error.
+_TOTAL = ("asinh", "atan", "atan2", "cbrt", "copysign", "erf", "erfc", "fabs", "hypot", "tanh")
 # What to write for others.
 _INSTEAD = {
     "degrees": "multiply by 180 / math.pi",
@@ -93,6 +96,8 @@ def math_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         _check_arguments(plain, values, options)
         if is_test:
             return OPERATIONS[name](*values)
+        if name not in _TOTAL:
+            check_no_handler(ValueError, OverflowError)
         if name == "log" and len(values) == 2:
             top, bottom = (apply("log", v) if has_proxy(v) else math.log(v) for v in values)
             return apply("/", top, bottom)

@@ -6,6 +6,7 @@ its module are not touched. The copy needs no source text.
 """
 
 import builtins
+import contextlib
 import dis
 import functools
 import importlib
@@ -20,6 +21,7 @@ import torch
 from .._rule import Rule
 from .builtin_functions import BUILTINS, has_proxy
 from .graph import RuleError
+from .handlers import HAS_TABLES, Suppress, refusal_of_handler
 from .libraries import math_function, numpy_function, torch_function
 from .nested_rule import NestedRule
 from .objects import Objects, is_of_a_library
@@ -69,6 +71,8 @@ class Lifting:
             return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)
         if type(value) in (tuple, list, dict, set):
             return self._lift_container(value)
+        if value is contextlib.suppress:
+            return Suppress
         if isinstance(value, type):
             return self._objects.lift_class(value)
         is_method = isinstance(value, (types.BuiltinMethodType, types.MethodType))
@@ -185,12 +189,11 @@ def _check_code(code: types.CodeType) -> None:
                 f"{code.co_name} assigns {step.argval}, a variable outside of it: a rule keeps"
                 " nothing but its states"
             )
-        is_caught = step.opname.endswith("EXC_MATCH") and before == "ValueError"
+        # With the tables of handlers, what runs inside of them decides (handlers.py).
+        is_match = step.opname == "JUMP_IF_NOT_EXC_MATCH"
+        is_caught = not HAS_TABLES and is_match and before == "ValueError"
         if is_caught or (step.opname.startswith("LOAD") and step.argval in _ARITHMETIC):
-            raise RuleError(
-                f"{code.co_name} handles {before if is_caught else step.argval}, which native code"
-                " never raises: test the operand first, with `if`"
-            )
+            raise refusal_of_handler(code.co_name, before if is_caught else step.argval)
         before = step.argval
 
 

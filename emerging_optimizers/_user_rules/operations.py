@@ -11,6 +11,7 @@ import torch
 
 from .calls import ARITHMETIC, COMPARISONS, OPERATIONS
 from .graph import RuleError
+from .handlers import check_no_handler
 from .proxies import (
     DEVICE,
     DTYPE,
@@ -207,6 +208,8 @@ def _power(input: Any, exponent: Any) -> Proxy:
     """Return a power: products and square roots if the exponent is a multiple of a half."""
     base = input
     trace = trace_of(base, exponent)
+    if not isinstance(base, Element):
+        check_no_handler(ZeroDivisionError, OverflowError)
     n = node_of(trace, exponent).constant()
     if n is not None and abs(n) <= _MOST_FACTORS:
         is_element = isinstance(base, Element)

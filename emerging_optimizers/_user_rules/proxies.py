@@ -10,6 +10,7 @@ import torch
 
 from .._hyperparameters import is_flag
 from .graph import Graph, Node, RuleError
+from .handlers import check_no_handler
 from .refusals import ElementRefusals, NumberRefusals, refusal
 
 
@@ -287,6 +288,9 @@ def is_condition(value: Any) -> bool:
 _OF_CONDITIONS = {"+": "||", "max": "||", "*": "&&", "min": "&&"}
 
 
+_DIVISIONS = ("/", "floor_divide", "floor_modulo")
+
+
 def apply(op: str, *values: Any) -> Proxy:
     """Return an operation on proxies and constants."""
     trace = trace_of(*values)
@@ -296,6 +300,9 @@ def apply(op: str, *values: Any) -> Proxy:
         nodes = [_condition(trace, truth(value)) for value in values]
     else:
         nodes = [as_number(trace, node_of(trace, value)) for value in values]
+    is_of_numbers = not any(node.is_per_element for node in nodes)
+    if op in _DIVISIONS and is_of_numbers and nodes[1].constant() in (None, 0.0):
+        check_no_handler(ZeroDivisionError)
     return wrap(trace, trace.graph.apply(op, *nodes))
 
 
