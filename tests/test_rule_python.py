@@ -7,6 +7,8 @@ tested in test_rule_definitions.py and test_rule_numbers.py; a few rules are com
 from __future__ import annotations
 
 import abc
+import argparse
+import collections
 import contextlib
 import dataclasses
 import enum
@@ -269,6 +271,48 @@ class Scaler(torch.nn.Module):
         return self.activation(x) * self.scale
 
 
+class Rate(typing.Protocol):
+    def __call__(self, x: Any) -> Any: ...
+
+
+class Rooted(Rate):
+    def __call__(self, x: Any) -> Any:
+        return math.sqrt(x) if isinstance(x, (int, float)) else torch.sqrt(abs(x))
+
+
+class Table(dict):  # type: ignore[type-arg]
+    def rate(self, x: Any) -> Any:
+        return self["root"](x) * len(self)
+
+
+class Rates(list):  # type: ignore[type-arg]
+    def total(self, x: Any) -> Any:
+        return sum(rate(x) for rate in self)
+
+
+class Outer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tensors()
+        self.register_buffer("factor", torch.tensor(0.5))
+
+    def forward(self, x: Any) -> Any:
+        return self.inner(x) * self.factor
+
+
+class Tensors(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return 2 * x if isinstance(x, torch.Tensor) else x
+
+
+rooted_rate, table, rates, outer = Rooted(), Table(root=math.sqrt), Rates(FUNCTIONS), Outer()
+BY_NAME: list[Any] = [
+    types.SimpleNamespace(root=elsewhere.warmup),
+    argparse.Namespace(root=elsewhere.warmup),
+    collections.OrderedDict(root=elsewhere.warmup),
+    collections.defaultdict(float, root=elsewhere.warmup),
+    types.MappingProxyType({"root": elsewhere.warmup}),
+]
 warm = Warm(10.0)
 constants = Constants()
 module = Scaler()
@@ -317,6 +361,8 @@ Warm(h).inverse ; Warm.base(h) ; warm[3] * h ; warm[step] ; Warm(h) < warm ; isi
 sum(map(warm.root, betas)) ; functools.partial(warm.root)(step) ; (warm.me is warm) + h
 constants.value(h) ; Constants(h).value(step) ; constants.scale * h ; Slotted(h).value()
 dataclasses.replace(constants, scale=h).value(2.0) ; Pair(h).norm() ; Pair(3.0).norm() * h
+rooted_rate(h) ; table.rate(h) ; rates.total(h) ; table["root"](h) ; rates[1](h)
+sum(each.root(h) for each in BY_NAME[:2]) ; sum(each["root"](h) for each in BY_NAME[2:])
 math.hypot(*betas, h) ; math.hypot(3.0, h, 4.0, step) ; math.hypot(-h) ; math.prod(betas, start=h)
 math.log(step, 3) ; np.hypot(h, 2.0) ; math.isnan(h) + h
 sum(Pair(h, step)) ; Pair(h)._replace(b=step).b ; types.SimpleNamespace(x=h).x
@@ -336,7 +382,7 @@ torch.zeros((), dtype=grad.dtype) + grad ; grad.to(grad.device) * grad.to(device
 torch.zeros_like(grad, device=grad.device, dtype=grad.dtype) + a ; grad.to(a.dtype) ; grad.to(a) * 2
 grad if torch.is_floating_point(grad) else a ; grad * torch.is_tensor(grad) ; HALF.to(grad) ** step
 [grad, -grad][step % 2 == 0] ; grad ** int(2.0) ; grad.abs() ** (1 / len(betas))
-grad.clamp(max=round(h * 10))
+grad.clamp(max=round(h * 10)) ; rooted_rate(grad) ; outer(grad)
 grad / (1 - max(betas) ** step)
 grad * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** int(step))
 """

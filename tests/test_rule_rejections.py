@@ -1,6 +1,7 @@
 """What a rule cannot be is refused at its definition, with the rule's name, line and reason."""
 
 import collections
+import enum
 import functools
 import itertools
 import linecache
@@ -415,6 +416,56 @@ def test_calls(call: str, reason: str) -> None:
     error, source, line = refusal(f"a.add_(grad)\nupdate = {call}  # here\nreturn update")
     assert error.startswith(f"rule bad, <refused>:{line}: `{source}`: ")
     assert reason in error
+
+
+class Mode(enum.Enum):
+    LARGE = 1
+
+    def scale(self, x: Any) -> Any:
+        return x * 2 if isinstance(x, (float, torch.Tensor)) else x
+
+
+class Registered:
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+class WithMetaclass(metaclass=type("Meta", (type,), {})):
+    def scale(self, x: Any) -> Any:
+        return x * 2 if isinstance(x, (float, torch.Tensor)) else x
+
+
+class OfAnother(Registered):
+    scale = WithMetaclass.scale
+
+
+class Factor(float):
+    scale = WithMetaclass.scale
+
+
+class Layer(torch.nn.Module):
+    forward = WithMetaclass.scale
+
+
+WITHOUT_A_COPY = {
+    "method of an Enum": "Mode.LARGE.scale(grad)",
+    "of a per-step number": "grad * Mode(1).scale(h)",
+    "class with a metaclass": "WITH_METACLASS.scale(grad)",
+    "class with __init_subclass__": "OF_ANOTHER.scale(x=grad)",
+    "class of numbers": "FACTOR.scale(grad)",
+    "module in a module of PyTorch": "LAYERS(grad)",
+}
+WITH_METACLASS, OF_ANOTHER, FACTOR = WithMetaclass(), OfAnother(), Factor(2.0)
+LAYERS = torch.nn.Sequential(Layer())
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_COPY)
+def test_functions_that_are_not_copied(name: str) -> None:
+    before = sys.getprofile()
+    error, _, _ = refusal(f"a.add_(grad)\nreturn {WITHOUT_A_COPY[name]}")
+    assert ".scale cannot be traced where it is: make it a function of the module, or a" in error
+    assert "return x * 2 if isinstance(x" in error or "def scale" in error
+    assert sys.getprofile() is before
 
 
 @pytest.mark.parametrize("name", BODIES)

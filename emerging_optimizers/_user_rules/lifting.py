@@ -5,8 +5,11 @@ and ``torch`` take proxies, and so do those functions of the user that it calls.
 its module are not touched. The copy needs no source text.
 """
 
+import argparse
 import builtins
+import collections
 import contextlib
+import copy
 import dis
 import functools
 import importlib
@@ -24,13 +27,17 @@ from .graph import RuleError
 from .handlers import HAS_TABLES, Suppress, refusal_of_handler
 from .libraries import math_function, numpy_function, torch_function
 from .nested_rule import NestedRule
-from .objects import Objects, is_of_a_library
+from .objects import Objects
+from .origins import is_users
 from .outside import Outside
 from .refusals import refusal
 
 _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _RANDOM = ("random", "numpy.random", "secrets")
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType)
+_CONTAINERS = (tuple, list, set, *_MAPPINGS, *_NAMESPACES)
 _GENERATORS = ("Random", "SystemRandom", "RandomState", "Generator")
 # What a rule may catch although native code never raises it.
 _ARITHMETIC = {"ArithmeticError", "FloatingPointError", "OverflowError", "ZeroDivisionError"}
@@ -69,7 +76,7 @@ class Lifting:
         if isinstance(value, functools.partial):
             keywords = {name: self.lift(each) for name, each in value.keywords.items()}
             return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)
-        if type(value) in (tuple, list, dict, set):
+        if type(value) in _CONTAINERS:
             return self._lift_container(value)
         if value is contextlib.suppress:
             return Suppress
@@ -97,8 +104,8 @@ class Lifting:
         if isinstance(value, types.FunctionType):
             if value.__code__.co_filename.startswith(_PACKAGE):
                 return _compiled(name, value)
-            is_users = not is_of_a_library(module) or hasattr(value, "__wrapped__")
-            return self.copy(value) if is_users else value
+            is_traced = is_users(value.__code__) or hasattr(value, "__wrapped__")
+            return self.copy(value) if is_traced else value
         if isinstance(value, torch.jit.ScriptFunction):
             return _compiled(name, value)
         wrapped = getattr(value, "__wrapped__", None)
@@ -114,11 +121,12 @@ class Lifting:
         if not isinstance(value, tuple):
             self._outside.remember(value)
         self._containers[id(value)] = (value, value)  # it may hold itself
-        items = value.values() if isinstance(value, dict) else value
+        mapping = vars(value) if isinstance(value, _NAMESPACES) else value
+        by_key = isinstance(mapping, _MAPPINGS)
+        items = list(mapping.values() if by_key else mapping)
         lifted = [self.lift(item) for item in items]
         if any(new is not old for new, old in zip(lifted, items, strict=True)):
-            by_key = isinstance(value, dict)
-            new = dict(zip(value, lifted, strict=True)) if by_key else type(value)(lifted)
+            new = _with_items(value, dict(zip(mapping, lifted, strict=True)) if by_key else lifted)
             self._containers[id(value)] = (value, new)
             if not isinstance(new, tuple):
                 self._outside.remember(new)
@@ -177,6 +185,17 @@ class Lifting:
 
     def _import(self, *arguments: Any, **options: Any) -> Any:
         return self.lift(importlib.__import__(*arguments, **options))
+
+
+def _with_items(container: Any, items: Any) -> Any:
+    """Return a container of the same type that holds other items."""
+    if isinstance(container, types.MappingProxyType):
+        return types.MappingProxyType(items)
+    if not isinstance(items, dict):
+        return type(container)(items)
+    new = copy.copy(container)
+    (vars(new) if isinstance(container, _NAMESPACES) else new).update(items)
+    return new
 
 
 def _check_code(code: types.CodeType) -> None:

@@ -5,25 +5,20 @@ A rule sees a copy of an object, of a class derived from its own. The original i
 
 import abc
 import functools
-import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .graph import RuleError
+from .origins import is_class_of_user
 from .outside import Outside
 
 # Special methods that do not belong to objects of a class, or that the copies have anew.
 _EXCEPT = ("__new__", "__init_subclass__", "__class_getitem__", "__getattribute__", "__setattr__")
-_LIBRARIES = ("builtins", "emerging_optimizers", "numpy", "torch")
-
-
-def is_of_a_library(module: str) -> bool:
-    """Return whether a module is Python's, or that of a library whose functions are known."""
-    top = module.partition(".")[0]
-    return top in _LIBRARIES or top in sys.stdlib_module_names
+# Classes of classes, of which one can be made that is derived from the user's.
+_METACLASSES = (type, abc.ABCMeta, type(Protocol))
 
 
 class Objects:
@@ -76,14 +71,28 @@ class Objects:
             return value
         if isinstance(value, tuple):
             copied: Any = tuple.__new__(kind, map(self._lift, value))
+        elif isinstance(value, (dict, list)):
+            copied = (dict if isinstance(value, dict) else list).__new__(kind)
         else:
             try:
                 copied = object.__new__(kind)
-            except TypeError:  # of a class that derives from one in C
+            except TypeError:  # of a class that derives from another one in C
                 return value
         self._copies[id(value)] = (value, copied)
+        if isinstance(value, dict):
+            dict.update(copied, {key: self._lift(item) for key, item in value.items()})
+            self._outside.remember(copied)
+        elif isinstance(value, list):
+            list.extend(copied, map(self._lift, value))
+            self._outside.remember(copied)
         if hasattr(value, "__dict__"):
-            object.__getattribute__(copied, "__dict__").update(vars(value))
+            stored = object.__getattribute__(copied, "__dict__")
+            stored.update(vars(value))
+            if isinstance(value, torch.nn.Module):
+                parts = value._modules.items()
+                stored["_modules"] = {name: self._lift(part) for name, part in parts}
+                for tensor in (*value.parameters(), *value.buffers()):
+                    self._outside.remember(tensor)
         for base in type(value).__mro__:
             for name, member in vars(base).items():
                 if isinstance(member, types.MemberDescriptorType) and hasattr(value, name):
@@ -145,10 +154,10 @@ class _Constant:
 
 def _is_users(kind: type) -> bool:
     """Return whether a class is the user's, and can have one that is derived from it."""
-    bases = [base for base in kind.__mro__ if not is_of_a_library(base.__module__)]
+    bases = [base for base in kind.__mro__ if is_class_of_user(base)]
     return (
         bool(bases)
-        and type(kind) in (type, abc.ABCMeta)
+        and type(kind) in _METACLASSES
         and not issubclass(kind, (BaseException, torch.Tensor))
         and not any("__init_subclass__" in vars(base) for base in bases)
     )

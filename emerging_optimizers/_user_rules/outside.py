@@ -1,5 +1,6 @@
 """What a rule reads from outside: it may not change it, because native code would not."""
 
+import argparse
 import io
 import types
 from collections import deque
@@ -70,7 +71,8 @@ def _reader(value: Any) -> Callable[[Any], Any] | None:
         return lambda mapping: [each for pair in mapping.items() for each in pair]
     if isinstance(value, (list, set, deque)):
         return list
-    if isinstance(value, (type, types.SimpleNamespace)) or callable(value):
+    is_namespace = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+    if isinstance(value, type) or is_namespace or callable(value):
         return lambda owner: [each for pair in vars(owner).items() for each in pair]
     return None
 

@@ -4,11 +4,9 @@ import contextlib
 import dis
 import inspect
 import linecache
-import os
 import random
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +15,15 @@ from .._hyperparameters import Hyperparameter
 from . import operations, shadows  # noqa: F401  (operations fills its table)
 from .graph import Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
+from .origins import is_users, only_copies
 from .proxies import Element, Number, Proxy, as_element
 from .signature import Signature, read_signature
 
 MAX_RUNS = 256
 MAX_CASES = 16
 _MAX_CONDITIONS = 24
-_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 # How errors of other libraries name what they do not expect.
 _PROXIES = ("_Dtype", "_Device", "_NumberType", "'Element'", "Element'>", "'Number'", "Number'>")
-_PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class Trace(NamedTuple):
@@ -125,7 +121,8 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
-        with no_error_is_lost(), _no_random_numbers(), self._no_raise():
+        only = only_copies(self.lifting.builtins)
+        with no_error_is_lost(), _no_random_numbers(), self._no_raise(), only:
             result = self.function(*operands, **values)
         update, states = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
@@ -273,10 +270,3 @@ def _frames(error: BaseException) -> Iterator[types.TracebackType]:
     while frame is not None:
         yield frame
         frame = frame.tb_next
-
-
-def is_users(code: types.CodeType) -> bool:
-    """Return whether code is the user's, and not of a library or generated."""
-    others = (_PACKAGE, _TORCH, "<frozen", "<rule ", "<class ")
-    is_python = code.co_filename.startswith(_PYTHON) and "site-packages" not in code.co_filename
-    return not is_python and not code.co_filename.startswith(others)

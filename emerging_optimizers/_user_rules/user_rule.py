@@ -21,8 +21,9 @@ from .graph import RuleError
 from .info import Info, describe
 from .native_code import NativeCode, native_code
 from .optimizer_class import complete_class
+from .origins import is_users
 from .signature import make_function
-from .tracer import is_users, trace_rule
+from .tracer import trace_rule
 
 # The rules of this process, by name.
 _RULES: weakref.WeakValueDictionary[str, "Named"] = weakref.WeakValueDictionary()
