@@ -34,6 +34,7 @@ from .refusals import refusal
 
 _TORCH_MODULES = ("torch", "torch._C._VariableFunctions", "torch.nn.functional")
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_CLOCKS = ("time", "uuid")
 _RANDOM = ("random", "numpy.random", "secrets")
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType)
@@ -84,7 +85,9 @@ class Lifting:
             return self._objects.lift_class(value)
         is_method = isinstance(value, (types.BuiltinMethodType, types.MethodType))
         if _is_random(value.__self__ if is_method else value):
-            return _Random(value)
+            return _Random(value, "random")
+        if callable(value) and (value is os.urandom or value.__module__ in _CLOCKS):
+            return _Random(value, "urandom")
         if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
             return types.MethodType(self.lift(value.__func__), self.lift(value.__self__))
         if callable(value):
@@ -260,16 +263,17 @@ def _is_random(value: Any) -> bool:
 
 
 class _Random:
-    """A generator of random numbers, or a method of one."""
+    """A generator of random numbers, a method of one, or what reads a clock."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, reason: str) -> None:
         self._name = getattr(value, "__qualname__", type(value).__name__)
+        self._reason = reason
 
     def __getattr__(self, name: str) -> Any:
-        raise refusal(f"{self._name}.{name}", "random")
+        raise refusal(f"{self._name}.{name}", self._reason)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        raise refusal(self._name, "random")
+        raise refusal(self._name, self._reason)
 
 
 def _compiled(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:

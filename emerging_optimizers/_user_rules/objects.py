@@ -93,6 +93,7 @@ class Objects:
                 stored["_modules"] = {name: self._lift(part) for name, part in parts}
                 for tensor in (*value.parameters(), *value.buffers()):
                     self._outside.remember(tensor)
+            self._outside.remember_attributes(copied, list(stored))
         for base in type(value).__mro__:
             for name, member in vars(base).items():
                 if isinstance(member, types.MemberDescriptorType) and hasattr(value, name):

@@ -1,15 +1,19 @@
 """What a rule reads from outside: it may not change it, because native code would not."""
 
 import argparse
+import array
 import io
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from .graph import RuleError
+
+# `tensor.data` modifies a tensor without a trace, so the values of small ones are compared.
+_MOST_VALUES = 1024
 
 
 class Outside:
@@ -32,6 +36,15 @@ class Outside:
         contents = _reader(value)
         if contents is not None and id(value) not in self._known:
             self._known[id(value)] = (value, contents(value), contents)
+
+    def remember_attributes(self, value: Any, names: Collection[str]) -> None:
+        """Remember some attributes of an object."""
+
+        def contents(value: Any) -> list[Any]:
+            stored = object.__getattribute__(value, "__dict__")
+            return [stored.get(name) for name in names]
+
+        self._known[id(value)] = (value, contents(value), contents)
 
     def check(self) -> None:
         """Raise if something has changed; restore lists, dicts and sets."""
@@ -57,14 +70,17 @@ class Outside:
 
 
 def _described(value: Any) -> str:
-    named = isinstance(value, type) or callable(value)
-    return str(value.__name__) if named else f"a {type(value).__name__}"
+    return str(getattr(value, "__name__", f"a {type(value).__name__}"))
 
 
 def _reader(value: Any) -> Callable[[Any], Any] | None:
     """Return what tells whether a value has changed; None for one that cannot."""
     if isinstance(value, torch.Tensor):
-        return _version
+        return _version_and_values
+    if isinstance(value, torch.Generator):
+        return lambda generator: str(generator.get_state().tolist())
+    if isinstance(value, (bytearray, array.array)):
+        return bytes
     if type(value).__name__ == "ndarray":
         return lambda array: array.tobytes()
     if isinstance(value, dict):
@@ -77,9 +93,11 @@ def _reader(value: Any) -> Callable[[Any], Any] | None:
     return None
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    """Return how often a tensor was modified in place, if that is known."""
-    return None if tensor.is_inference() else tensor._version
+def _version_and_values(tensor: torch.Tensor) -> tuple[int | None, str]:
+    """Return how often a tensor was modified in place, if that is known, and what it holds."""
+    is_small = tensor.layout == torch.strided and tensor.is_cpu and tensor.numel() <= _MOST_VALUES
+    version = None if tensor.is_inference() else tensor._version
+    return version, str(tensor.detach().tolist()) if is_small else ""
 
 
 def _is_same(after: Any, before: Any) -> bool:

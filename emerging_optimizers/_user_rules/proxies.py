@@ -3,6 +3,7 @@
 calls.py gives them Python's operators, and torch's functions and methods.
 """
 
+import sys
 from numbers import Real
 from typing import Any, NoReturn, Protocol
 
@@ -54,8 +55,26 @@ class _Device:
         raise RuleError(f".{name} of a device: a rule is the same on all devices")
 
 
+# Those that tell proxies from tensors.
+_LIBRARIES = ("emerging_optimizers", "torch")
+
 DTYPE = _Dtype()
 DEVICE = _Device()
+
+
+class _Text(str):
+    """What is printed for a value; it is not the value's text."""
+
+    __slots__ = ()
+
+    def _refuse(self, *operands: Any) -> NoReturn:
+        raise RuleError(
+            f"the text of {str.__str__(self)}, which has no value while the rule is traced: compare"
+            " the value itself"
+        )
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
+    __hash__ = __len__ = __getitem__ = __iter__ = _refuse
 
 
 class Proxy:
@@ -70,8 +89,23 @@ class Proxy:
 
     __hash__ = object.__hash__
 
+    def __str__(self) -> str:
+        return _Text(repr(self))
+
     def __format__(self, specification: str) -> str:
-        return repr(self)
+        return str(self)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == "abc" and frame.f_back is not None:
+            frame = frame.f_back
+        caller = str(frame.f_globals.get("__name__")).partition(".")[0]
+        return type(self) if caller in _LIBRARIES else self._shown_class()
+
+    def _shown_class(self) -> type:
+        """Return the class that the rule sees, in `match` and other tests without `isinstance`."""
+        raise RuleError(f"the class of {self!r}: use isinstance, or a hyperparameter")
 
 
 class Number(NumberRefusals, Proxy):
@@ -170,6 +204,9 @@ class Element(ElementRefusals, Proxy):
         raise refusal("float() of a tensor", "item")
 
     __int__ = __index__ = __float__
+
+    def _shown_class(self) -> type:
+        return torch.Tensor
 
     @property
     def dtype(self) -> _Dtype:

@@ -23,6 +23,9 @@ _REASONS = {
         "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform"
         " dropout multinomial exponential random poisson manual_seed"
     ),
+    "is another value in each process, and a rule is traced once; use a function of `step`": (
+        "time urandom"
+    ),
     "rounds elements to integers, which a rule cannot; it can round hyperparameters and `step`": (
         "floor ceil round trunc fix frac fmod remainder floor_divide floordiv mod"
     ),
@@ -73,9 +76,6 @@ class _Refusals:
     """Operators that no value has. Python's errors would name this package's classes."""
 
     __slots__ = ()
-
-    def __format__(self, specification: str) -> str:
-        return repr(self)
 
     __matmul__ = __rmatmul__ = _refuse("`@`", _REASON_OF["matmul"])
     __lshift__ = __rlshift__ = _refuse("`<<`", "rules have no integers; multiply by a power of 2")
