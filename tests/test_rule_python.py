@@ -110,6 +110,28 @@ def with_default(key: str) -> Any:
 NAMES_OF_MODES = ("adam", "lion")
 
 
+def complementary(step: Any) -> Any:
+    if step < 3:
+        factor = step / 3
+    if step >= 3:
+        factor = 1.0
+    return factor
+
+
+def between(step: Any, h: Any) -> Any:
+    if step > 2:
+        value = 1.0
+    if step == 2:
+        value = 2.0
+    if not step >= 2:
+        value = 3.0
+    if h > 0.5:
+        return value * 2
+    if h <= 0.5:
+        return value
+    assert False  # noqa: B011, PT015
+
+
 def position(name: str) -> int:
     try:
         return NAMES_OF_MODES.index(name)
@@ -361,6 +383,7 @@ Warm(h).inverse ; Warm.base(h) ; warm[3] * h ; warm[step] ; Warm(h) < warm ; isi
 sum(map(warm.root, betas)) ; functools.partial(warm.root)(step) ; (warm.me is warm) + h
 constants.value(h) ; Constants(h).value(step) ; constants.scale * h ; Slotted(h).value()
 dataclasses.replace(constants, scale=h).value(2.0) ; Pair(h).norm() ; Pair(3.0).norm() * h
+complementary(step) ; between(step, h)
 rooted_rate(h) ; table.rate(h) ; rates.total(h) ; table["root"](h) ; rates[1](h)
 sum(each.root(h) for each in BY_NAME[:2]) ; sum(each["root"](h) for each in BY_NAME[2:])
 math.hypot(*betas, h) ; math.hypot(3.0, h, 4.0, step) ; math.hypot(-h) ; math.prod(betas, start=h)
@@ -382,6 +405,10 @@ torch.zeros((), dtype=grad.dtype) + grad ; grad.to(grad.device) * grad.to(device
 torch.zeros_like(grad, device=grad.device, dtype=grad.dtype) + a ; grad.to(a.dtype) ; grad.to(a) * 2
 grad if torch.is_floating_point(grad) else a ; grad * torch.is_tensor(grad) ; HALF.to(grad) ** step
 [grad, -grad][step % 2 == 0] ; grad ** int(2.0) ; grad.abs() ** (1 / len(betas))
+HALF.to(grad.device) * grad ; HALF.to(grad.dtype) * grad ; HALF.to(grad.device, grad.dtype) * grad
+HALF.to(device=grad.device, dtype=grad.dtype) * grad ; (2 * HALF).to(grad.dtype) * grad
+torch.tensor(0.25).to(grad.device) * grad ; torch.maximum(grad, HALF.to(grad.dtype)) ; -HALF * grad
+torch.where(grad > 0, grad, HALF.to(a)) ; grad if grad.dtype.is_floating_point else a
 grad.clamp(max=round(h * 10)) ; rooted_rate(grad) ; outer(grad)
 grad / (1 - max(betas) ** step)
 grad * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** int(step))
@@ -472,6 +499,12 @@ def test_domain_of_numbers_without_a_length() -> None:
     rule = define("return grad * sum(v)", "grad, *, v: tuple[eo.Beta, ...] = (0.9, 0.99)")
     with pytest.raises(ValueError, match=r"v\[1\] is 1; expected 0 <= v\[1\] < 1"):
         rule(torch.ones(1), v=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("annotation", ["int | float | None", "typing.Union[float, int, None]"])
+def test_any_number_or_none(annotation: str) -> None:
+    rule = define("return grad * (1 if h is None else h)", f"grad, *, h: {annotation} = None")
+    assert [rule(torch.ones(1), h=h).item() for h in (None, 2, 0.5)] == [1.0, 2.0, 0.5]
 
 
 # ---- rules that call rules -----------------------------------------------------------------------

@@ -120,7 +120,12 @@ EXPRESSIONS = [
     ("grad * np.sqrt(h, h)", "return arrays must be of ArrayType"),
     ("grad * np.power(h)", "power() takes from 2 to 3 pos"),
     ("grad * max(h)", "one number where several are expected"),
+    ("torch.exp(-torch.tensor(step)) * grad", "torch.exp of numbers: use operators, min(), max()"),
+    ("grad * (step & 1)", "use `%`, as in `step % 2 == 1`"),
+    ("grad * (1 | n)", "use `%`, as in `step % 2 == 1`"),
+    ("grad * (step in range(1, 100, 2))", "for `step in range(...)`, use comparisons and `%`"),
     # tensors
+    ("grad * torch.tensor([0.1, 0.2])[step > 3]", "as in (0.1, 0.2)[step > 3]"),
     ("grad * torch.tensor(pair)[0]", "torch.tensor of a sequence of per-step numbers"),
     ("grad * torch.tensor(grad)", "or of a tensor: use the sequence or the tensor itself"),
     ("grad * (torch.tensor(3.0) % step)", "use a Python number in place of the tensor"),
@@ -146,6 +151,8 @@ EXPRESSIONS = [
     ("torch.Tensor.mul(grad, 2)", "use operators, methods of tensors, and functions of torch and"),
     # unknown names and arguments
     ("undefined(grad)", "NameError: name 'undefined' is not defined"),
+    ("undefined(grad)", "the rule is traced where it is defined; define what it calls above it"),
+    ("grad * grad.dtype.itemsize", ".itemsize of a dtype: a rule is the same for all dtypes"),
     ("torch.foo(grad)", "has no attribute 'foo'"),
     ("grad.foo()", "Tensor.foo: it is not an operation on single elements"),
     ("grad.maximum_(a)", "Tensor.maximum_: it is not an operation"),
@@ -252,6 +259,10 @@ BODIES = {
         "for _ in range(n):  # here\n    grad = grad * h\nreturn grad, a * h",
         "use `if`, and loop over a constant range that `break` ends",
     ),
+    "a variable of one outcome": (
+        "if step**2 < 9:\n    k = 2\nif step**2 > 8:\n    k = 3\nreturn grad * k, a * h  # here",
+        "also pairs that cannot occur together; use `else`",
+    ),
     "recursion over the step": (
         "def power(k): return 1 if k <= 0 else h * power(k - 1)  # here\n"
         "return grad * power(step), a * h",
@@ -289,6 +300,12 @@ def test_calls(call: str, reason: str) -> None:
     error, source, line = refusal(f"a.add_(grad)\nupdate = {call}  # here\nreturn update")
     assert error.startswith(f"rule bad, <refused>:{line}: `{source}`: ")
     assert reason in error
+
+
+def test_a_rule_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rejections_called, "has_formula", False)
+    error, _, _ = refusal("return rejections_called(grad, a)  # here")
+    assert "rejections_called is written in C++: write its formula in Python, or call the" in error
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -8,7 +8,7 @@ import torch
 
 from . import shadows
 from .graph import RuleError
-from .proxies import DEVICE, DTYPE, Element, Number, Proxy, apply, truth
+from .proxies import DEVICE, DTYPE, Element, Number, Proxy, apply, is_condition, truth
 from .refusals import refusal
 
 # The known functions and methods of tensors, by name (operations.py).
@@ -54,6 +54,11 @@ def call_torch(function: Any, *arguments: Any, **options: Any) -> Any:
     if operation is None:
         values = (*arguments, *options.values())
         kinds = {Element, Number} & set(map(type, values))
+        if kinds == {Number} and name == "__getitem__":
+            raise RuleError(
+                "indexing a constant tensor with a per-step number: use a tuple of numbers, as in"
+                " (0.1, 0.2)[step > 3]"
+            )
         if kinds == {Number}:
             raise RuleError(
                 f"torch.{name} of a constant tensor and a per-step number: use a Python number in"
@@ -111,6 +116,12 @@ COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "
 
 def operate(function: Callable[..., Any], op: str, *values: Any) -> Any:
     """Return what an operator of Python computes."""
+    is_logic = op in _LOGIC.values() and not any(isinstance(value, Element) for value in values)
+    if is_logic and not all(map(is_condition, values)):
+        raise RuleError(
+            "`&`, `|` or `^` of a per-step number: rules have no integers; use `%`, as in"
+            " `step % 2 == 1`"
+        )
     return _with_shadow(_binary(op, values), _text_of(function), function, values, {})
 
 

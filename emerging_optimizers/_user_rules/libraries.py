@@ -10,6 +10,7 @@ from typing import Any
 
 from .builtin_functions import has_proxy, plain_type
 from .calls import OPERATIONS, call, known
+from .constants import as_constant
 from .graph import RuleError
 from .handlers import check_no_handler
 from .proxies import Number, Proxy, apply
@@ -163,16 +164,17 @@ def torch_function(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
                 " or the tensor itself"
             )
         if has_proxy(*arguments, **options):
-            if operation is None:
+            is_of_numbers = not has_element(*arguments, **options)
+            if operation is None and not (is_of_numbers and name in _MATH):
                 raise refusal(f"torch.{name}", name)
-            if not has_element(*arguments, **options):
+            if operation is None or is_of_numbers:
                 raise RuleError(
                     f"torch.{name} of numbers: use operators, min(), max() or functions of math"
                 )
             return call(operation, f"torch.{name}", plain, *arguments, **options)
         if draws_random_numbers(name):
             raise refusal(f"torch.{name}", name)
-        return _call_plain(plain, arguments, options)
+        return as_constant(_call_plain(plain, arguments, options))
 
     return function
 

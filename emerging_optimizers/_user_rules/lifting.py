@@ -23,6 +23,7 @@ import torch
 
 from .._rule import Rule
 from .builtin_functions import BUILTINS, has_proxy
+from .constants import as_constant
 from .graph import RuleError
 from .handlers import HAS_TABLES, Suppress, refusal_of_handler
 from .libraries import math_function, numpy_function, torch_function
@@ -73,7 +74,7 @@ class Lifting:
         if isinstance(value, types.ModuleType):
             return _Module(self, value)
         if isinstance(value, Rule) and hasattr(value, "signature"):
-            return NestedRule(value, self.lift(value.formula))
+            return NestedRule(value, self.lift(value.formula) if value.has_formula else None)
         if isinstance(value, functools.partial):
             keywords = {name: self.lift(each) for name, each in value.keywords.items()}
             return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)
@@ -93,7 +94,7 @@ class Lifting:
         if callable(value):
             return self._lift_function(value)
         self._outside.remember(value)
-        return self._objects.lift(value)
+        return self._objects.lift(as_constant(value))
 
     def _lift_function(self, value: Any) -> Any:
         name = getattr(value, "__name__", "")

@@ -3,6 +3,7 @@
 calls.py gives them Python's operators, and torch's functions and methods.
 """
 
+import builtins
 import sys
 from numbers import Real
 from typing import Any, NoReturn, Protocol
@@ -27,6 +28,9 @@ class Tracing(Protocol):
 class _Dtype:
     """The arithmetic type, which is known only where the rule runs."""
 
+    is_floating_point = True
+    is_complex = False
+
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
@@ -36,6 +40,11 @@ class _Dtype:
         raise RuleError(
             "a dtype in a condition: a rule computes in float32, and in float64 where an operand is"
         )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuleError(f".{name} of a dtype: a rule is the same for all dtypes")
 
 
 class _Device:
@@ -63,18 +72,27 @@ DEVICE = _Device()
 
 
 class _Text(str):
-    """What is printed for a value; it is not the value's text."""
+    """What is printed for a value. In a rule, it has no operators: it is not the value's text."""
 
     __slots__ = ()
 
-    def _refuse(self, *operands: Any) -> NoReturn:
+
+def _operator_of_text(name: str) -> Any:
+    plain = getattr(str, name)
+
+    def operator(self: str, *operands: Any) -> Any:
+        if sys._getframe(1).f_builtins is vars(builtins):  # not a copy of a user's function
+            return plain(self, *operands)
         raise RuleError(
             f"the text of {str.__str__(self)}, which has no value while the rule is traced: compare"
             " the value itself"
         )
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
-    __hash__ = __len__ = __getitem__ = __iter__ = _refuse
+    return operator
+
+
+for _name in ["eq", "ne", "lt", "le", "gt", "ge", "hash", "len", "contains", "getitem", "iter"]:
+    setattr(_Text, f"__{_name}__", _operator_of_text(f"__{_name}__"))
 
 
 class Proxy:

@@ -223,8 +223,8 @@ def _from_annotation(name: str, annotation: Any, default: Any) -> Hyperparameter
         inner = [a for a in arguments if a is not type(None)]
         if len(inner) == 1 and inner[0] in _DOMAINS:
             return Hyperparameter(name, "optional", inner[0])
-    if annotation == float | int:
-        return Hyperparameter(name, "number", float)
+    if annotation in (float | int, float | int | None):
+        return Hyperparameter(name, "optional" if len(arguments) > 2 else "number", float)
     is_open = annotation in _SEQUENCES or origin in (list, Sequence)
     if (is_open or arguments[1:] == (Ellipsis,)) and {*arguments} <= {*_DOMAINS, Ellipsis}:
         if not isinstance(default, (tuple, list)) or not default:

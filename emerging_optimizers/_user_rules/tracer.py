@@ -13,7 +13,7 @@ import torch
 
 from .._hyperparameters import Hyperparameter
 from . import operations, shadows  # noqa: F401  (operations fills its table)
-from .graph import Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
+from .graph import COMPARISONS, Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
 from .origins import is_users, only_copies
 from .proxies import Element, Number, Proxy, as_element
@@ -75,16 +75,43 @@ class _Run:
         for known, outcome in self.outcomes:
             if known is condition:
                 return outcome
+        implied = _implied(condition, self.outcomes)
+        if implied is not None:
+            return implied
         if len(self.outcomes) == _MAX_CONDITIONS:
             raise RuleError(
                 f"more than {_MAX_CONDITIONS} conditions in a row: the length of a loop must be"
                 " known when the rule is defined; loop over a constant range, or write a closed"
-                " form"
+                " form; for `step in range(...)`, use comparisons and `%`"
             )
         made = len(self.outcomes)
         outcome = self._prefix[made] if made < len(self._prefix) else True
         self.outcomes.append((condition, outcome))
         return outcome
+
+
+# The signs of `a - b` for which a comparison is true.
+_SIGNS = {"<": {-1}, "<=": {-1, 0}, ">": {1}, ">=": {0, 1}, "==": {0}, "!=": {-1, 1}}
+
+
+def _implied(condition: Node, outcomes: list[tuple[Node, bool]]) -> bool | None:
+    """Return the outcome of a comparison that others of the same two values imply, if any."""
+    if condition.op not in COMPARISONS or not all(map(_is_never_nan, condition.operands)):
+        return None
+    signs = {-1, 0, 1}
+    for known, outcome in outcomes:
+        if known.op in COMPARISONS and set(known.operands) == set(condition.operands):
+            turn = 1 if known.operands == condition.operands else -1
+            true = {turn * sign for sign in _SIGNS[known.op]}
+            signs &= true if outcome else {-1, 0, 1} - true
+    wanted = _SIGNS[condition.op]
+    return True if signs <= wanted else False if not signs & wanted else None
+
+
+def _is_never_nan(node: Node) -> bool:
+    constant = node.constant()
+    # Calls and optimizers refuse NaN for hyperparameters.
+    return node.op in ("step", "hyperparameter") if constant is None else constant == constant
 
 
 class _Tracer:
@@ -218,6 +245,13 @@ class _Tracer:
 
 def _described(error: Exception) -> str:
     text = ": ".join(filter(None, (type(error).__name__, str(error))))
+    if isinstance(error, UnboundLocalError):
+        return (
+            f"{text}: both outcomes of each `if` are traced, also pairs that cannot occur together;"
+            " use `else`"
+        )
+    if isinstance(error, NameError):
+        return f"{text}: the rule is traced where it is defined; define what it calls above it"
     if not any(name in text for name in _PROXIES):
         return text
     return (
