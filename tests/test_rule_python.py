@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import logging
 import math
 import sys
 import types
@@ -161,7 +162,8 @@ def rooted(x: Any) -> Any:
 
 
 def printed(x: Any) -> Any:
-    print(x, file=sys.stderr)
+    print(x, f"{x:.3f} {x}", str(x), file=sys.stderr)
+    logging.getLogger("rules").info("x=%s", x)
     return x
 
 
@@ -383,7 +385,7 @@ Warm(h).inverse ; Warm.base(h) ; warm[3] * h ; warm[step] ; Warm(h) < warm ; isi
 sum(map(warm.root, betas)) ; functools.partial(warm.root)(step) ; (warm.me is warm) + h
 constants.value(h) ; Constants(h).value(step) ; constants.scale * h ; Slotted(h).value()
 dataclasses.replace(constants, scale=h).value(2.0) ; Pair(h).norm() ; Pair(3.0).norm() * h
-complementary(step) ; between(step, h)
+complementary(step) ; between(step, h) ; fractions.Fraction(1, 2) * h
 rooted_rate(h) ; table.rate(h) ; rates.total(h) ; table["root"](h) ; rates[1](h)
 sum(each.root(h) for each in BY_NAME[:2]) ; sum(each["root"](h) for each in BY_NAME[2:])
 math.hypot(*betas, h) ; math.hypot(3.0, h, 4.0, step) ; math.hypot(-h) ; math.prod(betas, start=h)
@@ -422,7 +424,7 @@ def define(body: str, signature: str = SIGNATURE) -> Any:
     return make(f"@eo.rule\ndef python_rule({signature}):\n    {lines}\n", "python_rule", **NAMES)
 
 
-_MODULES = ("bisect", "copy", "itertools", "operator")
+_MODULES = ("bisect", "copy", "fractions", "itertools", "operator")
 NAMES = {name: value for name, value in globals().items() if name != "__name__"}
 NAMES |= {name: importlib.import_module(name) for name in _MODULES}
 

@@ -5,6 +5,7 @@ import array
 import collections
 import dataclasses
 import enum
+import functools
 import itertools
 import math
 import numbers  # noqa: F401
@@ -247,12 +248,19 @@ def test_functions_that_are_not_copied(name: str) -> None:
 
 # ---- types and texts that are not values -------
 
+
+@functools.singledispatch
+def by_class(x: Any) -> Any:
+    return x
+
+
 UNKNOWN = [
     (
         "match h:\n    case numbers.Real():\n        h = 1",
         "the class of a per-step number: use isinst",
     ),
     ("match step:\n    case numbers.Integral():\n        h = 1", "the class of a per-step number"),
+    ("h *= by_class(step)", "the class of a per-step number"),
     ("h *= issubclass(h.__class__, float)", "the class of a per-step number: use isinstance"),
     ("h *= str(step) == '3'", "the text of a per-step number, which has no value while the rule"),
     ("h *= {'1': 3.0}.get(f'{step}', 1.0)", "the text of a per-step number"),

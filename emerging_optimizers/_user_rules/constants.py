@@ -18,4 +18,4 @@ class Constant(torch.Tensor):
 def as_constant(value: Any) -> Any:
     """Return a tensor as a constant, which shares its memory; any other value as it is."""
     is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-    return value.as_subclass(Constant) if is_plain else value
+    return value.detach().as_subclass(Constant) if is_plain else value

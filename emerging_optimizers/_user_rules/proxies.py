@@ -64,8 +64,9 @@ class _Device:
         raise RuleError(f".{name} of a device: a rule is the same on all devices")
 
 
-# Those that tell proxies from tensors.
+# Those that tell proxies from tensors, and those of Python that call a function by a class.
 _LIBRARIES = ("emerging_optimizers", "torch")
+_DISPATCHERS = {"__main__", "functools"}
 
 DTYPE = _Dtype()
 DEVICE = _Device()
@@ -119,7 +120,8 @@ class Proxy:
         while frame.f_globals.get("__name__") == "abc" and frame.f_back is not None:
             frame = frame.f_back
         caller = str(frame.f_globals.get("__name__")).partition(".")[0]
-        return type(self) if caller in _LIBRARIES else self._shown_class()
+        is_of_library = caller in _LIBRARIES or caller in sys.stdlib_module_names - _DISPATCHERS
+        return type(self) if is_of_library else self._shown_class()
 
     def _shown_class(self) -> type:
         """Return the class that the rule sees, in `match` and other tests without `isinstance`."""
