@@ -125,6 +125,21 @@ class Frozen:
     count: int = 0
 
 
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Rows(list):  # type: ignore[type-arg]
+    pass
+
+
+class Table(collections.defaultdict):  # type: ignore[type-arg]
+    pass
+
+
 class Counting(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +152,7 @@ class Counting(torch.nn.Module):
 
 counter, FROZEN, MODULE = Counter(), Frozen(), Counting()
 COMMAND_LINE, INTEGERS, BYTES = argparse.Namespace(count=0), array.array("i", [0]), bytearray(1)
+SLOTTED, ROWS, TABLE = Slotted(), Rows(), Table(int)
 GENERATOR = torch.Generator()
 LIST, DICT, SET = [0], {"count": 0}, {0}
 COUNTS: collections.Counter[str] = collections.Counter()
@@ -168,6 +184,10 @@ KEPT = [
     ("counter.__dict__['own'] += 1", "the rule modifies a Counter outside of it"),
     ("object.__setattr__(FROZEN, 'count', 1)", "the rule modifies a Frozen outside of it"),
     ("vars(FROZEN)['count'] = 1", "the rule modifies a Frozen outside of it"),
+    ("object.__setattr__(SLOTTED, 'count', 1)", "the rule modifies a Slotted outside of it"),
+    ("ROWS.append(1)", "the rule modifies a Rows outside of it"),
+    ("ROWS.count = 1", "the rule assigns count of an object outside of it"),
+    ("TABLE['count'] += 1", "the rule modifies a Table outside of it"),
     ("MODULE(0)", "the rule modifies a Tensor outside of it"),
     ("TENSOR.data.add_(1)", "the rule modifies a Tensor outside of it"),
     (

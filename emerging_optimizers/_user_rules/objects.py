@@ -85,6 +85,7 @@ class Objects:
         elif isinstance(value, list):
             list.extend(copied, map(self._lift, value))
             self._outside.remember(copied)
+        stored: dict[str, Any] = {}
         if hasattr(value, "__dict__"):
             stored = object.__getattribute__(copied, "__dict__")
             stored.update(vars(value))
@@ -93,11 +94,13 @@ class Objects:
                 stored["_modules"] = {name: self._lift(part) for name, part in parts}
                 for tensor in (*value.parameters(), *value.buffers()):
                     self._outside.remember(tensor)
-            self._outside.remember_attributes(copied, list(stored))
+        slots = []
         for base in type(value).__mro__:
             for name, member in vars(base).items():
                 if isinstance(member, types.MemberDescriptorType) and hasattr(value, name):
                     member.__set__(copied, self._lift(getattr(value, name)))
+                    slots.append(name)
+        self._outside.remember_attributes(copied, stored, slots)
         return copied
 
     def _access(self, kind: type) -> dict[str, Any]:

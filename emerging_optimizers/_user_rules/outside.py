@@ -5,7 +5,7 @@ import array
 import io
 import types
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +37,21 @@ class Outside:
         if contents is not None and id(value) not in self._known:
             self._known[id(value)] = (value, contents(value), contents)
 
-    def remember_attributes(self, value: Any, names: Collection[str]) -> None:
-        """Remember some attributes of an object."""
+    def remember_attributes(self, value: Any, stored: dict[str, Any], slots: list[str]) -> None:
+        """Remember the attributes that an object has.
+
+        Args:
+            value: The object.
+            stored: Its attributes that are in its ``__dict__``.
+            slots: The names of others.
+        """
+        names = list(stored)
 
         def contents(value: Any) -> list[Any]:
-            stored = object.__getattribute__(value, "__dict__")
-            return [stored.get(name) for name in names]
+            others = [object.__getattribute__(value, name) for name in slots]
+            return [*map(stored.get, names), *others]
 
-        self._known[id(value)] = (value, contents(value), contents)
+        self._known[id(stored)] = (value, contents(value), contents)
 
     def check(self) -> None:
         """Raise if something has changed; restore lists, dicts and sets."""
