@@ -3,6 +3,8 @@
 import argparse
 import array
 import collections
+import contextlib
+import cProfile
 import dataclasses
 import enum
 import functools
@@ -51,7 +53,16 @@ def divides(x: Any) -> Any:
     return 1 / x
 
 
+@contextlib.contextmanager
+def without_errors() -> Any:
+    try:
+        yield
+    except ValueError:
+        return
+
+
 HANDLERS = [
+    ("k = 1\nwith without_errors():\n    k = math.sqrt(h)", "ValueError"),
     ("try:\n    k = 1 / step\nexcept:\n    k = 1.0", "every error"),
     ("try:\n    k = divides(step)\nexcept Exception:\n    k = 1.0", "Exception"),
     ("try:\n    k = n % step\nexcept (KeyError, BaseException) as e:\n    k = 1.0", "KeyError and"),
@@ -255,6 +266,18 @@ WITHOUT_A_COPY = {
 }
 WITH_METACLASS, OF_ANOTHER, FACTOR = WithMetaclass(), OfAnother(), Factor(2.0)
 LAYERS = torch.nn.Sequential(Layer())
+
+
+@pytest.mark.parametrize("profiler", [lambda frame, event, argument: None, cProfile.Profile()])
+def test_a_profiler_goes_on(profiler: Any) -> None:
+    is_native = isinstance(profiler, cProfile.Profile)
+    profiler.enable() if is_native else sys.setprofile(profiler)
+    before = sys.getprofile()
+    try:
+        assert ".scale cannot be traced where it is" in refusal("return Mode(1).scale(grad), a * h")
+        assert sys.getprofile() is before
+    finally:
+        profiler.disable() if is_native else sys.setprofile(None)
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_COPY)

@@ -21,6 +21,9 @@ _FOLDER = str(Path(__file__).parent)
 # What the `with` statements that suppress errors handle.
 _SUPPRESSED: ContextVar[tuple[type[BaseException], ...]] = ContextVar("suppressed", default=())
 
+# The generators whose `with` statements run.
+_SUSPENDED: ContextVar[tuple[types.FrameType, ...]] = ContextVar("suspended", default=())
+
 
 class Suppress(contextlib.suppress):
     """``contextlib.suppress`` in a rule."""
@@ -37,15 +40,39 @@ class Suppress(contextlib.suppress):
         return bool(super().__exit__(*error))
 
 
+class GeneratorContext(contextlib._GeneratorContextManager[Any]):
+    """A function with ``contextlib.contextmanager`` in a rule."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        frame = getattr(self.gen, "gi_frame", None)
+        self._token = _SUSPENDED.set((*_SUSPENDED.get(), frame) if frame else _SUSPENDED.get())
+        return entered
+
+    def __exit__(self, *error: Any) -> bool:
+        _SUSPENDED.reset(self._token)
+        return bool(super().__exit__(*error))
+
+
+# What takes the places of classes of contextlib.
+CONTEXTS: dict[Any, type] = {
+    contextlib.suppress: Suppress,
+    contextlib._GeneratorContextManager: GeneratorContext,
+}
+
+
 def check_no_handler(*errors: type[BaseException]) -> None:
     """Raise if the running rule would handle one of these errors, here."""
+    frames = list(_SUSPENDED.get())
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != RUN:
         if not frame.f_code.co_filename.startswith(_FOLDER):
-            name = _handled(frame, errors)
-            if name is not None:
-                raise refusal_of_handler(frame.f_code.co_name, name)
+            frames.append(frame)
         frame = frame.f_back
+    for frame in frames:
+        name = _handled(frame, errors)
+        if name is not None:
+            raise refusal_of_handler(frame.f_code.co_name, name)
     if _catches(_SUPPRESSED.get(), errors):
         raise refusal_of_handler("contextlib.suppress", _names(_SUPPRESSED.get()))
 

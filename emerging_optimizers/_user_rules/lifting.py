@@ -8,7 +8,6 @@ its module are not touched. The copy needs no source text.
 import argparse
 import builtins
 import collections
-import contextlib
 import copy
 import dis
 import functools
@@ -25,7 +24,7 @@ from .._rule import Rule
 from .builtin_functions import BUILTINS, has_proxy
 from .constants import as_constant
 from .graph import RuleError
-from .handlers import HAS_TABLES, Suppress, refusal_of_handler
+from .handlers import CONTEXTS, HAS_TABLES, refusal_of_handler
 from .libraries import math_function, numpy_function, torch_function
 from .nested_rule import NestedRule
 from .objects import Objects
@@ -80,14 +79,12 @@ class Lifting:
             return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)
         if type(value) in _CONTAINERS:
             return self._lift_container(value)
-        if value is contextlib.suppress:
-            return Suppress
         if isinstance(value, type):
-            return self._objects.lift_class(value)
+            return CONTEXTS.get(value) or self._objects.lift_class(value)
         is_method = isinstance(value, (types.BuiltinMethodType, types.MethodType))
         if _is_random(value.__self__ if is_method else value):
             return _Random(value, "random")
-        if callable(value) and (value is os.urandom or value.__module__ in _CLOCKS):
+        if value is os.urandom or (callable(value) and _module_of(value) in _CLOCKS):
             return _Random(value, "urandom")
         if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
             return types.MethodType(self.lift(value.__func__), self.lift(value.__self__))
@@ -98,7 +95,7 @@ class Lifting:
 
     def _lift_function(self, value: Any) -> Any:
         name = getattr(value, "__name__", "")
-        module = getattr(value, "__module__", None) or type(value).__module__
+        module = _module_of(value)
         if module == "math":
             return math_function(name, value)
         if getattr(torch, name, None) is value or module in _TORCH_MODULES:
@@ -189,6 +186,10 @@ class Lifting:
 
     def _import(self, *arguments: Any, **options: Any) -> Any:
         return self.lift(importlib.__import__(*arguments, **options))
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__module__", None) or type(function).__module__
 
 
 def _with_items(container: Any, items: Any) -> Any:

@@ -48,7 +48,8 @@ def only_copies(builtins: dict[str, Any]) -> Iterator[None]:
     Args:
         builtins: What copies see as Python's built-in functions.
     """
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
+    is_native = before is not None and not callable(before)  # that of cProfile
 
     def check(frame: types.FrameType, event: str, argument: object) -> None:
         known = frame.f_builtins
@@ -63,11 +64,15 @@ def only_copies(builtins: dict[str, Any]) -> Iterator[None]:
                 " method of a plain class"
             )
 
+    if is_native:
+        before.disable()
     sys.setprofile(check)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None if is_native else before)
+        if is_native:
+            before.enable()
 
 
 def _is_proxy(value: Any) -> bool:
