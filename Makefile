@@ -110,6 +110,7 @@ bench: $(INSTALLED)  ## Measure functions, optimizers and clipping, also distrib
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 	$(PY) benchmarks/bench_rules.py --json build/bench_rules.json
+	$(PY) benchmarks/bench_interpreter.py --json build/bench_interpreter.json
 	$(PY) benchmarks/bench_clipping.py --json build/bench_clipping.json
 
 # For machines without network: uses only the packages that are installed.

@@ -135,6 +135,10 @@ class Rule:
         """Return whether there is native code; a user's rule is built at its first use."""
         return self.native is not None
 
+    def build_missing(self) -> bool:
+        """Build the kernels that a step was missing; return whether there were any."""
+        return False
+
     def complete_class(self, cls: type, defaults: Mapping[str, Any]) -> None:
         """Give a class of optimizers this rule; only users' rules do that."""
         raise TypeError(

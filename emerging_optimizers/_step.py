@@ -285,8 +285,10 @@ def _step_rest(
     still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
     for i, indices in left.items():
-        if _has_to_be_native(optimizer, groups[i]):
-            _raise_no_native_step(optimizer, groups[i], indices)  # nothing was done
+        if _has_to_be_native(optimizer, groups[i]):  # nothing was done
+            if optimizer._rule_of(groups[i]).rule.build_missing():
+                return _step_rest(call, found, grads)
+            _raise_no_native_step(optimizer, groups[i], indices)
     return left
 
 

@@ -22,7 +22,12 @@ def start() -> ModuleType:
     assert "emerging_optimizers" not in sys.modules, "too late: the package was imported"
     assert torch.version.cuda is None, "PyTorch has CUDA kernels of its own: use a real device"
     csrc = _ROOT / "csrc"
-    patterns = ("units/*.cpp", "engine/cpu/*.cpp", "bindings/*.cpp")
+    patterns = (
+        "units/*.cpp",
+        "engine/cpu/*.cpp",
+        "engine/cuda/erased_enqueue.cpp",
+        "bindings/*.cpp",
+    )
     sources = [source for pattern in patterns for source in csrc.glob(pattern)]
     sources += (_ROOT / "tests" / "cpp").glob("emulated_*.cpp")
     folder = _ROOT / "build" / "emulation"

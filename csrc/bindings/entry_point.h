@@ -56,13 +56,16 @@ inline NewUpdates new_updates(const TensorArgument& grads, const TensorArgument&
 }
 
 // Calls a rule. The arguments are the documented ones in their order, then `out`. Returns the
-// update.
-inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count) {
+// update. If the call has passed the dispatcher (`is_dispatched`), it gives `out`, and nothing is
+// done and None returned without native kernels for it.
+inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count,
+                         bool is_dispatched = false) {
   const RuleInfo& info = *rule.info;
   const size_t expected = 1 + info.num_states + info.num_hyperparameters + 1;
   TORCH_CHECK_TYPE(static_cast<size_t>(count) == expected, rule.function, " takes ", expected,
                    " arguments, not ", count);
-  const SingleTensorCall messages(THPVariable_Check(arguments[0]));
+  const SingleTensorCall messages(is_dispatched ? SingleTensorCall::is_active()
+                                                : THPVariable_Check(arguments[0]));
   OperatorCall call;
   call.rule.info = &info;
 
@@ -92,12 +95,18 @@ inline py::object update(const RegisteredRule& rule, PyObject* const* arguments,
     check_same_kind(grads, *given);
     call.lists[kUpdate] = given->tensors();
   }
+  bool is_done = true;
   if (call.lists[kUpdate].empty()) {
     check_call(call);
   } else {
     const py::gil_scoped_release without_gil;
-    if (!compute_directly(call)) dispatch(rule, call);
+    if (is_dispatched) {
+      is_done = compute_if_native(call);
+    } else if (!compute_directly(call)) {
+      dispatch(rule, call);
+    }
   }
+  if (!is_done) return py::none();
   return given ? py::reinterpret_borrow<py::object>(out) : std::move(fresh.python);
 }
 

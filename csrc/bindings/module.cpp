@@ -15,6 +15,7 @@
 #include "operand_checks.h"
 #include "optimizer_step.h"
 #include "rule_library.h"
+#include "runtime_kernels.h"
 #include "traced_rule.h"
 #if EMOPT_CUDA
 #include "../engine/cuda/device_sweep.h"
@@ -140,6 +141,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               const py::gil_scoped_release without_gil;  // loading takes milliseconds
               attach_library(registered, path, symbol);
             }));
+#if EMOPT_CUDA
+  // A call that has passed the dispatcher; the last argument is the list of updates.
+  m.def("_compute_if_native",
+        torch::wrap_pybind_function([](const py::capsule& rule, const py::tuple& arguments) {
+          std::vector<PyObject*> pointers;
+          for (const py::handle argument : arguments) pointers.push_back(argument.ptr());
+          const auto count = static_cast<Py_ssize_t>(pointers.size());
+          const auto& registered = *rule.get_pointer<RegisteredRule>();
+          return !update(registered, pointers.data(), count, /*is_dispatched=*/true).is_none();
+        }));
+  m.def("_attach_kernel",
+        torch::wrap_pybind_function([](const py::capsule& rule, c10::DeviceIndex device,
+                                       const KernelName& kernel, const std::string& symbol,
+                                       const py::bytes& code) {
+          const auto text = code.cast<std::string>();
+          const RuleInfo& info = *rule.get_pointer<RegisteredRule>()->info;
+          const py::gil_scoped_release without_gil;  // loading takes milliseconds
+          attach_kernel(info, device, kernel, symbol, text);
+        }));
+  m.def("_wanted_kernels", [](const py::capsule& rule) {
+    return wanted_kernels(*rule.get_pointer<RegisteredRule>()->info);
+  });
+#endif
   m.def("_rule_info", torch::wrap_pybind_function(rule_info), py::arg("path"), py::arg("symbol"));
 
   m.attr("torch_version") = TORCH_VERSION;

@@ -12,6 +12,7 @@
 
 #include "../engine/sweep.h"
 #include "checked_table.h"
+#include "runtime_kernels.h"
 
 namespace emopt {
 
@@ -45,6 +46,24 @@ bool are_native(const OperatorCall& call) {
   });
 }
 
+// Whether the kernels that a call needs are loaded.
+bool has_kernels(const OperatorCall& call) {
+  const RuleInfo& info = *call.rule.info;
+  if (!has_runtime_kernels(info)) return true;
+  const bool needs_setup = call.step.tensor.has_value() && call.step.tensor->is_cuda();
+  const at::TensorList grads = call.lists[kGrad];
+  bool has_all = true;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (!grads[i].is_cuda()) continue;
+    bool is_double = false;
+    for (size_t k = kGrad; k < kFirstState + info.num_states; ++k) {
+      is_double |= call.lists[k][i].scalar_type() == at::kDouble;
+    }
+    has_all &= has_kernel<StoreUpdate>(info, grads[i].get_device(), is_double, needs_setup);
+  }
+  return has_all;
+}
+
 template <int kStates>
 class Computation {
  public:
@@ -57,8 +76,8 @@ class Computation {
   // Whether the dispatcher would choose the native kernel.
   bool is_native() const {
     const bool any_on_device = checked_.table().any_on_device;
-    const bool has_kernels = !any_on_device || call_.rule.info->has_cuda_kernels();
-    return (has_rows_ && has_kernels) || are_native(call_);
+    const bool are_known = !any_on_device || call_.rule.info->has_cuda_kernels();
+    return ((has_rows_ && are_known) || are_native(call_)) && has_kernels(call_);
   }
 
   void run() {
@@ -195,7 +214,11 @@ RegisteredRule register_rule(const RuleInfo& info, const std::string& name_space
     library.impl(operator_name.c_str(), torch::dispatch(key, std::move(kernel)));
   };
   implement(c10::DispatchKey::CPU, boxed<NativeKernel>(info));
-  if (info.has_cuda_kernels()) implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
+  // While kernels that are compiled at run time are not there, the formula runs, which Python
+  // calls.
+  if (info.has_cuda_kernels() && !has_runtime_kernels(info)) {
+    implement(c10::DispatchKey::CUDA, boxed<NativeKernel>(info));
+  }
   implement(c10::DispatchKey::Meta, boxed<MetaKernel>(info));
   implement(c10::DispatchKey::Tracer, boxed<TracerKernel>(function));
   // Updates are not differentiable. Without this, PyTorch's autograd fallback would search all
@@ -213,6 +236,10 @@ bool compute_directly(const OperatorCall& call) {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
   if (!(included - c10::default_included_set).empty()) return false;
   if (at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value()) return false;
+  return compute_if_native(call);
+}
+
+bool compute_if_native(const OperatorCall& call) {
   if (call.step.tensor.has_value() && !is_native(*call.rule.info, *call.step.tensor)) return false;
   return with_num_states(call.rule.info->num_states, [&](auto num_states) {
     Computation<num_states> computation(call);

@@ -50,6 +50,8 @@ HostOrDeviceScalar check_call(const OperatorCall& call);
 // and all tensors are plain and on devices with native kernels. Otherwise does nothing and returns
 // false.
 bool compute_directly(const OperatorCall& call);
+// The same for a call that has passed the dispatcher.
+bool compute_if_native(const OperatorCall& call);
 // Computes through the dispatcher.
 void dispatch(const RegisteredRule& rule, const OperatorCall& call);
 

@@ -16,6 +16,7 @@
 #include "candidates.h"
 #include "collected_rows.h"
 #include "operand_checks.h"
+#include "runtime_kernels.h"
 #include "step_overlap.h"
 #include "tensor_memory.h"
 
@@ -204,6 +205,7 @@ class RowCollector {
     if (is_copy_on_write(step) && !may_allocate()) return false;
     auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
     if (counter == nullptr) return false;
+    if (row.device != kHost && !has_kernel_for(row, !counts_here)) return false;
     if (counts_here) {
       const double next =
           options_.count ? *options_.count + 1.0 : static_cast<double>(*counter + 1.0f);
@@ -228,6 +230,13 @@ class RowCollector {
     }
     collected_.others |= others | c.others | other_owners(step, deleter_) | other_users(step);
     return true;
+  }
+
+  bool has_kernel_for(const RowOf& row, bool counts_on_device) const {
+    const bool is_stochastic =
+        options_.epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
+    return has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
+                                   counts_on_device || needs_device() || is_stochastic);
   }
 
   bool may_allocate() {

@@ -11,6 +11,10 @@
 #include "../engine/cpu/step_program.h"
 #include "../engine/cpu/tile_machine.h"
 #include "../engine/program.h"
+#if EMOPT_CUDA
+#include "../engine/cuda/erased_enqueue.h"
+#include "../engine/cuda/kernel_table.h"
+#endif
 
 namespace emopt {
 
@@ -198,6 +202,15 @@ const RuleInfo* interpreted(const TracedRule& traced) {
   info.keeps_weight[1] = &StepConstants<double>::keeps_weight;
   const cpu::TileLoops tile_loops = cpu::tile_loops();
   std::memcpy(info.loops, tile_loops.loops, sizeof(info.loops));
+#if EMOPT_CUDA
+  rule->program.kernels = new cuda::KernelTable;  // lives as long as the description
+  for (int epilogue = 0; epilogue < kNumEpilogues; ++epilogue) {
+    for (int precision = 0; precision < kNumPrecisions; ++precision) {
+      info.enqueue[epilogue][precision] =
+          cuda::erased_enqueue(info.num_states, epilogue, precision);
+    }
+  }
+#endif
   info.program = &rule->program;
   info.compiled = &rule->compiled;
   return &rule.release()->info;

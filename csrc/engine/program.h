@@ -11,6 +11,10 @@
 
 namespace emopt {
 
+namespace cuda {
+class KernelTable;
+}
+
 // ---- the step's part ----------------------------------------------------------------------------
 
 // Registers hold doubles; flags are 0 or 1. The first one holds the step; then come the
@@ -68,6 +72,7 @@ struct Program {
   std::vector<TileProgram> cases;
   std::vector<float> literals32;
   std::vector<double> literals64;
+  cuda::KernelTable* kernels = nullptr;  // those compiled at run time; null without CUDA
 
   uint32_t first_constant() const { return 1 + num_states; }
   uint32_t first_literal() const { return first_constant() + num_constants; }

@@ -68,6 +68,11 @@ def compile_kernel(text: Path, options: Sequence[str], csrc: Path) -> nvrtc.Comp
     return nvrtc.compile_program(text.read_text("utf-8"), str(text), [*options, *folders])
 
 
+def check_compiler() -> None:
+    """Raise a BuildError if NVRTC is missing or cannot be loaded."""
+    nvrtc.version()
+
+
 def cubin_for(rule: str, source: str, kernel: Kernel, architecture: int) -> Path:
     """Return the file of a kernel, which is compiled now unless it is in the cache.
 
@@ -80,6 +85,19 @@ def cubin_for(rule: str, source: str, kernel: Kernel, architecture: int) -> Path
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
     """
+    return _build_cache.load_once(_product(rule, source, kernel, architecture))
+
+
+def find_cubin(rule: str, source: str, kernel: Kernel, architecture: int) -> Path | None:
+    """Return the file of a kernel if it is in the cache; the arguments are those of `cubin_for`.
+
+    Raises:
+        BuildError: It cannot be compiled, or others can write to its place in the cache.
+    """
+    return _build_cache.find(_product(rule, source, kernel, architecture))
+
+
+def _product(rule: str, source: str, kernel: Kernel, architecture: int) -> "_Cubin":
     if architecture not in nvrtc.architectures():
         major, minor = nvrtc.version()
         raise BuildError(
@@ -89,7 +107,7 @@ def cubin_for(rule: str, source: str, kernel: Kernel, architecture: int) -> Path
     csrc = _build_cache.csrc()
     options = kernel_options(rule, kernel, architecture)
     folder = _build_cache.root(_THEN) / "rules" / f"{rule}-cuda-{_key(source, options, csrc)}"
-    return _build_cache.load_once(_Cubin(folder, rule, source, kernel.symbol(rule), options))
+    return _Cubin(folder, rule, source, kernel.symbol(rule), options)
 
 
 class _Cubin(_build_cache.Product[Path]):

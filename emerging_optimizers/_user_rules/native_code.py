@@ -16,6 +16,7 @@ from . import background, shipped
 from .assembler import Program
 from .build import library_for, product_for
 from .emitter import struct_name
+from .runtime_kernels import RuntimeKernels
 
 # By the C++ text: rules that are defined twice share their code. Operators cannot be removed.
 _CODES: dict[str, "NativeCode"] = {}
@@ -44,6 +45,7 @@ class NativeCode:
         stem: The operator is ``{stem}_update_``.
         handle: The compiled module's handle of the rule.
         eager: The compiled module's function for eager calls.
+        kernels: Its CUDA kernels.
         is_compiled: Whether the compiled library has replaced the interpreter.
         why_not: Why it cannot be compiled, as far as that is known.
     """
@@ -57,6 +59,7 @@ class NativeCode:
         self.handle: Any
         self.eager: Callable[..., Any]
         self.handle, self.eager = native._interpret_rule(USER_NAMESPACE, self.stem, *program)
+        self.kernels = RuntimeKernels(program.name, source, self.handle)
         self.is_compiled = False
         self.why_not: str | None = None
         self._is_started = False

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
+from . import runtime_kernels
 from .assembler import assemble
 from .emitter import Emitter
 from .graph import RuleError
@@ -62,6 +63,8 @@ class UserRule(Rule):
         self._check = None
         self._code: NativeCode | None = None
         self._has_warned = False
+        # Whether there is native code, which nothing has begun to compile for the CPU.
+        self._is_only_on_gpus = False
         signature = trace.signature
         self._describe(signature.name, signature.states, signature.hyperparameters)
         self.title = self.name
@@ -108,27 +111,43 @@ class UserRule(Rule):
             if eager is None:
                 self._build_for(_tensors_of(arguments[0]))
                 eager = self._eager
+            elif self._is_only_on_gpus:
+                self._build_for(_tensors_of(arguments[0])[:1])
             return self._call(*arguments) if eager is None else eager(*arguments)
 
         return call
 
     # ---- native code -----------------------------------------------------------------------------
 
-    def compile(self) -> None:
+    def compile(self, device: torch.device | str = "cpu") -> None:
         """Load the rule's compiled code, or build it; do nothing if that is done.
 
         It is loaded from the rule's package, if that ships it, or from the cache.
 
-        Otherwise this begins in the background at the rule's first use with tensors on the CPU.
-        Until it is done, the rule is interpreted, with the same results.
+        Otherwise this begins in the background at the rule's first use with tensors on a device.
+        Until it is done, the rule is interpreted on the CPU, with the same results; on a GPU, its
+        formula runs.
+
+        Args:
+            device: The CPU, or a GPU, for which all twelve kernels are built. A CUDA graph that
+                captures the rule needs them before.
 
         Raises:
-            RuntimeError: There is no compiler, it fails, or ``EMERGING_OPTIMIZERS_JIT=0`` is set.
+            RuntimeError: There is no compiler, it fails, ``EMERGING_OPTIMIZERS_JIT=0`` is set, or
+                the package has no kernels for the device.
         """
+        device = torch.device(device)
         code = self._native_code()
         if code is None:
             raise RuntimeError(f"the rule {self.name} cannot be compiled: {_native.reason}")
-        code.compile()
+        if device.type == "cpu":
+            code.compile()
+        elif device.type == "cuda" and runtime_kernels.are_possible():
+            code.kernels.build_all(device)
+        else:
+            raise RuntimeError(
+                f"the rule {self.name} cannot be compiled: there are no kernels for {device.type}"
+            )
 
     @property
     def is_compiled(self) -> bool:
@@ -138,7 +157,7 @@ class UserRule(Rule):
     @property
     def summary(self) -> str:
         """The name, and why the rule is interpreted, if it is."""
-        if self._code is None or self.is_compiled:
+        if self._code is None or self.is_compiled or self._is_only_on_gpus:
             return self.name
         reason = self._code.why_not or "not compiled yet"
         return f"{self.name} (interpreted: {reason})"
@@ -163,19 +182,27 @@ class UserRule(Rule):
 
     def _build_for_devices(self, devices: tuple[str, ...]) -> None:
         """Make the native code at its first use; warn, once, if the formula runs instead."""
-        if self.native is not None:
+        is_on_cpu = "cpu" in devices
+        if self.native is not None and not (is_on_cpu and self._is_only_on_gpus):
             return
         reason: str | None
-        if "cpu" in devices:
+        if is_on_cpu or ("cuda" in devices and runtime_kernels.are_possible()):
             code = self._native_code()
             if code is not None:
-                code.start_build()
+                self._is_only_on_gpus = not is_on_cpu
+                if is_on_cpu:
+                    code.start_build()
                 return
             reason = _native.reason
         else:
             others = sorted(set(devices) - set(_WITHOUT_VALUES))
             reason = f"there are no kernels for {' and '.join(others)}" if others else None
-        if reason is None or self._has_warned:
+        if reason is not None:
+            self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        """Warn, once, that the formula runs."""
+        if self._has_warned:
             return
         self._has_warned = True
         warnings.warn(
@@ -184,6 +211,32 @@ class UserRule(Rule):
             RuntimeWarning,
             stacklevel=_level_of_user(),
         )
+
+    def build_missing(self) -> bool:
+        """Build the kernels that a step on a GPU was missing; return whether there were any."""
+        return self._code is not None and self._code.kernels.build_missing()
+
+    def operate_on_devices(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
+        """The operator's kernel for other devices: kernels if they are there, else the formula."""
+        if not self._operate_by_kernels(arguments, step_tensor):
+            super().operate_on_devices(*arguments, step_tensor=step_tensor)
+
+    def _operate_by_kernels(self, arguments: Sequence[Any], step_tensor: Tensor | None) -> bool:
+        """Update by kernels if all that are needed are there; return whether that is done."""
+        code = self._code
+        if code is None or not runtime_kernels.are_possible():
+            return False
+        num_lists = 2 + len(self.states)
+        updates, *lists = arguments[:num_lists]
+        values = [
+            step_tensor if name == "step" and step_tensor is not None else value
+            for name, value in zip(self.hyperparameter_names, arguments[num_lists:], strict=True)
+        ]
+        call = (*lists, *values, updates)
+        module: Any = _native.native
+        if module._compute_if_native(code.handle, call):
+            return True
+        return code.kernels.start() and bool(module._compute_if_native(code.handle, call))
 
     # Called while a graph is traced, not by the graph.
     _build_for_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -199,6 +252,10 @@ class UserRule(Rule):
         self, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> Tensor | None:
         """Apply the formula in float32 or float64; return the update, if there is one."""
+        if grad.is_cuda and self._code is not None:
+            self._code.kernels.start()
+            if self._code.kernels.why_not is not None:
+                self._warn(self._code.kernels.why_not)
         real = arithmetic_dtype((grad, *states))
         own_grad = grad.to(real)
         if self._trace.modifies_grad and own_grad is grad:

@@ -1,0 +1,159 @@
+"""The CUDA kernels of a rule: those that are used are built, while the formula runs."""
+
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import _build_cache, _native
+from .._build_cache import BuildError
+from . import background, cuda_kernels
+from .cuda_kernels import KERNELS, Kernel
+
+# More threads than these share the compiler's locks most of the time.
+_MOST_THREADS = 4
+
+
+def are_possible() -> bool:
+    """Return whether the compiled module can launch kernels on CUDA devices."""
+    return _native.native is not None and bool(_native.native.cuda_architectures)
+
+
+class RuntimeKernels:
+    """The kernels of a rule, on all devices.
+
+    Args:
+        rule: The rule's name.
+        source: Its C++ text.
+        handle: The compiled module's handle of the rule.
+
+    Attributes:
+        why_not: Why some of them cannot be built; None as far as that is not known.
+    """
+
+    def __init__(self, rule: str, source: str, handle: Any) -> None:
+        self._rule = rule
+        self._source = source
+        self._handle = handle
+        self.why_not: str | None = None
+        self._lock = threading.Lock()
+        self._asked: set[tuple[int, Kernel]] = set()
+
+    def start(self) -> bool:
+        """Load the kernels that were missing, or begin to build them in the background.
+
+        Returns:
+            Whether any was in the cache, and is loaded now.
+        """
+        is_any_loaded = False
+        for device, kernel in self._take_missing():
+            try:
+                cubin = cuda_kernels.find_cubin(
+                    self._rule, self._source, kernel, _architecture(device)
+                )
+                if cubin is not None:
+                    self._attach(device, kernel, cubin.read_bytes())
+                    is_any_loaded = True
+                    continue
+            except (BuildError, RuntimeError, OSError) as error:
+                self._note(error)
+                continue
+            background.run(partial(self._try_to_build, device, kernel))
+        return is_any_loaded
+
+    def build_missing(self) -> bool:
+        """Build the kernels that were missing now; return whether there were any.
+
+        Raises:
+            RuntimeError: A kernel cannot be built.
+        """
+        missing = self._take_missing(again=True)
+        self._build_now(missing)
+        return bool(missing)
+
+    def build_all(self, device: torch.device) -> None:
+        """Build all kernels for a device, unless they are in the cache, and load them.
+
+        Raises:
+            RuntimeError: That is not possible.
+        """
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._build_now((index, kernel) for kernel in KERNELS)
+
+    def _take_missing(self, again: bool = False) -> list[tuple[int, Kernel]]:
+        """Return the kernels that were missing; if not `again`, those not returned before."""
+        if not are_possible() or _is_capturing():
+            return []  # a capture forbids to load any
+        module: Any = _native.native
+        found = []
+        with self._lock:
+            for device, names in module._wanted_kernels(self._handle):
+                small = Kernel(*names)
+                # The large one is for calls with many tensors, which it makes faster.
+                for kernel in (small, small._replace(is_large=True)):
+                    if kernel in KERNELS and (again or (device, kernel) not in self._asked):
+                        self._asked.add((device, kernel))
+                        found.append((device, kernel))
+        refusal = _refusal() if found else None
+        if refusal is not None:
+            self.why_not = refusal
+            return []
+        return found
+
+    def _try_to_build(self, device: int, kernel: Kernel) -> None:
+        try:
+            self._build(device, kernel)
+        except (BuildError, RuntimeError, OSError) as error:
+            self._note(error)
+
+    def _build_now(self, wanted: Iterable[tuple[int, Kernel]]) -> None:
+        refusal = _refusal()
+        if refusal is not None:
+            raise RuntimeError(f"the rule {self._rule} cannot be compiled: {refusal}")
+        try:
+            with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+                for _ in threads.map(lambda each: self._build(*each), wanted):
+                    pass
+        except BuildError as error:
+            raise RuntimeError(
+                f"the rule {self._rule} cannot be compiled: {error.reason}. {error.remedy}"
+            ) from error
+
+    def _build(self, device: int, kernel: Kernel) -> None:
+        cubin = cuda_kernels.cubin_for(self._rule, self._source, kernel, _architecture(device))
+        self._attach(device, kernel, cubin.read_bytes())
+
+    def _attach(self, device: int, kernel: Kernel, code: bytes) -> None:
+        module: Any = _native.native
+        module._attach_kernel(self._handle, device, tuple(kernel), kernel.symbol(self._rule), code)
+
+    def _note(self, error: Exception) -> None:
+        self.why_not = str(error)
+        if isinstance(error, BuildError):
+            self.why_not = f"{error.reason}. {error.remedy}"
+        _build_cache.say(f"the rule {self._rule} runs its formula on GPUs: {self.why_not}")
+
+
+def _refusal() -> str | None:
+    """Return why no kernel can be built or loaded."""
+    if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
+        return "EMERGING_OPTIMIZERS_JIT=0"
+    try:
+        cuda_kernels.check_compiler()
+    except BuildError as error:
+        return f"{error.reason}. {error.remedy}"
+    return None
+
+
+def _architecture(device: int) -> int:
+    """Return the architecture of a device: 90 for sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

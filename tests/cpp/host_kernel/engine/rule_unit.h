@@ -1,0 +1,18 @@
+// A rule's unit for emulated devices, instead of engine/rule_unit.h: one kernel of the rule, with
+// the options of engine/cuda/nvrtc/engine/rule_unit.h, which runs on the host.
+#pragma once
+
+#include <cstdlib>
+
+#include "engine/cuda/padded_rule.h"
+#include "run_on_host.h"
+
+#define EMOPT_RULE(Rule)                                                                   \
+  namespace emopt::cuda {                                                                  \
+  using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
+  }                                                                                        \
+  extern "C" void EMOPT_KERNEL(const void* argument, uint32_t num_blocks) {                \
+    const auto& launch = *static_cast<const emopt::cuda::KernelLaunch*>(argument);         \
+    if (launch.needs_setup != EMOPT_NEEDS_SETUP) std::abort();                             \
+    run_on_host(launch, num_blocks);                                                       \
+  }
