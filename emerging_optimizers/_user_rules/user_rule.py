@@ -139,6 +139,7 @@ class UserRule(Rule):
         if code is None:
             raise RuntimeError(f"the rule {self.name} cannot be compiled: {_native.reason}")
         if device.type == "cpu":
+            self._is_only_on_gpus = False
             code.compile()
         elif device.type == "cuda" and runtime_kernels.are_possible():
             code.kernels.build_all(device)
@@ -166,6 +167,7 @@ class UserRule(Rule):
             code = native_code(self._program, self.source)
             self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
             self._code = code
+            self._is_only_on_gpus = True
         return self._code
 
     def build_for(self, tensors: Iterable[Any]) -> bool:
@@ -187,8 +189,8 @@ class UserRule(Rule):
         if is_on_cpu or ("cuda" in devices and runtime_kernels.are_possible()):
             code = self._native_code()
             if code is not None:
-                self._is_only_on_gpus = not is_on_cpu
                 if is_on_cpu:
+                    self._is_only_on_gpus = False
                     code.start_build()
                 return
             reason = _native.reason
