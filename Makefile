@@ -23,7 +23,7 @@ endif
 
 INSTALLED := build/.installed-$(shell echo '$(PY) $(TORCH_STAMP)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml emerging_optimizers/_build.py $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cpp benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .PHONY: help install test python-test test-user-rules emulated-test cpp-test lint cuda-check gpu-check format demo \
@@ -110,6 +110,7 @@ bench: $(INSTALLED)  ## Measure functions, optimizers and clipping, also distrib
 	$(PY) benchmarks/bench_optimizers.py --json build/bench_optimizers.json
 	$(PY) benchmarks/bench_distributed.py --json build/bench_distributed.json
 	$(PY) benchmarks/bench_rules.py --json build/bench_rules.json
+	$(PY) benchmarks/bench_interpreter.py --json build/bench_interpreter.json
 	$(PY) benchmarks/bench_clipping.py --json build/bench_clipping.json
 
 # For machines without network: uses only the packages that are installed.

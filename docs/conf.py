@@ -32,7 +32,7 @@ nitpicky = True
 # What is documented elsewhere: torch, Python.
 nitpick_ignore_regex = [
     ("py:.*", r"torch(\..*)?"),
-    ("py:.*", r"(collections|typing)\..*"),
+    ("py:.*", r"(collections|os|typing)\..*"),
     ("py:.*", r"(bool|dict|float|int|list|str|tuple|type|None|ParamsT)"),
     ("py:exc", r"\w+Error"),
     ("py:.*", r"emerging_optimizers\.(.*\.)?_.*"),

@@ -46,6 +46,7 @@ def substitutions() -> dict[str, str]:
     optimizers = _read("optimizers-cpu.json")
     distributed = _read("distributed-cpu.json")
     rules = _read("rules-cpu.json")
+    interpreter = _read("interpreter-cpu.json")
     clipping = _read("clipping-cpu.json")
     offsets = _read("offsets-cpu.json")
     return {
@@ -61,6 +62,11 @@ def substitutions() -> dict[str, str]:
         "offsets_missed": _missed(offsets["targets"]),
         "rules_caption": _caption(rules, "rules-cpu.json"),
         "rules_table": _rules(rules["figures"]),
+        "interpreter_caption": _caption(interpreter, "interpreter-cpu.json"),
+        "interpreter_table": _interpreter(interpreter["figures"]),
+        "interpreter_switches": ", ".join(
+            f"{slowest:.2f} ({around:.2f})" for slowest, around in interpreter["switches"]
+        ),
         "distributed_caption": _caption(distributed, "distributed-cpu.json"),
         "distributed_table": _distributed(distributed["figures"]),
     }
@@ -87,9 +93,9 @@ def _read(name: str) -> dict[str, Any]:
 def _caption(result: dict[str, Any], name: str) -> str:
     run = result["run"]
     return (
-        f"{run['cpu']}, {run['threads']} threads, float32, torch {run['torch']}, instruction set"
-        f" {run['instruction_set']}, {run['date'][:10]}: `{run['command']}`. All figures:"
-        f" `benchmarks/results/{name}`."
+        f"{run['cpu']}, {run['threads']} {'thread' if run['threads'] == 1 else 'threads'}, float32,"
+        f" torch {run['torch']}, instruction set {run['instruction_set']}, {run['date'][:10]}:"
+        f" `{run['command']}`. All figures: `benchmarks/results/{name}`."
     )
 
 
@@ -162,6 +168,25 @@ def _rules(figures: list[dict[str, Any]]) -> str:
         if f["contender"] in RULE_CONTENDERS
     ]
     return _table(["rule", "tensors", "contender", "time ratio"], rows)
+
+
+def _interpreter(figures: list[dict[str, Any]]) -> str:
+    """Return a table of the interpreter's time, relative to the compiled rule and the formula."""
+    times = {(f["rule"], f["shape"], f["contender"]): f["times_as_long"]["median"] for f in figures}
+    shapes = list(dict.fromkeys(shape for _, shape, _ in times))
+    rows = []
+    for rule in dict.fromkeys(rule for rule, _, _ in times):
+        row = [rule]
+        for shape in shapes:
+            row.append(_round(1 / times[rule, shape, "compiled"]))
+            row.append(_round(times[rule, shape, "loop"]))
+        rows.append(row)
+    head = [
+        f"{SHAPES[shape]}: {what}"
+        for shape in shapes
+        for what in ("interpreted / compiled", "formula / interpreted")
+    ]
+    return _table(["", *head], rows)
 
 
 def _round(value: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 import emerging_optimizers as eo
 from emerging_optimizers._native import native
 
-pytestmark = pytest.mark.usefixtures("_no_other_device")
+pytestmark = pytest.mark.usefixtures("_no_other_device", "_quick_builds")
 needs_native = pytest.mark.skipif(native is None, reason="there are no native kernels")
 NATIVE_MODES = ["compiled", "interpreted"]
 MODES = [*(pytest.param(mode, marks=needs_native) for mode in NATIVE_MODES), "fallback"]

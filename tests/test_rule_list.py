@@ -34,7 +34,7 @@ BY_NAME = {r.name: r for cls in CLASSES.values() for r in (cls._rule, *cls._othe
 ALL_NAMES = set(BY_NAME)
 COMPILED = ALL_NAMES if native is None else set(native.rules)  # before any test loads others
 FUNCTIONS = {f"calculate_{name}_update" for name in NAMES}
-SHARED_HEADERS = {"all", "rule", "schedules", "traced"}
+SHARED_HEADERS = {"all", "checks", "rule", "schedules", "traced"}
 
 
 def _stems(pattern: str, suffix: str = "") -> set[str]:

@@ -18,7 +18,7 @@ from test_rule_definitions import check, every_mode, in_mode, make, needs_native
 
 import emerging_optimizers as eo
 
-pytestmark = pytest.mark.usefixtures("_no_other_device")
+pytestmark = pytest.mark.usefixtures("_no_other_device", "_quick_builds")
 
 FACTOR = 3.0
 SCALE = torch.tensor(0.5)

@@ -24,7 +24,7 @@ import torch
 from rounded_once import evaluate
 from test_rule_definitions import check, every_mode, make, needs_native
 
-pytestmark = pytest.mark.usefixtures("_no_other_device")
+pytestmark = pytest.mark.usefixtures("_no_other_device", "_quick_builds")
 
 # ---- what rules call -----------------------------------------------------------------------------
 

@@ -275,3 +275,82 @@ def test_gallery_without_a_compiler(environment: Environment, tmp_path: Path) ->
     passed, skipped = map(int, counts)
     assert passed > 250, done.stdout
     assert 0 < skipped < passed / 2, done.stdout  # those of compiled rules
+
+
+SHIPPED = """
+import json
+from pathlib import Path
+import torch
+import example_rules
+grad = torch.tensor([1.0, -2.0, 0.0])
+updates = [
+    example_rules.heavy_ball(grad, torch.ones(3), momentum=0.5),
+    example_rules.smooth_lion(grad, torch.zeros(3), temperature=0.1),
+]
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = grad
+example_rules.HeavyBall([weight], lr=0.5, fused=True).step()
+lines = Path("/proc/self/maps").read_text().splitlines()
+print(json.dumps({
+    "package": example_rules.__file__,
+    "updates": [update.tolist() for update in updates],
+    "weight": weight.tolist(),
+    "is_compiled": example_rules.heavy_ball.is_compiled,
+    "loaded": len({line.split()[-1] for line in lines if "/example_rules/_emopt_rules/" in line}),
+}))
+"""
+
+
+def test_package_that_ships_rules(environment: Environment, tmp_path: Path) -> None:
+    """The example: installed as editable, which ships nothing, and as a wheel, which does."""
+    source, dist, tools = (tmp_path / name for name in ("source", "dist", "tools"))
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(
+        Path(__file__).parent.parent / "examples" / "rules_package", source, ignore=ignored
+    )
+    link(tools, "pip", "setuptools")
+    bare = {"HOME": str(tmp_path), "PYTHONWARNINGS": "ignore:Failed to initialize NumPy"}
+    bare["PATH"] = str(environment.python.parent)
+    building = {**bare, "PATH": f"{bare['PATH']}:{os.environ['PATH']}", "PYTHONPATH": str(tools)}
+
+    def run(*arguments: str, variables: dict[str, str], folder: Path = source) -> str:
+        done = subprocess.run(
+            [str(environment.python), *arguments],
+            env=variables,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert variables is not bare or without_torchs_own(done.stderr) == []
+        return done.stdout
+
+    def use(variables: dict[str, str]) -> dict[str, Any]:
+        seen: dict[str, Any] = json.loads(run("-c", SHIPPED, variables=variables, folder=tmp_path))
+        heavy_ball, smooth_lion = seen["updates"]
+        assert heavy_ball == [1.5, -1.5, 0.5]
+        assert smooth_lion == pytest.approx([0.76159, -0.96403, 0.0], abs=1e-5)
+        assert seen["weight"] == [0.5, 2.0, 1.0]
+        return seen
+
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-index", "--no-build-isolation"]
+    run(*pip, "install", *options, "--editable", ".", variables=building)
+    seen = use({**building, "EMERGING_OPTIMIZERS_ISA": "baseline"})
+    assert Path(seen["package"]).parent == source / "example_rules"
+    assert seen["loaded"] == 0
+    run(*pip, "uninstall", "--yes", "example-rules", variables=building)
+
+    run(*pip, "wheel", *options, "--no-deps", "--wheel-dir", str(dist), ".", variables=building)
+    (wheel,) = dist.iterdir()
+    assert re.fullmatch(r"example_rules-1\.0-py3-none-linux_\w+\.whl", wheel.name)
+    assert not (source / "example_rules" / "_emopt_rules").exists()
+    run(*pip, "install", "--no-index", str(wheel), variables=building)
+    try:
+        seen = use(bare)
+        assert environment.folder in Path(seen["package"]).parents
+        assert seen["is_compiled"]
+        assert seen["loaded"] == 2
+    finally:
+        run(*pip, "uninstall", "--yes", "example-rules", variables=building)

@@ -26,6 +26,7 @@ def library_for(
     options: Sequence[str] = (),
     headers: Sequence[str] = (),
     then: str = THEN,
+    is_for_any: bool = False,
 ) -> Path:
     """Return the shared library of a rule, which is compiled now unless it is in the cache.
 
@@ -35,11 +36,12 @@ def library_for(
         options: Further options of the compiler, which do not change the library.
         headers: The texts of the other headers that it depends on.
         then: What happens once an error is fixed, as a clause.
+        is_for_any: Whether it has all instruction sets of this platform, not only the one in use.
 
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
     """
-    return _build_cache.load_once(product_for(name, source, options, headers, then))
+    return _build_cache.load_once(product_for(name, source, options, headers, then, is_for_any))
 
 
 def product_for(
@@ -48,8 +50,11 @@ def product_for(
     options: Sequence[str] = (),
     headers: Sequence[str] = (),
     then: str = THEN,
+    is_for_any: bool = False,
 ) -> RuleLibrary:
     """Return the library of a rule, which may not have been compiled yet.
+
+    The arguments are those of :func:`library_for`.
 
     Raises:
         BuildError: It cannot be compiled on this machine.
@@ -59,32 +64,52 @@ def product_for(
             "rules are not compiled on Windows yet", "Use the Windows Subsystem for Linux"
         )
     csrc = _build_cache.csrc()
-    shared = _options(csrc)
+    shared = _options(csrc, is_for_any)
     key = _key(source, shared, csrc, headers)
     folder = _build_cache.root(then) / "rules" / f"{name}-{key}"
     return RuleLibrary(folder, name, source, [*shared, *options, f"-I{csrc}"], then)
 
 
-def _options(csrc: Path) -> list[str]:
+def text_key(source: str, headers: Sequence[str] = ()) -> str:
+    """Return a hash of what a library depends on wherever it is compiled, except for EMOPT_ABI.
+
+    Args:
+        source: The rule's C++ text.
+        headers: The texts of the other headers that it depends on.
+
+    Raises:
+        BuildError: The package's headers are missing.
+    """
+    parts = (source, _build.COMPILE_ARGS["unix"], _included(source, _build_cache.csrc()), *headers)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _options(csrc: Path, is_for_any: bool) -> list[str]:
     """Return the compiler's options, except for the headers' folder."""
-    assert native is not None  # without kernels, a rule's formula runs
-    return [
+    options = [
         "-std=c++20",
         "-shared",
         "-fPIC",
         *_build.COMPILE_ARGS["unix"],
         f"-DEMOPT_ABI={_build.abi(csrc)}",
         "-DEMOPT_CUDA=0",
-        f"-DEMOPT_ONLY_ISA_{native.active_isa()}",
     ]
+    if not is_for_any:
+        assert native is not None  # without kernels, a rule's formula runs
+        options.append(f"-DEMOPT_ONLY_ISA_{native.active_isa()}")
+    return options
 
 
 def _key(source: str, options: list[str], csrc: Path, others: Sequence[str]) -> str:
     """Return a hash of what the library depends on. EMOPT_ABI covers most of the headers."""
+    machine = (sys.platform, platform.machine())
+    parts = (source, options, _build.compiler(), _included(source, csrc), machine, *others)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _included(source: str, csrc: Path) -> str:
+    """Return a hash of the headers that a text includes, except for those of EMOPT_ABI."""
     included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
-    headers = _build.hash_of_headers(
+    return _build.hash_of_headers(
         [csrc / name for name in sorted(included - {"engine/rule_unit.h"})]
     )
-    machine = (sys.platform, platform.machine())
-    parts = (source, options, _build.compiler(), headers, machine, *others)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from .._groups import SHAPE_SCALING
 from .._hyperparameters import Beta, Hyperparameter, NonNegative, WarmupSteps
 from .._operators import USER_NAMESPACE, unused_stem
 from .._rule import Rule
+from . import shipped
 from .build import library_for
 from .cpp_source import (
     Source,
@@ -72,8 +74,8 @@ class CppRule(Rule):
         self.source = found.text
         self.place = (found.label if found.path is None else str(found.path), struct.name)
         self._made_from = (found.text if found.path is None else str(found.path), name)
-        library = _build(found, struct)
-        info = _native.native._rule_info(library, struct.name)  # type: ignore[union-attr]
+        self._found, self._struct = found, struct
+        library, info = _shipped(found, struct) or _build(found, struct)
         self.signature = _signature(info, defaults or {})
         _check(info, self.signature, struct)
         self._describe(info["name"], info["states"], self.signature.hyperparameters)
@@ -96,6 +98,13 @@ class CppRule(Rule):
     def __reduce__(self) -> Any:
         # By the file's path, or by the text.
         return load_rule, (*self._made_from, self.signature.defaults)
+
+    def text_in(self, folder: Path) -> shipped.Text | None:
+        """Return what its library is compiled from in a package; None if it is no file there."""
+        path = self._found.path
+        if path is None or not path.resolve().is_relative_to(folder.resolve()):
+            return None
+        return _text(self._found, self._struct, folder)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return what the rule calls, with all its arguments and then ``out``."""
@@ -135,8 +144,36 @@ class CppRule(Rule):
         self._eager(*lists, *(values[name] for name in self.hyperparameter_names), None)
 
 
-def _build(source: Source, struct: Struct) -> str:
-    """Return the path of a rule's library.
+def _text(source: Source, struct: Struct, folder: Path) -> shipped.Text:
+    """Return what the library of a package's rule is compiled from, in any place of the package."""
+    assert source.path is not None
+    csrc = _build_cache.csrc()
+    label = source.path.resolve().relative_to(folder.resolve()).as_posix()
+    return shipped.Text(
+        f"{label}:{struct.name}",
+        struct.name,
+        unit_of(source, struct),
+        included_texts(source, csrc),
+        options_of(source, csrc),
+    )
+
+
+def _shipped(source: Source, struct: Struct) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the library that the package of a file has, and what it describes; None if none."""
+    package = None if source.path is None else shipped.package_of_file(source.path)
+    if package is None or _native.native is None:
+        return None
+    try:
+        library = shipped.find(package, _text(source, struct, package.folder))
+        if library is not None:
+            return str(library), _native.native._rule_info(str(library), struct.name)
+    except (BuildError, RuntimeError) as error:
+        shipped.reject(package, str(error))
+    return None
+
+
+def _build(source: Source, struct: Struct) -> tuple[str, Mapping[str, Any]]:
+    """Return the path of a rule's library, compiled now or before, and what it describes.
 
     Raises:
         RuleError: The compiler fails.
@@ -152,6 +189,7 @@ def _build(source: Source, struct: Struct) -> str:
             options_of(source, csrc),
             included_texts(source, csrc),
             "load the rule again",
+            is_for_any=shipped.is_building,
         )
     except CompilationError as error:
         raise RuleError(
@@ -162,7 +200,7 @@ def _build(source: Source, struct: Struct) -> str:
         raise RuntimeError(
             f"the rule {struct.name} cannot be loaded: {error.reason}. {error.remedy}"
         ) from None
-    return str(library)
+    return str(library), _native.native._rule_info(str(library), struct.name)
 
 
 def _explain(error: CompilationError, source: Source, struct: Struct) -> str:
@@ -228,7 +266,7 @@ def load_rule(
     """Load the rule of an element-wise optimizer that is written in C++.
 
     It is a struct like those of the package; see the guide "Rules in C++". It is compiled now, for
-    this machine's instruction set, unless it is in the cache.
+    this machine's instruction set, unless it is in the cache or the file's package ships it.
 
     Args:
         source: The path of a header, which may include others of its folder; or C++ text, which is

@@ -1,4 +1,7 @@
-"""The native code of a rule: interpreted by the compiled module, until its library is built."""
+"""The native code of a rule: interpreted by the compiled module, until its library is built.
+
+Or until it is loaded at the first use, from the rule's package (shipped.py) or from the cache.
+"""
 
 import os
 import threading
@@ -9,7 +12,7 @@ from typing import Any
 from .. import _build_cache, _native
 from .._build_cache import BuildError
 from .._operators import USER_NAMESPACE, unused_stem
-from . import background
+from . import background, shipped
 from .assembler import Program
 from .build import library_for, product_for
 from .emitter import struct_name
@@ -20,12 +23,18 @@ _CODES: dict[str, "NativeCode"] = {}
 _LOCK = threading.RLock()
 
 
-def native_code(program: Program, source: str) -> "NativeCode":
-    """Return a rule's native code, which its programs and its C++ text describe."""
+def native_code(program: Program, source: str, module: str) -> "NativeCode":
+    """Return the native code of a rule.
+
+    Args:
+        program: The rule's programs.
+        source: Its C++ text.
+        module: The module that defines it, whose package may have its library.
+    """
     with _LOCK:
         found = _CODES.get(source)
         if found is None:
-            found = _CODES[source] = NativeCode(program, source)
+            found = _CODES[source] = NativeCode(program, source, module)
         return found
 
 
@@ -41,26 +50,27 @@ class NativeCode:
         why_not: Why it cannot be compiled, as far as that is known.
     """
 
-    def __init__(self, program: Program, source: str) -> None:
-        module: Any = _native.native
+    def __init__(self, program: Program, source: str, module: str = "") -> None:
+        native: Any = _native.native
         self._name = program.name
         self._source = source
+        self._module = module
         self.stem = unused_stem(program.name)
         self.handle: Any
         self.eager: Callable[..., Any]
-        self.handle, self.eager = module._interpret_rule(USER_NAMESPACE, self.stem, *program)
+        self.handle, self.eager = native._interpret_rule(USER_NAMESPACE, self.stem, *program)
         self.kernels = RuntimeKernels(program.name, source, self.handle)
         self.is_compiled = False
         self.why_not: str | None = None
         self._is_started = False
 
     def compile(self) -> None:
-        """Load the compiled library; build it now if it is not in the cache.
+        """Load the compiled library; build it now if neither package nor cache has it.
 
         Raises:
             RuntimeError: That is not possible.
         """
-        if self.is_compiled:
+        if self.is_compiled or self._attach_shipped():
             return
         if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
             raise RuntimeError(self._refusal("EMERGING_OPTIMIZERS_JIT=0"))
@@ -73,11 +83,13 @@ class NativeCode:
         return f"the rule {self._name} cannot be compiled: {reason}"
 
     def start_build(self) -> None:
-        """Load the compiled library if it is in the cache, else begin to build it; only once."""
+        """Load the compiled library if there is one, else begin to build it; only once."""
         with _LOCK:
             if self._is_started:
                 return
             self._is_started = True
+        if self._attach_shipped():
+            return
         if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
             self.why_not = "EMERGING_OPTIMIZERS_JIT=0"
             return
@@ -99,6 +111,21 @@ class NativeCode:
                 self._stay_interpreted(error)
 
         background.run(build)
+
+    def _attach_shipped(self) -> bool:
+        """Load the library that the rule's package has; return whether there is a usable one."""
+        package = shipped.package_of_module(self._module)
+        if package is None:
+            return False
+        library = shipped.find(package, shipped.Text(self._name, self._name, self._source))
+        if library is None:
+            return False
+        try:
+            self._attach(library)
+        except RuntimeError as error:
+            shipped.reject(package, str(error))
+            return False
+        return True
 
     def _attach(self, library: Path) -> None:
         with _LOCK:

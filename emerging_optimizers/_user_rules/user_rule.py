@@ -120,7 +120,9 @@ class UserRule(Rule):
     # ---- native code -----------------------------------------------------------------------------
 
     def compile(self, device: torch.device | str = "cpu") -> None:
-        """Build the rule's compiled code, or load it from the cache; do nothing if that is done.
+        """Load the rule's compiled code, or build it; do nothing if that is done.
+
+        It is loaded from the rule's package, if that ships it, or from the cache.
 
         Otherwise this begins in the background at the rule's first use with tensors on a device.
         Until it is done, the rule is interpreted on the CPU, with the same results; on a GPU, its
@@ -164,7 +166,7 @@ class UserRule(Rule):
     def _native_code(self) -> NativeCode | None:
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
-            code = native_code(self._program, self.source)
+            code = native_code(self._program, self.source, self.place[0])
             self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
             self._code = code
             self._is_only_on_gpus = True
@@ -323,3 +325,8 @@ def register(rule: Named) -> None:
             f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
         )
     _RULES[rule.name] = rule
+
+
+def all_rules() -> list[Named]:
+    """Return the rules of this process."""
+    return list(_RULES.values())
