@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import emerging_optimizers as eo
-from emerging_optimizers import _build_cache
+from emerging_optimizers import _build_cache, _step
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._operators import USER_NAMESPACE
-from emerging_optimizers._user_rules import UserRule, background, cuda_kernels
+from emerging_optimizers._user_rules import UserRule, background, cuda_kernels, runtime_kernels
 from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel
 from emerging_optimizers._user_rules.native_code import NativeCode
 from emerging_optimizers._user_rules.runtime_kernels import RuntimeKernels
@@ -347,6 +347,25 @@ def test_fused_step_waits(
     optimizer.step()
     assert not tasks
     assert optimizer.state[param]["exp_avg_sq"].tolist() == [1.0] * 3
+
+
+def test_captured_step_without_kernels(
+    tasks: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Early(eo.ScalarOptimizer, rule=fresh(ADOPT.rule)):  # type: ignore[call-arg]
+        pass
+
+    param = Parameter(torch.ones(3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = Early([param], lr=0.5, capturable=True)
+    monkeypatch.setattr(_step, "_is_cuda_in_use", lambda: True)
+    monkeypatch.setattr(runtime_kernels, "_is_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"cannot capture the step of .*compile\('cuda'\)"):
+        optimizer.step()
+    assert not tasks
+    assert int(optimizer.state[param]["step"]) == 0
+    assert param.tolist() == [1.0] * 3
 
 
 def test_compile_builds_all(monkeypatch: pytest.MonkeyPatch) -> None:
