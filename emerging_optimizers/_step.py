@@ -58,7 +58,8 @@ def run_step(
         grad_multiplier = _read_multiplier(grad_multiplier)
     if max_norm is not None:
         return _run_clipped_step(optimizer, grad_multiplier, max_norm)
-    if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+    is_captured = _is_cuda_in_use() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    if is_captured:
         _check_capturable(optimizer)
     # A GradScaler sets these for the duration of the call.
     grad_scale = getattr(optimizer, "grad_scale", None)
@@ -128,6 +129,8 @@ def run_step(
         else:
             left = _step_by_group(call)
         for i, indices in sorted(left.items()):
+            if is_captured:
+                _check_captured(optimizer, groups[i], indices)
             communicates = _communicates(optimizer, groups[i])
             _fallback_step.update_group(call, i, indices, communicates)
     return found_inf
@@ -157,6 +160,18 @@ def _check_capturable(optimizer: BaseOptimizer) -> None:
             raise RuntimeError(
                 "a CUDA graph cannot capture a step that is counted on the host: set"
                 f" capturable=True (param_groups[{i}] has False)"
+            )
+
+
+def _check_captured(
+    optimizer: BaseOptimizer, group: dict[str, Any], indices: Collection[int]
+) -> None:
+    """Raise for parameters whose step is about to read numbers on a device."""
+    for k in indices:
+        if group["params"][k].is_cuda:
+            raise RuntimeError(
+                f"a CUDA graph cannot capture the step of {param_name(optimizer, group, k)}, which"
+                " has no native step; for a rule in Python, call its compile('cuda') before"
             )
 
 

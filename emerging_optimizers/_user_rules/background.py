@@ -1,5 +1,6 @@
 """Builds rules' libraries in the background: in other processes, one after the other."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,7 +25,6 @@ def run(task: Callable[[], None]) -> None:
     global _thread
     with _lock:
         _tasks.append(task)
-        # After a fork, the child has the queue without the thread.
         if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_work, name="emerging_optimizers-rules", daemon=True)
             _thread.start()
@@ -55,9 +55,12 @@ def build(product: RuleLibrary) -> Path:
     Raises:
         BuildError: It cannot be built.
     """
-    try:
-        outcome = _ask_worker(product)
-    except (OSError, ValueError, subprocess.CalledProcessError):
+    # In an application that contains Python, `executable` is the application, or missing.
+    outcome = None
+    if sys.executable and not getattr(sys, "frozen", False):
+        with contextlib.suppress(OSError, ValueError, subprocess.CalledProcessError):
+            outcome = _ask_worker(product)
+    if outcome is None:
         return load_once(product)  # at least the compiler is another process
     if "library" not in outcome:
         raise BuildError(outcome["reason"], outcome["remedy"])
@@ -70,9 +73,6 @@ def _ask_worker(product: RuleLibrary) -> dict[str, Any]:
 
     Files, not pipes: a process that is forked meanwhile would keep a pipe open.
     """
-    # In an application that contains Python, `executable` is the application.
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise OSError("there is no interpreter")
     description = {
         "folder": str(product.folder),
         "name": product.name,

@@ -145,7 +145,6 @@ class UserRule(Rule):
             self._is_only_on_gpus = False
         elif device.type == "cuda" and runtime_kernels.are_possible():
             code.kernels.build_all(device)
-            self._is_only_on_gpus |= self.native is None
         else:
             raise RuntimeError(
                 f"the rule {self.name} cannot be compiled: there are no kernels for {device.type}"
@@ -169,6 +168,7 @@ class UserRule(Rule):
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
             self._code = native_code(self._program, self.source, self.place[0])
+            self._is_only_on_gpus = True
         return self._code
 
     def _bind_to(self, code: NativeCode) -> None:
@@ -201,9 +201,9 @@ class UserRule(Rule):
         if is_on_cpu or ("cuda" in devices and runtime_kernels.are_possible()):
             code = self._native_code()
             if code is not None:
-                self._is_only_on_gpus = not is_on_cpu
                 if is_on_cpu:
                     code.start_build()
+                    self._is_only_on_gpus = False
                 self._bind_to(code)
                 return
             reason = _native.reason
