@@ -26,7 +26,7 @@ from ._hyperparameters import read_number
 from ._members import Member, param_name
 from ._native import native
 from ._rounding import draw_seed
-from ._states import check_master, prepare
+from ._states import check_master, lay_out_alike, prepare
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 from ._weights import HALF, has_master
@@ -286,7 +286,10 @@ def _step_rest(
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
     for i, indices in left.items():
         if _has_to_be_native(optimizer, groups[i]):  # nothing was done
-            if optimizer._rule_of(groups[i]).rule.build_missing():
+            rule = optimizer._rule_of(groups[i]).rule
+            # Without a formula, states in another layout have no other step.
+            members = members_of(optimizer, groups[i], ready[i])
+            if rule.build_missing() or (not rule.has_formula and lay_out_alike(members)):
                 return _step_rest(call, found, grads)
             _raise_no_native_step(optimizer, groups[i], indices)
     return left
