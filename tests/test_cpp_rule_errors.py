@@ -243,6 +243,15 @@ def test_what_the_compiler_cannot_check() -> None:
         eo.load_rule(two)
 
 
+def test_in_a_rule_in_python() -> None:
+    scaled = eo.load_rule(SCALED)
+    with pytest.raises(eo.RuleError, match=r"scaled in a rule: it is written in C\+\+; write it in"):
+
+        @eo.rule
+        def doubled(grad: Any) -> Any:
+            return scaled(grad, low=1.0, high=1.0, use_shape_scaling=False)
+
+
 @pytest.mark.parametrize("name", ["Hyperparameter", "sign"])
 def test_a_name_of_the_package(name: str) -> None:
     message = f"C++ text:1: the package's headers define {name}, too: rename the struct (all"
