@@ -284,14 +284,18 @@ def _step_rest(
     required = [{**g, "fused": True} if _has_to_be_native(optimizer, g) else g for g in groups]
     still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
-    for i, indices in left.items():
-        if _has_to_be_native(optimizer, groups[i]):  # nothing was done
-            rule = optimizer._rule_of(groups[i]).rule
-            # Without a formula, states in another layout have no other step.
-            members = members_of(optimizer, groups[i], ready[i])
-            if rule.build_missing() or (not rule.has_formula and lay_out_alike(members)):
-                return _step_rest(call, found, grads)
-            _raise_no_native_step(optimizer, groups[i], indices)
+    first = next((i for i in left if _has_to_be_native(optimizer, groups[i])), None)
+    if first is not None:  # nothing was done
+        # Without a formula, states in another layout than their parameter's have no other step.
+        members = (
+            member
+            for group, indices in zip(groups, ready, strict=True)
+            if not optimizer._rule_of(group).rule.has_formula
+            for member in members_of(optimizer, group, indices)
+        )
+        if optimizer._rule_of(groups[first]).rule.build_missing() or lay_out_alike(members):
+            return _step_rest(call, found, grads)
+        _raise_no_native_step(optimizer, groups[first], left[first])
     return left
 
 

@@ -184,7 +184,7 @@ def error_of(text: str, folder: Path) -> str:
 def test_broken_struct(old: str, new: str, message: str, tmp_path: Path) -> None:
     text = broken(old, new)
     told = error_of(text, tmp_path)
-    line = text[: text.index("struct Blend")].count("\n") + 1
+    line = text[: text.index("Blend {")].count("\n") + 1
     assert told.startswith(f"{line}: ")
     assert message in told
 
@@ -245,7 +245,9 @@ def test_what_the_compiler_cannot_check() -> None:
 
 def test_in_a_rule_in_python() -> None:
     scaled = eo.load_rule(SCALED)
-    with pytest.raises(eo.RuleError, match=r"scaled in a rule: it is written in C\+\+; write it in"):
+    with pytest.raises(
+        eo.RuleError, match=r"scaled in a rule: it is written in C\+\+; write it in"
+    ):
 
         @eo.rule
         def doubled(grad: Any) -> Any:

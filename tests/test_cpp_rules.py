@@ -355,7 +355,7 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("", "."):
         with pytest.raises(IsADirectoryError, match=f"'{re.escape(folder)}' is a folder: pass the"):
             eo.load_rule(folder)
-    (tmp_path / "latin.h").write_bytes(b"// one\n// caf\xe9\n")
+    (tmp_path / "latin.h").write_bytes(b"// one\n// \xe9\n")
     with pytest.raises(eo.RuleError, match=r"latin\.h:2: the file is not UTF-8: convert it to"):
         eo.load_rule("latin.h")
     not_text: Any = 3
