@@ -367,8 +367,9 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_first_and_last_bytes(text: str, tmp_path: Path) -> None:
     """A byte order mark, and a backslash that joins the last line to the next one."""
     (tmp_path / "scaled.h").write_text(text, encoding="utf-8")
-    rule = eo.load_rule(tmp_path / "scaled.h")
-    assert rule(torch.ones(1), low=1, high=2, use_shape_scaling=False).tolist() == [3.0]
+    for source in (tmp_path / "scaled.h", text):
+        rule = eo.load_rule(source)
+        assert rule(torch.ones(1), low=1, high=2, use_shape_scaling=False).tolist() == [3.0]
 
 
 COUNTED = """\

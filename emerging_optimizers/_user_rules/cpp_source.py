@@ -61,7 +61,7 @@ def read_source(source: str | os.PathLike[str]) -> Source:
         RuleError: The file is not UTF-8.
     """
     if isinstance(source, str) and ("{" in source or "\n" in source):
-        return Source(source, "C++ text", None)
+        return Source(source.removeprefix("\ufeff"), "C++ text", None)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"source must be the path of a header or C++ text, not {type(source).__name__}"
