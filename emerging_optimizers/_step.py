@@ -26,7 +26,7 @@ from ._hyperparameters import read_number
 from ._members import Member, param_name
 from ._native import native
 from ._rounding import draw_seed
-from ._states import check_master, prepare
+from ._states import check_master, lay_out_alike, prepare
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 from ._weights import HALF, has_master
@@ -299,11 +299,18 @@ def _step_rest(
     required = [{**g, "fused": True} if _has_to_be_native(optimizer, g) else g for g in groups]
     still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
-    for i, indices in left.items():
-        if _has_to_be_native(optimizer, groups[i]):  # nothing was done
-            if optimizer._rule_of(groups[i]).rule.build_missing():
-                return _step_rest(call, found, grads)
-            _raise_no_native_step(optimizer, groups[i], indices)
+    first = next((i for i in left if _has_to_be_native(optimizer, groups[i])), None)
+    if first is not None:  # nothing was done
+        # Without a formula, states in another layout than their parameter's have no other step.
+        members = (
+            member
+            for group, indices in zip(groups, ready, strict=True)
+            if not optimizer._rule_of(group).rule.has_formula
+            for member in members_of(optimizer, group, indices)
+        )
+        if optimizer._rule_of(groups[first]).rule.build_missing() or lay_out_alike(members):
+            return _step_rest(call, found, grads)
+        _raise_no_native_step(optimizer, groups[first], left[first])
     return left
 
 

@@ -63,7 +63,7 @@ class Lifting:
         if isinstance(value, types.ModuleType):
             return _Module(self, value)
         if isinstance(value, Rule) and hasattr(value, "signature"):
-            return NestedRule(value, self.lift(value.formula))
+            return NestedRule(value, self.lift(value.formula) if value.has_formula else None)
         if isinstance(value, functools.partial):
             keywords = {name: self.lift(each) for name, each in value.keywords.items()}
             return functools.partial(self.lift(value.func), *map(self.lift, value.args), **keywords)

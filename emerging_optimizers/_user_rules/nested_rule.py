@@ -15,10 +15,10 @@ class NestedRule:
 
     Args:
         rule: The rule.
-        formula: Its function, which takes proxies.
+        formula: Its function, which takes proxies; None if it is written in C++.
     """
 
-    def __init__(self, rule: Any, formula: Callable[..., Any]) -> None:
+    def __init__(self, rule: Any, formula: Callable[..., Any] | None) -> None:
         self.formula = formula
         self._rule = rule
 
@@ -27,6 +27,8 @@ class NestedRule:
 
     def __call__(self, *arguments: Any, **options: Any) -> Element:
         signature: Signature = self._rule.signature
+        if self.formula is None:
+            raise RuleError(f"{signature.name} in a rule: it is written in C++; write it in Python")
         try:
             bound = self._rule.__signature__.bind(*arguments, **options)
         except TypeError as error:
