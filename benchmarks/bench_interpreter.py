@@ -42,9 +42,7 @@ from problems import SHAPES, Shape
 from torch import Tensor, nn
 
 import emerging_optimizers as eo
-from emerging_optimizers._operators import USER_NAMESPACE
 from emerging_optimizers._user_rules import UserRule
-from emerging_optimizers._user_rules.native_code import NativeCode
 
 GALLERY = Path(__file__).parents[1] / "examples" / "rules"
 INTERPRETED, COMPILED, LOOP = "interpreted", "compiled", "loop"
@@ -63,14 +61,6 @@ def rules_by_name() -> dict[str, UserRule]:
     names = sorted(path.stem for path in GALLERY.glob("*.py") if not path.stem.startswith("_"))
     modules = {name: importlib.import_module(name) for name in names}
     return {name: getattr(module, name) for name, module in modules.items()}
-
-
-def interpreted(rule: UserRule) -> UserRule:
-    """Return a rule of the same function that is never compiled."""
-    twin = eo.rule(rule.formula)
-    twin._code = code = NativeCode(twin._program, twin.source)
-    twin._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
-    return twin
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -122,7 +112,7 @@ def measure(rule: UserRule, shape: Shape, budget: float) -> Comparison:
     """Compare the contenders."""
     operands = Operands(rule, shape)
     steps = {
-        INTERPRETED: operands.call_of(interpreted(rule)),
+        INTERPRETED: operands.call_of(rule._interpreted()),
         COMPILED: operands.call_of(rule),
         LOOP: operands.loop(),
     }

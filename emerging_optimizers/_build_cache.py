@@ -144,10 +144,7 @@ def load_once(product: Product[Result], limit: float = LIMIT) -> Result:
     library, fault = _cached(product)
     if library is not None and not fault:
         return product.load(library)
-    missing = product.missing_tool()
-    if missing is not None:
-        reason, remedy = missing
-        raise BuildError(f"{library} {fault}, and {reason}" if fault else reason, remedy)
+    _check_tools(product, library, fault)
     log = folder / "error.txt"
     before = _time_of(log)
     with contextlib.ExitStack() as stack:
@@ -191,10 +188,16 @@ def find(product: Product[Result]) -> Result | None:
     library, fault = _cached(product)
     if library is not None and not fault:
         return product.load(library)
+    _check_tools(product, library, fault)
+    return None
+
+
+def _check_tools(product: Product[Result], library: Path | None, fault: str) -> None:
+    """Raise if a library cannot be built because a tool is missing."""
     missing = product.missing_tool()
     if missing is not None:
-        raise BuildError(*missing)
-    return None
+        reason, remedy = missing
+        raise BuildError(f"{library} {fault}, and {reason}" if fault else reason, remedy)
 
 
 def _acquire(product: Product[Result], file: TextIO, limit: float) -> _file_lock.Attempt:
@@ -355,8 +358,10 @@ def _remove_killed(folder: Path, is_locked: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to the standard error stream."""
-    print(f"emerging_optimizers: {text}", file=sys.stderr, flush=True)
+    """Print a line to the standard error stream, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # closed
+            print(f"emerging_optimizers: {text}", file=sys.stderr, flush=True)
 
 
 def _time_of(path: Path) -> int | None:

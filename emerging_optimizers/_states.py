@@ -77,6 +77,31 @@ def operands_of(member: Member) -> dict[str, Any]:
     return {key: member.state[key] for key in keys if key in member.state}
 
 
+def lay_out_alike(members: Iterable[Member]) -> bool:
+    """Replace states that lie in memory in another order than their parameter by copies.
+
+    Returns:
+        Whether any was replaced. None is for a parameter with gaps, which no copy is like.
+    """
+    is_changed = False
+    for member in members:
+        param = member.param
+        for name, state in operands_of(member).items():
+            if name == "step" or _lies_like(state, param):
+                continue
+            copied = torch.empty_like(param, dtype=state.dtype, memory_format=torch.preserve_format)
+            if _lies_like(copied, param):
+                member.state[name] = copied.copy_(state)
+                is_changed = True
+    return is_changed
+
+
+def _lies_like(tensor: Tensor, param: Tensor) -> bool:
+    local, other = local_shard(tensor), local_shard(param)
+    both_are_contiguous = local.is_contiguous() and other.is_contiguous()
+    return both_are_contiguous or local.stride() == other.stride()
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 

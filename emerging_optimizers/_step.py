@@ -26,7 +26,7 @@ from ._hyperparameters import read_number
 from ._members import Member, param_name
 from ._native import native
 from ._rounding import draw_seed
-from ._states import check_master, prepare
+from ._states import check_master, lay_out_alike, prepare
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 from ._weights import HALF, has_master
@@ -58,7 +58,8 @@ def run_step(
         grad_multiplier = _read_multiplier(grad_multiplier)
     if max_norm is not None:
         return _run_clipped_step(optimizer, grad_multiplier, max_norm)
-    if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+    is_captured = _is_cuda_in_use() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    if is_captured:
         _check_capturable(optimizer)
     # A GradScaler sets these for the duration of the call.
     grad_scale = getattr(optimizer, "grad_scale", None)
@@ -128,6 +129,8 @@ def run_step(
         else:
             left = _step_by_group(call)
         for i, indices in sorted(left.items()):
+            if is_captured:
+                _check_captured(optimizer, groups[i], indices)
             communicates = _communicates(optimizer, groups[i])
             _fallback_step.update_group(call, i, indices, communicates)
     return found_inf
@@ -157,6 +160,18 @@ def _check_capturable(optimizer: BaseOptimizer) -> None:
             raise RuntimeError(
                 "a CUDA graph cannot capture a step that is counted on the host: set"
                 f" capturable=True (param_groups[{i}] has False)"
+            )
+
+
+def _check_captured(
+    optimizer: BaseOptimizer, group: dict[str, Any], indices: Collection[int]
+) -> None:
+    """Raise for parameters whose step is about to read numbers on a device."""
+    for k in indices:
+        if group["params"][k].is_cuda:
+            raise RuntimeError(
+                f"a CUDA graph cannot capture the step of {param_name(optimizer, group, k)}, which"
+                " has no native step; for a rule in Python, call its compile('cuda') before"
             )
 
 
@@ -284,11 +299,18 @@ def _step_rest(
     required = [{**g, "fused": True} if _has_to_be_native(optimizer, g) else g for g in groups]
     still = _call_native(call._replace(groups=required), grads, may_leave=True)
     left = {i: indices for i, indices in enumerate(still or ()) if indices}
-    for i, indices in left.items():
-        if _has_to_be_native(optimizer, groups[i]):  # nothing was done
-            if optimizer._rule_of(groups[i]).rule.build_missing():
-                return _step_rest(call, found, grads)
-            _raise_no_native_step(optimizer, groups[i], indices)
+    first = next((i for i in left if _has_to_be_native(optimizer, groups[i])), None)
+    if first is not None:  # nothing was done
+        # Without a formula, states in another layout than their parameter's have no other step.
+        members = (
+            member
+            for group, indices in zip(groups, ready, strict=True)
+            if not optimizer._rule_of(group).rule.has_formula
+            for member in members_of(optimizer, group, indices)
+        )
+        if optimizer._rule_of(groups[first]).rule.build_missing() or lay_out_alike(members):
+            return _step_rest(call, found, grads)
+        _raise_no_native_step(optimizer, groups[first], left[first])
     return left
 
 

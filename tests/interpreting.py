@@ -10,9 +10,7 @@ import pytest
 
 import emerging_optimizers as eo
 from emerging_optimizers import _build, _native
-from emerging_optimizers._operators import USER_NAMESPACE
 from emerging_optimizers._user_rules import UserRule
-from emerging_optimizers._user_rules.native_code import NativeCode
 
 needs_compiler = pytest.mark.skipif(
     os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0" or not _build.has_compiler(),
@@ -29,10 +27,7 @@ def compiled(rule: UserRule) -> UserRule:
 @functools.cache
 def interpreted(rule: UserRule) -> UserRule:
     """Return a rule of the same function that is never compiled."""
-    twin = eo.rule(rule.formula)
-    twin._code = code = NativeCode(twin._program, twin.source)
-    twin._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
-    return twin
+    return rule._interpreted()
 
 
 def in_the_fallback(rule: UserRule) -> Callable[..., Any]:

@@ -106,7 +106,8 @@ class _Evaluation:
             "sqrt": np.sqrt,
             "rsqrt": lambda x: one / np.sqrt(x),
             "sign": lambda x: np.where(x > 0, one, np.where(x < 0, -one, zero)),
-            "copysign": np.copysign,
+            # The sign of a NaN counts as positive.
+            "copysign": lambda a, b: np.copysign(a, np.where(np.isnan(b), one, b)),
             # NaN if either is NaN; of equal zeros, the second.
             "max": lambda a, b: np.where(np.isnan(a), a, np.where(a > b, a, b)),
             "min": lambda a, b: np.where(np.isnan(a), a, np.where(a < b, a, b)),

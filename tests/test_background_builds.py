@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,8 @@ from support import needs_native, run_python
 from test_jit_faults import write_script
 
 import emerging_optimizers as eo
-from emerging_optimizers._user_rules import UserRule, background
+from emerging_optimizers import _build
+from emerging_optimizers._user_rules import UserRule, background, native_code
 
 pytestmark = [
     needs_native,
@@ -197,7 +199,7 @@ def test_no_compiler(
     assert line == (
         f"emerging_optimizers: the rule {rule.name} is interpreted, which takes longer: no C++"
         " compiler (no-such-compiler) was found. Install one or set CXX, and call the rule's"
-        " compile() again"
+        " compile()"
     )
     with pytest.raises(RuntimeError, match=f"the rule {rule.name} cannot be compiled: no C\\+\\+"):
         rule.compile()
@@ -252,19 +254,167 @@ def test_a_cache_that_others_can_write(
     assert threads == []
 
 
-def test_python_that_cannot_start(
-    threads: list[threading.Thread],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+@needs_compiler
+@pytest.mark.parametrize("executable", ["/no/such/python", "/bin/true", "/bin/echo", "", None])
+def test_another_executable_than_python(
+    threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch, executable: str | None
 ) -> None:
-    monkeypatch.setenv("CXX", shutil.which("true") or "true")
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    """The compiler is then called by this process."""
+    monkeypatch.setattr(sys, "executable", executable)
     rule = make_rule()
     assert call(rule) == RESULT
     threads[0].join()
+    assert rule.is_compiled
+
+
+@needs_compiler
+def test_an_application_that_contains_python(
+    threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(subprocess, "run", _refuse_python(subprocess.run))
+    rule = make_rule()
+    call(rule)
+    threads[0].join()
+    assert rule.is_compiled
+
+
+def _refuse_python(run: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(command: list[str], **options: Any) -> Any:
+        assert command[0] != sys.executable
+        return run(command, **options)
+
+    return wrapped
+
+
+@needs_compiler
+def test_a_failed_compile_is_tried_again_in_the_background(
+    threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = make_rule()
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(RuntimeError, match="no-such-compiler"):
+            rule.compile()
+    assert call(rule) == RESULT
+    threads[0].join()
+    assert rule.is_compiled
+
+
+@needs_compiler
+def test_an_interrupted_first_call(
+    threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    rule = make_rule()
+    with monkeypatch.context() as patch:
+        patch.setattr(native_code, "product_for", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call(rule)
+    assert call(rule) == RESULT
+    threads[0].join()
+    assert rule.is_compiled
+
+
+@needs_compiler
+def test_a_library_of_another_rule(
+    threads: list[threading.Thread], cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = make_rule(), make_rule()
+    first.compile()
+    (library,) = cache.glob(f"{first.name}-*/{first.name}.so")
+    product = native_code.product_for(second.name, second.source)
+    product.make_folder()
+    shutil.copy(library, product.folder / f"{second.name}.so")
+    capfd.readouterr()
+    assert call(second) == RESULT
     (line,) = capfd.readouterr().err.splitlines()
-    assert "the process that compiles it failed: " in line
-    assert line.endswith("Call the rule's compile() again")
+    assert f"the rule {second.name} is interpreted, which takes longer: {product.folder}" in line
+    assert line.endswith(f"Remove {product.folder}, and call the rule's compile()")
+    with pytest.raises(RuntimeError, match=f"the rule {second.name} cannot be compiled: .* Remove"):
+        second.compile()
+    shutil.rmtree(product.folder)
+    second.compile()
+    assert call(second) == RESULT
+
+
+def test_without_a_standard_error_stream(
+    threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with open(os.devnull, "w") as closed:
+        pass
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert call(make_rule()) == RESULT
+
+
+def test_a_thread_that_cannot_start(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(task: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(background, "run", refuse)
+    rule = make_rule()
+    assert call(rule) == RESULT
+    assert "can't start new thread" in capfd.readouterr().err or not _build.has_compiler()
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+_FORKS = """
+import multiprocessing, os, sys, time
+import torch
+import test_background_builds as tests
+
+def child(first):
+    new = tests.make_rule()
+    assert tests.call(new) == tests.call(first) == tests.RESULT
+    new.compile()
+    assert new.is_compiled
+    os._exit(0)
+
+torch.set_num_threads(1)
+first = tests.make_rule()
+tests.call(first)
+for _ in range(3):
+    process = multiprocessing.get_context("fork").Process(target=child, args=(first,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, process.exitcode
+print("done")
+"""
+
+
+@needs_compiler
+def test_forks_during_a_build() -> None:
+    done = run_python(_FORKS, PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
+@needs_compiler
+def test_an_end_while_the_library_is_loaded(tmp_path: Path) -> None:
+    """Loading takes longer than the process lives."""
+    slow = tmp_path / "slow.cpp"
+    slow.write_text(
+        "#include <unistd.h>\n__attribute__((constructor)) static void wait() { usleep(900000); }\n"
+    )
+    script = write_script(tmp_path / "slow" / "c++", f'exec c++ "$@" {slow}')
+    text = (
+        "import test_background_builds as tests, time\n"
+        "rule = tests.make_rule()\ntests.call(rule)\n"
+        "code = rule._code\nload = code._load\nbegun = []\n"
+        "def noted(library):\n    begun.append(1)\n    load(library)\n"
+        "code._load = noted\n"
+        "while not begun: time.sleep(0.01)\n"
+        "time.sleep(0.2)\n"
+    )
+    done = run_python(text, CXX=str(script))
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the queue -----------------------------------------------------------------------------------

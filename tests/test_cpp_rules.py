@@ -1,4 +1,4 @@
-"""Rules in C++: what they compute, how they are loaded, and what errors say of a broken struct."""
+"""Rules in C++: what they compute, and how they are loaded."""
 
 import copy
 import os
@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from cpp_texts import BLEND, SCALED
 from plugins import as_row
 from support import MIXES, call, make_operands, needs_native
 from test_jit_faults import write_script
@@ -19,10 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import emerging_optimizers as eo
 from emerging_optimizers import _build_cache
-from emerging_optimizers._hyperparameters import Hyperparameter
 from emerging_optimizers._user_rules import CppRule, cpp_rule, user_rule
 from emerging_optimizers._user_rules.cpp_source import find_struct, read_source
-from emerging_optimizers._user_rules.signature import Signature, check_names
 
 pytestmark = [
     needs_native,
@@ -30,67 +29,6 @@ pytestmark = [
     pytest.mark.skipif("sys.platform == 'win32'", reason="rules are not compiled there"),
 ]
 CSRC = _build_cache.csrc()
-
-BLEND = """\
-#include "rules/schedules.h"
-
-namespace emopt {
-
-struct Blend {
-  static constexpr const char* kName = "blend";
-  static constexpr const char* kStates[] = {"exp_avg"};
-
-  double beta;
-  bool correct_bias;
-
-  static constexpr auto hyperparameters() {
-    return std::make_tuple(hyperparameter("beta", &Blend::beta, Domain::kBeta),
-                           hyperparameter("correct_bias", &Blend::correct_bias), StepArgument{});
-  }
-
-  template <class Real>
-  struct Step {
-    ExponentialMovingAverage<Real> average;
-    Real unbias;
-
-    EMOPT_FN Step(const Blend& rule, double step)
-        : average(rule.beta),
-          unbias(static_cast<Real>(1.0 / bias_correction(rule.beta, step, rule.correct_bias))) {}
-
-    EMOPT_FN Real operator()(Real grad, Real& exp_avg) const {
-      exp_avg = average(exp_avg, grad);
-      return unbias * exp_avg;
-    }
-  };
-};
-
-}  // namespace emopt
-"""
-LINE = BLEND[: BLEND.index("struct Blend")].count("\n") + 1
-# Without states and steps, in the global namespace.
-SCALED = """\
-struct Scaled {
-  static constexpr const char* kName = "scaled";
-  double low, high;
-  bool use_shape_scaling;
-  static constexpr auto hyperparameters() {
-    using emopt::hyperparameter;
-    return std::make_tuple(hyperparameter("low", &Scaled::low),
-                           hyperparameter("high", &Scaled::high),
-                           hyperparameter("use_shape_scaling", &Scaled::use_shape_scaling));
-  }
-  void check(emopt::ErrorText& error) const {
-    if (low > high) snprintf(error.text, error.capacity, "low is above high");
-  }
-  static double shape_scale(int64_t rows, int64_t cols) { return double(rows * cols); }
-  template <class Real>
-  struct Step {
-    Real factor;
-    EMOPT_FN Step(const Scaled& rule, double) : factor(static_cast<Real>(rule.low + rule.high)) {}
-    EMOPT_FN Real operator()(Real grad) const { return factor * grad; }
-  };
-};
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -294,6 +232,51 @@ def test_no_formula(blend: CppRule) -> None:
         blend.operate_on_devices(*row, 0.5, True, 1)
 
 
+def test_layouts(blend: CppRule) -> None:
+    """States get their parameter's layout where a step needs it, with the same values."""
+
+    class Blended(eo.ScalarOptimizer, rule=blend, lr=0.5, master_weights=True):
+        pass
+
+    formats = [torch.contiguous_format, torch.channels_last]
+    values = torch.arange(120.0).reshape(2, 3, 4, 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for first, second in ((0, 0), (0, 1), (1, 0)):
+            weights = [
+                torch.nn.Parameter(values.to(dtype).clone(memory_format=formats[first]))
+                for _ in range(3)
+            ]
+            optimizer = Blended([{"params": weights[:2]}, {"params": weights[2:]}])
+            for k, weight in enumerate(weights):
+                weight.grad = weight.detach() * k
+            optimizer.step()
+            for weight in weights:
+                weight.data = weight.data.to(memory_format=formats[second])
+            optimizer.step()
+            optimizer.step()
+            for weight in weights:
+                tensors = [t for t in optimizer.state[weight].values() if t.dim() == 4]
+                assert all(t.stride() == weight.stride() for t in tensors)
+                results.append([weight.detach(), *tensors, optimizer.state[weight]["step"]])
+        for k, result in enumerate(results[3:]):
+            torch.testing.assert_close(result, results[k % 3], rtol=0, atol=0)
+    # In a loaded state dict; and a parameter with gaps, which has no step.
+    weight = torch.nn.Parameter(values.to(memory_format=torch.channels_last))
+    optimizer = Blended([weight])
+    weight.grad = values.clone()
+    saved = {"exp_avg": values.clone(), "step": torch.tensor(1.0)}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: saved}})
+    optimizer.state[weight]["exp_avg"] = values.clone()
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].tolist() == values.tolist()
+    gapped = torch.nn.Parameter(torch.ones(4, 4)[:, ::2])
+    gapped.grad = torch.ones(4, 2)
+    with pytest.raises(RuntimeError, match="use parameters on the CPU, without gaps in memory"):
+        Blended([gapped]).step()
+    assert gapped.tolist() == torch.ones(4, 2).tolist()
+
+
 # ---- how they are loaded -------------------------------------------------------------------------
 
 
@@ -369,9 +352,60 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in ("structs/blend.h", Path("structs/blend.h")):
         with pytest.raises(FileNotFoundError, match=r"no file 'structs/blend\.h' in .*: pass the"):
             eo.load_rule(source)
+    for folder in ("", "."):
+        with pytest.raises(IsADirectoryError, match=f"'{re.escape(folder)}' is a folder: pass the"):
+            eo.load_rule(folder)
+    (tmp_path / "latin.h").write_bytes(b"// one\n// \xe9\n")
+    with pytest.raises(eo.RuleError, match=r"latin\.h:2: the file is not UTF-8: convert it to"):
+        eo.load_rule("latin.h")
     not_text: Any = 3
     with pytest.raises(TypeError, match="source must be the path of a header or C\\+\\+ text, not"):
         eo.load_rule(not_text)
+
+
+@pytest.mark.parametrize("text", [f"\ufeff{SCALED}", f"{SCALED}// of both \\", f"{SCALED}// \\\n"])
+def test_first_and_last_bytes(text: str, tmp_path: Path) -> None:
+    """A byte order mark, and a backslash that joins the last line to the next one."""
+    (tmp_path / "scaled.h").write_text(text, encoding="utf-8")
+    for source in (tmp_path / "scaled.h", text):
+        rule = eo.load_rule(source)
+        assert rule(torch.ones(1), low=1, high=2, use_shape_scaling=False).tolist() == [3.0]
+
+
+COUNTED = """\
+struct Counted {
+  static constexpr const char* kName = "counted";
+  int64_t n;
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(emopt::hyperparameter("n", &Counted::n, DOMAIN));
+  }
+  template <class Real>
+  struct Step {
+    Real n;
+    EMOPT_FN Step(const Counted& rule, double) : n(static_cast<Real>(rule.n)) {}
+    EMOPT_FN Real operator()(Real grad) const { return n * grad; }
+  };
+};
+"""
+
+
+def test_whole_numbers() -> None:
+    signed = COUNTED.replace("DOMAIN", "emopt::Domain::kInteger")
+    grad = torch.ones(1)
+    rule = eo.load_rule(signed, defaults={"n": -3})
+    assert [rule(grad).item(), rule(grad, n=2).item(), rule(grad, n=None).item()] == [-3, 2, 0]
+
+    class Descent(eo.ScalarOptimizer, rule=rule, lr=1.0):
+        pass
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = grad
+    Descent([weight], n=-1).step()
+    assert weight.item() == 2.0
+    with pytest.raises(TypeError, match=r"n is 0\.5; expected a whole number"):
+        eo.load_rule(signed, defaults={"n": 0.5})
+    with pytest.raises(ValueError, match="n is -3; expected n >= 0"):
+        eo.load_rule(COUNTED.replace(", DOMAIN", ""), defaults={"n": -3})
 
 
 def test_defaults() -> None:
@@ -402,6 +436,11 @@ STRUCTS = {
     f"template <class T> struct B {{ {MEMBERS} }}; struct A {{ {MEMBERS} }};": ("A", ""),
     f"enum class E {{ kName }}; struct A {{ {MEMBERS} }};": ("A", ""),
     f"void f() {{ struct B {{ {MEMBERS} }}; }} struct A {{ {MEMBERS} }};": ("A", ""),
+    f"#if 0\n#if X\nstruct B {{ {MEMBERS} }};\n#endif\n#else\nstruct A {{ {MEMBERS} }};\n#endif": (
+        "A",
+        "",
+    ),
+    f"struct A {{ {MEMBERS} }};\n# if false // {{\nstruct B {{ {MEMBERS} }};\n# endif": ("A", ""),
     "struct B { int x; }; struct A { template <class Real> struct Step {}; };": ("A", ""),
     f"struct B {{ void hyperparameters(); }}; struct A : B {{ {MEMBERS} }};": ("A", ""),
 }
@@ -421,7 +460,14 @@ def test_which_struct() -> None:
         eo.load_rule(two)
     with pytest.raises(eo.RuleError, match=re.escape("has no struct C: it has A, B")):
         eo.load_rule(two, "C")
-    for text, name in (("struct A { int x; };", None), ("int f() {}", "A")):
+    no_rules = [
+        ("struct A { int x; };", None),
+        ("int f() {}", "A"),
+        (f"typedef struct {{ {MEMBERS} }} A;", None),
+        (f"template <int> struct A {{ {MEMBERS} }};", None),
+        (f"#if 0\nstruct A {{ {MEMBERS} }};\n#endif", None),
+    ]
+    for text, name in no_rules:
         with pytest.raises(eo.RuleError, match="a rule is a struct with kName, hyperparameters"):
             eo.load_rule(text, name)
 
@@ -430,165 +476,3 @@ def test_of_any_namespace() -> None:
     text = "using namespace emopt;\n" + BLEND.replace("namespace emopt {", "namespace mine::own {")
     rule = eo.load_rule(text)
     assert rule(torch.ones(1), torch.ones(1), beta=0.5, correct_bias=False, step=1).item() == 1.0
-
-
-# ---- what errors say -----------------------------------------------------------------------------
-
-NAME = '  static constexpr const char* kName = "blend";\n'
-STATES = '  static constexpr const char* kStates[] = {"exp_avg"};\n'
-UPDATE = "Real operator()(Real grad, Real& exp_avg) const"
-BODY = "      return unbias * exp_avg;\n"
-LIST = BLEND[BLEND.index("    return std::make_tuple") : BLEND.index("  }\n\n  template")]
-TEMPLATE = "  template <class Real>\n  struct Step {\n"
-
-
-def after(line: str, more: str) -> tuple[str, str]:
-    return line, f"{line}{more}\n"
-
-
-# What is replaced in the text, by what, and what is said of the struct.
-BROKEN: list[tuple[str, str, str]] = [
-    (NAME, "", "kName is missing"),
-    (NAME, "  static constexpr int kName = 3;\n", "kName is not a constant string"),
-    (NAME, '  const char* kName = "blend";\n', "kName is not a constant string"),
-    (NAME, '  static inline const char* kName = "blend";\n', "kName is not a constant string"),
-    (NAME, '  static constexpr const char* kName = "";\n', "kName is not a constant string"),
-    ("hyperparameters()", "parameters()", "hyperparameters() is missing, not static or takes"),
-    ("hyperparameters()", "hyperparameters(int)", "hyperparameters() is missing, not static"),
-    ("static constexpr auto", "auto", "hyperparameters() is missing, not static or takes"),
-    ("StepArgument{}", "1", "hyperparameters() does not return a std::tuple of hyper"),
-    (LIST, '    return hyperparameter("beta", &Blend::beta);\n', "does not return a std::tuple"),
-    ("StepArgument{}", 'hyperparameter("x", &Other::x)', "lists a member of another struct"),
-    ("double beta;", "float beta;", "lists a member of an unsupported type: use double"),
-    ("double beta;", "int beta;", "lists a member of an unsupported type: use double"),
-    ("StepArgument{}", "StepArgument{}, StepArgument{}", "StepArgument{} more than once"),
-    (*after("  double beta;", " double x[32];"), "the struct has more than 256 bytes"),
-    (*after("  double beta;", " std::tuple<int> x;"), "the struct has a member that is neither"),
-    (*after("  double beta;", " explicit Blend(int);"), "the struct has a constructor, or a"),
-    ("double beta;", "double beta = 0.9;", "a member with a value, which would have no effect"),
-    (*after("  double beta;", " double x;"), "a member that hyperparameters() does not list"),
-    (STATES, "  static constexpr const char* kStates[] = {};\n", "kStates is not a constant array"),
-    (STATES, '  static constexpr const char* kStates = "x";\n', "kStates is not a constant array"),
-    ('{"exp_avg"}', '{"a", "b", "c", "d", "e", "f"}', "a rule has at most 5 states"),
-    (*after(NAME, "  static constexpr int kLowestStep = 2;"), "kLowestStep is neither of the"),
-    (*after(NAME, "  int kLowestStep = 1;"), "kLowestStep is neither of the constants 0 and 1"),
-    (*after(NAME, "  static constexpr int kNumCases = 0;"), "kNumCases is not a constant of at"),
-    (*after(NAME, "  void check(ErrorText&) {}"), "check() takes other arguments: write void"),
-    (*after(NAME, "  double shape_scale(int);"), "shape_scale() takes other arguments: write"),
-    (TEMPLATE, "  using Real = float;\n  struct Step {\n", "Step is missing, or is not a template"),
-    ("rule, double step)", "rule, double step, int)", "Step has no constructor that takes the"),
-    ("const Blend& rule", "Blend& rule", "add EMOPT_FN Step(const Blend& rule, double step)"),
-    (*after("    Real unbias;", " std::tuple<Real> x;"), "Step has a member that is neither a"),
-    (*after("    Real unbias;", " Real x[128];"), "Step has more than 512 bytes: store fewer"),
-    (*after("    Real unbias;", " alignas(32) Real x;"), "Step is aligned to more than 16 bytes"),
-    ("operator()", "call", "Step has no operator() that takes a gradient and states of type Real"),
-    (UPDATE, UPDATE.replace("Real", "float"), "Step has no operator() that takes a gradient"),
-    (UPDATE, UPDATE.removesuffix("const"), "operator() of Step is not const"),
-    ("Real& exp_avg", "Real& exp_avg, Real& x", "takes another number of states than kStates"),
-    (STATES, "", "takes another number of states than kStates has names"),
-    ("Real& exp_avg", "Real exp_avg", "takes a state by value, so its new value would be lost"),
-    (f"EMOPT_FN {UPDATE}", f"EMOPT_FN void{UPDATE[4:]}", "does not return the update, a Real"),
-    (f"EMOPT_FN {UPDATE}", f"EMOPT_FN double{UPDATE[4:]}", "does not return the update, a Real"),
-    (*after(NAME, "  static constexpr int kNumCases = 2;"), "but Step has no int which, the case"),
-    (
-        NAME + STATES,
-        NAME + STATES + "  static constexpr int kNumCases = 1;\n",
-        "but Step has no template <int kCase> Real compute(...) const",
-    ),
-    (*after("    Real unbias;", " int keeps_weight;"), "keeps_weight is not a bool"),
-]
-# The same of a line.
-ERRORS: list[tuple[str, str, str, str]] = [
-    (BODY, "", BODY, "no return statement in function returning non-void"),
-    ("exp_avg;\n    }", "exp_av;\n    }", BODY, "'exp_av' was not declared in this scope"),
-    ("exp_avg;\n    }", "exp_avg\n    }", "exp_avg;\n    }", "expected ';' before '}' token"),
-    ("schedules.h", "schedule.h", "#include", "rules/schedule.h: No such file or directory"),
-    ("Domain::kBeta", "Domain::kBetas", "Domain", "'kBetas' is not a member of 'emopt::Domain'"),
-    ("rule.beta)", "rule.bet)", "average(rule", "has no member named 'bet'"),
-    ("}  // namespace emopt\n", "", "};\n\n}", "a closing brace is missing"),
-    ("  };\n};", "  };", "}  // namespace", "a closing brace is missing"),
-]
-
-
-def broken(old: str, new: str) -> str:
-    assert old in BLEND
-    text = BLEND.replace(old, new, 1)
-    if "which" not in new and "kNumCases = 1" in new:
-        text = text.replace("Real unbias;", "Real unbias; int which;")
-    if "Other::" in new:
-        text += "struct Other { double x; };\n"
-        text = text[text.index("struct Other") :] + text[: text.index("struct Other")]
-    return text
-
-
-def error_of(text: str, folder: Path) -> str:
-    """Return what is said of a text, without the file's name and the end."""
-    (folder / "blend.h").write_text(text)
-    with pytest.raises(eo.RuleError) as caught:
-        eo.load_rule(folder / "blend.h")
-    pattern = r"rule Blend cannot be compiled: (.*) \(all errors are in (/.*/error\.txt)\)"
-    found = re.fullmatch(pattern, str(caught.value))
-    assert found is not None, caught.value
-    assert Path(found[2]).is_file()
-    assert found[1].startswith(f"{folder}/blend.h:"), found[1]
-    return found[1].removeprefix(f"{folder}/blend.h:")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("old", "new", "message"), BROKEN)
-def test_broken_struct(old: str, new: str, message: str, tmp_path: Path) -> None:
-    text = broken(old, new)
-    told = error_of(text, tmp_path)
-    line = text[: text.index("struct Blend")].count("\n") + 1
-    assert told.startswith(f"{line}: ")
-    assert message in told
-
-
-@pytest.mark.parametrize(("old", "new", "place", "message"), ERRORS)
-def test_errors_name_the_line(old: str, new: str, place: str, message: str, tmp_path: Path) -> None:
-    told = error_of(broken(old, new), tmp_path)
-    assert message in told
-    line = int(told.partition(":")[0])
-    assert abs(line - BLEND[: BLEND.index(place)].count("\n") - 1) <= 1
-
-
-def test_every_requirement_has_a_broken_struct() -> None:
-    text = (CSRC / "engine" / "rule_requirements.h").read_text()
-    text = re.sub(r'"\s*\n\s*"', "", text)
-    messages = re.findall(r'static_assert\([^"]*?"((?:[^"\\]|\\.)*)"\)', text)
-    assert len(messages) > 25
-    missing = [m for m in messages if not any(told.split("Blend")[0] in m for *_, told in BROKEN)]
-    assert missing == []
-
-
-NAMES = [
-    ({"name": "my-rule"}, "the rule is named my-rule: use a name of ASCII letters"),
-    ({"name": "class"}, "the rule is named class: use a name of ASCII letters"),
-    ({"states": ("1st",)}, "an argument is named 1st: use a name of ASCII letters"),
-    ({"states": ("out",)}, "an argument cannot be named out, which has another meaning"),
-    ({"states": ("step",)}, "an argument cannot be named step: the step number is StepArgument{}"),
-    ({"states": ("grad",)}, "two arguments are named grad: rename one of them"),
-    ({"states": ("a", "a")}, "two arguments are named a: rename one of them"),
-    ({"states": ("beta",)}, "two arguments are named beta: rename one of them"),
-    ({"hyperparameters": ("master_param",)}, "cannot be named master_param, which has another"),
-    (
-        {"hyperparameters": ("NoneType",)},
-        "NoneType is reserved in PyTorch's operator schemas",
-    ),
-    ({"hyperparameters": ("a_list",)}, "the hyperparameter a_list has the name of an operator's"),
-]
-
-
-@pytest.mark.parametrize(("changed", "message"), NAMES)
-def test_names(changed: dict[str, Any], message: str) -> None:
-    values = {"name": "blend", "states": ("a",), "hyperparameters": ("beta",), **changed}
-    listed = tuple(Hyperparameter(name, "number", float) for name in values["hyperparameters"])
-    with pytest.raises(eo.RuleError, match=re.escape(message)):
-        check_names(Signature("grad", values["states"], listed, {}, values["name"]))
-
-
-def test_what_the_compiler_cannot_check() -> None:
-    with pytest.raises(eo.RuleError, match="rule Blend: the rule is named my-rule: use a name"):
-        eo.load_rule(BLEND.replace('"blend"', '"my-rule"'))
-    with pytest.raises(eo.RuleError, match=r"shape_scale\(\) and a bool named use_shape_scaling"):
-        eo.load_rule(SCALED.replace('hyperparameter("use_shape', 'hyperparameter("uses_shape'))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from emerging_optimizers import AdamW, clip_coefficient
 
 pytestmark = [
-    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.builtin_rules("test_cuda_user_rules.py has those of users' rules"),
     pytest.mark.on_devices("tests-cuda"),
     pytest.mark.cuda,
 ]

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from emerging_optimizers import ScalarOptimizer
 
 pytestmark = [
-    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.builtin_rules("test_cuda_user_rules.py has those of users' rules"),
     pytest.mark.cuda,
     pytest.mark.real,
 ]

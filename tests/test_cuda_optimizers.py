@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from emerging_optimizers import LaProp, ScalarOptimizer
 
 pytestmark = [
-    pytest.mark.builtin_rules("users' rules have no CUDA kernels"),
+    pytest.mark.builtin_rules("test_cuda_user_rules.py has those of users' rules"),
     pytest.mark.on_devices("tests-cuda"),
     pytest.mark.cuda,
 ]

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import emerging_optimizers as eo
-from emerging_optimizers import _build_cache
+from emerging_optimizers import _build_cache, _step
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._operators import USER_NAMESPACE
-from emerging_optimizers._user_rules import UserRule, background, cuda_kernels
+from emerging_optimizers._user_rules import UserRule, background, cuda_kernels, runtime_kernels
 from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel
 from emerging_optimizers._user_rules.native_code import NativeCode
 from emerging_optimizers._user_rules.runtime_kernels import RuntimeKernels
@@ -74,6 +74,12 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 
 
 @pytest.fixture
+def nothing_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are built, or would be, even if other tests have built them."""
+    monkeypatch.setattr(cuda_kernels, "find_cubin", lambda *_: None)
+
+
+@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are built where that would begin."""
     monkeypatch.setattr(background, "run", lambda task: task())
@@ -96,6 +102,13 @@ def _only_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the rule .* runs its formula")
         yield
+
+
+def call(rule: UserRule, device: str = "cuda") -> list[float]:
+    grad = torch.tensor([1.0, -2.0], device=device)
+    states = [torch.ones(2, device=device) for _ in rule.states]
+    update = rule(grad, *states, step=2)
+    return [*update.tolist(), *(x for state in states for x in state.tolist())]
 
 
 # ---- the CPU's bits ------------------------------------------------------------------------------
@@ -211,6 +224,16 @@ def test_optimizer(options: dict[str, Any], only_kernels: Callable[[], None]) ->
     assert_same([t.detach() for t in run("cuda", Twin, only_kernels)], wanted, "result")
 
 
+@pytest.mark.usefixtures("at_once")
+def test_through_the_dispatcher(only_kernels: Callable[[], None]) -> None:
+    rule = fresh(ADOPT.rule)
+    call(rule)
+    only_kernels()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert call(rule) == call(rule, "cpu")
+    assert any("adopt" in event.key for event in profile.key_averages())
+
+
 @pytest.mark.real
 def test_captured_steps(only_kernels: Callable[[], None]) -> None:
     rule = fresh(ADOPT.rule)
@@ -240,28 +263,62 @@ def test_captured_steps(only_kernels: Callable[[], None]) -> None:
 # ---- until kernels are there ---------------------------------------------------------------------
 
 
-def call(rule: UserRule, device: str = "cuda") -> list[float]:
-    grad = torch.tensor([1.0, -2.0], device=device)
-    states = [torch.ones(2, device=device) for _ in rule.states]
-    update = rule(grad, *states, step=2)
-    return [*update.tolist(), *(x for state in states for x in state.tolist())]
-
-
+@pytest.mark.usefixtures("nothing_cached")
 def test_the_formula_runs_until_then(
     tasks: list[Callable[[], None]], only_kernels: Callable[[], None]
 ) -> None:
     rule = fresh(ADOPT.rule)
     wanted = call(rule, "cpu")
-    # Not `cuda_kernels.cubin_for` alone: other tests may have built them already.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_kernels, "find_cubin", lambda *_: None)
-        for _ in range(3):
-            assert call(rule) == pytest.approx(wanted, rel=1e-6)
+    for _ in range(3):
+        assert call(rule) == pytest.approx(wanted, rel=1e-6)
     assert len(tasks) == 2  # small launches, then large ones
     for task in tasks:
         task()
     only_kernels()
     assert call(rule) == wanted
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_a_call_that_lacks_one_of_its_kernels(tasks: list[Callable[[], None]]) -> None:
+    """Nothing is updated twice, or by half of a call."""
+    rule = fresh(ADOPT.rule)
+    rule._code.kernels._build(0, SMALL)  # type: ignore[union-attr]
+    calls = []
+    for device in ("cpu", "cuda"):
+        grads = [
+            torch.tensor([1.0, -2.0], device=device),
+            torch.tensor([3.0], dtype=torch.float64, device=device),
+            torch.tensor([0.5]),
+        ]
+        states = [[torch.ones_like(grad) for grad in grads] for _ in rule.states]
+        updates = rule(grads, *states, step=2)
+        calls.append([t.cpu() for tensors in (updates, *states) for t in tensors])
+    assert len(tasks) == 1  # the kernel for float64
+    torch.testing.assert_close(*calls, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_a_step_that_lacks_one_of_its_kernels(tasks: list[Callable[[], None]]) -> None:
+    class Partly(eo.ScalarOptimizer, rule=fresh(ADOPT.rule)):  # type: ignore[call-arg]
+        pass
+
+    Partly._rule._code.kernels._build(0, APPLY)
+    runs = []
+    for device in ("cpu", "cuda"):
+        params = [
+            Parameter(torch.ones(3, device=device)),
+            Parameter(torch.ones(3, dtype=torch.float64, device=device)),
+        ]
+        optimizer = Partly(params, lr=0.5)
+        for step in (1.0, 2.0):
+            for param in params:
+                param.grad = torch.full_like(param, step)
+            optimizer.step()
+        counts = [int(optimizer.state[param]["step"]) for param in params]
+        assert counts == [2, 2]
+        runs.append([param.detach().cpu() for param in params])
+    assert len(tasks) == 1
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=0.0)
 
 
 def test_cached_kernels_are_used_at_once(
@@ -292,6 +349,25 @@ def test_fused_step_waits(
     assert optimizer.state[param]["exp_avg_sq"].tolist() == [1.0] * 3
 
 
+def test_captured_step_without_kernels(
+    tasks: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Early(eo.ScalarOptimizer, rule=fresh(ADOPT.rule)):  # type: ignore[call-arg]
+        pass
+
+    param = Parameter(torch.ones(3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = Early([param], lr=0.5, capturable=True)
+    monkeypatch.setattr(_step, "_is_cuda_in_use", lambda: True)
+    monkeypatch.setattr(runtime_kernels, "_is_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"cannot capture the step of .*compile\('cuda'\)"):
+        optimizer.step()
+    assert not tasks
+    assert int(optimizer.state[param]["step"]) == 0
+    assert param.tolist() == [1.0] * 3
+
+
 def test_compile_builds_all(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = fresh(ADOPT.rule)
     built: list[tuple[int, Kernel]] = []
@@ -307,6 +383,7 @@ def test_compile_builds_all(monkeypatch: pytest.MonkeyPatch) -> None:
         rule.compile("xpu")
 
 
+@pytest.mark.usefixtures("nothing_cached")
 def test_a_failure_is_told_once(
     tasks: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +393,6 @@ def test_a_failure_is_told_once(
     rule = fresh(ADOPT.rule)
     said: list[str] = []
     monkeypatch.setattr(_build_cache, "say", said.append)
-    monkeypatch.setattr(cuda_kernels, "find_cubin", lambda *_: None)
     monkeypatch.setattr(cuda_kernels, "cubin_for", fail)
     wanted = call(rule)
     for task in tasks:
@@ -349,6 +425,8 @@ def test_the_cpu_is_built_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> No
     name = f"on_devices_{os.getpid()}"
     exec(f"@eo.rule\ndef {name}(grad, exp_avg):\n    return exp_avg.add_(grad)\n", namespace)
     rule = namespace[name]
+    monkeypatch.setattr(RuntimeKernels, "_build", lambda *_: None)
+    rule.compile("cuda")
     for device in ("cuda", "cuda", "cpu", "cuda", "cpu"):
         rule(torch.ones(2, device=device), torch.zeros(2, device=device))
         assert started == (["cpu"] if "cpu" in (device, *started) else [])

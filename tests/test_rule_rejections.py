@@ -305,7 +305,7 @@ def test_calls(call: str, reason: str) -> None:
 def test_a_rule_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rejections_called, "has_formula", False)
     error, _, _ = refusal("return rejections_called(grad, a)  # here")
-    assert "rejections_called is written in C++: write its formula in Python, or call the" in error
+    assert "rejections_called in a rule: it is written in C++; write it in Python" in error
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -1,6 +1,7 @@
 """The tile machine gives the compiled rules' bits, for all rules and on every instruction set."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,58 @@ def test_many_values_at_a_time(count: int) -> None:
 def test_too_many_values() -> None:
     with pytest.raises(eo.RuleError, match="tiles_too_many: its formula has too many values"):
         _rule_of_many("tiles_too_many", 300)
+
+
+def test_many_conditions() -> None:
+    """The registers of one branch are used again in the other."""
+    conditions = "\n".join(
+        f"    if step % {n + 2} == 0:\n        h = h * {n + 2} + step ** 0.5" for n in range(8)
+    )
+    head = "@eo.rule\ndef tiles_conditions(grad, *, h=0.5, step):\n"
+    text = f"{head}{conditions}\n    return grad * h\n"
+    namespace: dict[str, Any] = {"eo": eo}
+    exec(text, namespace)
+    rule = interpreted(namespace["tiles_conditions"])
+    grad = torch.ones(3, dtype=torch.float64)
+    for step in (1, 2, 6, 7, 60, 2520):
+        torch.testing.assert_close(rule(grad, step=step), rule.formula(grad, h=0.5, step=step))
+
+
+def test_the_sign_of_a_nan_is_not_copied() -> None:
+    @eo.rule
+    def tiles_nan_sign(grad, state):
+        update = torch.copysign(grad, grad - state)
+        state.mul_(0.5)
+        return update
+
+    nan, inf = float("nan"), float("inf")
+    update = interpreted(tiles_nan_sign)(
+        torch.tensor([-1.0, 2.0, -inf, 4.0]), torch.tensor([nan, 3.0, -inf, -nan])
+    )
+    assert update.tolist() == [1.0, -2.0, inf, 4.0]
+
+
+# ---- the constructor of the C++ text -------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_quick_builds")
+@pytest.mark.parametrize("name", ["adopt", "radam", "adabound", "rprop", "bits_all"])
+def test_constants_of_the_text(name: str) -> None:
+    """Compiled loops get the interpreter's constants; CUDA kernels call the constructor."""
+    rule, _ = next(each for each in SETTINGS.values() if each[0].name == name)
+    text = re.sub(r"EMOPT_RULE\(.*\)", "", rule.source)
+    loaded = eo.load_rule(text.replace(f'kName = "{name}"', f'kName = "{name}_text"'))
+    for each, values in SETTINGS.values():
+        if each is not rule:
+            continue
+        states = [[torch.ones(300) for _ in rule.states] for _ in range(2)]
+        values = {**rule.signature.defaults, **values}
+        for step in (1, 2, 5, 6, 7, 50, 999, 123_456):
+            grad = gradients(step, 300, torch.float32)
+            updates = [
+                called(grad, *own, **arguments(rule, values, step))
+                for called, own in zip((interpreted(rule), loaded), states, strict=True)
+            ]
+            for one, other in zip((updates[0], *states[0]), (updates[1], *states[1]), strict=True):
+                assert_equal_bits(other, one, f"{values}, step {step}")

@@ -329,7 +329,7 @@ def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_file_lock, "acquire", acquire)
     error = error_of()
     assert re.match(r"another process has held .*/lock for more than 1800 seconds", error.reason)
-    assert error.remedy == "Wait for that process or end it, then use the rule again"
+    assert error.remedy == "Wait for that process or end it, then call the rule's compile()"
 
 
 # ---- what fails ----------------------------------------------------------------------------------
@@ -344,8 +344,7 @@ def test_failure_then_success(cache: Path, tmp_path: Path, monkeypatch: pytest.M
     source, log = folder / "stub.cpp", folder / "error.txt"
     assert error.reason == f"compilation failed: {source}:2:2: error: #error first"
     assert error.remedy == (
-        f"Fix the errors in {log}, and call the rule's compile() again; or set"
-        " EMERGING_OPTIMIZERS_JIT=0"
+        f"Fix the errors in {log}, and call the rule's compile(); or set EMERGING_OPTIMIZERS_JIT=0"
     )
     assert "#error second" in log.read_text()
     assert source.read_text() == text
@@ -383,7 +382,7 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "missing-c++ -m64")
     error = error_of()
     assert error.reason == "no C++ compiler (missing-c++ -m64) was found"
-    assert error.remedy == "Install one or set CXX, and call the rule's compile() again"
+    assert error.remedy == "Install one or set CXX, and call the rule's compile()"
     assert not cache.exists()
 
 
@@ -393,7 +392,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user
     error = error_of()
     assert error.reason == "there is no home directory for the compiled library"
-    assert error.remedy.endswith("and call the rule's compile() again")
+    assert error.remedy.endswith("and call the rule's compile()")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +409,7 @@ def test_folder_that_cannot_be_written(
     error = error_of()
     assert re.match(r".*/stub-\w+ cannot be written \(OSError: \[Errno 28\]", error.reason)
     assert error.remedy == (
-        "Set TORCH_EXTENSIONS_DIR to a writable folder, and call the rule's compile() again"
+        "Set TORCH_EXTENSIONS_DIR to a writable folder, and call the rule's compile()"
     )
 
 

@@ -99,7 +99,8 @@ py::dict rule_info(const std::string& path, const std::string& symbol) {
   for (uint32_t s = 0; s < info.num_states; ++s) states.append(info.states[s]);
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     const HyperparameterInfo& h = info.hyperparameters[i];
-    hyperparameters.append(py::make_tuple(h.name, name_of(h.kind), name_of(h.domain), h.length));
+    hyperparameters.append(
+        py::make_tuple(h.name, name_of(h.kind), name_of(h.domain), h.length, h.offset));
   }
   py::dict found;
   found["name"] = info.name;

@@ -217,8 +217,9 @@ const RuleInfo* interpreted(const TracedRule& traced) {
 }
 
 void attach(const RuleInfo& interpreted, const RuleInfo& compiled, const std::string& path) {
+  TORCH_INTERNAL_ASSERT(interpreted.compiled != nullptr, interpreted.name);
   TORCH_CHECK(are_same(interpreted, compiled), path,
-              " has another rule than the one that was traced; recompile it");
+              " has another rule than the one that was traced");
   auto* const announced = const_cast<std::atomic<const RuleInfo*>*>(interpreted.compiled);
   announced->store(&compiled, std::memory_order_release);
 }

@@ -55,7 +55,6 @@ using EnqueueRows = int (*)(const RuleInstance& rule, const HostOrDeviceScalar& 
                             const cuda::Chip& chip, void* stream);
 
 struct Program;
-struct RuleInstance;
 
 struct RuleInfo {
   uint64_t abi;  // the EMOPT_ABI that the unit was compiled with

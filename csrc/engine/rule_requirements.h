@@ -26,23 +26,49 @@ namespace emopt::requirements {
   template <class T>                         \
   inline constexpr bool kHas<T, std::enable_if_t<static_cast<bool>(expression)>> = true
 
+// Whether T has a member of a name, which may be overloaded, a template or private: a base that has
+// one too makes the name ambiguous. A final T is no base; its member has to be a single public one.
+#define EMOPT_HAS_MEMBER(kHas, name)                                                          \
+  struct Other_##name {                                                                       \
+    int name;                                                                                 \
+  };                                                                                          \
+  template <class T>                                                                          \
+  struct Both_##name : T, Other_##name {};                                                    \
+  template <class T, bool kIsFinal = std::is_final_v<T>, class = void>                        \
+  inline constexpr bool kHas = !kIsFinal;                                                     \
+  template <class T>                                                                          \
+  inline constexpr bool kHas<T, false, std::void_t<decltype(&Both_##name<T>::name)>> = false; \
+  template <class T>                                                                          \
+  inline constexpr bool kHas<T, true, std::void_t<decltype(&T::name)>> = true
+
+// Names of a constant array of strings.
+template <size_t kCount>
+constexpr bool are_names(const char* const (&names)[kCount]) {
+  for (const char* name : names) {
+    if (name == nullptr || *name == 0) return false;
+  }
+  return true;
+}
+
 EMOPT_HAS(kHasName, T::kName);
 EMOPT_HAS_CONSTANT(kHasConstantName, static_cast<const char*>(*&T::kName)[0] != 0);
 EMOPT_HAS(kHasHyperparameters, T::hyperparameters());
-EMOPT_HAS(kHasStates, T::kStates);
-EMOPT_HAS_CONSTANT(kHasConstantStates, static_cast<const char* const*>(*&T::kStates)[0][0] != 0);
-EMOPT_HAS(kHasLowestStep, T::kLowestStep);
-EMOPT_HAS(kHasNumCases, T::kNumCases);
+EMOPT_HAS_MEMBER(kHasStates, kStates);
+EMOPT_HAS_CONSTANT(kHasConstantStates, are_names(*&T::kStates));
+EMOPT_HAS_MEMBER(kHasLowestStep, kLowestStep);
+EMOPT_HAS_MEMBER(kHasNumCases, kNumCases);
 EMOPT_HAS_CONSTANT(kHasConstantNumCases, *&T::kNumCases >= 1);
-EMOPT_HAS(kHasCheck, &T::check);
+EMOPT_HAS_MEMBER(kHasCheck, check);
 EMOPT_HAS(kChecks, std::declval<const T&>().check(std::declval<ErrorText&>()));
-EMOPT_HAS(kHasShapeScale, &T::shape_scale);
+EMOPT_HAS_MEMBER(kHasShapeScale, shape_scale);
 EMOPT_HAS(kScales, static_cast<double (*)(int64_t, int64_t)>(&T::shape_scale));
 EMOPT_HAS(kHasStep, sizeof(typename T::template Step<float>));
 EMOPT_HAS(kHasCase, static_cast<int>(std::declval<const T&>().which));
-EMOPT_HAS_CONSTANT(kHasFlag, (std::is_same_v<decltype(T::keeps_weight), bool>));
+EMOPT_HAS_MEMBER(kHasKeepsWeight, keeps_weight);
+EMOPT_HAS_CONSTANT(kHasFlag, (std::is_same_v<std::remove_cv_t<decltype(T::keeps_weight)>, bool>));
 
 #undef EMOPT_HAS
+#undef EMOPT_HAS_MEMBER
 #undef EMOPT_HAS_CONSTANT
 
 template <class T, int kValue, class = void>
@@ -50,11 +76,11 @@ inline constexpr bool kLowestStepIs = false;
 template <class T, int kValue>
 inline constexpr bool kLowestStepIs<T, kValue, std::enable_if_t<*&T::kLowestStep == kValue>> = true;
 
-// 0 if kStates is not an array.
+// 0 if kStates is not a public array.
 template <class T, class = void>
 inline constexpr size_t kStateCount = 0;
 template <class T>
-inline constexpr size_t kStateCount<T, std::enable_if_t<kHasStates<T>>> =
+inline constexpr size_t kStateCount<T, std::void_t<decltype(T::kStates)>> =
     std::extent_v<std::remove_reference_t<decltype(T::kStates)>>;
 
 // ---- hyperparameters ----------------------------------------------------------------------------
@@ -65,31 +91,48 @@ inline constexpr bool kIsHyperparameter =
     std::is_same_v<Value, int64_t> ||
     (std::is_array_v<Value> && std::is_same_v<std::remove_extent_t<Value>, double>);
 
+// Initializes a number, a flag or a pointer.
+struct AnyScalar {
+  template <class T, class = std::enable_if_t<std::is_scalar_v<T>>>
+  operator T() const;
+};
+
+template <size_t, class T>
+using Each = T;
+
+// Whether a struct has at least this many numbers, flags and pointers, those of arrays included.
+template <class Rule, class Sequence, class = void>
+inline constexpr bool kHasScalars = false;
+template <class Rule, size_t... kScalar>
+inline constexpr bool kHasScalars<Rule, std::index_sequence<kScalar...>,
+                                  std::void_t<decltype(Rule{Each<kScalar, AnyScalar>()...})>> =
+    true;
+
 // An entry of hyperparameters().
 template <class Rule, class Entry>
 struct Listed {
   static constexpr bool kIsKnown = false, kIsMember = true, kIsSupported = true, kIsStep = false;
-  static constexpr size_t kMostBytes = 0;  // in the struct, with the padding
+  static constexpr size_t kNumScalars = 0;
 };
 template <class Rule, class Owner, class Value>
 struct Listed<Rule, Hyperparameter<Owner, Value>> {
   static constexpr bool kIsKnown = true, kIsMember = std::is_base_of_v<Owner, Rule>;
   static constexpr bool kIsSupported = kIsHyperparameter<Value>, kIsStep = false;
-  static constexpr size_t kMostBytes = (sizeof(Value) + 7) / 8 * 8;
+  static constexpr size_t kNumScalars = sizeof(Value) / sizeof(std::remove_all_extents_t<Value>);
 };
 template <class Rule, class Owner>
 struct Listed<Rule, OptionalHyperparameter<Owner>> : Listed<Rule, Hyperparameter<Owner, double>> {};
 template <class Rule>
 struct Listed<Rule, StepArgument> {
   static constexpr bool kIsKnown = true, kIsMember = true, kIsSupported = true, kIsStep = true;
-  static constexpr size_t kMostBytes = 0;
+  static constexpr size_t kNumScalars = 0;
 };
 
 template <class Rule, class List>
 struct AllListed {
   static constexpr bool kAreKnown = false, kAreMembers = true, kAreSupported = true;
   static constexpr int kNumSteps = 0;
-  static constexpr size_t kMostBytes = 0;
+  static constexpr size_t kNumScalars = 0;
 };
 template <class Rule, class... Entry>
 struct AllListed<Rule, std::tuple<Entry...>> {
@@ -97,13 +140,10 @@ struct AllListed<Rule, std::tuple<Entry...>> {
   static constexpr bool kAreMembers = (Listed<Rule, Entry>::kIsMember && ...);
   static constexpr bool kAreSupported = (Listed<Rule, Entry>::kIsSupported && ...);
   static constexpr int kNumSteps = (0 + ... + (Listed<Rule, Entry>::kIsStep ? 1 : 0));
-  static constexpr size_t kMostBytes = (size_t{0} + ... + Listed<Rule, Entry>::kMostBytes);
+  static constexpr size_t kNumScalars = (size_t{0} + ... + Listed<Rule, Entry>::kNumScalars);
 };
 
 // ---- calls of a step ----------------------------------------------------------------------------
-
-template <size_t, class T>
-using Each = T;
 
 // Whether an element's update can be computed with states of type Real.
 template <class Step, class Real, size_t... kState>
@@ -160,11 +200,14 @@ struct StepRequirements {
                 " EMOPT_FN Real operator()(Real grad, Real& exp_avg) const");
   static_assert(takes_any_of<const Step&, Real>(UpToMost()),
                 "operator() of Step is not const: add const after its arguments");
+  static_assert(kHasStates<Rule> || takes<const Step&, Real>(std::index_sequence<>()),
+                "kStates is missing, but operator() of Step takes states: add static constexpr"
+                " const char* kStates[] = {\"exp_avg\"};");
   static_assert(takes<const Step&, Real>(States()),
                 "operator() of Step takes another number of states than kStates has names");
   static_assert(!copies_any_state<const Step&, Real>(States()),
-                "operator() of Step takes a state by value, so its new value would be lost: take"
-                " Real&");
+                "operator() of Step takes a state by value or as const, so its new value would be"
+                " lost: take Real&");
   static_assert(returns_update<const Step&, Real>(States()),
                 "operator() of Step does not return the update, a Real");
   static_assert(!kHasNumCases<Rule> || kHasCase<Step>,
@@ -172,18 +215,21 @@ struct StepRequirements {
   static_assert(!kHasNumCases<Rule> || kComputes<const Step&, Real, States>,
                 "the rule has kNumCases, but Step has no template <int kCase> Real compute(...)"
                 " const with the arguments of operator()");
-  static_assert(!kMayKeepWeight<Step> || kHasFlag<Step>, "keeps_weight is not a bool");
+  static_assert(!kHasKeepsWeight<Step> || kHasFlag<Step>,
+                "keeps_weight is private or not a bool: write bool keeps_weight; and set it in the"
+                " constructor of Step");
 };
 
 template <class Rule>
 struct RuleRequirements {
-  static_assert(kHasName<Rule>,
-                "kName is missing: add static constexpr const char* kName = \"my_rule\";");
+  static_assert(
+      kHasName<Rule>,
+      "kName is missing or private: add static constexpr const char* kName = \"my_rule\";");
   static_assert(kHasConstantName<Rule>,
                 "kName is not a constant string: write static constexpr const char* kName");
   static_assert(kHasHyperparameters<Rule>,
-                "hyperparameters() is missing, not static or takes arguments: add static constexpr"
-                " auto hyperparameters() { return std::make_tuple(...); }");
+                "hyperparameters() is missing, private, not static or takes arguments: add static"
+                " constexpr auto hyperparameters() { return std::make_tuple(...); }");
   using List = AllListed<Rule, std::decay_t<decltype(Rule::hyperparameters())>>;
   static_assert(List::kAreKnown,
                 "hyperparameters() does not return a std::tuple of hyperparameter(...),"
@@ -196,31 +242,35 @@ struct RuleRequirements {
   static_assert(sizeof(Rule) <= kMaxRuleBytes,
                 "the struct has more than 256 bytes: use fewer hyperparameters");
   static_assert(std::is_trivially_copyable_v<Rule> && alignof(Rule) <= 8,
-                "the struct has a member that is neither a number nor a flag: it is copied as"
-                " bytes");
-  static_assert(!kHasStates<Rule> || (kHasConstantStates<Rule> && kStateCount<Rule> != 0),
-                "kStates is not a constant array of strings: write static constexpr const char*"
-                " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
+                "the struct has a member that is neither a number nor a flag, or a virtual"
+                " function: it is copied as bytes");
+  static_assert(
+      !kHasStates<Rule> || (kHasConstantStates<Rule> && kStateCount<Rule> != 0),
+      "kStates is private or not a constant array of strings: write static constexpr const char*"
+      " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
   static_assert(kStateCount<Rule> <= kMaxStates,
                 "kStates has too many names: a rule has at most 5 states");
   static_assert(!kHasLowestStep<Rule> || kLowestStepIs<Rule, 0> || kLowestStepIs<Rule, 1>,
-                "kLowestStep is neither of the constants 0 and 1: write static constexpr int"
-                " kLowestStep = 1; or leave it out if steps count from 0");
+                "kLowestStep is private or neither of the constants 0 and 1: write static constexpr"
+                " int kLowestStep = 1; or leave it out if steps count from 0");
   static_assert(!kHasNumCases<Rule> || kHasConstantNumCases<Rule>,
-                "kNumCases is not a constant of at least 1");
-  static_assert(!kHasCheck<Rule> || kChecks<Rule>,
-                "check() takes other arguments: write void check(ErrorText& error) const");
+                "kNumCases is private or not a constant of at least 1");
+  static_assert(
+      !kHasCheck<Rule> || kChecks<Rule>,
+      "check() is private or takes other arguments: write void check(ErrorText& error) const");
   static_assert(!kHasShapeScale<Rule> || kScales<Rule>,
-                "shape_scale() takes other arguments: write static double shape_scale(int64_t rows,"
-                " int64_t cols)");
+                "shape_scale() is private or takes other arguments: write static double"
+                " shape_scale(int64_t rows, int64_t cols)");
   static_assert(std::is_trivially_default_constructible_v<Rule>,
                 "the struct has a constructor, or a member with a value, which would have no"
                 " effect: make constants static constexpr, and pass defaults in Python");
-  static_assert(std::is_empty_v<Rule> || sizeof(Rule) <= List::kMostBytes,
+  static_assert(std::is_aggregate_v<Rule>,
+                "the struct has a member or a base that is private: make it public");
+  static_assert(!kHasScalars<Rule, std::make_index_sequence<List::kNumScalars + 1>>,
                 "the struct has a member that hyperparameters() does not list, so nothing would set"
                 " it");
   static_assert(kHasStep<Rule>,
-                "Step is missing, or is not a template of one type: add template <class Real>"
+                "Step is missing, private or not a template of one type: add template <class Real>"
                 " struct Step { ... };");
   static_assert(sizeof(StepRequirements<Rule, float>) != 0);
   static_assert(sizeof(StepRequirements<Rule, double>) != 0);

@@ -83,14 +83,15 @@ inline constexpr int kLowestStep<Rule, std::void_t<decltype(Rule::kLowestStep)>>
 template <class Rule, class = void>
 inline constexpr decltype(RuleInfo::check) kCheck = nullptr;
 template <class Rule>
-inline constexpr decltype(RuleInfo::check) kCheck<Rule, std::void_t<decltype(&Rule::check)>> =
-    [](const void* rule, ErrorText& error) { static_cast<const Rule*>(rule)->check(error); };
+inline constexpr decltype(RuleInfo::check)
+    kCheck<Rule, std::enable_if_t<requirements::kChecks<Rule>>> =
+        [](const void* rule, ErrorText& error) { static_cast<const Rule*>(rule)->check(error); };
 
 template <class Rule, class = void>
 inline constexpr decltype(RuleInfo::shape_scale) kShapeScale = nullptr;
 template <class Rule>
 inline constexpr decltype(RuleInfo::shape_scale)
-    kShapeScale<Rule, std::void_t<decltype(&Rule::shape_scale)>> = &Rule::shape_scale;
+    kShapeScale<Rule, std::enable_if_t<requirements::kScales<Rule>>> = &Rule::shape_scale;
 
 // ---- the rule's code ----------------------------------------------------------------------------
 

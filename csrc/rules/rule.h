@@ -10,7 +10,8 @@
 //                                                  that users pass them; `StepArgument` is `step`
 //   static constexpr int kLowestStep               (optional) 1 if steps count from 1, as they do
 //                                                  if its member `correct_bias` is true; else 0
-//   void check(ErrorText&) const                   (optional) rejects combinations of values
+//   void check(ErrorText&) const                   (optional) rejects combinations of values; like
+//                                                  all of the rule's code, it throws no exception
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
 //
@@ -117,7 +118,8 @@ struct Hyperparameter {
   Domain domain;
 };
 
-// A flag is a bool; a number of warm-up steps is an int64_t. None is passed as 0: no warm-up.
+// A flag is a bool. A whole number, such as that of warm-up steps, is an int64_t; None is passed as
+// 0. It may be negative with Domain::kInteger.
 template <class Rule, class Value>
 constexpr Hyperparameter<Rule, Value> hyperparameter(const char* name, Value Rule::* member,
                                                      Domain domain = Domain::kNonNegative) {

@@ -26,9 +26,10 @@ EMOPT_FN Real at_most(Real x, Real bound) {
 EMOPT_FN float absolute(float x) { return ::fabsf(x); }
 EMOPT_FN double absolute(double x) { return ::fabs(x); }
 
-// The magnitude of x with the sign of y, also of a zero or a NaN.
-EMOPT_FN float copy_sign(float x, float y) { return ::copysignf(x, y); }
-EMOPT_FN double copy_sign(double x, double y) { return ::copysign(x, y); }
+// The magnitude of x with the sign of y, also of a zero. A NaN counts as positive: compilers do not
+// keep its sign.
+EMOPT_FN float copy_sign(float x, float y) { return ::copysignf(x, y == y ? y : 1.0f); }
+EMOPT_FN double copy_sign(double x, double y) { return ::copysign(x, y == y ? y : 1.0); }
 
 // Rounded twice, unlike torch.rsqrt on some devices.
 template <class Real>

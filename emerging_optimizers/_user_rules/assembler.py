@@ -97,12 +97,18 @@ class _StepAssembler:
         self.constants = list(known.values())
         first = 1 + len(self._sources)
         self._constants = {node: first + i for i, node in enumerate(known)}
-        self.num_registers = first + len(known)
+        self._next = self.num_registers = first + len(known)
         self.blocks: list[Any] = []
         self._add_block(range(len(trace.cases)), 0, {})
 
     def _add_block(self, chosen: Sequence[int], depth: int, known: dict[Node, int]) -> int:
         """Add the block that chooses between some of the trace's cases; return its index."""
+        first = self._next
+        index = self._add_block_after(chosen, depth, known)
+        self._next = first  # for the other branch
+        return index
+
+    def _add_block_after(self, chosen: Sequence[int], depth: int, known: dict[Node, int]) -> int:
         index = len(self.blocks)
         self.blocks.append(None)
         instructions: list[Any] = []
@@ -152,8 +158,9 @@ class _StepAssembler:
                 self._register(operand, known, instructions)
                 for operand in complement or node.operands
             ]
-        to = known[node] = self.num_registers
-        self.num_registers += 1
+        to = known[node] = self._next
+        self._next += 1
+        self.num_registers = max(self.num_registers, self._next)
         instructions.append((op, to, *_padded(operands)))
         return to
 

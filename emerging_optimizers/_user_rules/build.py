@@ -1,10 +1,10 @@
 """Compiles the C++ text of a rule to a shared library, or finds it in the cache.
 
 One call of the C++ compiler, for the instruction set in use and without torch's headers, so it
-takes seconds. The cache is the one of the build at the first import (_build_cache.py). A rule's
-library is loaded only if nobody but this user and root can have written it. That is checked from
-the folder `rules` on; whoever can replace that folder can also replace the native kernels beside
-it.
+takes only seconds. The cache is the one of the build at the first import (_build_cache.py). A
+rule's library is loaded only if nobody but this user and root can have written it. That is checked
+from the folder `rules` on; whoever can replace that folder can also replace the native kernels
+beside it.
 """
 
 import hashlib
@@ -41,7 +41,10 @@ def library_for(
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
     """
-    return _build_cache.load_once(product_for(name, source, options, headers, then, is_for_any))
+    product = product_for(name, source, options, headers, then, is_for_any)
+    library = _build_cache.load_once(product)
+    product.announce()
+    return library
 
 
 def product_for(

@@ -211,16 +211,23 @@ def _explain(error: CompilationError, source: Source, struct: Struct) -> str:
         return f"{source.label}:{struct.line}: {found[1].replace('MyRule', struct.name)}"
     if "rule_unit.h" in told and lacks_brace(source.text):
         return f"{source.label}:{len(source.text.splitlines())}: a closing brace is missing"
+    if "rule_unit.h" in told and "make_info" in told:
+        return (
+            f"{source.label}:{struct.line}: the package's headers define {struct.name}, too: rename"
+            " the struct"
+        )
     return told
 
 
 def _signature(info: Mapping[str, Any], defaults: Mapping[str, Any]) -> Signature:
     hyperparameters = []
-    for name, kind, domain, length in info["hyperparameters"]:
+    for name, kind, domain, length, _ in info["hyperparameters"]:
         if kind in ("flag", "step"):
             hyperparameters.append(Hyperparameter(name, kind))
         else:
-            known = WarmupSteps if kind == "warm-up" else _DOMAINS[domain]
+            # Whole numbers have one kind in C++, with any domain.
+            is_warmup = kind == "warm-up" and domain == "NonNegative"
+            known = WarmupSteps if is_warmup else _DOMAINS[domain]
             hyperparameters.append(Hyperparameter(name, kind, known, length))
     return Signature("grad", info["states"], tuple(hyperparameters), dict(defaults), info["name"])
 
@@ -230,6 +237,7 @@ def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> Non
     try:
         check_names(signature)
         flags = [h.name for h in signature.hyperparameters if h.kind == "flag"]
+        _check_members(info)
         if (info["shape_scale"] is None) == (SHAPE_SCALING in flags):
             raise RuleError(f"shape_scale() and a bool named {SHAPE_SCALING} need each other")
     except RuleError as error:
@@ -242,6 +250,17 @@ def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> Non
                 f" {', '.join(known) or 'no hyperparameters'}"
             )
         check_default(known[name], value)
+
+
+def _check_members(info: Mapping[str, Any]) -> None:
+    """Raise for a member that is listed twice, since another one may then be listed nowhere."""
+    names: dict[int, str] = {}
+    for name, kind, _, _, offset in info["hyperparameters"]:
+        if kind != "step" and names.setdefault(offset, name) != name:
+            raise RuleError(
+                f"hyperparameters() lists the same member as {names[offset]} and as {name}: list"
+                " each member once"
+            )
 
 
 def _loaded(library: str, struct: str, name: str) -> tuple[str, Any, Callable[..., Any]]:
@@ -280,8 +299,9 @@ def load_rule(
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuleError: There is no rule, or it cannot be compiled; the message names the line or what
-            the struct lacks.
+        IsADirectoryError: It is a folder.
+        RuleError: The file is not UTF-8, it has no rule, or the rule cannot be compiled; the
+            message names the line or what the struct lacks.
         RuntimeError: It is not in the cache, and there is no compiler or
             ``EMERGING_OPTIMIZERS_JIT=0`` is set; or there are no native kernels.
 

@@ -14,7 +14,12 @@ _TOKEN = re.compile(
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
-_NO_RULE = "a rule is a struct with kName, hyperparameters() and Step"
+_CONDITION = re.compile(r"[ \t]*#[ \t]*(if|ifdef|ifndef|elif|else|endif)\b")
+_DISABLED = re.compile(r"[ \t]*#[ \t]*if[ \t]+(?:0|false)\b")
+_NO_RULE = (
+    "a rule is a struct with kName, hyperparameters() and Step, which has a name, is no template"
+    " and is in no other struct"
+)
 
 
 class Source(NamedTuple):
@@ -52,21 +57,28 @@ def read_source(source: str | os.PathLike[str]) -> Source:
 
     Raises:
         FileNotFoundError: There is no such file.
+        IsADirectoryError: It is a folder.
+        RuleError: The file is not UTF-8.
     """
     if isinstance(source, str) and ("{" in source or "\n" in source):
-        return Source(source, "C++ text", None)
+        return Source(source.removeprefix("\ufeff"), "C++ text", None)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"source must be the path of a header or C++ text, not {type(source).__name__}"
         )
     label = os.fspath(source)
     path = Path(label).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(f"{label!r} is a folder: pass the path of a header, or C++ text")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"there is no file {label!r} in {Path.cwd()}: pass the path of a header, or C++ text"
         ) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RuleError(f"{label}:{line}: the file is not UTF-8: convert it to UTF-8") from None
     return Source(text, label, path)
 
 
@@ -104,6 +116,7 @@ def _structs(text: str) -> list[Struct]:
     # What is open: the names of a namespace; a struct; or None, for other braces.
     opened: list[list[str] | Struct | None] = []
     head: list[str] = []  # the tokens since the last statement or brace
+    text = _enabled(text)
     for token in _TOKEN.finditer(text):
         word = token["word"] or token["sign"]
         if word is None:
@@ -129,6 +142,23 @@ def _structs(text: str) -> list[Struct]:
     return list(found.values())
 
 
+def _enabled(text: str) -> str:
+    """Return a text with empty lines for those that ``#if 0`` leaves out."""
+    lines = []
+    depth = 0  # of conditions, from the disabled one on
+    for line in text.split("\n"):
+        found = _CONDITION.match(line)
+        word = "" if found is None else found[1]
+        lines.append("" if depth else line)
+        if depth == 0:
+            depth = 1 if _DISABLED.match(line) else 0
+        elif word.startswith("if"):
+            depth += 1
+        elif word == "endif" or (word and depth == 1):
+            depth -= 1
+    return "\n".join(lines)
+
+
 def _block(head: list[str], namespace: str, line: int) -> list[str] | Struct | None:
     """Return what a brace opens after some tokens."""
     if "namespace" in head:
@@ -143,7 +173,7 @@ def _block(head: list[str], namespace: str, line: int) -> list[str] | Struct | N
 
 def lacks_brace(text: str) -> bool:
     """Return whether a text opens more braces than it closes."""
-    signs = [token["sign"] for token in _TOKEN.finditer(text)]
+    signs = [token["sign"] for token in _TOKEN.finditer(_enabled(text))]
     return signs.count("{") > signs.count("}")
 
 
@@ -191,6 +221,7 @@ def unit_of(source: Source, struct: Struct) -> str:
         '#pragma GCC diagnostic error "-Wreturn-type"',
         "#line 1 EMOPT_SOURCE",
         source.text,
+        "",  # for a backslash at the end
     ]
     if struct.namespace != "emopt":
         name = "::".join(part for part in (struct.namespace, struct.name) if part)

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import _build, _build_cache
 from . import ownership
 
-THEN = "call the rule's compile() again"
+THEN = "call the rule's compile()"
 
 
 class RuleLibrary(_build_cache.Product[Path]):
@@ -20,9 +20,11 @@ class RuleLibrary(_build_cache.Product[Path]):
         source: The rule's C++ text.
         options: The compiler's options.
         then: What happens once an error is fixed, as a clause.
+
+    Attributes:
+        seconds: How long the compiler took; 0 if the library was in the cache.
     """
 
-    retry = "use the rule again"
     file_mode = 0o600
 
     def __init__(
@@ -30,7 +32,7 @@ class RuleLibrary(_build_cache.Product[Path]):
     ) -> None:
         super().__init__(folder, f"{name}{_build_cache.SUFFIX}")
         self.what = f"the rule {name}"
-        self.then = then
+        self.then = self.retry = then
         self.name = name
         self.source = source
         self.options = options
@@ -81,8 +83,14 @@ class RuleLibrary(_build_cache.Product[Path]):
         return library
 
     def finish(self, library: Path) -> Path:
-        _build_cache.say(f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})")
         return library
+
+    def announce(self) -> None:
+        """Print that the library was compiled, if it was."""
+        if self.seconds:
+            _build_cache.say(
+                f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})"
+            )
 
     def finish_unsaved(self, error: OSError) -> Path:
         raise _build_cache.not_writable(self, error) from error

@@ -3,6 +3,7 @@
 Or until it is loaded at the first use, from the rule's package (shipped.py) or from the cache.
 """
 
+import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -16,11 +17,25 @@ from . import background, shipped
 from .assembler import Program
 from .build import library_for, product_for
 from .emitter import struct_name
+from .library import THEN
 from .runtime_kernels import RuntimeKernels
 
 # By the C++ text: rules that are defined twice share their code. Operators cannot be removed.
 _CODES: dict[str, "NativeCode"] = {}
+# Held while a library is loaded: a process must not fork or end meanwhile.
 _LOCK = threading.RLock()
+atexit.register(_LOCK.acquire)
+
+
+def _after_fork() -> None:
+    _LOCK.release()
+    background.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_after_fork
+    )
 
 
 def native_code(program: Program, source: str, module: str) -> "NativeCode":
@@ -88,26 +103,32 @@ class NativeCode:
             if self._is_started:
                 return
             self._is_started = True
+        try:
+            self._start_build()
+        except (BuildError, OSError, RuntimeError) as error:
+            self._stay_interpreted(error)
+        except BaseException:
+            self._is_started = False
+            raise
+
+    def _start_build(self) -> None:
         if self._attach_shipped():
             return
         if os.environ.get("EMERGING_OPTIMIZERS_JIT") == "0":
             self.why_not = "EMERGING_OPTIMIZERS_JIT=0"
             return
-        try:
-            product = product_for(self._name, self._source)
-            library = _build_cache.find(product)
-            if library is not None:
-                self._attach(library)
-                return
-        except (BuildError, RuntimeError) as error:
-            self._stay_interpreted(error)
+        product = product_for(self._name, self._source)
+        library = _build_cache.find(product)
+        if library is not None:
+            self._attach(library)
             return
 
         def build() -> None:
             try:
                 if not self.is_compiled:
                     self._attach(background.build(product))
-            except (BuildError, RuntimeError) as error:
+                    product.announce()
+            except (BuildError, OSError, RuntimeError) as error:
                 self._stay_interpreted(error)
 
         background.run(build)
@@ -121,13 +142,24 @@ class NativeCode:
         if library is None:
             return False
         try:
-            self._attach(library)
+            self._load(library)
         except RuntimeError as error:
             shipped.reject(package, str(error))
             return False
         return True
 
     def _attach(self, library: Path) -> None:
+        """Load a library of the cache.
+
+        Raises:
+            BuildError: It cannot be loaded.
+        """
+        try:
+            self._load(library)
+        except RuntimeError as error:
+            raise BuildError(str(error), f"Remove {library.parent}, and {THEN}") from error
+
+    def _load(self, library: Path) -> None:
         with _LOCK:
             if not self.is_compiled:
                 module: Any = _native.native
@@ -140,6 +172,5 @@ class NativeCode:
             self.why_not = f"{error.reason}. {error.remedy}"
         else:
             self.why_not = str(error)
-        _build_cache.say(
-            f"the rule {self._name} is interpreted, which takes longer: {self.why_not}"
-        )
+        text = f"the rule {self._name} is interpreted, which takes longer: {self.why_not}"
+        _build_cache.say(text)

@@ -28,10 +28,7 @@ class NestedRule:
     def __call__(self, *arguments: Any, **options: Any) -> Element:
         signature: Signature = self._rule.signature
         if self.formula is None:
-            raise RuleError(
-                f"{signature.name} is written in C++: write its formula in Python, or call the"
-                " rules one after the other"
-            )
+            raise RuleError(f"{signature.name} in a rule: it is written in C++; write it in Python")
         try:
             bound = self._rule.__signature__.bind(*arguments, **options)
         except TypeError as error:

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,6 @@ from .. import _build_cache, _native
 from .._build_cache import BuildError
 from . import background, cuda_kernels
 from .cuda_kernels import KERNELS, Kernel
-
-# More threads than these share the compiler's locks most of the time.
-_MOST_THREADS = 4
 
 
 def are_possible() -> bool:
@@ -72,7 +68,8 @@ class RuntimeKernels:
             RuntimeError: A kernel cannot be built.
         """
         missing = self._take_missing(again=True)
-        self._build_now(missing)
+        if missing:
+            self._build_now(missing)
         return bool(missing)
 
     def build_all(self, device: torch.device) -> None:
@@ -115,9 +112,8 @@ class RuntimeKernels:
         if refusal is not None:
             raise RuntimeError(f"the rule {self._rule} cannot be compiled: {refusal}")
         try:
-            with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-                for _ in threads.map(lambda each: self._build(*each), wanted):
-                    pass
+            for device, kernel in wanted:  # NVRTC compiles one after the other in any case
+                self._build(device, kernel)
         except BuildError as error:
             raise RuntimeError(
                 f"the rule {self._rule} cannot be compiled: {error.reason}. {error.remedy}"

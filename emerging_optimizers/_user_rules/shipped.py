@@ -5,6 +5,7 @@ package's Python code, which lies beside them, so it is not checked who can have
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def package_of_file(path: Path) -> Package | None:
         if _has_list(folder):
             for name, module in list(sys.modules.items()):
                 places = getattr(module, "__dict__", {}).get("__path__", ())
-                if any(Path(place).resolve() == folder for place in places):
+                if any(os.path.isdir(p) and os.path.samefile(p, folder) for p in places):
                     return Package(name, folder)
     return None
 

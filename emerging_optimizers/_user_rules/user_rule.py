@@ -143,12 +143,14 @@ class UserRule(Rule):
             raise RuntimeError(f"the rule {self.name} cannot be compiled: {_native.reason}")
         if device.type == "cpu":
             code.compile()
+            self._is_only_on_gpus = False
         elif device.type == "cuda" and runtime_kernels.are_possible():
             code.kernels.build_all(device)
         else:
             raise RuntimeError(
                 f"the rule {self.name} cannot be compiled: there are no kernels for {device.type}"
             )
+        self._bind_to(code)
 
     @property
     def is_compiled(self) -> bool:
@@ -166,10 +168,20 @@ class UserRule(Rule):
     def _native_code(self) -> NativeCode | None:
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
-            code = native_code(self._program, self.source, self.place[0])
-            self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
-            self._code = code
+            self._code = native_code(self._program, self.source, self.place[0])
+            self._is_only_on_gpus = True
         return self._code
+
+    def _bind_to(self, code: NativeCode) -> None:
+        if self.native is None:
+            self._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
+
+    def _interpreted(self) -> "UserRule":
+        """Return a rule of the same function that is never compiled, for tests."""
+        twin = UserRule(self.formula)
+        twin._code = NativeCode(self._program, self.source)
+        twin._bind_to(twin._code)
+        return twin
 
     def build_for(self, tensors: Iterable[Any]) -> bool:
         """Make the native code if some tensors can use it; return whether there is any."""
@@ -190,9 +202,10 @@ class UserRule(Rule):
         if is_on_cpu or ("cuda" in devices and runtime_kernels.are_possible()):
             code = self._native_code()
             if code is not None:
-                self._is_only_on_gpus = not is_on_cpu
                 if is_on_cpu:
                     code.start_build()
+                    self._is_only_on_gpus = False
+                self._bind_to(code)
                 return
             reason = _native.reason
         else:

@@ -8,7 +8,7 @@ namespace emopt::cpu {
 
 namespace {
 
-// Elements of a tile: as many bytes of each buffer, unless all buffers together would be too large.
+// A tile takes 1 KiB of each buffer; fewer elements if there are more than 32 buffers.
 constexpr uint32_t kTileBytes = 1024;
 constexpr uint32_t kTileBuffers = 32;
 

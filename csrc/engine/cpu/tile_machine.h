@@ -9,8 +9,7 @@
 
 namespace emopt::cpu {
 
-// The operations. APPLY(name, number of operands, name in traces, expression of a, b and c).
-// A
+// The operations. APPLY(name, number of operands, name in traces, expression of a, b and c). A
 // condition is 1 or 0.
 #define EMOPT_FOR_EACH_TILE_OP(APPLY)                                    \
   APPLY(kCopy, 1, "copy", a)                                             \

@@ -51,11 +51,17 @@ class AnyCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// Makes the context of the thread's device current, as the runtime does at its first call.
+void make_context_current() {
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaSetDevice(device);
+}
+
 }  // namespace
 
 void* load_kernel(const std::string& code, const char* name) {
   const AnyCapture any_capture;
-  cudaFree(nullptr);  // makes the device's context current in a thread that has none
+  make_context_current();
   const Driver& driver = Driver::get();
   CUmodule module = nullptr;
   driver.check(driver.load_data(&module, code.data()), name);
@@ -66,9 +72,15 @@ void* load_kernel(const std::string& code, const char* name) {
 
 int launch_kernel(void* kernel, const void* argument, uint32_t num_blocks, void* stream) {
   void* arguments[] = {const_cast<void*>(argument)};
-  const CUresult result =
-      Driver::get().launch(static_cast<CUfunction>(kernel), num_blocks, 1, 1, kThreads, 1, 1, 0,
-                           static_cast<CUstream>(stream), arguments, nullptr);
+  const auto launch = [&] {
+    return Driver::get().launch(static_cast<CUfunction>(kernel), num_blocks, 1, 1, kThreads, 1, 1,
+                                0, static_cast<CUstream>(stream), arguments, nullptr);
+  };
+  CUresult result = launch();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // the thread has not used the device yet
+    make_context_current();
+    result = launch();
+  }
   return result;  // the runtime's errors have the same numbers
 }
 
