@@ -35,6 +35,8 @@ class BuildRules(build):
             for name in self.distribution.packages or []
             if _is_package(folder, name) and not _is_package(folder, name.rpartition(".")[0])
         ]
+        if not packages:
+            raise ExecError("there is no package whose rules can be built: list it in packages=")
         # Imported from there, and in another process, since this one may have imported the sources.
         path = [str(folder), *(os.path.abspath(place) for place in sys.path if place)]
         done = subprocess.run(

@@ -496,3 +496,19 @@ def test_class_statements(name: str) -> None:
 def test_rule_is_not_for_the_mixin() -> None:
     with pytest.raises(TypeError, match="rule"):
         type("Refused", (MegatronMixin, eo.ScalarOptimizer), {}, rule=3)
+
+
+def test_packages_may_have_rules_of_one_name() -> None:
+    texts = {"package_a.rules": "grad * 2", "package_b.rules": "grad * 3"}
+    rules = {}
+    for module, body in texts.items():
+        namespace = {"eo": eo, "__name__": module}
+        exec(f"@eo.rule\ndef shared_name(grad):\n    return {body}\n", namespace)
+        rules[module] = namespace["shared_name"]
+    results = [rule(torch.ones(1)).item() for rule in rules.values()]  # type: ignore[operator]
+    assert results == [2, 3]
+    with pytest.raises(eo.RuleError, match=r"package_a\.rules\.shared_name has the same name"):
+        exec(
+            "@eo.rule\ndef shared_name(grad):\n    return grad * 4\n",
+            {"eo": eo, "__name__": "package_a.others"},
+        )

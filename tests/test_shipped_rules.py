@@ -345,7 +345,7 @@ def test_which_rules_a_package_has(tmp_path: Path) -> None:
     (left_out,) = (line for line in written(done) if "left out" in line)
     assert left_out == (
         "emerging_optimizers: package.optional cannot be imported, so rules that it defines are"
-        " left out: No module named 'package_that_is_not_installed'"
+        " left out: ModuleNotFoundError: No module named 'package_that_is_not_installed'"
     )
     code = "import package.inner.second as s; s.second.compile(); print('loaded')"
     assert use(tmp_path, code, EMERGING_OPTIMIZERS_JIT="0").stdout == "loaded\n"

@@ -51,6 +51,16 @@ def _build_package(name: str) -> list[Path]:
     if not texts:
         shutil.rmtree(folder, ignore_errors=True)
         return []
+    try:
+        return _write_libraries(folder, texts)
+    except OSError as error:
+        raise BuildError(
+            f"{folder} cannot be written ({error.strerror})",
+            "Build the rules where the package can be written, and install that",
+        ) from error
+
+
+def _write_libraries(folder: Path, texts: Sequence[Text]) -> list[Path]:
     folder.mkdir(exist_ok=True)
     listed = {text.label: text.file_name() for text in texts}
     for text in texts:
@@ -62,7 +72,7 @@ def _build_package(name: str) -> list[Path]:
     contents = {"version": __version__, "abi": _build.abi(_build_cache.csrc()), "rules": listed}
     _write(folder / LIST, f"{json.dumps(contents, indent=2)}\n".encode())
     for path in folder.iterdir():
-        if path.name not in (LIST, *listed.values()):
+        if path.is_file() and path.name not in (LIST, *listed.values()):
             path.unlink()
     return [folder / file for file in dict.fromkeys(listed.values())]
 
@@ -87,9 +97,10 @@ def _import_package(name: str) -> ModuleType:
             continue
         try:
             importlib.import_module(module.name)
-        except ImportError as error:
+        except (ImportError, SystemExit) as error:
             _build_cache.say(
-                f"{module.name} cannot be imported, so rules that it defines are left out: {error}"
+                f"{module.name} cannot be imported, so rules that it defines are left out:"
+                f" {type(error).__name__}: {error}"
             )
     return package
 

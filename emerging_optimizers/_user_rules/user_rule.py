@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 import warnings
 import weakref
@@ -25,8 +26,8 @@ from .origins import is_users
 from .signature import make_function
 from .tracer import trace_rule
 
-# The rules of this process, by name.
-_RULES: weakref.WeakValueDictionary[str, "Named"] = weakref.WeakValueDictionary()
+# The rules of this process, by name and top-level module: packages do not know of each other.
+_RULES: weakref.WeakValueDictionary[tuple[str, str], "Named"] = weakref.WeakValueDictionary()
 
 # Devices whose tensors have no values, so that no native kernel is missing there.
 _WITHOUT_VALUES = ("meta",)
@@ -328,15 +329,17 @@ def register(rule: Named) -> None:
     """Take a rule's name, which may be that of a rule that this one redefines.
 
     Raises:
-        RuleError: Another rule has the name.
+        RuleError: Another rule of the same package has the name.
     """
-    known = _RULES.get(rule.name)
+    # A rule in C++ has the path of its file.
+    owner = "" if os.sep in rule.place[0] else rule.place[0].partition(".")[0]
+    known = _RULES.get((rule.name, owner))
     # One file may be loaded twice: as a script, and as a module.
     if known is not None and known.source != rule.source and known.place != rule.place:
         raise RuleError(
             f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
         )
-    _RULES[rule.name] = rule
+    _RULES[rule.name, owner] = rule
 
 
 def all_rules() -> list[Named]:
