@@ -512,3 +512,10 @@ def test_packages_may_have_rules_of_one_name() -> None:
             "@eo.rule\ndef shared_name(grad):\n    return grad * 4\n",
             {"eo": eo, "__name__": "package_a.others"},
         )
+
+
+def test_a_rule_of_no_module() -> None:
+    namespace = {"eo": eo}
+    exec("@eo.rule\ndef of_no_module(grad):\n    return grad * 2\n", namespace)
+    rule: Any = namespace["of_no_module"]
+    assert rule(torch.ones(1)).item() == 2

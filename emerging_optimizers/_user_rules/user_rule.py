@@ -79,7 +79,8 @@ class UserRule(Rule):
     @property
     def place(self) -> tuple[str, str]:
         """Where the rule is defined."""
-        return self.__module__, self.__qualname__  # type: ignore[attr-defined]
+        # Code that `exec` runs may be of no module.
+        return self.__module__ or "__main__", self.__qualname__  # type: ignore[attr-defined]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._function(*arguments, **options)
