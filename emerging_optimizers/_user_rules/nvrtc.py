@@ -27,7 +27,7 @@ _TOOLKIT = "/usr/local/cuda"
 _REMEDY = "Install the package nvidia-cuda-nvrtc of torch's CUDA version, or set CUDA_HOME"
 
 # Held while a program is compiled, or its code is loaded: a process must not fork or end meanwhile.
-# At its end, NVRTC and the driver are torn down, which crashes the thread that is using them.
+# At its end, NVRTC and the driver are torn down, which can crash the thread that is using them.
 LOCK = threading.RLock()
 atexit.register(LOCK.acquire)
 if hasattr(os, "register_at_fork"):
