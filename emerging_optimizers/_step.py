@@ -166,12 +166,13 @@ def _check_capturable(optimizer: BaseOptimizer) -> None:
 def _check_captured(
     optimizer: BaseOptimizer, group: dict[str, Any], indices: Collection[int]
 ) -> None:
-    """Raise for parameters whose step is about to read numbers on a device."""
+    """Raise if a captured step would run in PyTorch operations, which read the device's numbers."""
     for k in indices:
-        if group["params"][k].is_cuda:
+        p = group["params"][k]
+        if p.is_cuda:
             raise RuntimeError(
                 f"a CUDA graph cannot capture the step of {param_name(optimizer, group, k)}, which"
-                " has no native step; for a rule in Python, call its compile('cuda') before"
+                f" has no native step; for a rule in Python, call its compile('{p.device}') before"
             )
 
 
@@ -351,6 +352,8 @@ def _raise_no_native_step(
             " which is written in C++, has no formula in PyTorch operations: use parameters on the"
             " CPU, without gaps in memory"
         )
+    if _is_cuda_in_use() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        _check_captured(optimizer, group, indices)
     raise RuntimeError(
         f"fused=True, but {type(optimizer).__name__} has no native step for {name}; fused=None"
         " uses PyTorch operations there"

@@ -7,6 +7,7 @@ absence is tested.
 
 import ctypes.util
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import run_python
 
 from emerging_optimizers import _build_cache, _library
 from emerging_optimizers._build_cache import BuildError
@@ -265,3 +267,46 @@ def test_only_the_asked_kernel_is_compiled(cache: Path, monkeypatch: pytest.Monk
     cubin_for("adopt", SOURCE, kernel, SM_90)
     assert asked == ["-DEMOPT_KERNEL=emopt_adopt_StoreUpdate_double_small_setup"]
     assert len(list(cache.iterdir())) == 1
+
+
+# ---- ends and forks ------------------------------------------------------------------------------
+
+_COMPILING = """
+import os, threading, time
+from emerging_optimizers._user_rules import nvrtc
+
+begun = threading.Event()
+
+def compile(*arguments):
+    begun.set()
+    time.sleep(0.5)
+    os.write(1, b"compiled\\n")
+
+nvrtc._compile = compile
+compile_one = lambda: nvrtc.compile_program("", "rule.cpp", [])
+threading.Thread(target=lambda: [compile_one() for _ in range(3)], daemon=True).start()
+begun.wait()
+"""
+
+_FORK = """
+child = os.fork()
+if child == 0:
+    compile_one()
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_an_end_waits_for_the_kernel_in_progress() -> None:
+    done = run_python(_COMPILING)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("compiled\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_during_a_compilation() -> None:
+    """The child can compile, too."""
+    done = run_python(_COMPILING + _FORK, PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled\n") >= 2

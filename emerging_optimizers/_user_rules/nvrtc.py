@@ -3,6 +3,7 @@
 CUDA builds of torch bring it; otherwise it is in the toolkit, or in the package nvidia-cuda-nvrtc.
 """
 
+import atexit
 import ctypes
 import ctypes.util
 import functools
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,15 @@ _NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
 _BUILTINS = re.compile(r"libnvrtc-builtins(?:-[0-9a-f]+)?\.so(?:\.\d+)*")
 _TOOLKIT = "/usr/local/cuda"
 _REMEDY = "Install the package nvidia-cuda-nvrtc of torch's CUDA version, or set CUDA_HOME"
+
+# Held while a program is compiled, or its code is loaded: a process must not fork or end meanwhile.
+# At its end, NVRTC and the driver are torn down, which can crash the thread that is using them.
+LOCK = threading.RLock()
+atexit.register(LOCK.acquire)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
+    )
 
 
 class Compiled(NamedTuple):
@@ -137,6 +148,11 @@ def compile_program(source: str, name: str, options: Sequence[str]) -> Compiled:
         BuildError: There is no library, or it cannot be loaded.
         subprocess.CalledProcessError: The program cannot be compiled; has the compiler's output.
     """
+    with LOCK:
+        return _compile(source, name, options)
+
+
+def _compile(source: str, name: str, options: Sequence[str]) -> Compiled:
     library = _load()
     program = ctypes.c_void_p()
     _check(

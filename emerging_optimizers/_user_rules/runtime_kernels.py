@@ -10,7 +10,7 @@ import torch
 
 from .. import _build_cache, _native
 from .._build_cache import BuildError
-from . import background, cuda_kernels
+from . import background, cuda_kernels, nvrtc
 from .cuda_kernels import KERNELS, Kernel
 
 
@@ -38,6 +38,7 @@ class RuntimeKernels:
         self.why_not: str | None = None
         self._lock = threading.Lock()
         self._asked: set[tuple[int, Kernel]] = set()
+        self._attached: set[tuple[int, Kernel]] = set()
 
     def start(self) -> bool:
         """Load the kernels that were missing, or begin to build them in the background.
@@ -45,8 +46,18 @@ class RuntimeKernels:
         Returns:
             Whether any was in the cache, and is loaded now.
         """
+        wanted = self._take_missing()
+        if not wanted:
+            return False
+        refusal = _refusal()
+        if refusal is not None:
+            self.why_not = refusal
+            return False
+        with self._lock:
+            missing = [pair for pair in wanted if pair not in self._asked]
+            self._asked.update(missing)
         is_any_loaded = False
-        for device, kernel in self._take_missing():
+        for device, kernel in missing:
             try:
                 cubin = cuda_kernels.find_cubin(
                     self._rule, self._source, kernel, _architecture(device)
@@ -56,7 +67,7 @@ class RuntimeKernels:
                     is_any_loaded = True
                     continue
             except (BuildError, RuntimeError, OSError) as error:
-                self._note(error)
+                self._note(kernel, error)
                 continue
             background.run(partial(self._try_to_build, device, kernel))
         return is_any_loaded
@@ -67,9 +78,12 @@ class RuntimeKernels:
         Raises:
             RuntimeError: A kernel cannot be built.
         """
-        missing = self._take_missing(again=True)
+        missing = self._take_missing()
         if missing:
-            self._build_now(missing)
+            self._build_now(pair for pair in missing if not pair[1].is_large)
+            for device, kernel in missing:
+                if kernel.is_large:
+                    self._try_to_build(device, kernel)
         return bool(missing)
 
     def build_all(self, device: torch.device) -> None:
@@ -78,34 +92,36 @@ class RuntimeKernels:
         Raises:
             RuntimeError: That is not possible.
         """
-        index = torch.cuda.current_device() if device.index is None else device.index
+        count = torch.cuda.device_count()
+        index = device.index
+        if index is None:
+            index = torch.cuda.current_device() if count > 0 else 0
+        if index >= count:
+            raise RuntimeError(
+                f"the rule {self._rule} cannot be compiled: there is no device cuda:{index}"
+                f" (torch.cuda.device_count() is {count}); name another one"
+            )
         self._build_now((index, kernel) for kernel in KERNELS)
 
-    def _take_missing(self, again: bool = False) -> list[tuple[int, Kernel]]:
-        """Return the kernels that were missing; if not `again`, those not returned before."""
+    def _take_missing(self) -> list[tuple[int, Kernel]]:
+        """Return the kernels that were missing since the last call."""
         if not are_possible() or _is_capturing():
-            return []  # a capture forbids to load any
+            return []  # nothing is loaded during a capture
         module: Any = _native.native
         found = []
-        with self._lock:
-            for device, names in module._wanted_kernels(self._handle):
-                small = Kernel(*names)
-                # The large one is for calls with many tensors, which it makes faster.
-                for kernel in (small, small._replace(is_large=True)):
-                    if kernel in KERNELS and (again or (device, kernel) not in self._asked):
-                        self._asked.add((device, kernel))
-                        found.append((device, kernel))
-        refusal = _refusal() if found else None
-        if refusal is not None:
-            self.why_not = refusal
-            return []
+        for device, names in module._wanted_kernels(self._handle):
+            small = Kernel(*names)
+            # The large one is for calls with many tensors, which it makes faster.
+            for kernel in (small, small._replace(is_large=True)):
+                if kernel in KERNELS:
+                    found.append((device, kernel))
         return found
 
     def _try_to_build(self, device: int, kernel: Kernel) -> None:
         try:
             self._build(device, kernel)
-        except (BuildError, RuntimeError, OSError) as error:
-            self._note(error)
+        except Exception as error:  # in the background, there is nobody to raise it to
+            self._note(kernel, error)
 
     def _build_now(self, wanted: Iterable[tuple[int, Kernel]]) -> None:
         refusal = _refusal()
@@ -120,18 +136,33 @@ class RuntimeKernels:
             ) from error
 
     def _build(self, device: int, kernel: Kernel) -> None:
+        if (device, kernel) in self._attached:
+            return
         cubin = cuda_kernels.cubin_for(self._rule, self._source, kernel, _architecture(device))
         self._attach(device, kernel, cubin.read_bytes())
 
     def _attach(self, device: int, kernel: Kernel, code: bytes) -> None:
         module: Any = _native.native
-        module._attach_kernel(self._handle, device, tuple(kernel), kernel.symbol(self._rule), code)
+        name = kernel.symbol(self._rule)
+        with nvrtc.LOCK:
+            if (device, kernel) not in self._attached:
+                module._attach_kernel(self._handle, device, tuple(kernel), name, code)
+                self._attached.add((device, kernel))
+        self.why_not = None
 
-    def _note(self, error: Exception) -> None:
-        self.why_not = str(error)
+    def _note(self, kernel: Kernel, error: Exception) -> None:
+        """Tell why a kernel is missing, unless small launches take its place."""
+        if kernel.is_large:
+            return
         if isinstance(error, BuildError):
             self.why_not = f"{error.reason}. {error.remedy}"
-        _build_cache.say(f"the rule {self._rule} runs its formula on GPUs: {self.why_not}")
+        elif isinstance(error, (RuntimeError, OSError)):
+            self.why_not = str(error)
+        else:
+            self.why_not = f"{type(error).__name__}: {error}"
+        _build_cache.say(
+            f"the rule {self._rule} runs its formula where a kernel is missing: {self.why_not}"
+        )
 
 
 def _refusal() -> str | None:

@@ -125,19 +125,20 @@ class UserRule(Rule):
     def compile(self, device: torch.device | str = "cpu") -> None:
         """Load the rule's compiled code, or build it; do nothing if that is done.
 
-        It is loaded from the rule's package, if that ships it, or from the cache.
+        It is loaded from the cache; for the CPU, first from the rule's package, if that ships it.
 
         Otherwise this begins in the background at the rule's first use with tensors on a device.
         Until it is done, the rule is interpreted on the CPU, with the same results; on a GPU, its
         formula runs.
 
         Args:
-            device: The CPU, or a GPU, for which all twelve kernels are built. A CUDA graph that
-                captures the rule needs them before.
+            device: The CPU, or one GPU, for which all twelve kernels are built: ``"cuda:1"``, or
+                ``"cuda"`` for the current one. A CUDA graph that captures the rule needs them
+                before.
 
         Raises:
-            RuntimeError: There is no compiler, it fails, ``EMERGING_OPTIMIZERS_JIT=0`` is set, or
-                the package has no kernels for the device.
+            RuntimeError: There is no compiler, it fails, ``EMERGING_OPTIMIZERS_JIT=0`` is set,
+                ``emerging_optimizers`` was built without CUDA, or the device is no GPU.
         """
         device = torch.device(device)
         code = self._native_code()
@@ -156,7 +157,7 @@ class UserRule(Rule):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the rule's compiled code is loaded."""
+        """Whether the rule's compiled code for the CPU is loaded."""
         return self._code is not None and self._code.is_compiled
 
     @property
