@@ -64,6 +64,7 @@ def substitutions() -> dict[str, str]:
         "rules_table": _rules(rules["figures"]),
         "interpreter_caption": _caption(interpreter, "interpreter-cpu.json"),
         "interpreter_table": _interpreter(interpreter["figures"]),
+        "interpreter_missed": _missed(interpreter["targets"]),
         "interpreter_switches": ", ".join(
             f"{slowest:.2f} ({around:.2f})" for slowest, around in interpreter["switches"]
         ),
