@@ -202,7 +202,7 @@ def test_two_functions_of_one_name() -> None:
     assert latest is not kept
     text = text.replace("* 2", "* 3")
     with pytest.raises(eo.RuleError, match=r"rule numbers_twice: .*.numbers_twice has the same"):
-        make(text, "numbers_twice", __name__="two")
+        make(text, "numbers_twice", __name__="one.others")
 
 
 def test_a_refused_definition_leaves_the_first() -> None:

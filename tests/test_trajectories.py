@@ -32,6 +32,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_trajectory(setup: Setup, method: str, dtype: torch.dtype, fused: bool | None) -> None:
     decay = {"lr": 0.02, "weight_decay": 0.1}
+    # A centered variance is a difference. PyTorch's float32 loses more of it on some machines.
+    tolerance = TOLERANCE[dtype] * (2 if "centered" in str(setup) else 1)
     params = make_params(dtype=dtype)
     optimizer = setup.make(params, **decay, weight_decay_method=method, fused=fused)
     wanted = [Trajectory(setup, to_numpy(p), **decay, method=method) for p in params]
@@ -41,12 +43,12 @@ def test_trajectory(setup: Setup, method: str, dtype: torch.dtype, fused: bool |
         for param, trajectory in zip(params, wanted, strict=True):
             assert param.grad is not None
             trajectory.step(to_numpy(param.grad))
-            assert_near(param, trajectory.param, TOLERANCE[dtype])
+            assert_near(param, trajectory.param, tolerance)
             state = optimizer.state[param]
             assert list(state) == ["step", *setup.states]
             assert state["step"].item() == step
             for name, value in zip(setup.states, trajectory.states, strict=True):
-                assert_near(state[name], value, TOLERANCE[dtype])
+                assert_near(state[name], value, tolerance)
 
 
 @every_optimizer

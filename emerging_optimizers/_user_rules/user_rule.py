@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 import sys
 import warnings
 import weakref
@@ -333,15 +332,21 @@ def register(rule: Named) -> None:
     Raises:
         RuleError: Another rule of the same package has the name.
     """
-    # A rule in C++ has the path of its file.
-    owner = "" if os.sep in rule.place[0] else rule.place[0].partition(".")[0]
-    known = _RULES.get((rule.name, owner))
-    # One file may be loaded twice: as a script, and as a module.
-    if known is not None and known.source != rule.source and known.place != rule.place:
-        raise RuleError(
-            f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
-        )
+    owner = _package_of(rule)
+    for known in all_rules():
+        # One file may be loaded twice: as a script, and as a module.
+        is_other = known.source != rule.source and known.place != rule.place
+        if known.name == rule.name and is_other and _package_of(known) in (owner, ""):
+            raise RuleError(
+                f"rule {rule.name}: {'.'.join(known.place)} has the same name; rename one of them"
+            )
     _RULES[rule.name, owner] = rule
+
+
+def _package_of(rule: Named) -> str:
+    """Return the top-level module of a rule; "" for a rule in C++, which may be anybody's."""
+    module = rule.place[0].partition(".")[0]
+    return module if module.isidentifier() else ""
 
 
 def all_rules() -> list[Named]:
