@@ -44,11 +44,7 @@ class RuleLibrary(_build_cache.Product[Path]):
         return _build_cache.missing_compiler(self.then)
 
     def make_folder(self) -> None:
-        rules = self.folder.parent
-        for folder in (*reversed(rules.parents), rules, self.folder):
-            if not folder.is_dir():
-                # Other users may find the native kernels beside the rules.
-                folder.mkdir(0o700 if folder.is_relative_to(rules) else 0o755, exist_ok=True)
+        ownership.make_folders(self.folder)  # others may find the native kernels beside the rules
 
     def check(self) -> None:
         for path in (self.folder.parent, self.folder, self.folder / self.pattern):
