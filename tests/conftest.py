@@ -107,9 +107,25 @@ def _no_builds_in_the_background() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def _cache_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache for the tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
+@pytest.fixture
+def _no_other_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the names of users' rules during a test."""
+    from emerging_optimizers._user_rules import user_rule
+
+    monkeypatch.setattr(user_rule, "_RULES", {})
+
+
 @pytest.fixture
 def _quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile rules with -O1, in a seventh of the time, for tests of the text that is written.
+    """Compile rules with -O1, which is much faster, for tests of the text that is written.
 
     The bits of optimized code are compared in test_rule_bits.py and test_tile_machine.py.
     """

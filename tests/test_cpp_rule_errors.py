@@ -1,7 +1,6 @@
 """What errors say of a broken rule in C++."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,15 @@ from support import needs_native
 import emerging_optimizers as eo
 from emerging_optimizers import _build_cache
 from emerging_optimizers._hyperparameters import Hyperparameter
-from emerging_optimizers._user_rules import user_rule
 from emerging_optimizers._user_rules.signature import Signature, check_names
 
 pytestmark = [
     needs_native,
     pytest.mark.once,
+    pytest.mark.usefixtures("_cache_of_module", "_no_other_rules"),
     pytest.mark.skipif("sys.platform == 'win32'", reason="rules are not compiled there"),
 ]
 CSRC = _build_cache.csrc()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_other_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_rule, "_RULES", {})
 
 
 NAME = '  static constexpr const char* kName = "blend";\n'
@@ -49,7 +36,7 @@ def after(line: str, more: str) -> tuple[str, str]:
     return line, f"{line}{more}\n"
 
 
-# What is replaced in the text, by what, and what is said of the struct.
+# What is replaced in the text, by what, and the message about the struct.
 BROKEN: list[tuple[str, str, str]] = [
     (NAME, "", "kName is missing or private: add"),
     ("struct Blend {", "class Blend {", "kName is missing or private: add"),
@@ -167,7 +154,7 @@ def broken(old: str, new: str) -> str:
 
 
 def error_of(text: str, folder: Path) -> str:
-    """Return what is said of a text, without the file's name and the end."""
+    """Return the message about a text, without the file's name and the end."""
     (folder / "blend.h").write_text(text)
     with pytest.raises(eo.RuleError) as caught:
         eo.load_rule(folder / "blend.h")

@@ -20,27 +20,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import emerging_optimizers as eo
 from emerging_optimizers import _build_cache
-from emerging_optimizers._user_rules import CppRule, cpp_rule, user_rule
+from emerging_optimizers._user_rules import CppRule, cpp_rule
 from emerging_optimizers._user_rules.cpp_source import find_struct, read_source
 
 pytestmark = [
     needs_native,
     pytest.mark.once,
+    pytest.mark.usefixtures("_cache_of_module", "_no_other_rules"),
     pytest.mark.skipif("sys.platform == 'win32'", reason="rules are not compiled there"),
 ]
 CSRC = _build_cache.csrc()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_other_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_rule, "_RULES", {})
 
 
 @pytest.fixture

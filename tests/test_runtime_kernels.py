@@ -1,4 +1,4 @@
-"""When the CUDA kernels of rules in Python are built, and what is said if they cannot be.
+"""When the CUDA kernels of rules in Python are built, and the messages if they cannot be.
 
 No GPU is needed: a stub takes the place of the compiled module.
 """

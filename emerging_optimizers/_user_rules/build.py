@@ -20,28 +20,25 @@ from .._native import native
 from .library import THEN, RuleLibrary
 
 
-def library_for(
-    name: str,
-    source: str,
-    options: Sequence[str] = (),
-    headers: Sequence[str] = (),
-    then: str = THEN,
-    is_for_any: bool = False,
-) -> Path:
+def library_for(name: str, source: str) -> Path:
     """Return the shared library of a rule, which is compiled now unless it is in the cache.
 
     Args:
         name: The rule's name, an identifier.
         source: The rule's C++ text, which includes ``engine/rule_unit.h``.
-        options: Further options of the compiler, which do not change the library.
-        headers: The texts of the other headers that it depends on.
-        then: What happens once an error is fixed, as a clause.
-        is_for_any: Whether it has all instruction sets of this platform, not only the one in use.
 
     Raises:
         BuildError: It cannot be compiled, or others can write to its place in the cache.
     """
-    product = product_for(name, source, options, headers, then, is_for_any)
+    return build(product_for(name, source))
+
+
+def build(product: RuleLibrary) -> Path:
+    """Return a library, which is compiled now unless it is in the cache; print that it was.
+
+    Raises:
+        BuildError: It cannot be compiled, or others can write to its place in the cache.
+    """
     library = _build_cache.load_once(product)
     product.announce()
     return library
@@ -57,7 +54,13 @@ def product_for(
 ) -> RuleLibrary:
     """Return the library of a rule, which may not have been compiled yet.
 
-    The arguments are those of :func:`library_for`.
+    Args:
+        name: The rule's name, an identifier.
+        source: The rule's C++ text, which includes ``engine/rule_unit.h``.
+        options: Further options of the compiler, which do not change the library.
+        headers: The texts of the other headers that it depends on.
+        then: What happens once an error is fixed, as a clause.
+        is_for_any: Whether it has all instruction sets of this platform, not only the one in use.
 
     Raises:
         BuildError: It cannot be compiled on this machine.

@@ -13,7 +13,7 @@ from .. import _build, _build_cache
 from .._build_cache import BuildError
 from .._distribution import __version__
 from . import shipped
-from .build import library_for
+from .build import build, product_for
 from .cpp_rule import CppRule
 from .shipped import FOLDER, LIST, Text
 from .user_rule import UserRule, all_rules
@@ -65,9 +65,10 @@ def _write_libraries(folder: Path, texts: Sequence[Text]) -> list[Path]:
     listed = {text.label: text.file_name() for text in texts}
     for text in texts:
         # In the cache, so that rules that did not change are not compiled again.
-        library = library_for(
+        product = product_for(
             text.name, text.source, text.options, text.headers, _THEN, is_for_any=True
         )
+        library = build(product)
         _write(folder / listed[text.label], library.read_bytes())
     contents = {"version": __version__, "abi": _build.abi(_build_cache.csrc()), "rules": listed}
     _write(folder / LIST, f"{json.dumps(contents, indent=2)}\n".encode())

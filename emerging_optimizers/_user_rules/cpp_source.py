@@ -143,7 +143,7 @@ def _structs(text: str) -> list[Struct]:
 
 
 def _enabled(text: str) -> str:
-    """Return a text with empty lines for those that ``#if 0`` leaves out."""
+    """Return a text in which the lines that ``#if 0`` disables are empty."""
     lines = []
     depth = 0  # of conditions, from the disabled one on
     for line in text.split("\n"):

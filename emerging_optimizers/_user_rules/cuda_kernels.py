@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from .. import _build, _build_cache, _library
 from .._build_cache import BuildError
-from . import nvrtc, ownership
+from . import nvrtc
+from .library import RuleProduct
 
 _THEN = "use the rule again"
 
@@ -110,12 +111,10 @@ def _product(rule: str, source: str, kernel: Kernel, architecture: int) -> "_Cub
     return _Cubin(folder, rule, source, kernel.symbol(rule), options)
 
 
-class _Cubin(_build_cache.Product[Path]):
+class _Cubin(RuleProduct):
     """The machine code of one kernel."""
 
-    then = _THEN
-    retry = "use the rule again"
-    file_mode = 0o600
+    then = retry = _THEN
 
     def __init__(
         self, folder: Path, rule: str, source: str, symbol: str, options: list[str]
@@ -130,22 +129,11 @@ class _Cubin(_build_cache.Product[Path]):
     def missing_tool(self) -> tuple[str, str] | None:
         return None  # the folder's name has the version of NVRTC
 
-    def make_folder(self) -> None:
-        ownership.make_folders(self.folder)
-
-    def check(self) -> None:
-        for path in (self.folder.parent, self.folder, self.folder / self.pattern):
-            ownership.check(path)
-
     def fault(self, library: Path) -> str:
         return _library.fault(library, is_for_host=False)
 
     def compile(self, folder: Path) -> Path:
-        # The text stays beside the kernel: the compiler's errors refer to it.
-        text = folder / f"{self.rule}.cpp"
-        text.touch(self.file_mode)
-        text.write_text(self.source, encoding="utf-8")
-        text = text.replace(self.folder / text.name)
+        text = self.write_text(folder, self.rule, self.source)
         compiled = compile_kernel(text, self.options, _build_cache.csrc())
         self.seconds = compiled.seconds
         cubin = folder / self.pattern
@@ -153,15 +141,9 @@ class _Cubin(_build_cache.Product[Path]):
         cubin.write_bytes(compiled.cubin)
         return cubin
 
-    def load(self, library: Path) -> Path:
-        return library
-
     def finish(self, library: Path) -> Path:
         _build_cache.say(f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})")
         return library
-
-    def finish_unsaved(self, error: OSError) -> Path:
-        raise _build_cache.not_writable(self, error) from error
 
 
 def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:

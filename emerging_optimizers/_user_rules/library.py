@@ -11,7 +11,36 @@ from . import ownership
 THEN = "call the rule's compile()"
 
 
-class RuleLibrary(_build_cache.Product[Path]):
+class RuleProduct(_build_cache.Product[Path]):
+    """What is built from a rule's text, in a folder that only this user can write."""
+
+    file_mode = 0o600
+
+    def make_folder(self) -> None:
+        ownership.make_folders(self.folder)  # others may find the native kernels beside the rules
+
+    def check(self) -> None:
+        for path in (self.folder.parent, self.folder, self.folder / self.pattern):
+            ownership.check(path)
+
+    def write_text(self, folder: Path, name: str, source: str) -> Path:
+        """Write the text beside the product: the compiler's errors and debuggers refer to it."""
+        text = folder / f"{name}.cpp"
+        text.touch(self.file_mode)
+        text.write_text(source, encoding="utf-8")
+        return text.replace(self.folder / text.name)
+
+    def load(self, library: Path) -> Path:
+        return library
+
+    def finish(self, library: Path) -> Path:
+        return library
+
+    def finish_unsaved(self, error: OSError) -> Path:
+        raise _build_cache.not_writable(self, error) from error
+
+
+class RuleLibrary(RuleProduct):
     """The library of one rule.
 
     Args:
@@ -24,8 +53,6 @@ class RuleLibrary(_build_cache.Product[Path]):
     Attributes:
         seconds: How long the compiler took; 0 if the library was in the cache.
     """
-
-    file_mode = 0o600
 
     def __init__(
         self, folder: Path, name: str, source: str, options: list[str], then: str = THEN
@@ -43,19 +70,8 @@ class RuleLibrary(_build_cache.Product[Path]):
             return f"EMERGING_OPTIMIZERS_JIT=0, and {self.folder} has no library", "Unset it"
         return _build_cache.missing_compiler(self.then)
 
-    def make_folder(self) -> None:
-        ownership.make_folders(self.folder)  # others may find the native kernels beside the rules
-
-    def check(self) -> None:
-        for path in (self.folder.parent, self.folder, self.folder / self.pattern):
-            ownership.check(path)
-
     def compile(self, folder: Path) -> Path:
-        # The text stays beside the library: the compiler's errors and debuggers refer to it.
-        text = folder / f"{self.name}.cpp"
-        text.touch(self.file_mode)
-        text.write_text(self.source, encoding="utf-8")
-        text = text.replace(self.folder / text.name)
+        text = self.write_text(folder, self.name, self.source)
         library = folder / self.pattern
         command = [*_build.compiler_words(), *self.options, str(text), "-o", str(library)]
         start = time.perf_counter()
@@ -75,18 +91,9 @@ class RuleLibrary(_build_cache.Product[Path]):
         library.chmod(0o700)
         return library
 
-    def load(self, library: Path) -> Path:
-        return library
-
-    def finish(self, library: Path) -> Path:
-        return library
-
     def announce(self) -> None:
         """Print that the library was compiled, if it was."""
         if self.seconds:
             _build_cache.say(
                 f"compiled {self.what} in {self.seconds:.1f} s (cached in {self.folder})"
             )
-
-    def finish_unsaved(self, error: OSError) -> Path:
-        raise _build_cache.not_writable(self, error) from error

@@ -95,7 +95,7 @@ def _has_list(folder: Path) -> bool:
 def find(package: Package, text: Text) -> Path | None:
     """Return the library that a package ships for a rule; None, and say why, if it cannot be used.
 
-    A rule that was not there when the package was built has none, about which nothing is said.
+    A rule that was added after the package was built has none, which is not reported.
     """
     file = package.folder / FOLDER / LIST
     try:
