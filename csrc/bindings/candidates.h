@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -91,11 +92,13 @@ struct Candidate {
   PyObject* state;  // its dictionary
   PyObject* step_object;
   std::array<PyObject*, size_t{kStates} + 1> state_objects;  // the master weight comes last
+  std::array<PyObject*, kMaxScalarStates> scalar_objects;
   bool has_master;
   bool is_distributed;
   bool is_complete;  // whether all operands were found
   uintptr_t others;  // nonzero if anything else may refer to its states
   const at::Tensor* step;
+  std::array<const at::Tensor*, kMaxScalarStates> scalars;
   std::array<const at::Tensor*, kOperands> operands;
 };
 
@@ -105,13 +108,16 @@ class CandidateWalk {
   using CandidateOf = Candidate<kStates>;
   // The keys of the states, in the rule's order.
   using StateNames = std::array<PyObject*, kStates>;
+  // Those of the scalar states.
+  using ScalarNames = c10::SmallVector<PyObject*, kMaxScalarStates>;
 
   // `grads` is empty, or has a gradient or None for each parameter, instead of `param.grad`.
-  CandidateWalk(const GroupOptions& options, const StateNames& state_names, py::tuple params,
-                py::tuple grads)
+  CandidateWalk(const GroupOptions& options, const StateNames& state_names,
+                ScalarNames scalar_names, py::tuple params, py::tuple grads)
       : has_masters_(options.has_masters),
         makes_all_states_(options.makes_all_states),
         state_names_(state_names),
+        scalar_names_(std::move(scalar_names)),
         params_(std::move(params)),
         grads_(std::move(grads)) {
     static PyObject* const step_key = interned("step");
@@ -125,6 +131,7 @@ class CandidateWalk {
   size_t num_params() const { return params_.size(); }
   PyObject* param(Py_ssize_t index) const { return PyTuple_GET_ITEM(params_.ptr(), index); }
   const StateNames& state_names() const { return state_names_; }
+  const ScalarNames& scalar_names() const { return scalar_names_; }
 
   // Calls `visit(candidate)` for each parameter, in order.
   template <class Visit>
@@ -261,6 +268,9 @@ class CandidateWalk {
       };
       c.step_object = find_field(step_key_);
       for (size_t s = 0; s < kStates; ++s) c.state_objects[s] = find_field(state_names_[s]);
+      for (size_t i = 0; i < scalar_names_.size(); ++i) {
+        c.scalar_objects[i] = find_field(scalar_names_[i]);
+      }
       c.has_master = needs_master(THPVariable_Unpack(c.param));
       if (c.has_master) c.state_objects.back() = find_field(master_key_);
       if (!are_all_found) return false;  // only without Python
@@ -316,9 +326,13 @@ class CandidateWalk {
     }
     if (c.has_master) c.operands[kWeight] = state_of(c.state_objects.back());
     c.is_distributed = dtensor.has_value();
-    dtensor.reset();  // the step counter is not a DTensor
+    dtensor.reset();  // numbers are not DTensors
     c.step = state_of(c.step_object);
     c.is_complete = c.step != nullptr;
+    for (size_t i = 0; i < scalar_names_.size(); ++i) {
+      c.scalars[i] = state_of(c.scalar_objects[i]);
+      c.is_complete &= c.scalars[i] != nullptr;
+    }
     for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
   }
 
@@ -327,6 +341,7 @@ class CandidateWalk {
   PyObject* master_key_;
   bool has_masters_, makes_all_states_;
   StateNames state_names_;
+  ScalarNames scalar_names_;
   py::tuple params_;
   py::tuple grads_;
   std::vector<py::object> alive_;  // objects that nothing else is sure to keep alive

@@ -61,6 +61,12 @@ class CheckedTable {
     for (const size_t i : strided_) use_dense_copies(i);
   }
 
+  // Lets all rows use scalar states in a device's memory; null: there are none.
+  void set_scalars(float* const* scalars) {
+    if (scalars == nullptr) return;
+    for (Row<kOperands>& row : table_.rows) row.scalars = scalars;
+  }
+
   const Table<kOperands>& table() const { return table_; }
 
   // Writes dense copies back and bumps versions. Call this after the sweep.

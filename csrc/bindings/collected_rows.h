@@ -6,8 +6,11 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <iterator>
+#include <list>
 #include <map>
 #include <memory>
 #include <optional>
@@ -20,6 +23,9 @@
 #include "step_overlap.h"
 
 namespace emopt {
+
+// The memory of a parameter's scalar states; null after the last one.
+using ScalarPointers = std::array<float*, kMaxScalarStates>;
 
 template <int kStates>
 class CollectedRows {
@@ -36,10 +42,19 @@ class CollectedRows {
 
   // Adds a row whose counter is on the host; `step` is its next value.
   void add(const RowOf& row, float* counter, double step) {
-    bucket_of({0, row.device, false, step}).append(row, counter);
+    BucketKey key{0, row.device, false, step, {}};
+    each_scalar(row, [&, next = key.scalars.begin()](const float* scalar) mutable {
+      std::memcpy(&*next++, scalar, sizeof(*scalar));
+    });
+    bucket_of(key).append(row, counter);
   }
   // Adds a row whose counter is on its device.
-  void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0}).append(row, nullptr); }
+  void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0, {}}).append(row, nullptr); }
+
+  // Keeps the pointers of a row.
+  float* const* keep(const ScalarPointers& pointers) {
+    return scalar_pointers_.emplace_back(pointers).data();
+  }
 
   // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
   void add_idle(float* counter) { idle_counters_.push_back(counter); }
@@ -63,6 +78,7 @@ class CollectedRows {
     const auto move = [](auto& list, auto& more) {
       std::move(more.begin(), more.end(), std::back_inserter(list));
     };
+    scalar_pointers_.splice(scalar_pointers_.end(), later.scalar_pointers_);
     move(tensors_, later.tensors_);
     move(idle_counters_, later.idle_counters_);
     move(copied_, later.copied_);
@@ -86,6 +102,11 @@ class CollectedRows {
       visitor.start_list();
       bucket.each_row(
           [&](const RowOf&, const float* counter) { visitor.modify(range_of(counter)); });
+      if (scalar_pointers_.empty()) continue;
+      visitor.start_list();
+      bucket.each_row([&](const RowOf& row, const float*) {
+        each_scalar(row, [&](const float* scalar) { visitor.modify(range_of(scalar)); });
+      });
     }
   }
   template <class Visitor>
@@ -99,7 +120,10 @@ class CollectedRows {
     }
     for (const StepOperand& grad : copied_) visitor.read(grad.view.range);
   }
-  size_t max_ranges() const { return num_params_ * (kOperands + 1) + copied_.size(); }
+  size_t max_ranges() const {
+    return num_params_ * (kOperands + 1) + copied_.size() +
+           scalar_pointers_.size() * kMaxScalarStates;
+  }
 
   void append_operands(std::vector<StepOperand>& operands) const {
     using Role = StepOperand::Role;
@@ -110,6 +134,7 @@ class CollectedRows {
           operands.push_back({role, position_of(row), without_gaps(range)});
         };
         add(Role::kCounter, range_of(counter));
+        each_scalar(row, [&](const float* scalar) { add(Role::kCounter, range_of(scalar)); });
         for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
           if (k == kWeight && weight_is_param(row)) continue;
           const bool is_state = k != kUpdate && k != kGrad;
@@ -197,8 +222,20 @@ class CollectedRows {
       epilogue.grad_multiplier = scalars.grad_multiplier.on(key.device);
       epilogue.grad_scale = scalars.grad_scale.on(key.device);
       epilogue.found_inf = scalars.found_inf.on(key.device);
-      sweep<kStates>(rule, {key.step}, epilogue, bucket.tables.data(), bucket.tables.size());
+      RuleInstance at_step = rule;
+      for (uint32_t i = 0; i < rule.info->num_scalar_states; ++i) {
+        at_step.set_scalar(i, static_cast<double>(bit_cast<float>(key.scalars[i])));
+      }
+      sweep<kStates>(at_step, {key.step}, epilogue, bucket.tables.data(), bucket.tables.size());
       for (float* counter : bucket.counters) *counter = static_cast<float>(key.step);
+      if (rule.info->num_scalar_states != 0 && !key.counts_on_device) {
+        rule.info->advance(at_step, key.step);
+        bucket.each_row([&](const RowOf& row, const float*) {
+          each_scalar(row, [&, i = 0u](float* scalar) mutable {
+            *scalar = static_cast<float>(at_step.scalar(i++));
+          });
+        });
+      }
     }
     for (float* counter : idle_counters_) *counter = static_cast<float>(*options.count + 1.0);
   }
@@ -240,7 +277,8 @@ class CollectedRows {
     int8_t device;
     bool counts_on_device;
     double step;
-    auto tied() const { return std::tie(wave, device, counts_on_device, step); }
+    std::array<uint32_t, kMaxScalarStates> scalars;  // their bits, if on the host
+    auto tied() const { return std::tie(wave, device, counts_on_device, step, scalars); }
     bool operator<(const BucketKey& other) const { return tied() < other.tied(); }
   };
 
@@ -250,6 +288,15 @@ class CollectedRows {
     last_ = &*buckets_.try_emplace(key).first;
     if (is_first) last_->second.tables.back().rows.reserve(num_params_);  // usually the only bucket
     return last_->second;
+  }
+
+  // Calls `visit(scalar)` for each scalar state of a row.
+  template <class Visit>
+  static void each_scalar(const RowOf& row, Visit visit) {
+    if (row.scalars == nullptr) return;
+    for (size_t i = 0; i < kMaxScalarStates && row.scalars[i] != nullptr; ++i) {
+      visit(row.scalars[i]);
+    }
   }
 
   static bool weight_is_param(const RowOf& row) { return row.data[kWeight] == row.data[kUpdate]; }
@@ -281,6 +328,7 @@ class CollectedRows {
   size_t num_params_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
+  std::list<ScalarPointers> scalar_pointers_;
   std::vector<float*> idle_counters_;
   std::vector<StepOperand> copied_;
   c10::SmallVector<TouchedTensors, 1> tensors_;

@@ -21,6 +21,12 @@ inline StepArgumentValue read_step(PyObject* value) {
   return {c10::SymInt(read_whole_number("step", value, "an int")), std::nullopt};
 }
 
+inline at::Tensor read_scalar_state(const char* name, PyObject* value) {
+  TORCH_CHECK_TYPE(THPVariable_Check(value), name, " must be a 0-dim tensor of dtype float32, not ",
+                   Py_TYPE(value)->tp_name);
+  return THPVariable_Unpack(value);
+}
+
 // The updates created for a call without `out`, and the object to return.
 struct NewUpdates {
   std::vector<at::Tensor> tensors;
@@ -55,13 +61,14 @@ inline NewUpdates new_updates(const TensorArgument& grads, const TensorArgument&
   return updates;
 }
 
-// Calls a rule. The arguments are the documented ones in their order, then `out`. Returns the
-// update. If the call has passed the dispatcher (`is_dispatched`), it gives `out`, and nothing is
-// done and None returned without native kernels for it.
+// Calls a rule. The arguments are the documented ones in their order, scalar states after the other
+// ones, then `out`. Returns the update. If the call has passed the dispatcher (`is_dispatched`), it
+// gives `out`, and nothing is done and None returned without native kernels for it.
 inline py::object update(const RegisteredRule& rule, PyObject* const* arguments, Py_ssize_t count,
                          bool is_dispatched = false) {
   const RuleInfo& info = *rule.info;
-  const size_t expected = 1 + info.num_states + info.num_hyperparameters + 1;
+  const size_t expected =
+      1 + info.num_states + info.num_hyperparameters + info.num_scalar_states + 1;
   TORCH_CHECK_TYPE(static_cast<size_t>(count) == expected, rule.function, " takes ", expected,
                    " arguments, not ", count);
   const SingleTensorCall messages(is_dispatched ? SingleTensorCall::is_active()
@@ -84,7 +91,12 @@ inline py::object update(const RegisteredRule& rule, PyObject* const* arguments,
     read(info.hyperparameters[i], value, call.rule);
   }
 
-  const py::handle out = arguments[num_read + info.num_hyperparameters];
+  for (uint32_t i = 0; i < info.num_scalar_states; ++i) {
+    PyObject* const value = arguments[num_read + info.num_hyperparameters + i];
+    call.scalars.push_back(read_scalar_state(info.scalar_states[i].name, value));
+  }
+
+  const py::handle out = arguments[expected - 1];
   std::optional<TensorArgument> given;
   NewUpdates fresh;
   if (out.is_none()) {

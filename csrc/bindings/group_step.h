@@ -29,13 +29,15 @@ class GroupStep {
  public:
   static constexpr int kStates = kStates_;
   using StateNames = typename CandidateWalk<kStates>::StateNames;
+  using ScalarNames = typename CandidateWalk<kStates>::ScalarNames;
 
   GroupStep(const RuleInstance& rule, GroupOptions options, StepScalars& scalars,
-            const StateNames& state_names, py::tuple params, py::tuple grads)
+            const StateNames& state_names, ScalarNames scalar_names, py::tuple params,
+            py::tuple grads)
       : rule_(rule),
         options_(std::move(options)),
         scalars_(&scalars),
-        walk_(options_, state_names, std::move(params), std::move(grads)),
+        walk_(options_, state_names, std::move(scalar_names), std::move(params), std::move(grads)),
         collected_(walk_.num_params()) {}
 
   size_t num_params() const { return walk_.num_params(); }
@@ -92,6 +94,9 @@ class GroupStep {
       PyObject* const states = find_item(state, c.param);
       if (states == nullptr || !PyDict_Check(states)) continue;
       add(Role::kCounter, find_item(states, step_key));
+      for (PyObject* const name : walk_.scalar_names()) {
+        add(Role::kCounter, find_item(states, name));
+      }
       for (PyObject* const name : walk_.state_names()) add(Role::kState, find_item(states, name));
       if (walk_.needs_master(THPVariable_Unpack(c.param))) {
         add(Role::kState, find_item(states, master_key));

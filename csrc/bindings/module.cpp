@@ -74,12 +74,14 @@ std::pair<py::object, py::object> handles(const RegisteredRule& rule) {
 std::pair<py::object, py::object> interpret_rule(
     const std::string& operator_namespace, const std::string& operator_name,
     const std::string& name, const std::vector<std::string>& states,
-    const std::vector<TracedRule::HyperparameterText>& hyperparameters, int lowest_step,
+    const std::vector<TracedRule::HyperparameterText>& hyperparameters,
+    const std::vector<std::pair<std::string, double>>& scalar_states, int lowest_step,
     bool may_keep_weight, uint32_t num_constants, const std::vector<double>& step_constants,
     const std::vector<TracedRule::StepBlockText>& blocks, const std::vector<double>& literals,
     const std::vector<TracedRule::TileProgramText>& cases) {
-  const RuleInfo& info = *interpreted({name, states, hyperparameters, lowest_step, may_keep_weight,
-                                       num_constants, step_constants, blocks, literals, cases});
+  const RuleInfo& info =
+      *interpreted({name, states, hyperparameters, scalar_states, lowest_step, may_keep_weight,
+                    num_constants, step_constants, blocks, literals, cases});
   return handles(*new RegisteredRule(register_rule(info, operator_namespace, operator_name)));
 }
 

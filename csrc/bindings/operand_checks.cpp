@@ -92,6 +92,19 @@ SingleTensorCall::SingleTensorCall(bool is_single) : outer_(single_tensor_call) 
   single_tensor_call = is_single;
 }
 SingleTensorCall::~SingleTensorCall() { single_tensor_call = outer_; }
+namespace {
+
+void check_number_device(OperandLists lists, const char* name, const at::Tensor& number) {
+  if (number.is_cpu()) return;
+  const at::TensorList grads = lists[kGrad].tensors;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK_VALUE(grads[i].device() == number.device(), name, " is on ", number.device(),
+                      " but ", position_name("grad", i), " is on ", grads[i].device());
+  }
+}
+
+}  // namespace
+
 bool SingleTensorCall::is_active() { return single_tensor_call; }
 
 std::string list_name(const char* name) {
@@ -118,7 +131,7 @@ void check_storage(const char* name, const at::Tensor& tensor, size_t position) 
                    "; expected float32, float64, bfloat16 or float16");
 }
 
-void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor) {
+void check_all_meta(OperandLists lists, NumberTensors numbers) {
   const at::TensorList grads = lists[kGrad].tensors;
   for (size_t i = 0; i < grads.size(); ++i) {
     for (size_t k = 0; k < lists.size(); ++k) {
@@ -127,19 +140,12 @@ void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_te
     }
     check_device(lists[kGrad], i, lists[kGrad], 0);
   }
-  TORCH_CHECK_TYPE(grads.empty() || grads[0].is_meta(), "step is on ",
-                   step_tensor.has_value() ? step_tensor->device() : at::kMeta, " but ",
-                   position_name("grad", 0), " is on ", grads[0].device());
+  if (grads.empty() || grads[0].is_meta()) return;
+  for (const auto& [name, tensor] : numbers) check_number_device(lists, name, tensor);
 }
 
-void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor) {
-  if (!step_tensor.has_value() || step_tensor->is_cpu()) return;
-  const at::TensorList grads = lists[kGrad].tensors;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    TORCH_CHECK_VALUE(grads[i].device() == step_tensor->device(), "step is on ",
-                      step_tensor->device(), " but ", position_name("grad", i), " is on ",
-                      grads[i].device());
-  }
+void check_number_devices(OperandLists lists, NumberTensors numbers) {
+  for (const auto& [name, tensor] : numbers) check_number_device(lists, name, tensor);
 }
 
 void check_position(OperandLists lists, size_t position) {

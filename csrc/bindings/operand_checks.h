@@ -73,8 +73,15 @@ inline const OperandList& layout_list(OperandLists lists) {
 // Checks the tensors of one position, regardless of the others.
 void check_position(OperandLists lists, size_t position);
 
-// The dispatcher calls the meta kernel if any tensor is meta; raises unless all are.
-void check_all_meta(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
+// The step or a scalar state.
+struct NumberTensor {
+  const char* name;
+  at::Tensor tensor;
+};
+using NumberTensors = c10::ArrayRef<NumberTensor>;
+
+// The dispatcher calls the meta kernel if any tensor is meta; raises unless all operands are.
+void check_all_meta(OperandLists lists, NumberTensors numbers);
 
 // ---- plain tensors ------------------------------------------------------------------------------
 
@@ -129,8 +136,8 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b);
 
 bool is_same_view(const at::Tensor& a, const at::Tensor& b);
 
-// Raises if the step is on a device and the operands are not on the same one.
-void check_step_device(OperandLists lists, const std::optional<at::Tensor>& step_tensor);
+// Raises if a number is on a device and the operands are not on the same one.
+void check_number_devices(OperandLists lists, NumberTensors numbers);
 
 // The memory of a tensor whose first element is at `address`.
 MemoryView memory_of_tensor(const at::Tensor& tensor, const void* address);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../engine/sweep.h"
+#include "called_scalars.h"
 #include "checked_table.h"
 #include "runtime_kernels.h"
 
@@ -33,6 +34,15 @@ CallLists<kStates> operand_lists(const OperatorCall& call) {
   return lists;
 }
 
+c10::SmallVector<NumberTensor, 1 + kMaxScalarStates> number_tensors(const OperatorCall& call) {
+  c10::SmallVector<NumberTensor, 1 + kMaxScalarStates> numbers;
+  if (call.step.tensor.has_value()) numbers.push_back({"step", *call.step.tensor});
+  for (size_t i = 0; i < call.scalars.size(); ++i) {
+    numbers.push_back({call.rule.info->scalar_states[i].name, call.scalars[i]});
+  }
+  return numbers;
+}
+
 // Whether the dispatcher would choose the native kernel for this tensor.
 bool is_native(const RuleInfo& info, const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.unsafeGetTensorImpl()->key_set();
@@ -50,9 +60,12 @@ bool are_native(const OperatorCall& call) {
 bool has_kernels(const OperatorCall& call) {
   const RuleInfo& info = *call.rule.info;
   if (!has_runtime_kernels(info)) return true;
-  const bool needs_setup = call.step.tensor.has_value() && call.step.tensor->is_cuda();
+  const bool advances_there = !call.scalars.empty() && call.scalars[0].is_cuda();
+  const bool needs_setup =
+      advances_there || (call.step.tensor.has_value() && call.step.tensor->is_cuda());
   const at::TensorList grads = call.lists[kGrad];
   bool has_all = true;
+  if (advances_there) has_all = has_advance_kernel(info, call.scalars[0].get_device());
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].is_cuda()) continue;
     bool is_double = false;
@@ -83,10 +96,15 @@ class Computation {
   void run() {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const HostOrDeviceScalar step = check_call(call_);
-    check_step_device(lists_, call_.step.tensor);
+    check_number_devices(lists_, number_tensors(call_));
+    CalledScalars scalars(call_);
     if (!has_rows_) checked_.add_rows();
     checked_.prepare(call_.rule);
-    sweep<kStates>(call_.rule, step, StoreUpdate(), &checked_.table(), 1);
+    RuleInstance rule = call_.rule;
+    scalars.read(rule, lists_);
+    checked_.set_scalars(scalars.on_device());
+    sweep<kStates>(rule, step, StoreUpdate(), &checked_.table(), 1);
+    scalars.advance(rule, step);
     checked_.finish();
   }
 
@@ -105,7 +123,7 @@ class BoxedCall {
   BoxedCall(const RuleInfo& info, torch::jit::Stack& stack) : stack_(stack) {
     call_.rule.info = &info;
     const size_t num_lists = kFirstState + info.num_states;
-    num_arguments_ = num_lists + info.num_hyperparameters + 1;
+    num_arguments_ = num_lists + info.num_hyperparameters + info.num_scalar_states + 1;
     const auto arguments = torch::jit::last(stack, num_arguments_);
     for (size_t k = 0; k < num_lists; ++k) {
       tensors_[k] = arguments[k].toTensorVector();
@@ -113,6 +131,9 @@ class BoxedCall {
     }
     for (size_t i = 0; i < info.num_hyperparameters; ++i) {
       read(info.hyperparameters[i], arguments[num_lists + i], call_.rule, call_.step);
+    }
+    for (size_t i = num_lists + info.num_hyperparameters; i + 1 < num_arguments_; ++i) {
+      call_.scalars.push_back(arguments[i].toTensor());
     }
     call_.step.tensor = arguments[num_arguments_ - 1].toOptional<at::Tensor>();
   }
@@ -148,7 +169,7 @@ struct MetaKernel final : RuleKernel {
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
     BoxedCall boxed(info, *stack);
     with_num_states(info.num_states, [&](auto num_states) {
-      check_all_meta(operand_lists<num_states>(boxed.call()), boxed.call().step.tensor);
+      check_all_meta(operand_lists<num_states>(boxed.call()), number_tensors(boxed.call()));
     });
     boxed.finish();
   }
@@ -177,6 +198,9 @@ std::string schema_of(const RuleInfo& info, const std::string& operator_name, co
   }
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     text += ", " + schema_of(info.hyperparameters[i]);
+  }
+  for (uint32_t i = 0; i < info.num_scalar_states; ++i) {
+    text += std::string(", Tensor(") + alias++ + "!) " + info.scalar_states[i].name;
   }
   return text + ", *, Tensor? step_tensor=None) -> ()";
 }
@@ -240,7 +264,9 @@ bool compute_directly(const OperatorCall& call) {
 }
 
 bool compute_if_native(const OperatorCall& call) {
-  if (call.step.tensor.has_value() && !is_native(*call.rule.info, *call.step.tensor)) return false;
+  const auto is_known = [&](const at::Tensor& t) { return is_native(*call.rule.info, t); };
+  if (call.step.tensor.has_value() && !is_known(*call.step.tensor)) return false;
+  if (!std::all_of(call.scalars.begin(), call.scalars.end(), is_known)) return false;
   return with_num_states(call.rule.info->num_states, [&](auto num_states) {
     Computation<num_states> computation(call);
     if (!computation.is_native()) return false;
@@ -260,6 +286,7 @@ void dispatch(const RegisteredRule& rule, const OperatorCall& call) {
   for (uint32_t i = 0; i < rule.info->num_hyperparameters; ++i) {
     stack.push_back(to_ivalue(rule.info->hyperparameters[i], call.rule, call.step));
   }
+  for (const at::Tensor& scalar : call.scalars) stack.emplace_back(scalar);
   stack.emplace_back(call.step.tensor);
   rule.handle.callBoxed(stack);
 }

@@ -4,10 +4,12 @@
 //                Tensor(c!)[] exp_avg_sqs, float[] betas, bool correct_bias, bool use_nesterov,
 //                SymInt step, float eps, *, Tensor? step_tensor=None) -> ()
 //
-// `step_tensor`, if given, replaces `step`.
+// `step_tensor`, if given, replaces `step`. A rule's scalar states come after its hyperparameters,
+// as 0-dim tensors: `Tensor(d!) mu_product`.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <string>
@@ -41,6 +43,8 @@ struct OperatorCall {
   StepArgumentValue step;
   // The updates, the gradients, and the rule's states.
   std::array<at::TensorList, kFirstState + kMaxStates> lists{};
+  // As many as the rule has.
+  c10::SmallVector<at::Tensor, kMaxScalarStates> scalars;
 };
 
 // Raises for invalid hyperparameters; returns the step.

@@ -62,13 +62,18 @@ void add_step(Steps& steps, py::handle group, const py::tuple& rule, uint32_t fi
   const py::tuple state_names = rule[2];
   TORCH_CHECK_VALUE(state_names.size() == info.num_states, "state_names has ", state_names.size(),
                     " names; expected ", info.num_states);
+  const py::tuple scalar_names = rule[3];
+  TORCH_CHECK_VALUE(scalar_names.size() == info.num_scalar_states, "scalar_names has ",
+                    scalar_names.size(), " names; expected ", info.num_scalar_states);
   with_num_states(info.num_states, [&](auto num_states) {
     using Step = GroupStep<num_states>;
     typename Step::StateNames names{};
     for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
+    typename Step::ScalarNames scalar_keys;
+    for (const py::handle name : scalar_names) scalar_keys.push_back(name.ptr());
     steps.emplace_back(std::in_place_type<Step>, read_rule(info, group, rule[1]),
-                       read_options(group, first_position, seed), scalars, names, params_of(group),
-                       std::move(grads));
+                       read_options(group, first_position, seed), scalars, names,
+                       std::move(scalar_keys), params_of(group), std::move(grads));
   });
 }
 

@@ -90,6 +90,10 @@ class RowCollector {
     const auto is_there = [](PyObject* state) { return state != nullptr && state != Py_None; };
     if (c.state == nullptr || c.step_object == nullptr || !is_tensor(c.step_object)) return false;
     if (!std::all_of(c.state_objects.begin(), c.state_objects.end() - 1, is_there)) return false;
+    if (!std::all_of(c.scalar_objects.begin(), c.scalar_objects.begin() + num_scalars(),
+                     is_there)) {
+      return false;
+    }
     if (c.has_master && !is_there(c.state_objects.back())) return false;
     if (!options_.count) return true;  // the count is on a device
     const at::Tensor& step = THPVariable_Unpack(c.step_object);
@@ -195,16 +199,15 @@ class RowCollector {
 
   bool append(const CandidateOf& c, RowOf& row, uintptr_t others) {
     const at::Tensor& step = *c.step;
-    const bool is_counter = is_plain(step) && step.scalar_type() == at::kFloat && step.numel() == 1;
     const bool counts_here = step.is_cpu();
     if (options_.count && !counts_here) return false;
-    if (!is_counter || !(counts_here || step.get_device() == row.device)) return false;
+    const int8_t counts_on = counts_here ? kHost : row.device;
+    float* const counter = number_on(counts_on, step);
+    if (counter == nullptr) return false;
     // Scalars on a device need a counter there, and cannot be used on the host.
     const bool must_count_there = options_.is_capturable || scalars_.found_inf.is_on_device();
     if (row.device == kHost ? needs_device() : counts_here && must_count_there) return false;
-    if (is_copy_on_write(step) && !may_allocate()) return false;
-    auto* const counter = static_cast<float*>(memory_of(step, DType::kFloat32, true));
-    if (counter == nullptr) return false;
+    if (!add_scalars(c, row, counts_on)) return false;
     if (row.device != kHost && !has_kernel_for(row, !counts_here)) return false;
     if (counts_here) {
       const double next =
@@ -218,6 +221,10 @@ class RowCollector {
     }
     collected_.rows.add_read(*c.operands[kGrad]);
     collected_.rows.add_modified(step);
+    for (size_t i = 0; i < num_scalars(); ++i) {
+      collected_.rows.add_modified(*c.scalars[i]);
+      others |= other_owners(*c.scalars[i], deleter_) | other_users(*c.scalars[i]);
+    }
     for (size_t k = 0; k < kOperands; ++k) {
       if (k == kGrad || (k == kWeight && c.operands[k] == c.operands[kUpdate])) continue;
       collected_.rows.add_modified(*c.operands[k]);
@@ -232,9 +239,35 @@ class RowCollector {
     return true;
   }
 
+  size_t num_scalars() const { return rule_.info->num_scalar_states; }
+
+  // The memory of a counter or a scalar state; null if it is on another device, or cannot be
+  // advanced natively.
+  float* number_on(int8_t device, const at::Tensor& tensor) {
+    if (!is_plain(tensor) || tensor.scalar_type() != at::kFloat || tensor.numel() != 1) {
+      return nullptr;
+    }
+    if (device == kHost ? !tensor.is_cpu() : tensor.get_device() != device) return nullptr;
+    if (is_copy_on_write(tensor) && !may_allocate()) return nullptr;
+    return static_cast<float*>(memory_of(tensor, DType::kFloat32, true));
+  }
+
+  // Adds the scalar states to a row, if all are where its steps are counted.
+  bool add_scalars(const CandidateOf& c, RowOf& row, int8_t device) {
+    if (num_scalars() == 0) return true;
+    ScalarPointers pointers{};
+    for (size_t i = 0; i < num_scalars(); ++i) {
+      pointers[i] = number_on(device, *c.scalars[i]);
+      if (pointers[i] == nullptr) return false;
+    }
+    row.scalars = collected_.rows.keep(pointers);
+    return true;
+  }
+
   bool has_kernel_for(const RowOf& row, bool counts_on_device) const {
     const bool is_stochastic =
         options_.epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
+    if (counts_on_device && !has_advance_kernel(*rule_.info, row.device)) return false;
     return has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
                                    counts_on_device || needs_device() || is_stochastic);
   }

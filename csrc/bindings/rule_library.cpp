@@ -95,17 +95,21 @@ void attach_library(const RegisteredRule& rule, const std::string& path,
 
 py::dict rule_info(const std::string& path, const std::string& symbol) {
   const RuleInfo& info = open_rule(path, symbol, kRebuild);
-  py::list states, hyperparameters;
+  py::list states, hyperparameters, scalar_states;
   for (uint32_t s = 0; s < info.num_states; ++s) states.append(info.states[s]);
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     const HyperparameterInfo& h = info.hyperparameters[i];
     hyperparameters.append(
         py::make_tuple(h.name, name_of(h.kind), name_of(h.domain), h.length, h.offset));
   }
+  for (uint32_t i = 0; i < info.num_scalar_states; ++i) {
+    scalar_states.append(py::make_tuple(info.scalar_states[i].name, info.scalar_states[i].first));
+  }
   py::dict found;
   found["name"] = info.name;
   found["states"] = py::tuple(states);
   found["hyperparameters"] = py::tuple(hyperparameters);
+  found["scalar_states"] = py::tuple(scalar_states);
   found["lowest_step"] = info.lowest_step;
   found["has_check"] = info.check != nullptr;
   found["shape_scale"] = py::none();

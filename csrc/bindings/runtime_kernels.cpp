@@ -3,6 +3,8 @@
 #if EMOPT_CUDA
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "../engine/cuda/erased_enqueue.h"
@@ -12,13 +14,16 @@ namespace emopt {
 
 namespace {
 
-constexpr const char* kEpilogues[kNumEpilogues] = {"StoreUpdate", "ApplyUpdate"};
+constexpr const char* kEpilogues[] = {"StoreUpdate", "ApplyUpdate", "Advance"};
 constexpr const char* kReals[kNumPrecisions] = {"float", "double"};
 static_assert(StoreUpdate::kIndex == 0 && ApplyUpdate::kIndex == 1);
+static_assert(cuda::KernelKey::advance().epilogue == 2);
 
 cuda::KernelKey key_of(const KernelName& kernel) {
   const auto& [epilogue, real, is_large, needs_setup] = kernel;
-  return {epilogue == kEpilogues[1] ? 1 : 0, real == kReals[1] ? 1 : 0, is_large, needs_setup};
+  const auto* const found = std::find(std::begin(kEpilogues), std::end(kEpilogues), epilogue);
+  TORCH_INTERNAL_ASSERT(found != std::end(kEpilogues), epilogue);
+  return {static_cast<int>(found - kEpilogues), real == kReals[1] ? 1 : 0, is_large, needs_setup};
 }
 
 KernelName name_of(const cuda::KernelKey& key) {

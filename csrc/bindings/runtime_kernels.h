@@ -34,6 +34,17 @@ bool has_kernel([[maybe_unused]] const RuleInfo& info, [[maybe_unused]] c10::Dev
   return true;
 }
 
+// The same for the kernel that advances scalar states. True of a rule without any.
+inline bool has_advance_kernel([[maybe_unused]] const RuleInfo& info,
+                               [[maybe_unused]] c10::DeviceIndex device) {
+#if EMOPT_CUDA
+  if (info.num_scalar_states != 0 && has_runtime_kernels(info)) {
+    return info.program->kernels->has(device, cuda::KernelKey::advance());
+  }
+#endif
+  return info.num_scalar_states == 0 || info.enqueue_advance != nullptr;
+}
+
 #if EMOPT_CUDA
 // A kernel as Python names it (_user_rules/cuda_kernels.py): the epilogue, the arithmetic type,
 // whether its launches are large, and whether they need a setup.

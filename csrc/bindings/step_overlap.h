@@ -19,7 +19,7 @@ constexpr const char* kSharedState = "a state shares memory with another tensor 
 
 // A tensor of a step, with its parameter's position in the optimizer.
 struct StepOperand {
-  enum class Role : uint8_t { kParam, kGrad, kState, kCounter };
+  enum class Role : uint8_t { kParam, kGrad, kState, kCounter };  // or a scalar state
 
   Role role;
   uint32_t position;
@@ -77,7 +77,7 @@ class StepOrder {
     }
     if (a.role == Role::kCounter && b.role == Role::kCounter &&
         a.view.range.begin == b.view.range.begin) {
-      is_remaining_[later] = true;  // until it has a separate counter
+      is_remaining_[later] = true;  // until it has a separate one
       return;
     }
     TORCH_CHECK_VALUE(false, kSharedState);

@@ -26,6 +26,7 @@ struct InterpretedRule {
   std::vector<std::string> names;
   std::vector<const char*> states;
   std::vector<HyperparameterInfo> hyperparameters;
+  std::vector<ScalarState> scalar_states;
   Program program;
   std::atomic<const RuleInfo*> compiled{nullptr};
   RuleInfo info{};
@@ -49,8 +50,12 @@ Domain domain_of(const std::string& domain) {
 
 uint32_t rounded_up(uint32_t size, uint32_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Lays hyperparameters out as members of a struct, in their order. Returns the struct's size.
-uint32_t lay_out(std::vector<HyperparameterInfo>& hyperparameters) {
+// Lays hyperparameters out as members of a struct, in their order, and then scalar states.
+struct Layout {
+  uint32_t scalars_offset, size;
+};
+
+Layout lay_out(std::vector<HyperparameterInfo>& hyperparameters, size_t num_scalar_states) {
   uint32_t size = 0, unit = 1;
   for (HyperparameterInfo& each : hyperparameters) {
     if (each.kind == Kind::kStep) continue;
@@ -59,7 +64,9 @@ uint32_t lay_out(std::vector<HyperparameterInfo>& hyperparameters) {
     each.offset = is_flag ? size : rounded_up(size, sizeof(double));
     size = each.offset + (is_flag ? 1 : each.length * static_cast<uint32_t>(sizeof(double)));
   }
-  return std::max(rounded_up(size, unit), 1u);
+  if (num_scalar_states == 0) return {0, std::max(rounded_up(size, unit), 1u)};
+  const uint32_t offset = rounded_up(size, sizeof(double));
+  return {offset, offset + static_cast<uint32_t>(num_scalar_states * sizeof(double))};
 }
 
 int32_t offset_of_flag(const std::vector<HyperparameterInfo>& hyperparameters, const char* name) {
@@ -72,7 +79,8 @@ int32_t offset_of_flag(const std::vector<HyperparameterInfo>& hyperparameters, c
 }
 
 StepProgram step_program(const TracedRule& traced,
-                         const std::vector<HyperparameterInfo>& hyperparameters) {
+                         const std::vector<HyperparameterInfo>& hyperparameters,
+                         uint32_t scalars_offset) {
   StepProgram program;
   for (const HyperparameterInfo& each : hyperparameters) {
     if (each.kind == Kind::kStep) continue;
@@ -81,12 +89,16 @@ StepProgram step_program(const TracedRule& traced,
           {each.offset + i * static_cast<uint32_t>(sizeof(double)), each.kind == Kind::kFlag});
     }
   }
+  const size_t num_scalars = traced.scalar_states.size();
+  for (size_t i = 0; i < num_scalars; ++i) {
+    program.sources.push_back({scalars_offset + static_cast<uint32_t>(i * sizeof(double)), false});
+  }
   program.registers.resize(1 + program.sources.size());
   const auto& constants = traced.step_constants;
   program.registers.insert(program.registers.end(), constants.begin(), constants.end());
   size_t last = program.registers.size() - 1;
-  for (const auto& [instructions, condition, if_true, if_false, which, numbers, keeps_weight] :
-       traced.blocks) {
+  for (const auto& [instructions, condition, if_true, if_false, which, numbers, keeps_weight,
+                    scalars] : traced.blocks) {
     StepBlock block;
     for (const auto& [name, to, a, b, c] : instructions) {
       const cpu::StepFunction function = cpu::step_function(name);
@@ -102,6 +114,8 @@ StepProgram step_program(const TracedRule& traced,
     block.which = which;
     block.keeps_weight = keeps_weight;
     block.constants = numbers;
+    block.scalars = scalars;
+    TORCH_INTERNAL_ASSERT(!block.is_end || scalars.size() == num_scalars);
     const size_t index = program.blocks.size();
     TORCH_INTERNAL_ASSERT(block.is_end ||
                           (std::min(block.if_true, block.if_false) > index &&
@@ -128,13 +142,13 @@ TileProgram tile_program(const TracedRule::TileProgramText& text, const Program&
   return result;
 }
 
-Program program_of(const TracedRule& traced,
-                   const std::vector<HyperparameterInfo>& hyperparameters) {
+Program program_of(const TracedRule& traced, const std::vector<HyperparameterInfo>& hyperparameters,
+                   uint32_t scalars_offset) {
   Program program;
   program.num_states = static_cast<uint32_t>(traced.states.size());
   program.num_constants = traced.num_constants;
   TORCH_INTERNAL_ASSERT(traced.num_constants <= StepConstants<double>::kMaxNumbers);
-  program.step = step_program(traced, hyperparameters);
+  program.step = step_program(traced, hyperparameters, scalars_offset);
   program.literals64 = traced.literals;
   for (const double literal : traced.literals) {
     program.literals32.push_back(static_cast<float>(literal));
@@ -148,11 +162,15 @@ bool is_same(const char* a, const char* b) { return std::strcmp(a, b) == 0; }
 bool are_same(const RuleInfo& a, const RuleInfo& b) {
   if (!is_same(a.name, b.name) || a.num_states != b.num_states ||
       a.num_hyperparameters != b.num_hyperparameters || a.num_bytes != b.num_bytes ||
+      a.num_scalar_states != b.num_scalar_states || a.scalars_offset != b.scalars_offset ||
       a.lowest_step != b.lowest_step) {
     return false;
   }
   for (uint32_t s = 0; s < a.num_states; ++s) {
     if (!is_same(a.states[s], b.states[s])) return false;
+  }
+  for (uint32_t i = 0; i < a.num_scalar_states; ++i) {
+    if (!is_same(a.scalar_states[i].name, b.scalar_states[i].name)) return false;
   }
   for (uint32_t i = 0; i < a.num_hyperparameters; ++i) {
     const HyperparameterInfo &x = a.hyperparameters[i], &y = b.hyperparameters[i];
@@ -173,16 +191,24 @@ const RuleInfo* interpreted(const TracedRule& traced) {
   for (const auto& [name, kind, domain, length] : traced.hyperparameters) {
     rule->names.push_back(name);
   }
+  for (const auto& [name, first] : traced.scalar_states) rule->names.push_back(name);
   const size_t num_states = traced.states.size();
+  const size_t num_scalars = traced.scalar_states.size();
+  TORCH_INTERNAL_ASSERT(num_scalars <= kMaxScalarStates);
   for (size_t s = 0; s < num_states; ++s) rule->states.push_back(rule->names[s].c_str());
   for (size_t i = 0; i < traced.hyperparameters.size(); ++i) {
     const auto& [name, kind, domain, length] = traced.hyperparameters[i];
     rule->hyperparameters.push_back(
         {rule->names[num_states + i].c_str(), kind_of(kind), domain_of(domain), length, 0});
   }
+  for (size_t i = 0; i < num_scalars; ++i) {
+    const std::string& name = rule->names[rule->names.size() - num_scalars + i];
+    rule->scalar_states.push_back({name.c_str(), traced.scalar_states[i].second});
+  }
   RuleInfo& info = rule->info;
-  info.num_bytes = lay_out(rule->hyperparameters);
-  rule->program = program_of(traced, rule->hyperparameters);
+  const Layout layout = lay_out(rule->hyperparameters, num_scalars);
+  info.num_bytes = layout.size;
+  rule->program = program_of(traced, rule->hyperparameters, layout.scalars_offset);
   info.abi = EMOPT_ABI;
   info.name = rule->name.c_str();
   info.states = rule->states.data();
@@ -192,6 +218,10 @@ const RuleInfo* interpreted(const TracedRule& traced) {
   info.correct_bias = offset_of_flag(rule->hyperparameters, "correct_bias");
   info.use_shape_scaling = -1;
   info.lowest_step = traced.lowest_step;
+  info.scalar_states = rule->scalar_states.data();
+  info.num_scalar_states = static_cast<uint32_t>(num_scalars);
+  info.scalars_offset = layout.scalars_offset;
+  if (num_scalars != 0) info.advance = &cpu::advance_scalars;
   info.constants_bytes[0] =
       static_cast<uint32_t>(StepConstants<float>::size(rule->program, traced.may_keep_weight));
   info.constants_bytes[1] =
@@ -207,9 +237,10 @@ const RuleInfo* interpreted(const TracedRule& traced) {
   for (int epilogue = 0; epilogue < kNumEpilogues; ++epilogue) {
     for (int precision = 0; precision < kNumPrecisions; ++precision) {
       info.enqueue[epilogue][precision] =
-          cuda::erased_enqueue(info.num_states, epilogue, precision);
+          cuda::erased_enqueue(info.num_states, num_scalars != 0, epilogue, precision);
     }
   }
+  if (num_scalars != 0) info.enqueue_advance = &cuda::erased_enqueue_advance;
 #endif
   info.program = &rule->program;
   info.compiled = &rule->compiled;

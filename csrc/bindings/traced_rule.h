@@ -5,6 +5,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../engine/rule_info.h"
@@ -16,9 +17,9 @@ struct TracedRule {
   // The operation's name, the result's register, and the operands'.
   using StepInstructionText = std::tuple<std::string, uint16_t, uint16_t, uint16_t, uint16_t>;
   // Instructions; the condition, and the blocks if it is true and if not, or -1; the case, its
-  // constants, and whether the step has no update.
-  using StepBlockText =
-      std::tuple<std::vector<StepInstructionText>, int, int, int, int, std::vector<uint16_t>, bool>;
+  // constants, whether the step has no update, and the new values of the scalar states.
+  using StepBlockText = std::tuple<std::vector<StepInstructionText>, int, int, int, int,
+                                   std::vector<uint16_t>, bool, std::vector<uint16_t>>;
   // The operation's name and form, the result's location, and the operands'.
   using TileInstructionText =
       std::tuple<std::string, uint8_t, uint16_t, uint16_t, uint16_t, uint16_t>;
@@ -30,6 +31,7 @@ struct TracedRule {
   std::string name;
   std::vector<std::string> states;
   std::vector<HyperparameterText> hyperparameters;
+  std::vector<std::pair<std::string, double>> scalar_states;  // with their first values
   int lowest_step;
   bool may_keep_weight;
   uint32_t num_constants;

@@ -58,8 +58,17 @@ struct Row {
   uint64_t first_index = 0;
   double scale;           // a factor for the update (Signum's shape scaling), else 1
   float* step = nullptr;  // the counter of finished steps, if it is on the parameter's device
+  // The rule's scalar states, on the device of the counter; null if there are none. (The pointers
+  // are on the host.)
+  float* const* scalars = nullptr;
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
+};
+
+// A row's counter of finished steps, or null, and its scalar states, in a device's memory.
+struct RowScalars {
+  float* counter;
+  float* scalars[kMaxScalarStates];
 };
 
 }  // namespace emopt

@@ -18,7 +18,7 @@ class KernelTable;
 // ---- the step's part ----------------------------------------------------------------------------
 
 // Registers hold doubles; flags are 0 or 1. The first one holds the step; then come the
-// hyperparameters' numbers, constants, and results of instructions.
+// hyperparameters' numbers, scalar states, constants, and results of instructions.
 struct StepInstruction {
   double (*apply)(double a, double b, double c);
   uint16_t to, a, b, c;
@@ -33,10 +33,11 @@ struct StepBlock {
   int32_t which;                    // the case
   bool keeps_weight;                // the step has no update
   std::vector<uint16_t> constants;  // the registers of the case's constants
+  std::vector<uint16_t> scalars;    // the registers of the scalar states' new values
 };
 
 struct StepProgram {
-  // Where a hyperparameter's number is in the rule's bytes.
+  // Where a hyperparameter's number or a scalar state is in the rule's bytes.
   struct Source {
     uint32_t offset;
     bool is_flag;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "host_or_device_scalar.h"
@@ -54,6 +55,12 @@ using EnqueueRows = int (*)(const RuleInstance& rule, const HostOrDeviceScalar& 
                             const void* epilogue, const void* const* rows, size_t num_rows,
                             const cuda::Chip& chip, void* stream);
 
+// Enqueues, on a cudaStream_t, what advances the counters and the scalar states of rows, unless
+// `found_inf` is nonzero. Rows without a counter have the step `step`. Returns a cudaError_t.
+using EnqueueAdvance = int (*)(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                               const HostOrDeviceScalar& found_inf, const RowScalars* rows,
+                               size_t num_rows, int8_t device, void* stream);
+
 struct Program;
 
 struct RuleInfo {
@@ -70,11 +77,17 @@ struct RuleInfo {
   double (*shape_scale)(int64_t rows, int64_t cols);  // null if there is none
   void (*check)(const void* rule, ErrorText& error);  // null if there is none
 
+  const ScalarState* scalar_states;
+  uint32_t num_scalar_states;
+  uint32_t scalars_offset;                           // in the rule's struct
+  void (*advance)(RuleInstance& rule, double step);  // null if there are no scalar states
+
   uint32_t constants_bytes[kNumPrecisions];
   void (*make_constants[kNumPrecisions])(const RuleInstance& rule, double step, void* constants);
   bool (*keeps_weight[kNumPrecisions])(const void* constants);  // null if no step does
   ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];   // null if not compiled
   EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];           // null without CUDA
+  EnqueueAdvance enqueue_advance;  // null without CUDA, or without scalar states
 
   // Of a rule that is interpreted, else null: what it computes (program.h), and where its compiled
   // code is announced, whose loops replace the interpreter's from the next sweep on.
@@ -130,6 +143,14 @@ struct RuleInstance {
   alignas(8) unsigned char bytes[kMaxRuleBytes];
 
   bool flag(int32_t offset) const { return offset >= 0 && bytes[offset] != 0; }
+  double scalar(uint32_t i) const {
+    double value;
+    std::memcpy(&value, bytes + info->scalars_offset + i * sizeof(value), sizeof(value));
+    return value;
+  }
+  void set_scalar(uint32_t i, double value) {
+    std::memcpy(bytes + info->scalars_offset + i * sizeof(value), &value, sizeof(value));
+  }
   // With bias correction steps count from 1, since it divides by 1 - beta^step.
   bool corrects_bias() const { return flag(info->correct_bias); }
   int64_t lowest_step() const { return corrects_bias() ? 1 : info->lowest_step; }

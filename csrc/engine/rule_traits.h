@@ -20,6 +20,20 @@ template <class Rule>
 inline constexpr int kNumStates<Rule, std::void_t<decltype(Rule::kStates)>> =
     static_cast<int>(std::size(Rule::kStates));
 
+inline constexpr int kMaxScalarStates = 4;
+
+template <class Rule, class = void>
+inline constexpr int kNumScalarStates = 0;
+template <class Rule>
+inline constexpr int kNumScalarStates<Rule, std::void_t<decltype(Rule::kScalarStates)>> =
+    static_cast<int>(std::size(Rule::kScalarStates));
+
+// The values of a rule's scalar states.
+template <class Rule>
+EMOPT_FN double* scalars_of(Rule& rule) {
+  return rule.scalars;
+}
+
 // 0: the rule is not divided into cases.
 template <class Rule, class = void>
 inline constexpr int kNumCases = 0;

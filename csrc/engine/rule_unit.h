@@ -93,12 +93,43 @@ template <class Rule>
 inline constexpr decltype(RuleInfo::shape_scale)
     kShapeScale<Rule, std::enable_if_t<requirements::kScales<Rule>>> = &Rule::shape_scale;
 
+template <class Rule>
+constexpr const ScalarState* scalar_states_of() {
+  if constexpr (kNumScalarStates<Rule> != 0) {
+    return Rule::kScalarStates;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class Rule>
+uint32_t offset_of_scalars() {
+  if constexpr (kNumScalarStates<Rule> != 0) {
+    static Rule rule{};
+    const auto offset =
+        reinterpret_cast<const char*>(scalars_of(rule)) - reinterpret_cast<const char*>(&rule);
+    return static_cast<uint32_t>(offset);
+  } else {
+    return 0;
+  }
+}
+
 // ---- the rule's code ----------------------------------------------------------------------------
 
 template <class Rule, class Real>
 void make_constants(const RuleInstance& rule, double step, void* constants) {
   using Step = typename Rule::template Step<Real>;
   new (constants) Step(*reinterpret_cast<const Rule*>(rule.bytes), step);
+}
+
+template <class Rule>
+constexpr decltype(RuleInfo::advance) advance_of() {
+  if constexpr (kNumScalarStates<Rule> != 0) {
+    return
+        [](RuleInstance& rule, double step) { reinterpret_cast<Rule*>(rule.bytes)->advance(step); };
+  } else {
+    return nullptr;
+  }
 }
 
 template <class Step>
@@ -149,6 +180,10 @@ RuleInfo make_info() {
       kLowestStep<Rule>,
       kShapeScale<Rule>,
       kCheck<Rule>,
+      scalar_states_of<Rule>(),
+      static_cast<uint32_t>(kNumScalarStates<Rule>),
+      offset_of_scalars<Rule>(),
+      advance_of<Rule>(),
       {sizeof(Float), sizeof(Double)},
       {&make_constants<Rule, float>, &make_constants<Rule, double>},
       {keeps_weight_of<Float>(), keeps_weight_of<Double>()},
@@ -171,6 +206,7 @@ RuleInfo make_info() {
       },
       {{enqueue_rows<Rule, StoreUpdate, float>(), enqueue_rows<Rule, StoreUpdate, double>()},
        {enqueue_rows<Rule, ApplyUpdate, float>(), enqueue_rows<Rule, ApplyUpdate, double>()}},
+      nullptr,
       nullptr,
       nullptr,
   };

@@ -14,6 +14,13 @@
 //                                                  all of the rule's code, it throws no exception
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
+//   static constexpr ScalarState kScalarStates[]   (optional) numbers that the optimizer carries
+//   from
+//                                                  step to step beside each parameter's states;
+//                                                  then
+//   double scalars[N]                              a public member: their values before the step,
+//   void advance(double step)                      which this replaces by those after it. `Step`
+//                                                  computes what it needs of those, too
 //
 // and
 //
@@ -139,6 +146,12 @@ constexpr OptionalHyperparameter<Rule> optional_hyperparameter(
     const char* name, double Rule::* member, Domain domain = Domain::kNonNegative) {
   return {name, member, domain};
 }
+
+// A scalar state: its name, and its value in a new optimizer. It is stored in float32.
+struct ScalarState {
+  const char* name;
+  double first;
+};
 
 // The position of `step` among the arguments. A rule without it does not depend on the step.
 struct StepArgument {};

@@ -28,8 +28,19 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
     const EnqueueRows enqueue = rule.info->enqueue_of<Epilogue>(row.compute);
     enqueue(rule, step, &epilogue, rows, num_rows, {2, true}, nullptr);
   };
-  sweep_table(epilogue, table, enqueue_key,
-              [](int8_t, const Advance& advance) { run_on_host(advance); });
+  const auto enqueue_advance = [](int8_t, const Advance& advance) { run_on_host(advance); };
+  const auto enqueue_scalars = [&](int8_t device, const std::vector<RowScalars>& rows) {
+    if constexpr (Epilogue::kHasRowSteps) {
+      advance_on_device(rule, step, epilogue.found_inf, rows.data(), rows.size(), device);
+    }
+  };
+  sweep_table(epilogue, table, enqueue_key, enqueue_advance, enqueue_scalars);
+}
+
+void advance_on_device(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                       const HostOrDeviceScalar& found_inf, const RowScalars* rows, size_t num_rows,
+                       int8_t device) {
+  rule.info->enqueue_advance(rule, step, found_inf, rows, num_rows, device, nullptr);
 }
 
 void sum_tensors(NormOrder order, const GradTable& table, double* block_sums, double* tensor_sums) {

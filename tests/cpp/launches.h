@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "check.h"
 #include "engine/cuda/plan.h"
 
 // Calls `run(device, launch, num_blocks)` for each launch and `run(device, counters)` for each
@@ -24,5 +25,6 @@ void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
       plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);
     }
   };
-  sweep_table(epilogue, table, enqueue_key, run);
+  const auto refuse_scalars = [](int8_t, const auto& rows) { CHECK(rows.empty()); };
+  sweep_table(epilogue, table, enqueue_key, run, refuse_scalars);
 }

@@ -14,10 +14,11 @@
 template <class Rule, class Erased>
 struct KernelArguments;
 
-template <class Rule, int kStates, class Epilogue, class Real, size_t kBytes>
+template <class Rule, int kStates, uint32_t kSlots, class Epilogue, class Real, size_t kBytes>
 struct KernelArguments<
-    Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates>, Epilogue, Real, kBytes>> {
-  using Erased = emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates>, Epilogue, Real, kBytes>;
+    Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue, Real, kBytes>> {
+  using Erased =
+      emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue, Real, kBytes>;
   using Launch = emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes>;
   static_assert(sizeof(Launch) == sizeof(Erased) && alignof(Launch) == alignof(Erased));
   static_assert(Launch::kCapacity == Erased::kCapacity);

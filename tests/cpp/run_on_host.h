@@ -25,3 +25,10 @@ inline void run_on_host(const emopt::cuda::Advance& counters) {
     emopt::cuda::advance_counters(counters, thread, emopt::cuda::kThreads);
   }
 }
+
+template <class Rule>
+void run_on_host(const emopt::cuda::AdvanceScalars<Rule>& advance) {
+  for (uint32_t thread = 0; thread < emopt::cuda::kThreads; ++thread) {
+    emopt::cuda::advance_scalars(advance, thread, emopt::cuda::kThreads);
+  }
+}

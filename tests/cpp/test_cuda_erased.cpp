@@ -39,7 +39,7 @@ RuleInstance erased(const Rule& rule) {
 template <class Rule, class Epilogue>
 void sweep(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
            const Table<kNumOperandsOf<Rule, Epilogue>>& table) {
-  const cuda::ErasedRule<kNumStates<Rule>> without_type(erased(rule));
+  const cuda::ErasedRule<kNumStates<Rule>, 0> without_type(erased(rule));
   const auto run = [](int8_t, const auto& launch, auto... num_blocks) {
     if constexpr (sizeof...(num_blocks) == 0) {
       run_on_host(launch);

@@ -27,6 +27,9 @@ void check_keys() {
       }
     }
   }
+  const KernelKey advance = KernelKey::advance();
+  CHECK(is_same(KernelKey::at(advance.index()), advance));
+  indices.insert(advance.index());
   CHECK(indices.size() == KernelKey::kCount);
 }
 

@@ -100,27 +100,50 @@ StepFunction step_function(const std::string& name) {
   return nullptr;
 }
 
+namespace {
+
+// The values of a step, and the block that it ends with.
+struct Evaluation {
+  std::vector<double> registers;
+  const StepBlock* end;
+
+  Evaluation(const RuleInstance& rule, double step) {
+    const StepProgram& program = rule.info->program->step;
+    registers = program.registers;
+    size_t next = 0;
+    registers[next++] = step;
+    for (const auto& source : program.sources) registers[next++] = load(rule.bytes, source);
+    end = &program.blocks.front();
+    while (true) {
+      for (const StepInstruction& i : end->instructions) {
+        registers[i.to] = i.apply(registers[i.a], registers[i.b], registers[i.c]);
+      }
+      if (end->is_end) break;
+      const bool is_true = registers[end->condition] != 0.0;
+      end = &program.blocks[is_true ? end->if_true : end->if_false];
+    }
+  }
+};
+
+}  // namespace
+
 template <class Real>
 void evaluate_step(const RuleInstance& rule, double step, void* constants) {
   const Program& program = *rule.info->program;
-  std::vector<double> registers = program.step.registers;
-  size_t next = 0;
-  registers[next++] = step;
-  for (const auto& source : program.step.sources) registers[next++] = load(rule.bytes, source);
-  const StepBlock* block = &program.step.blocks.front();
-  while (true) {
-    for (const StepInstruction& i : block->instructions) {
-      registers[i.to] = i.apply(registers[i.a], registers[i.b], registers[i.c]);
-    }
-    if (block->is_end) break;
-    const bool is_true = registers[block->condition] != 0.0;
-    block = &program.step.blocks[is_true ? block->if_true : block->if_false];
-  }
+  const Evaluation done(rule, step);
   const StepConstants<Real> result(program, constants);
+  const std::vector<uint16_t>& used = done.end->constants;
   for (size_t i = 0; i < program.num_constants; ++i) {
-    result.set(i, i < block->constants.size() ? registers[block->constants[i]] : 0.0);
+    result.set(i, i < used.size() ? done.registers[used[i]] : 0.0);
   }
-  result.set_case(block->which, block->keeps_weight);
+  result.set_case(done.end->which, done.end->keeps_weight);
+}
+
+void advance_scalars(RuleInstance& rule, double step) {
+  const Evaluation done(rule, step);
+  for (uint32_t i = 0; i < rule.info->num_scalar_states; ++i) {
+    rule.set_scalar(i, done.registers[done.end->scalars[i]]);
+  }
 }
 
 template void evaluate_step<float>(const RuleInstance&, double, void*);

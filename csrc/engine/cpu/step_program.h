@@ -17,4 +17,7 @@ StepFunction step_function(const std::string& name);
 template <class Real>
 void evaluate_step(const RuleInstance& rule, double step, void* constants);
 
+// A RuleInfo::advance for rules with a program.
+void advance_scalars(RuleInstance& rule, double step);
+
 }  // namespace emopt::cpu

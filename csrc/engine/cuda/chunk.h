@@ -71,6 +71,23 @@ struct Place {
   }
 };
 
+// The rule with a row's scalar states.
+template <class Launch>
+EMOPT_FN decltype(auto) rule_at(const Launch& launch, [[maybe_unused]] uint32_t row,
+                                [[maybe_unused]] const double (&scalars)[Launch::kScalars]) {
+  using Rule = typename Launch::Rule;
+  if constexpr (kNumScalarStates<Rule> == 0) {
+    return (launch.rule);
+  } else {
+    Rule rule = launch.rule;
+    for (int i = 0; i < kNumScalarStates<Rule>; ++i) {
+      if (launch.steps[row].scalars[i] == nullptr) continue;
+      scalars_of(rule)[i] = scalars[static_cast<int>(Launch::kFirstState) + i];
+    }
+    return rule;
+  }
+}
+
 // The data that the threads of a block share.
 template <class Launch>
 struct Setup {
@@ -84,7 +101,8 @@ struct Setup {
 
   // For launches with scalars in device memory, step counters or stochastic rounding.
   EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&scalars)[Launch::kScalars])
-      : constants(launch.rule, scalars[0], launch.epilogue.with_scalars(scalars + 1)),
+      : constants(rule_at(launch, row, scalars), scalars[0],
+                  launch.epilogue.with_scalars(scalars + 1)),
         is_skipped(launch.epilogue.with_scalars(scalars + 1).is_skipped()) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       const auto count = static_cast<uint64_t>(static_cast<int64_t>(scalars[0]));
@@ -105,6 +123,11 @@ EMOPT_FN double read_scalar(const Launch& launch, uint32_t row, uint32_t i) {
   if constexpr (Launch::Epilogue::kHasRowSteps) {
     is_counter = i == 0 && launch.steps[row].counter != nullptr;
     if (is_counter) scalar = {0.0, launch.steps[row].counter};
+  }
+  if constexpr (Launch::kScalars != Launch::kFirstState) {
+    if (i >= Launch::kFirstState) {
+      scalar = {0.0, launch.steps[row].scalars[i - Launch::kFirstState]};
+    }
   }
   const double value = scalar.read();
   return is_counter ? static_cast<double>(static_cast<float>(value) + 1.0f) : value;
@@ -298,6 +321,28 @@ EMOPT_FN void sweep_chunk(const Launch& launch, uint32_t block, uint32_t thread,
 EMOPT_FN void advance_counters(const Advance& advance, uint32_t first, uint32_t stride) {
   if (advance.found_inf.read() != 0.0) return;
   for (uint32_t i = first; i < advance.count; i += stride) *advance.counters[i] += 1.0f;
+}
+
+// Advances the rows `first`, `first + stride`, and so on.
+template <class Rule>
+EMOPT_FN void advance_scalars(const AdvanceScalars<Rule>& advance, uint32_t first,
+                              uint32_t stride) {
+  if (advance.found_inf.read() != 0.0) return;
+  for (uint32_t i = first; i < advance.count; i += stride) {
+    const RowScalars& row = advance.rows[i];
+    const bool has_counter = row.counter != nullptr;
+    const float count = has_counter ? *row.counter + 1.0f : 0.0f;
+    Rule rule = advance.rule;
+    double* const scalars = scalars_of(rule);
+    for (int k = 0; k < kNumScalarStates<Rule>; ++k) {
+      scalars[k] = static_cast<double>(*row.scalars[k]);
+    }
+    rule.advance(has_counter ? static_cast<double>(count) : advance.step.read());
+    for (int k = 0; k < kNumScalarStates<Rule>; ++k) {
+      *row.scalars[k] = static_cast<float>(scalars[k]);
+    }
+    if (has_counter) *row.counter = count;
+  }
 }
 
 }  // namespace emopt::cuda

@@ -24,7 +24,21 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
     const c10::cuda::CUDAGuard guard(device);
     check_launch(enqueue(advance, c10::cuda::getCurrentCUDAStream()), device);
   };
-  sweep_table(epilogue, table, enqueue_key, enqueue_advance);
+  const auto enqueue_scalars = [&](int8_t device, const std::vector<RowScalars>& rows) {
+    if constexpr (Epilogue::kHasRowSteps) {
+      advance_on_device(rule, step, epilogue.found_inf, rows.data(), rows.size(), device);
+    }
+  };
+  sweep_table(epilogue, table, enqueue_key, enqueue_advance, enqueue_scalars);
+}
+
+void advance_on_device(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                       const HostOrDeviceScalar& found_inf, const RowScalars* rows, size_t num_rows,
+                       int8_t device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const int error = rule.info->enqueue_advance(rule, step, found_inf, rows, num_rows, device,
+                                               c10::cuda::getCurrentCUDAStream().stream());
+  check_launch(static_cast<cudaError_t>(error), device);
 }
 
 #define EMOPT_INSTANTIATE(kStates, Epilogue)                                              \

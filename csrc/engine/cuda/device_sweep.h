@@ -16,6 +16,11 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Epilogue& epilogue,
                       const Table<kNumOperands<kStates, Epilogue>>& table);
 
+// Advances the counters and the scalar states of rows (see EnqueueAdvance).
+void advance_on_device(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                       const HostOrDeviceScalar& found_inf, const RowScalars* rows, size_t num_rows,
+                       int8_t device);
+
 // The architectures that the kernels were compiled for: 900 for sm_90.
 std::vector<int> compiled_architectures();
 

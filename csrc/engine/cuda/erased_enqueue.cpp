@@ -1,5 +1,7 @@
 #include "erased_enqueue.h"
 
+#include <algorithm>
+
 #include "../epilogue.h"
 #include "../program.h"
 #include "erased_rule.h"
@@ -10,7 +12,7 @@ namespace emopt::cuda {
 
 namespace {
 
-template <int kStates, class Epilogue, class Real>
+template <int kStates, uint32_t kSlots, class Epilogue, class Real>
 int enqueue(const RuleInstance& rule, const HostOrDeviceScalar& step, const void* epilogue,
             const void* const* rows, size_t num_rows, const Chip& chip, void* stream) {
   using RowOf = Row<kNumOperands<kStates, Epilogue>>;
@@ -26,21 +28,44 @@ int enqueue(const RuleInstance& rule, const HostOrDeviceScalar& step, const void
     error = launch_kernel(kernels.find(device, key), &launch, num_blocks, stream);
     return error == 0;
   };
-  plan_rows<ErasedRule<kStates>, Epilogue, Real>(ErasedRule<kStates>(rule), step,
-                                                 *static_cast<const Epilogue*>(epilogue), rows,
-                                                 num_rows, usable, enqueue_launch);
+  using Erased = ErasedRule<kStates, kSlots>;
+  plan_rows<Erased, Epilogue, Real>(Erased(rule), step, *static_cast<const Epilogue*>(epilogue),
+                                    rows, num_rows, usable, enqueue_launch);
   return error;
+}
+
+template <uint32_t kSlots>
+EnqueueRows enqueue_of(uint32_t num_states, int epilogue, int precision) {
+  return with_num_states(num_states, [&](auto states) -> EnqueueRows {
+    static constexpr EnqueueRows kFunctions[kNumEpilogues][kNumPrecisions] = {
+        {&enqueue<states, kSlots, StoreUpdate, float>,
+         &enqueue<states, kSlots, StoreUpdate, double>},
+        {&enqueue<states, kSlots, ApplyUpdate, float>,
+         &enqueue<states, kSlots, ApplyUpdate, double>}};
+    return kFunctions[epilogue][precision];
+  });
 }
 
 }  // namespace
 
-EnqueueRows erased_enqueue(uint32_t num_states, int epilogue, int precision) {
-  return with_num_states(num_states, [&](auto states) -> EnqueueRows {
-    static constexpr EnqueueRows kFunctions[kNumEpilogues][kNumPrecisions] = {
-        {&enqueue<states, StoreUpdate, float>, &enqueue<states, StoreUpdate, double>},
-        {&enqueue<states, ApplyUpdate, float>, &enqueue<states, ApplyUpdate, double>}};
-    return kFunctions[epilogue][precision];
-  });
+EnqueueRows erased_enqueue(uint32_t num_states, bool has_scalars, int epilogue, int precision) {
+  return has_scalars ? enqueue_of<kMaxScalarStates>(num_states, epilogue, precision)
+                     : enqueue_of<0>(num_states, epilogue, precision);
+}
+
+int erased_enqueue_advance(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                           const HostOrDeviceScalar& found_inf, const RowScalars* rows,
+                           size_t num_rows, int8_t device, void* stream) {
+  using Launch = AdvanceScalars<ErasedRule<0, kMaxScalarStates>>;
+  void* const kernel = rule.info->program->kernels->find(device, KernelKey::advance());
+  Launch launch{ErasedRule<0, kMaxScalarStates>(rule), step, found_inf, 0, {}};
+  for (int error = 0; num_rows != 0; rows += launch.count, num_rows -= launch.count) {
+    launch.count = static_cast<uint32_t>(std::min<size_t>(num_rows, Launch::kCapacity));
+    std::copy(rows, rows + launch.count, launch.rows);
+    error = launch_kernel(kernel, &launch, 1, stream);
+    if (error != 0) return error;
+  }
+  return 0;
 }
 
 }  // namespace emopt::cuda

@@ -10,7 +10,12 @@
 namespace emopt::cuda {
 
 // The function for RuleInfo::enqueue of a rule that has a table of such kernels (program.h).
-EnqueueRows erased_enqueue(uint32_t num_states, int epilogue, int precision);
+EnqueueRows erased_enqueue(uint32_t num_states, bool has_scalars, int epilogue, int precision);
+
+// An EnqueueAdvance for such a rule.
+int erased_enqueue_advance(const RuleInstance& rule, const HostOrDeviceScalar& step,
+                           const HostOrDeviceScalar& found_inf, const RowScalars* rows,
+                           size_t num_rows, int8_t device, void* stream);
 
 // Makes a kernel of machine code for the current device. Raises if that fails. Never unloaded.
 void* load_kernel(const std::string& code, const char* name);

@@ -4,10 +4,12 @@
 #pragma once
 
 #include "../rule_info.h"
+#include "launch.h"
 
 namespace emopt::cuda {
 
-template <int kStates>
+// `kSlots` is the room for scalar states in launches: 0, or kMaxScalarStates if the rule has any.
+template <int kStates, uint32_t kSlots>
 struct ErasedRule : RuleInstance {
   explicit ErasedRule(const RuleInstance& rule) : RuleInstance(rule) {}
 
@@ -28,7 +30,14 @@ struct ErasedRule : RuleInstance {
 
 namespace emopt {
 
-template <int kStates>
-inline constexpr int kNumStates<cuda::ErasedRule<kStates>> = kStates;
+template <int kStates, uint32_t kSlots>
+inline constexpr int kNumStates<cuda::ErasedRule<kStates, kSlots>> = kStates;
+
+namespace cuda {
+
+template <int kStates, uint32_t kSlots>
+inline constexpr uint32_t kScalarSlots<ErasedRule<kStates, kSlots>> = kSlots;
+
+}  // namespace cuda
 
 }  // namespace emopt

@@ -14,12 +14,14 @@ namespace emopt::cuda {
 
 // One of a rule's kernels.
 struct KernelKey {
-  int epilogue;   // by Epilogue::kIndex
+  int epilogue;   // by Epilogue::kIndex; kNumEpilogues: the kernel that advances scalar states
   int precision;  // by kPrecision<Real>
   bool is_large;
   bool needs_setup;
 
-  static constexpr size_t kCount = size_t{kNumEpilogues} * kNumPrecisions * 4;
+  static constexpr KernelKey advance() { return {kNumEpilogues, 0, false, false}; }
+
+  static constexpr size_t kCount = size_t{kNumEpilogues} * kNumPrecisions * 4 + 1;
 
   constexpr size_t index() const {
     const int index = ((epilogue * kNumPrecisions + precision) * 2 + is_large) * 2 + needs_setup;

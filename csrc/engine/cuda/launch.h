@@ -23,6 +23,10 @@ struct Constants {
   }
 };
 
+// The scalar states of a rule for which a launch has room.
+template <class Rule>
+inline constexpr uint32_t kScalarSlots = static_cast<uint32_t>(kNumScalarStates<Rule>);
+
 template <class Rule_, class Epilogue_, class Real_>
 struct LaunchHead {
   using Rule = Rule_;
@@ -31,7 +35,9 @@ struct LaunchHead {
   static constexpr int kOperands = kNumOperands<kNumStates<Rule>, Epilogue>;
   // Split masters need float32 arithmetic: no float64 gradients or states.
   static constexpr bool kMayBeSplit = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
-  static constexpr uint32_t kScalars = 1 + Epilogue::kScalars;  // the step first
+  // The step, the epilogue's, and the rule's scalar states.
+  static constexpr uint32_t kFirstState = 1 + Epilogue::kScalars;
+  static constexpr uint32_t kScalars = kFirstState + kScalarSlots<Rule>;
 
   // Blocks that a multiprocessor holds at once.
   static constexpr uint32_t num_blocks(bool needs_setup) {
@@ -66,6 +72,14 @@ struct RowStep {
   uint64_t position, first_index;
 };
 
+// The same, and the scalar states, for rules that have some. Null: the launch's rule has the value.
+template <uint32_t kSlots>
+struct RowStepAndScalars : RowStep {
+  float* scalars[kSlots];
+};
+template <>
+struct RowStepAndScalars<0> : RowStep {};
+
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
 // into chunks, counted from its first element; each block sweeps one.
 template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
@@ -76,15 +90,16 @@ struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
   using typename Head::Real;
   static constexpr size_t kBytes = kBytes_;
 
+  using RowStepOf = RowStepAndScalars<kScalarSlots<Rule_>>;
+  static constexpr bool kHasSteps = Epilogue::kHasRowSteps || kScalarSlots<Rule_> != 0;
   static constexpr size_t kRowBytes = kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) +
-                                      sizeof(uint32_t) + 1 +
-                                      (Epilogue::kHasRowSteps ? sizeof(RowStep) : 0);
+                                      sizeof(uint32_t) + 1 + (kHasSteps ? sizeof(RowStepOf) : 0);
   static constexpr uint32_t kCapacity = static_cast<uint32_t>(
-      (kBytes - sizeof(Head) - sizeof(RowStep) - 4 * alignof(void*)) / kRowBytes);
+      (kBytes - sizeof(Head) - sizeof(RowStepOf) - 4 * alignof(void*)) / kRowBytes);
 
   void* data[kOperands][kCapacity];
   int64_t numel[kCapacity];
-  RowStep steps[Epilogue::kHasRowSteps ? kCapacity : 1];
+  RowStepOf steps[kHasSteps ? kCapacity : 1];
   Real scale[kCapacity];
   uint32_t first_block[kCapacity];
   uint8_t peel[kCapacity];  // see peel_of()
@@ -110,6 +125,19 @@ struct Advance {
   HostOrDeviceScalar found_inf;
   uint32_t count;
   float* counters[kCapacity];
+};
+
+// Rows of a rule's that are advanced (EnqueueAdvance).
+template <class Rule>
+struct AdvanceScalars {
+  static constexpr uint32_t kCapacity = static_cast<uint32_t>(
+      (kSmallLaunch - sizeof(Rule) - 2 * sizeof(HostOrDeviceScalar) - 2 * sizeof(void*)) /
+      sizeof(RowScalars));
+
+  Rule rule;
+  HostOrDeviceScalar step, found_inf;
+  uint32_t count;
+  RowScalars rows[kCapacity];
 };
 
 // The bytes of a vector access to elements of `size` bytes.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../rule_traits.h"
+#include "launch.h"
 
 namespace emopt::cuda {
 
@@ -13,6 +14,8 @@ struct PaddedRule {
     Rule rule;
     alignas(8) unsigned char bytes[kMaxRuleBytes];
   };
+
+  EMOPT_FN void advance(double step) { rule.advance(step); }
 
   template <class Real>
   struct Step {
@@ -37,11 +40,23 @@ struct PaddedRule {
                 "the constants of a step have at most 512 bytes");
 };
 
+template <class Rule>
+EMOPT_FN double* scalars_of(PaddedRule<Rule>& padded) {
+  return padded.rule.scalars;
+}
+
+template <class Rule>
+inline constexpr uint32_t kScalarSlots<PaddedRule<Rule>> =
+    kNumScalarStates<Rule> != 0 ? kMaxScalarStates : 0;
+
 }  // namespace emopt::cuda
 
 namespace emopt {
 
 template <class Rule>
 inline constexpr int kNumStates<cuda::PaddedRule<Rule>> = kNumStates<Rule>;
+
+template <class Rule>
+inline constexpr int kNumScalarStates<cuda::PaddedRule<Rule>> = kNumScalarStates<Rule>;
 
 }  // namespace emopt

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "../table.h"
@@ -82,6 +83,12 @@ inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) 
   return kNoPhase;
 }
 
+// Whether a row has scalar states on its device: those of a step are where its counter is.
+template <class Epilogue, class RowOf>
+bool has_scalars(const RowOf& row) {
+  return row.scalars != nullptr && (!Epilogue::kHasRowSteps || row.step != nullptr);
+}
+
 // Fills one launch with the first rows of a key and passes it to `enqueue(launch, blocks)`. Returns
 // the number of its rows; 0 if `enqueue` failed.
 template <class Launch, class Enqueue>
@@ -102,6 +109,7 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
   for (size_t i = 0; i < most; ++i) {
     total += row_at(i).numel;
     launch.needs_setup |= Launch::Epilogue::kHasRowSteps && row_at(i).step != nullptr;
+    launch.needs_setup |= has_scalars<typename Launch::Epilogue>(row_at(i));
   }
   launch.chunk =
       chunk_for(total, int64_t{chip.multiprocessors} * Launch::num_blocks(launch.needs_setup));
@@ -116,8 +124,14 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
     launch.scale[r] = static_cast<Real>(row.scale);
     launch.first_block[r] = static_cast<uint32_t>(blocks);
     launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
-    if (Launch::Epilogue::kHasRowSteps) {
-      launch.steps[r] = {row.step, row.position, row.first_index};
+    if constexpr (Launch::Epilogue::kHasRowSteps) {
+      static_cast<RowStep&>(launch.steps[r]) = {row.step, row.position, row.first_index};
+    }
+    if constexpr (kScalarSlots<typename Launch::Rule> != 0) {
+      const bool is_there = has_scalars<typename Launch::Epilogue>(row);
+      for (uint32_t s = 0; s < kScalarSlots<typename Launch::Rule>; ++s) {
+        launch.steps[r].scalars[s] = is_there ? row.scalars[s] : nullptr;
+      }
     }
     blocks += chunks;
   }
@@ -143,7 +157,7 @@ void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue&
   }
 }
 
-// Passes the rows' counters to `enqueue(device, advance)`.
+// Passes the counters of rows without scalar states to `enqueue(device, advance)`.
 template <int kOperands, class Enqueue>
 void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& found_inf,
                       Enqueue enqueue) {
@@ -154,7 +168,7 @@ void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& f
     advance.count = 0;
   };
   for (const Row<kOperands>& row : table.rows) {
-    if (row.step == nullptr) continue;
+    if (row.step == nullptr || row.scalars != nullptr) continue;
     if (row.device != device || advance.count == Advance::kCapacity) flush();
     device = row.device;
     advance.counters[advance.count++] = row.step;
@@ -162,15 +176,30 @@ void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& f
   flush();
 }
 
+// Passes the rows that have counters and scalar states on a device to `enqueue(device, rows)`.
+template <int kOperands, class Enqueue>
+void for_each_scalars(const Table<kOperands>& table, Enqueue enqueue) {
+  std::map<int8_t, std::vector<RowScalars>> rows;
+  for (const Row<kOperands>& row : table.rows) {
+    if (row.step == nullptr || row.scalars == nullptr) continue;
+    RowScalars& added = rows[row.device].emplace_back(RowScalars{row.step, {}});
+    std::copy(row.scalars, row.scalars + kMaxScalarStates, added.scalars);
+  }
+  for (const auto& [device, on_device] : rows) enqueue(device, on_device);
+}
+
 // Sweeps a table. `enqueue_key(first_row, rows, num_rows)` enqueues the rows of a key,
-// `enqueue_advance(device, advance)` the kernel that advances counters.
-template <class Epilogue, int kOperands, class EnqueueKey, class EnqueueAdvance>
+// `enqueue_advance(device, advance)` the kernel that advances counters, and
+// `enqueue_scalars(device, rows)` that of rows with scalar states.
+template <class Epilogue, int kOperands, class EnqueueKey, class EnqueueAdvance,
+          class EnqueueScalars>
 void sweep_table(const Epilogue& epilogue, const Table<kOperands>& table, EnqueueKey enqueue_key,
-                 EnqueueAdvance enqueue_advance) {
+                 EnqueueAdvance enqueue_advance, EnqueueScalars enqueue_scalars) {
   // Kernels without a setup do not check whether the step is skipped.
   if (epilogue.is_on_device() || !epilogue.is_skipped()) for_each_key(table, enqueue_key);
   if constexpr (Epilogue::kHasRowSteps) {
     for_each_advance(table, epilogue.found_inf, enqueue_advance);
+    for_each_scalars(table, enqueue_scalars);
   }
 }
 

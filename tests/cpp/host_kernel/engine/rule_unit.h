@@ -7,6 +7,16 @@
 #include "engine/cuda/padded_rule.h"
 #include "run_on_host.h"
 
+#if defined(EMOPT_ADVANCE)
+#define EMOPT_RULE(Rule)                                                    \
+  namespace emopt::cuda {                                                   \
+  using KernelLaunch = AdvanceScalars<PaddedRule<Rule>>;                    \
+  }                                                                         \
+  extern "C" void EMOPT_KERNEL(const void* argument, uint32_t num_blocks) { \
+    if (num_blocks != 1) std::abort();                                      \
+    run_on_host(*static_cast<const emopt::cuda::KernelLaunch*>(argument));  \
+  }
+#else
 #define EMOPT_RULE(Rule)                                                                   \
   namespace emopt::cuda {                                                                  \
   using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
@@ -16,3 +26,4 @@
     if (launch.needs_setup != EMOPT_NEEDS_SETUP) std::abort();                             \
     run_on_host(launch, num_blocks);                                                       \
   }
+#endif

@@ -5,6 +5,16 @@
 #include "engine/cuda/padded_rule.h"
 #include "engine/cuda/sweep_kernel.h"
 
+#if defined(EMOPT_ADVANCE)
+#define EMOPT_RULE(Rule)                                                       \
+  namespace emopt::cuda {                                                      \
+  using KernelLaunch = AdvanceScalars<PaddedRule<Rule>>;                       \
+  }                                                                            \
+  extern "C" __global__ void __launch_bounds__(emopt::cuda::kThreads)          \
+      EMOPT_KERNEL(const __grid_constant__ emopt::cuda::KernelLaunch launch) { \
+    emopt::cuda::advance_scalars(launch, threadIdx.x, emopt::cuda::kThreads);  \
+  }
+#else
 #define EMOPT_RULE(Rule)                                                                   \
   namespace emopt::cuda {                                                                  \
   using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
@@ -14,3 +24,4 @@
       EMOPT_KERNEL(const __grid_constant__ emopt::cuda::KernelLaunch launch) {             \
     emopt::cuda::sweep_block<emopt::cuda::KernelLaunch, EMOPT_NEEDS_SETUP>(launch);        \
   }
+#endif
