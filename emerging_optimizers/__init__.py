@@ -9,7 +9,7 @@ try:
     from . import scalar_optimizers
     from ._clipping import clip_coefficient
     from ._config import show_config
-    from ._hyperparameters import Beta, NonNegative
+    from ._hyperparameters import Beta, NonNegative, ScalarState
     from .scalar_optimizers import *  # noqa: F403
 except ImportError as error:
     raise explain_import_error(error) from error
@@ -25,7 +25,7 @@ if _namesake is not None:
     __path__.append(str(_namesake.folder))  # noqa: F405
     __version__ = _namesake.package_version()
 
-__all__ = ["Beta", "NonNegative", "RuleError", "__version__", "load_rule", "rule"]
+__all__ = ["Beta", "NonNegative", "RuleError", "ScalarState", "__version__", "load_rule", "rule"]
 __all__ += ["clip_coefficient", "scalar_optimizers", "show_config"]
 # The optimizers, but not the update functions. Type checkers read the first line only.
 __all__ += scalar_optimizers.__all__

@@ -41,11 +41,12 @@ class BaseOptimizer(torch.optim.Optimizer):
     # The norm of the gradients in the last step that clipped them.
     grad_norm: Tensor | None = None
     # Made from these: `_rule` as groups store it, and the keys of its states; all rules, by name;
-    # and the keys of all states.
+    # the keys of all states; and those of all scalar states.
     _group_rule: ClassVar[GroupRule]
     _state_names: ClassVar[tuple[str, ...]]
     _group_rules: ClassVar[dict[str, GroupRule]]
     _all_state_names: ClassVar[tuple[str, ...]]
+    _all_scalar_names: ClassVar[tuple[str, ...]]
     # How errors name one of the ``betas``: like the class of that name in torch.optim, or NVIDIA's.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
@@ -92,6 +93,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         cls._state_names = cls._group_rule.state_names
         names = (name for rule in cls._group_rules.values() for name in rule.state_names)
         cls._all_state_names = tuple(dict.fromkeys(names))
+        scalars = (name for rule in cls._group_rules.values() for name in rule.scalar_names)
+        cls._all_scalar_names = tuple(dict.fromkeys(scalars))
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
         """Return the rule of a group, which may depend on its options."""

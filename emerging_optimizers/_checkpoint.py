@@ -12,6 +12,7 @@ from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
 from ._members import Member, blame
 from ._rule import GroupRule
+from ._scalar_states import check_scalar
 from ._states import check_tensor, dtype_of
 from ._step_overlap import check_loaded_states
 from ._values import has_value
@@ -140,6 +141,9 @@ def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
                 check_tensor(optimizer, member, name, is_loaded=True)
         if not is_absent(state.get("step")):
             check_count("state 'step'", state["step"])
+        for name in member.rule.scalar_names:
+            if not is_absent(state.get(name)):
+                check_scalar(name, state[name])
     except (TypeError, ValueError, RuntimeError) as error:
         raise blame(error, f"{what} of {member.name}") from None
 
@@ -196,6 +200,13 @@ def _settle_state(
         # A counter on its parameter's device may stay there, where it is counted without a read.
         on_device = group["capturable"] or step.device == param.device
         state["step"] = step.to(param.device if on_device else "cpu", torch.float32)
+    for name in rule.scalar_names:
+        number: Any = state.get(name)
+        if not is_absent(number):
+            number = number.tensor if isinstance(number, Saved) else number
+            counter = state.get("step")
+            device = counter.device if isinstance(counter, Tensor) else torch.device("cpu")
+            state[name] = torch.as_tensor(number).reshape(()).to(device, torch.float32)
     for name, value in state.items():
         if isinstance(value, Saved):
             # States that the rule does not have stay as saved.

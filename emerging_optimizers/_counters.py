@@ -1,4 +1,4 @@
-"""Step counters: how many updates a parameter has had."""
+"""Step counters: how many updates a parameter has had. Scalar states lie beside them."""
 
 import math
 import numbers
@@ -74,6 +74,20 @@ class Counters:
                 set_counter(state, new_counter(count, torch.device("cpu")))
 
 
+def place_scalars(member: Member) -> None:
+    """Move a parameter's scalar states to the device of its counter."""
+    device = member.state["step"].device
+    for name in member.rule.scalar_names:
+        value = member.state[name]
+        if value.device != device or value.dtype != torch.float32 or value.dim() != 0:
+            member.state[name] = value.reshape(()).to(device, torch.float32)
+
+
+def is_number(rule: GroupRule, name: str) -> bool:
+    """Return whether a key of a parameter's state is its counter's or a scalar state's."""
+    return name == "step" or name in rule.scalar_names
+
+
 def new_counter(step: float, device: torch.device) -> Tensor:
     # Not from a number in the host's memory, for which a device would be waited for.
     return torch.full((), step, dtype=torch.float32, device=device)
@@ -109,20 +123,22 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {count:g}; expected a number of steps")
 
 
-def split_counters(states: Iterable[Any]) -> None:
-    """Replace a counter that several states share by one for each of them.
+def split_counters(states: Iterable[Any], scalar_names: Iterable[str]) -> None:
+    """Replace a counter, or a scalar state, that several states share by one for each of them.
 
     A shared counter would count the steps of all of its parameters.
     """
     taken = set()
+    names = ("step", *scalar_names)
     for state in states:
-        step = state.get("step") if isinstance(state, dict) else None
-        if type(step) is not Tensor or step.is_meta or step.layout != torch.strided:
-            continue
-        address = step.device, step.data_ptr()
-        if address in taken:
-            state["step"] = step.clone()
-        taken.add(address)
+        for name in names:
+            number = state.get(name) if isinstance(state, dict) else None
+            if type(number) is not Tensor or number.is_meta or number.layout != torch.strided:
+                continue
+            address = number.device, number.data_ptr()
+            if address in taken:
+                state[name] = number.clone()
+            taken.add(address)
 
 
 def is_absent(value: Any) -> bool:
@@ -131,19 +147,20 @@ def is_absent(value: Any) -> bool:
 
 
 def is_begun(state: dict[str, Any], rule: GroupRule) -> bool:
-    """Return whether a state has any of a rule's states, so that none may be missing."""
-    return not all(is_absent(state.get(name)) for name in ("step", *rule.state_names))
+    """Return whether a state has any of a rule's states or scalar states: none may be missing."""
+    names = ("step", *rule.state_names, *rule.scalar_names)
+    return not all(is_absent(state.get(name)) for name in names)
 
 
 def check_complete(member: Member, is_counter_needed: bool, what: str = "the state") -> None:
-    """Raise for a begun state that lacks something, which would silently start from 0.
+    """Raise for a begun state that lacks something, which would silently start anew.
 
     Args:
         member: The parameter with the state.
         is_counter_needed: Whether ``step`` may not be missing, either.
         what: What an error calls the state.
     """
-    state, names = member.state, member.rule.state_names
+    state, names = member.state, (*member.rule.state_names, *member.rule.scalar_names)
     missing = [name for name in names if is_absent(state.get(name))]
     lacks_counter = is_absent(state.get("step"))
     if len(missing) == len(names) and lacks_counter:

@@ -155,6 +155,8 @@ def _update_at(
     hyperparameters = constants.hyperparameters
     if constants.has_step:
         hyperparameters = {**hyperparameters, "step": step}
+    if rule.scalar_states:
+        hyperparameters = {**hyperparameters, **{name: state[name] for name in rule.scalar_states}}
     update = rule.compute_update(grad, states, hyperparameters)
     if update is None or constants.lr == 0.0:
         return  # 0 times a NaN would be a NaN

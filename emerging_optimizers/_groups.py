@@ -98,7 +98,8 @@ def check_group(
         is_new: Whether the group is being added: no scheduler has set its learning rate yet, and
             values on a device may be read.
     """
-    _, keys, _, rule = optimizer._rule_of(group)
+    found = optimizer._rule_of(group)
+    keys, rule = found.keys, found.rule
     values: dict[str, Any] = {"step": 1}
     name = ""
     try:
@@ -146,7 +147,8 @@ def check_state_dtypes(optimizer: BaseOptimizer, groups: Iterable[Mapping[str, A
 
 def flags_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> list[str]:
     """Return the keys of the flags that a group has."""
-    _, keys, _, rule = optimizer._rule_of(group)
+    found = optimizer._rule_of(group)
+    keys, rule = found.keys, found.rule
     names = [
         key
         for wanted, key in zip(rule.hyperparameters, keys, strict=True)

@@ -21,6 +21,8 @@ Beta = NewType("Beta", float)  # [0, 1)
 NonNegative = NewType("NonNegative", float)  # [0, inf]
 WarmupSteps = NewType("WarmupSteps", int)  # >= 0; None is the same as 0
 Step = NewType("Step", int)
+# In a user's rule: no hyperparameter, but a number that an optimizer carries from step to step.
+ScalarState = NewType("ScalarState", float)
 # That of a group, which a scheduler may have set: from `_LOWEST_RATE` on.
 LearningRate = NewType("LearningRate", float)
 

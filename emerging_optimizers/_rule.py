@@ -24,6 +24,7 @@ from ._hyperparameters import (
     read_whole_number,
 )
 from ._native import native
+from ._scalar_states import check_argument, check_arguments
 
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
@@ -34,18 +35,20 @@ GroupKey: TypeAlias = str | tuple[str, int, int]
 
 
 class GroupRule(NamedTuple):
-    """A rule as parameter groups store it. The native step takes the first three.
+    """A rule as parameter groups store it. The native step takes all but the last.
 
     Attributes:
         native: The compiled module's handle of the rule, or None.
         keys: Where a group keeps each hyperparameter.
         state_names: The keys of a parameter's states.
+        scalar_names: The keys of its scalar states.
         rule: The rule.
     """
 
     native: Any
     keys: tuple[GroupKey, ...]
     state_names: tuple[str, ...]
+    scalar_names: tuple[str, ...]
     rule: "Rule"
 
 
@@ -91,15 +94,23 @@ class Rule:
             )
 
     def _describe(
-        self, name: str, states: tuple[str, ...], declared: Sequence[Hyperparameter]
+        self,
+        name: str,
+        states: tuple[str, ...],
+        declared: Sequence[Hyperparameter],
+        scalar_states: Mapping[str, float] | None = None,
     ) -> None:
         """Take the rule's description. It has no native code yet."""
         self.name = name
         # How errors name the update function.
         self.title = f"calculate_{name}_update"
         self.states = states
+        # With their first values.
+        self.scalar_states = dict(scalar_states or {})
         self._declared = list(declared)
         self.hyperparameter_names = [declared.name for declared in self._declared]
+        # Those of the operator that are no lists, but for `step_tensor`.
+        self.argument_names = [*self.hyperparameter_names, *self.scalar_states]
         self.hyperparameters = [declared for declared in self._declared if declared.kind != "step"]
         # The compiled module's handle of the rule, and the function that eager calls enter.
         self.native: Any = None
@@ -156,7 +167,7 @@ class Rule:
             state_names: The keys of a parameter's states, in the order of the formula.
         """
         keys = tuple(renamed.get(declared.name, declared.name) for declared in self.hyperparameters)
-        return GroupRule(self.native, keys, state_names, self)
+        return GroupRule(self.native, keys, state_names, tuple(self.scalar_states), self)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return what the update function calls, with all its arguments and then ``out``."""
@@ -184,7 +195,10 @@ class Rule:
             _checks.read_operand(name, value, grads)
             for name, value in zip(self.states, arguments[1:num_tensors], strict=True)
         ]
-        values, step_tensor = self._read_hyperparameters(arguments[num_tensors:-1])
+        end = num_tensors + len(self._declared)
+        values, step_tensor = self._read_hyperparameters(arguments[num_tensors:end])
+        for name, value in zip(self.scalar_states, arguments[end:-1], strict=True):
+            values[name] = check_argument(name, value)
         if out is None:
             # Laid out as the first state, or as the gradient where a rule has no states.
             updates = _new_updates(grads, states[0] if states else grads)
@@ -257,7 +271,7 @@ class Rule:
             Operand(name, tensors, is_single, name != "grad")
             for name, tensors in zip(names, (grads, *states, updates), strict=True)
         ]
-        return operands, dict(zip(self.hyperparameter_names, arguments[num_lists:], strict=True))
+        return operands, dict(zip(self.argument_names, arguments[num_lists:], strict=True))
 
     def _operate(
         self, operands: Sequence[Operand], values: dict[str, Any], step_tensor: Tensor | None
@@ -301,15 +315,22 @@ class Rule:
             values = values | {"step": read_whole_number("step", value, "an int")}
         self.check_hyperparameters(values)
         _checks.check_operands(operands, values.get("use_shape_scaling", False))
+        scalars = {name: values[name] for name in self.scalar_states}
+        check_arguments(scalars, operands, step_tensor)
         lists = (operand.tensors for operand in operands)
         for grad, *states, update in zip(*lists, strict=True):
-            if grad.numel() == 0:
+            if grad.numel() == 0 and not scalars:
                 continue
+            # Each position advances copies of the scalar states, to the same values.
+            values = values | {name: tensor.clone() for name, tensor in scalars.items()}
             if self._operator is not None and grad.device.type in self._native_devices:
                 row = [[tensor] for tensor in (update, grad, *states)]
                 self._operator(*row, *values.values())
             else:
                 self._apply_formula(update, grad, states, values)
+        if operands[0].tensors:
+            for name, tensor in scalars.items():
+                tensor.copy_(values[name])
 
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
@@ -324,6 +345,8 @@ class Rule:
         self, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> Tensor | None:
         """Apply the formula in float32 or float64, and return the update in that dtype.
+
+        The states and the scalar states, which are 0-dim tensors, are updated in place.
 
         Returns None if the step leaves the weights as they are.
         """

@@ -8,12 +8,21 @@ from torch import Tensor
 
 from . import _checks
 from ._base import BaseOptimizer, StepCall, check_tensors, members_of
-from ._counters import check_complete, check_count, is_absent, new_counter, set_counter
+from ._counters import (
+    check_complete,
+    check_count,
+    is_absent,
+    is_number,
+    new_counter,
+    place_scalars,
+    set_counter,
+)
 from ._dtensor import is_dtensor
 from ._groups import find_unknown_numbers, scales_by_shape
 from ._members import Member, blame
 from ._overlap import overlaps_itself, span_of
 from ._rule import refuse_trace
+from ._scalar_states import check_scalar
 from ._values import PLAIN_TYPES, check_has_value, has_value, is_tracing, read
 from ._weights import MASTER, check_master_dtype, has_master, local_shard
 
@@ -60,6 +69,11 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
         if is_absent(state.get(name)):
             dtype = dtype_of(optimizer, group, name, param)
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    for name, first in rule.rule.scalar_states.items():
+        if not isinstance(state.get(name), Tensor):
+            number = first if is_absent(state.get(name)) else state[name]
+            check_scalar(name, number)
+            state[name] = new_counter(number, state["step"].device)
     if is_absent(state.get(MASTER)):
         state.pop(MASTER, None)
         master = optimizer._masters.new(group, param)
@@ -71,7 +85,7 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
 
 def operands_of(member: Member) -> dict[str, Any]:
     """Return the part of a parameter's state that its step reads or modifies."""
-    keys = ["step", *member.rule.state_names]
+    keys = ["step", *member.rule.scalar_names, *member.rule.state_names]
     if has_master(member.group, member.param):
         keys.append(MASTER)
     return {key: member.state[key] for key in keys if key in member.state}
@@ -87,7 +101,7 @@ def lay_out_alike(members: Iterable[Member]) -> bool:
     for member in members:
         param = member.param
         for name, state in operands_of(member).items():
-            if name == "step" or _lies_like(state, param):
+            if is_number(member.rule, name) or _lies_like(state, param):
                 continue
             copied = torch.empty_like(param, dtype=state.dtype, memory_format=torch.preserve_format)
             if _lies_like(copied, param):
@@ -164,6 +178,10 @@ def check_state(optimizer: BaseOptimizer, member: Member) -> None:
     if not is_tracing():
         check_has_value("state 'step'", step, param)
     check_count("state 'step'", step)
+    for name in member.rule.scalar_names:
+        if not is_tracing():
+            check_has_value(f"state {name!r}", state[name], param)
+        check_scalar(name, state[name])
 
 
 def check_master(optimizer: BaseOptimizer, member: Member) -> None:
@@ -305,4 +323,5 @@ def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> lis
         except (TypeError, ValueError, RuntimeError) as error:
             raise blame(error, member.name) from None
         counters.place(member, call.scalars.found_inf)
+        place_scalars(member)
     return [member.param_index for member in with_grad]

@@ -222,7 +222,7 @@ def _step_by_group(call: StepCall) -> Left:
     are_native = [has_native_step(optimizer, group) for group in groups]
     if not all(are_native):
         _check_groups(optimizer)
-        split_counters(optimizer.state.values())
+        split_counters(optimizer.state.values(), optimizer._all_scalar_names)
     kept = _before_native(call, are_native)
     for i, group in enumerate(groups):
         if are_native[i]:
@@ -289,7 +289,7 @@ def _step_rest(
     params = (g["params"][i] for g, indices in zip(groups, found, strict=True) for i in indices)
     if is_tracing() or any(map(is_fake, params)):
         return _prepare_all(call)
-    split_counters(optimizer.state.values())
+    split_counters(optimizer.state.values(), optimizer._all_scalar_names)
     ready = [prepare(call, i, indices) for i, indices in enumerate(found)]
     if grads is None:
         grads = [grads_of(optimizer, group) for group in groups]

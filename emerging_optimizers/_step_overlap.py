@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from ._base import BaseOptimizer, members_of
+from ._counters import is_number
 from ._members import Member, param_name
 from ._overlap import Memory, are_apart, find_sharing, memory_of, span_of
 from ._states import operands_of
@@ -21,7 +22,7 @@ Place: TypeAlias = tuple[int, int]
 
 
 class _Operand(NamedTuple):
-    role: Literal["parameter", "gradient", "state", "counter"]
+    role: Literal["parameter", "gradient", "state", "counter"]  # or a scalar state
     key: str  # of a state
     place: Place
 
@@ -154,7 +155,10 @@ def _loaded_operands(
 def _states(member: Member, place: Place) -> Iterator[tuple[_Operand, Tensor]]:
     for key, value in operands_of(member).items():
         if isinstance(value, Tensor):
-            yield _Operand("counter" if key == "step" else "state", key, place), value
+            role: Literal["counter", "state"] = (
+                "counter" if is_number(member.rule, key) else "state"
+            )
+            yield _Operand(role, key, place), value
 
 
 def _refuse(

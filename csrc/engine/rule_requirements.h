@@ -50,11 +50,23 @@ constexpr bool are_names(const char* const (&names)[kCount]) {
   return true;
 }
 
+// The same of scalar states.
+template <size_t kCount>
+constexpr bool are_scalar_states(const ScalarState (&states)[kCount]) {
+  for (const ScalarState& state : states) {
+    if (state.name == nullptr || *state.name == 0) return false;
+  }
+  return true;
+}
+
 EMOPT_HAS(kHasName, T::kName);
 EMOPT_HAS_CONSTANT(kHasConstantName, static_cast<const char*>(*&T::kName)[0] != 0);
 EMOPT_HAS(kHasHyperparameters, T::hyperparameters());
 EMOPT_HAS_MEMBER(kHasStates, kStates);
 EMOPT_HAS_CONSTANT(kHasConstantStates, are_names(*&T::kStates));
+EMOPT_HAS_MEMBER(kHasScalarStates, kScalarStates);
+EMOPT_HAS_CONSTANT(kHasConstantScalarStates, are_scalar_states(*&T::kScalarStates));
+EMOPT_HAS(kAdvances, static_cast<void (T::*)(double)>(&T::advance));
 EMOPT_HAS_MEMBER(kHasLowestStep, kLowestStep);
 EMOPT_HAS_MEMBER(kHasNumCases, kNumCases);
 EMOPT_HAS_CONSTANT(kHasConstantNumCases, *&T::kNumCases >= 1);
@@ -82,6 +94,19 @@ inline constexpr size_t kStateCount = 0;
 template <class T>
 inline constexpr size_t kStateCount<T, std::void_t<decltype(T::kStates)>> =
     std::extent_v<std::remove_reference_t<decltype(T::kStates)>>;
+
+template <class T, class = void>
+inline constexpr size_t kScalarStateCount = 0;
+template <class T>
+inline constexpr size_t kScalarStateCount<T, std::void_t<decltype(T::kScalarStates)>> =
+    std::extent_v<std::remove_reference_t<decltype(T::kScalarStates)>>;
+
+// Whether `scalars` is a public array with a number for each scalar state.
+template <class T, class = void>
+inline constexpr bool kHasValues = false;
+template <class T>
+inline constexpr bool kHasValues<T, std::void_t<decltype(T::scalars)>> =
+    std::is_same_v<decltype(T::scalars), double[kScalarStateCount<T>]>;
 
 // ---- hyperparameters ----------------------------------------------------------------------------
 
@@ -250,6 +275,18 @@ struct RuleRequirements {
       " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
   static_assert(kStateCount<Rule> <= kMaxStates,
                 "kStates has too many names: a rule has at most 5 states");
+  static_assert(!kHasScalarStates<Rule> ||
+                    (kHasConstantScalarStates<Rule> && kScalarStateCount<Rule> != 0),
+                "kScalarStates is private or not a constant array: write static constexpr"
+                " ScalarState kScalarStates[] = {{\"mu_product\", 1.0}}; or leave it out");
+  static_assert(kScalarStateCount<Rule> <= kMaxScalarStates,
+                "kScalarStates has too many names: a rule has at most 4 scalar states");
+  static_assert(!kHasScalarStates<Rule> || kHasValues<Rule>,
+                "the rule has kScalarStates, but no public member double scalars[N] with a number"
+                " for each of them");
+  static_assert(!kHasScalarStates<Rule> || kAdvances<Rule>,
+                "the rule has kScalarStates, but no public EMOPT_FN void advance(double step) that"
+                " sets scalars to their values after the step");
   static_assert(!kHasLowestStep<Rule> || kLowestStepIs<Rule, 0> || kLowestStepIs<Rule, 1>,
                 "kLowestStep is private or neither of the constants 0 and 1: write static constexpr"
                 " int kLowestStep = 1; or leave it out if steps count from 0");
@@ -266,9 +303,10 @@ struct RuleRequirements {
                 " effect: make constants static constexpr, and pass defaults in Python");
   static_assert(std::is_aggregate_v<Rule>,
                 "the struct has a member or a base that is private: make it public");
-  static_assert(!kHasScalars<Rule, std::make_index_sequence<List::kNumScalars + 1>>,
-                "the struct has a member that hyperparameters() does not list, so nothing would set"
-                " it");
+  static_assert(
+      !kHasScalars<Rule, std::make_index_sequence<List::kNumScalars + kScalarStateCount<Rule> + 1>>,
+      "the struct has a member that hyperparameters() does not list, so nothing would set"
+      " it");
   static_assert(kHasStep<Rule>,
                 "Step is missing, private or not a template of one type: add template <class Real>"
                 " struct Step { ... };");

@@ -26,6 +26,7 @@ class Program(NamedTuple):
     name: str
     states: list[str]
     hyperparameters: list[tuple[str, str, str, int]]
+    scalar_states: list[tuple[str, float]]
     lowest_step: int
     may_keep_weight: bool
     num_constants: int
@@ -60,6 +61,7 @@ def assemble(trace: Trace, emitter: Emitter) -> Program:
         hyperparameters=[
             (h.name, h.kind, DOMAINS.get(h.domain, ""), h.length) for h in signature.hyperparameters
         ],
+        scalar_states=list(signature.scalar_states.items()),
         lowest_step=int(signature.counts_from_1),
         may_keep_weight=trace.may_keep_weight,
         num_constants=emitter.num_constants,
@@ -77,7 +79,8 @@ class _StepAssembler:
     """Writes what is computed once per step, as blocks of instructions.
 
     Attributes:
-        constants: The first values of registers, after the step and the hyperparameters' numbers.
+        constants: The first values of registers, after the step, the hyperparameters' numbers and
+            the scalar states.
         blocks: The blocks. The first one comes first.
         num_registers: How many registers are used.
     """
@@ -90,7 +93,10 @@ class _StepAssembler:
             for i in range(h.length if h.kind != "step" else 0):
                 index = i if h.kind == "numbers" else None
                 self._sources[h.name, index] = 1 + len(self._sources)
+        for name in trace.signature.scalar_states:
+            self._sources[name, None] = 1 + len(self._sources)
         results = [node for case in trace.cases for node, _ in case.outcomes]
+        results += [node for case in trace.cases for node in case.scalars]
         results += [node for _, constants in emitter.choices for node in constants]
         values = {node: node.constant() for node in _all_nodes(results)}
         known = {node: value for node, value in values.items() if value is not None}
@@ -118,7 +124,8 @@ class _StepAssembler:
             which, constants = self._choices[chosen[0]]
             registers = [self._register(node, known, instructions) for node in constants]
             keeps = cases[0].update is None
-            self.blocks[index] = (instructions, -1, -1, -1, which, registers, keeps)
+            scalars = [self._register(node, known, instructions) for node in cases[0].scalars]
+            self.blocks[index] = (instructions, -1, -1, -1, which, registers, keeps, scalars)
             return index
         condition = self._register(cases[0].outcomes[depth][0], known, instructions)
         targets = [
@@ -129,7 +136,7 @@ class _StepAssembler:
             )
             for outcome in (True, False)
         ]
-        self.blocks[index] = (instructions, condition, *targets, -1, [], False)
+        self.blocks[index] = (instructions, condition, *targets, -1, [], False, [])
         return index
 
     def _register(self, node: Node, known: dict[Node, int], instructions: list[Any]) -> int:
@@ -141,6 +148,8 @@ class _StepAssembler:
         if node.op == "hyperparameter":
             assert isinstance(node.leaf, tuple)
             return self._sources[node.leaf]
+        if node.op == "scalar state":
+            return self._sources[str(node.leaf), None]
         if node.op == "as_number":  # flags are numbers
             return self._register(node.operands[0], known, instructions)
         found = known.get(node)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .. import _build_cache, _build_output, _dtensor, _native
@@ -78,7 +79,12 @@ class CppRule(Rule):
         library, info = _shipped(found, struct) or _build(found, struct)
         self.signature = _signature(info, defaults or {})
         _check(info, self.signature, struct)
-        self._describe(info["name"], info["states"], self.signature.hyperparameters)
+        self._describe(
+            info["name"],
+            info["states"],
+            self.signature.hyperparameters,
+            self.signature.scalar_states,
+        )
         self.title = self.name
         self._lowest_step = info["lowest_step"]
         self._check = self._check_natively if info["has_check"] else None
@@ -141,7 +147,10 @@ class CppRule(Rule):
     def _check_natively(self, **values: Any) -> None:
         """Raise for hyperparameters that the struct's ``check`` rejects: call with no tensors."""
         lists: list[list[Tensor]] = [[] for _ in (self.signature.grad, *self.states)]
-        self._eager(*lists, *(values[name] for name in self.hyperparameter_names), None)
+        scalars = (torch.full((), first) for first in self.scalar_states.values())
+        self._eager(
+            *lists, *(values[name] for name in self.hyperparameter_names), *scalars, None
+        )
 
 
 def _text(source: Source, struct: Struct, folder: Path) -> shipped.Text:
@@ -230,7 +239,14 @@ def _signature(info: Mapping[str, Any], defaults: Mapping[str, Any]) -> Signatur
             is_warmup = kind == "warm-up" and domain == "NonNegative"
             known = WarmupSteps if is_warmup else _DOMAINS[domain]
             hyperparameters.append(Hyperparameter(name, kind, known, length))
-    return Signature("grad", info["states"], tuple(hyperparameters), dict(defaults), info["name"])
+    return Signature(
+        grad="grad",
+        states=info["states"],
+        hyperparameters=tuple(hyperparameters),
+        defaults=dict(defaults),
+        scalar_states=dict(info["scalar_states"]),
+        name=info["name"],
+    )
 
 
 def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> None:

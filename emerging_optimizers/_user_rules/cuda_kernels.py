@@ -24,7 +24,8 @@ class Kernel(NamedTuple):
     """One of a rule's kernels.
 
     Attributes:
-        epilogue: What is done with updates: "StoreUpdate" or "ApplyUpdate".
+        epilogue: What is done with updates: "StoreUpdate" or "ApplyUpdate". "Advance": the kernel
+            advances scalar states instead.
         real: The arithmetic type: "float" or "double".
         is_large: Whether the arguments take more than 4096 bytes.
         needs_setup: Whether blocks compute the constants, from numbers on the device.
@@ -37,6 +38,8 @@ class Kernel(NamedTuple):
 
     def symbol(self, rule: str) -> str:
         """Return the name of a rule's kernel in the machine code, which profilers show."""
+        if self == ADVANCE:
+            return f"emopt_{rule}_Advance"
         size = "large" if self.is_large else "small"
         setup = "_setup" if self.needs_setup else ""
         return f"emopt_{rule}_{self.epilogue}_{self.real}_{size}{setup}"
@@ -51,6 +54,10 @@ KERNELS = [
         (False, True),
     )
 ]
+
+
+# Only of rules with scalar states.
+ADVANCE = Kernel("Advance", "float", is_large=False, needs_setup=False)
 
 
 def compile_kernel(text: Path, options: Sequence[str], csrc: Path) -> nvrtc.Compiled:
@@ -148,6 +155,15 @@ class _Cubin(RuleProduct):
 
 def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
     """Return the compiler's options, except for the headers' folders."""
+    if kernel == ADVANCE:
+        chosen = ["-DEMOPT_ADVANCE"]
+    else:
+        chosen = [
+            f"-DEMOPT_EPILOGUE={kernel.epilogue}",
+            f"-DEMOPT_REAL={kernel.real}",
+            f"-DEMOPT_LAUNCH={'kLargeLaunch' if kernel.is_large else 'kSmallLaunch'}",
+            f"-DEMOPT_NEEDS_SETUP={int(kernel.needs_setup)}",
+        ]
     return [
         f"--gpu-architecture=sm_{architecture}",
         "--std=c++17",
@@ -156,10 +172,7 @@ def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
         # Those of nvcc that determine bits.
         *(flag for flag in _build.NVCC_ARGS if flag.startswith(("--fmad", "--ftz", "--prec"))),
         f"-DEMOPT_KERNEL={kernel.symbol(rule)}",
-        f"-DEMOPT_EPILOGUE={kernel.epilogue}",
-        f"-DEMOPT_REAL={kernel.real}",
-        f"-DEMOPT_LAUNCH={'kLargeLaunch' if kernel.is_large else 'kSmallLaunch'}",
-        f"-DEMOPT_NEEDS_SETUP={int(kernel.needs_setup)}",
+        *chosen,
     ]
 
 

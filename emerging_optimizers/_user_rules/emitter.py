@@ -1,10 +1,11 @@
 """Writes a traced rule as C++: a struct like those of the package's rules (csrc/rules/rule.h)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from .._hyperparameters import Beta, Hyperparameter, NonNegative
-from .expressions import Code, bare, count_uses
+from .expressions import Code, bare, count_uses, literal
 from .graph import Case, Node, RuleError
 from .tracer import MAX_CASES, Trace
 
@@ -15,6 +16,7 @@ _TAKEN = frozenset(
         r"\w+",
         """
         k which keeps_weight rule step Real Step kCase kName kStates kLowestStep kNumCases compute
+        scalars advance ScalarState kScalarStates
         hyperparameters hyperparameter optional_hyperparameter emopt alignas alignof asm auto bitand
         bitor bool case catch char compl concept const consteval constexpr constinit const_cast
         co_await co_return co_yield decltype default delete do double dynamic_cast enum explicit
@@ -28,6 +30,9 @@ _TAKEN = frozenset(
     )
 )
 _MAX_CONSTANTS = 60
+
+# Returns the last statements of a case; those that compute values are added to the code.
+_Finish: TypeAlias = Callable[[int, Code], list[str]]
 
 
 def struct_name(rule: str) -> str:
@@ -59,6 +64,9 @@ class Emitter:
                 *(h.name for h in self.signature.hyperparameters),
             ],
         )
+        # The members of the struct that hold them.
+        scalars = self.signature.scalar_states
+        self.names.update({name: f"scalars[{i}]" for i, name in enumerate(scalars)})
         self.programs: dict[str, int] = {}
         self.choices = [self._compile(case) for case in trace.cases]
         self._check_limits()
@@ -109,11 +117,17 @@ class Emitter:
         if signature.states:
             quoted = ", ".join(f'"{state}"' for state in signature.states)
             lines.append(f"  static constexpr const char* kStates[] = {{{quoted}}};")
+        if signature.scalar_states:
+            listed = ", ".join(
+                f'{{"{name}", {literal(first)}}}' for name, first in signature.scalar_states.items()
+            )
+            lines.append(f"  static constexpr ScalarState kScalarStates[] = {{{listed}}};")
         if signature.counts_from_1:
             lines.append("  static constexpr int kLowestStep = 1;")
         lines += [
             f"  static constexpr int kNumCases = {len(self.programs)};",
             *(["", *map(self._member, real)] if real else []),
+            *(["", *self._advance(struct)] if signature.scalar_states else []),
             "",
             "  static constexpr auto hyperparameters() {",
             "    return std::make_tuple("
@@ -134,7 +148,7 @@ class Emitter:
             "",
             f"    EMOPT_FN Step([[maybe_unused]] const {struct}& rule,",
             "                  [[maybe_unused]] double step) {",
-            *self._choose(range(len(self.trace.cases)), 0, {}, " " * 6),
+            *self._choose(self._constants, self.uses, " " * 6),
             "    }",
             "",
             "    template <int kCase>",
@@ -172,37 +186,50 @@ class Emitter:
         domain = "" if h.kind == "flag" else f", Domain::{DOMAINS[h.domain]}"
         return f'{function}("{h.name}", &{struct}::{self.names[h.name]}{domain})'
 
-    # ---- the constructor of `Step` ---------------------------------------------------------------
+    # ---- once per step ---------------------------------------------------------------------------
 
     def _choose(
-        self, chosen: Sequence[int], depth: int, known: Mapping[Node, str], indent: str
+        self, finish: _Finish, uses: Mapping[Node, int], indent: str
     ) -> list[str]:
-        """Return the statements that choose one of the trace's cases and compute its constants."""
-        cases = [self.trace.cases[i] for i in chosen]
-        if len(cases) == 1 and depth == len(cases[0].outcomes):
-            return self._constants(chosen[0], known, indent)
-        condition = cases[0].outcomes[depth][0]
-        code = Code(self.names, self.uses, known, indent, is_per_element=False)
-        text = code.of(condition)
-        parts = {
-            outcome: self._choose(
-                [i for i in chosen if self.trace.cases[i].outcomes[depth][1] is outcome],
-                depth + 1,
-                code.known,
-                indent + "  ",
-            )
-            for outcome in (True, False)
-        }
-        if parts[True] == parts[False]:
-            return [*code.lines, *(line.removeprefix("  ") for line in parts[True])]
-        head = f"{indent}if ({bare(text)}) {{"
-        middle, end = f"{indent}}} else {{", f"{indent}}}"
-        return [*code.lines, head, *parts[True], middle, *parts[False], end]
+        """Return the statements that choose one of the trace's cases.
 
-    def _constants(self, i: int, known: Mapping[Node, str], indent: str) -> list[str]:
+        Args:
+            finish: Returns the statements of a case, by its index.
+            uses: How often each value is used.
+            indent: The statements' indentation.
+        """
+
+        def choose(
+            chosen: Sequence[int], depth: int, known: Mapping[Node, str], indent: str
+        ) -> list[str]:
+            cases = [self.trace.cases[i] for i in chosen]
+            condition = None if depth == len(cases[0].outcomes) else cases[0].outcomes[depth][0]
+            code = Code(self.names, uses, known, indent, is_per_element=False)
+            if condition is None:
+                last = finish(chosen[0], code)
+                return [*code.lines, *last]
+            text = code.of(condition)
+            parts = {
+                outcome: choose(
+                    [i for i in chosen if self.trace.cases[i].outcomes[depth][1] is outcome],
+                    depth + 1,
+                    code.known,
+                    indent + "  ",
+                )
+                for outcome in (True, False)
+            }
+            if parts[True] == parts[False]:
+                return [*code.lines, *(line.removeprefix("  ") for line in parts[True])]
+            head = f"{indent}if ({bare(text)}) {{"
+            middle, end = f"{indent}}} else {{", f"{indent}}}"
+            return [*code.lines, head, *parts[True], middle, *parts[False], end]
+
+        return choose(range(len(self.trace.cases)), 0, {}, indent)
+
+    def _constants(self, i: int, code: Code) -> list[str]:
         which, constants = self.choices[i]
-        code = Code(self.names, self.uses, known, indent, is_per_element=False)
         values = [code.of(node) for node in constants]
+        indent = code.indent
         lines = [
             f"{indent}k[{n}] = static_cast<Real>({bare(value)});" for n, value in enumerate(values)
         ]
@@ -210,7 +237,26 @@ class Emitter:
             lines.append(f"{indent}which = {which};")
         if self.trace.cases[i].update is None:
             lines.append(f"{indent}keeps_weight = true;")
-        return [*code.lines, *lines]
+        return lines
+
+    def _advance(self, struct: str) -> list[str]:
+        cases = self.trace.cases
+        conditions = [condition for case in cases for condition, _ in case.outcomes]
+        scalars = [node for case in cases for node in case.scalars]
+        uses = count_uses({*conditions, *scalars}, is_per_element=False)
+
+        def finish(i: int, code: Code) -> list[str]:
+            values = [code.of(node) for node in cases[i].scalars]
+            return [f"{code.indent}scalars[{n}] = {bare(v)};" for n, v in enumerate(values)]
+
+        return [
+            f"  double scalars[{len(self.signature.scalar_states)}];",
+            "",
+            "  EMOPT_FN void advance([[maybe_unused]] double step) {",
+            f"    const {struct} rule = *this;",
+            *self._choose(finish, uses, " " * 4),
+            "  }",
+        ]
 
     # ---- the cases -------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Code:
         """Return a per-step value as the elements see it."""
         value = node.constant()
         if value is not None and math.isfinite(value):
-            return f"Real({_literal(value)})"
+            return f"Real({literal(value)})"
         if node not in self.constants:
             self.constants.append(node)
         text = f"k[{self.constants.index(node)}]"
@@ -124,11 +124,13 @@ class Code:
     def _leaf(self, node: Node) -> str:
         value = node.constant()
         if value is not None:
-            return _literal(value)
+            return literal(value)
         if node.op == "step":
             return "step"
         if node.op == "input":
             return self.names[str(node.leaf)]
+        if node.op == "scalar state":
+            return f"rule.{self.names[str(node.leaf)]}"
         if node.op == "is None":
             name = f"rule.{self.names[str(node.leaf)]}"
             return f"({name} != {name})"  # NaN stands for None
@@ -216,7 +218,8 @@ def bare(text: str) -> str:
     return text[1:-1]
 
 
-def _literal(value: float) -> str:
+def literal(value: float) -> str:
+    """Return a number in C++."""
     if math.isnan(value):
         return "NAN"
     if math.isinf(value):

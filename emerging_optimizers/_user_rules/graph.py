@@ -61,9 +61,10 @@ class Node:
     Attributes:
         kind: What the value is, and when it is computed.
         op: The operation. Those without operands are "constant", "step", "hyperparameter", "is
-            None" and "input"; `leaf` says which.
+            None", "scalar state" and "input"; `leaf` says which.
         operands: The operands.
-        leaf: The constant, the hyperparameter (and the index in it), or the name of the tensor.
+        leaf: The constant, the hyperparameter (and the index in it), or the name of the scalar
+            state or of the tensor.
     """
 
     __slots__ = ("kind", "leaf", "op", "operands")
@@ -149,14 +150,17 @@ class Case(NamedTuple):
         outcomes: The conditions, in the order in which the rule asks for them, and their outcomes.
         update: The update; None if the step leaves the weight alone.
         states: The new values of the states.
+        scalars: The new values of the scalar states.
     """
 
     outcomes: tuple[tuple[Node, bool], ...]
     update: Node | None
     states: tuple[Node, ...]
+    scalars: tuple[Node, ...]
 
     @property
     def results(self) -> tuple[Node, ...]:
+        """What is computed for each element."""
         return self.states if self.update is None else (self.update, *self.states)
 
 

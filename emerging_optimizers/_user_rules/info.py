@@ -20,6 +20,7 @@ class Info(NamedTuple):
     Attributes:
         name: Its name.
         states: Its states.
+        scalar_states: Its scalar states, which take no memory traffic, and their first values.
         hyperparameters: Its hyperparameters and their defaults; those without one are missing.
         reads: The tensors that a call reads.
         writes: The tensors that a call writes.
@@ -33,6 +34,7 @@ class Info(NamedTuple):
 
     name: str
     states: tuple[str, ...]
+    scalar_states: dict[str, float]
     hyperparameters: dict[str, Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -61,6 +63,7 @@ def describe(trace: Trace) -> Info:
     return Info(
         name=signature.name,
         states=signature.states,
+        scalar_states=dict(signature.scalar_states),
         hyperparameters=dict(signature.defaults),
         reads=reads,
         writes=writes,

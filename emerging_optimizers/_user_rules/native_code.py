@@ -74,7 +74,9 @@ class NativeCode:
         self.handle: Any
         self.eager: Callable[..., Any]
         self.handle, self.eager = native._interpret_rule(USER_NAMESPACE, self.stem, *program)
-        self.kernels = RuntimeKernels(program.name, source, self.handle)
+        self.kernels = RuntimeKernels(
+            program.name, source, self.handle, has_scalars=bool(program.scalar_states)
+        )
         self.is_compiled = False
         self.why_not: str | None = None
         self._is_started = False

@@ -11,7 +11,7 @@ import torch
 from .. import _build_cache, _native
 from .._build_cache import BuildError
 from . import background, cuda_kernels, nvrtc
-from .cuda_kernels import KERNELS, Kernel
+from .cuda_kernels import ADVANCE, KERNELS, Kernel
 
 
 def are_possible() -> bool:
@@ -26,15 +26,17 @@ class RuntimeKernels:
         rule: The rule's name.
         source: Its C++ text.
         handle: The compiled module's handle of the rule.
+        has_scalars: Whether it has scalar states.
 
     Attributes:
         why_not: Why some of them cannot be built; None as far as that is not known.
     """
 
-    def __init__(self, rule: str, source: str, handle: Any) -> None:
+    def __init__(self, rule: str, source: str, handle: Any, has_scalars: bool) -> None:
         self._rule = rule
         self._source = source
         self._handle = handle
+        self._has_scalars = has_scalars
         self.why_not: str | None = None
         self._lock = threading.Lock()
         self._asked: set[tuple[int, Kernel]] = set()
@@ -101,7 +103,8 @@ class RuntimeKernels:
                 f"the rule {self._rule} cannot be compiled: there is no device cuda:{index}"
                 f" (torch.cuda.device_count() is {count}); name another one"
             )
-        self._build_now((index, kernel) for kernel in KERNELS)
+        kernels = [*KERNELS, ADVANCE] if self._has_scalars else KERNELS
+        self._build_now((index, kernel) for kernel in kernels)
 
     def _take_missing(self) -> list[tuple[int, Kernel]]:
         """Return the kernels that were missing since the last call."""
@@ -113,7 +116,7 @@ class RuntimeKernels:
             small = Kernel(*names)
             # The large one is for calls with many tensors, which it makes faster.
             for kernel in (small, small._replace(is_large=True)):
-                if kernel in KERNELS:
+                if kernel in KERNELS or kernel == ADVANCE:
                     found.append((device, kernel))
         return found
 

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple
 import torch
 
 from .._groups import SHAPE_SCALING
-from .._hyperparameters import Beta, Hyperparameter, NonNegative, check_domain
+from .._hyperparameters import (
+    Beta,
+    Hyperparameter,
+    NonNegative,
+    ScalarState,
+    check_domain,
+    read_number,
+)
 from .graph import RuleError
 
 MAX_STATES = 5
+MAX_SCALAR_STATES = 4
 # A rule's struct has 256 bytes.
 _MAX_NUMBERS = 32
 # What the operator, the update function or an optimizer's state call something else.
@@ -41,6 +49,7 @@ class Signature(NamedTuple):
         states: The states' names.
         hyperparameters: The hyperparameters and, where it is named, the step, in their order.
         defaults: The defaults of those that have one.
+        scalar_states: The scalar states' names and first values.
         name: The rule's name.
     """
 
@@ -48,6 +57,7 @@ class Signature(NamedTuple):
     states: tuple[str, ...]
     hyperparameters: tuple[Hyperparameter, ...]
     defaults: dict[str, Any]
+    scalar_states: dict[str, float]
     name: str
 
     @property
@@ -80,7 +90,7 @@ def read_signature(function: Callable[..., Any]) -> Signature:
         check_name(p.name, "an argument")
         _check_is_free(p.name)
     for p in tensors:
-        if p.default is not p.empty or p.name == "step":
+        if p.default is not p.empty or p.name == "step" or _is_scalar_state(function, p):
             raise RuleError(
                 f"{p.name} is positional, so it is a tensor: write `*` before the hyperparameters"
                 " and the step"
@@ -91,11 +101,18 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     if len(states) > MAX_STATES:
         raise RuleError(f"{len(states)} states; at most {MAX_STATES} are supported: split the rule")
     keywords = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    scalar_states = {p.name: _first_of(p) for p in keywords if _is_scalar_state(function, p)}
+    if len(scalar_states) > MAX_SCALAR_STATES:
+        raise RuleError(
+            f"{len(scalar_states)} scalar states; at most {MAX_SCALAR_STATES} are supported: split"
+            " the rule"
+        )
+    keywords = [p for p in keywords if p.name not in scalar_states]
     hyperparameters = tuple(_read(function, p) for p in keywords)
-    if sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
+    if len(scalar_states) + sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
         raise RuleError(f"the hyperparameters have more than {_MAX_NUMBERS} numbers in total")
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-    signature = Signature(tensors[0].name, states, hyperparameters, defaults, name)
+    signature = Signature(tensors[0].name, states, hyperparameters, defaults, scalar_states, name)
     _check_lists(signature)
     return signature
 
@@ -103,7 +120,7 @@ def read_signature(function: Callable[..., Any]) -> Signature:
 def check_names(signature: Signature) -> None:
     """Raise for a signature that is not a function's, if a name in it cannot be used."""
     check_name(signature.name, "the rule")
-    names = [signature.grad, *signature.states]
+    names = [signature.grad, *signature.states, *signature.scalar_states]
     names += [h.name for h in signature.hyperparameters if h.kind != "step"]
     for name in names:
         check_name(name, "an argument")
@@ -131,7 +148,7 @@ def _check_is_no_type(name: str) -> None:
 
 def _check_lists(signature: Signature) -> None:
     names = [f"{state}_list" for state in signature.states]
-    names += [h.name for h in signature.hyperparameters]
+    names += [*signature.scalar_states, *(h.name for h in signature.hyperparameters)]
     for twice in {n for n in names if names.count(n) > 1}:
         raise RuleError(
             f"the hyperparameter {twice} has the name of an operator's argument: rename it"
@@ -168,6 +185,30 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
                 " anything else a variable outside of the rule"
             ) from error
     return hyperparameter
+
+
+def _is_scalar_state(function: Callable[..., Any], parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if isinstance(annotation, str) and "ScalarState" in annotation:
+        annotation = _resolve(function, parameter)
+    return annotation is ScalarState
+
+
+def _first_of(parameter: inspect.Parameter) -> float:
+    """Return the first value of a scalar state."""
+    name, first = parameter.name, parameter.default
+    if name == "step":
+        raise RuleError("step is the step number: name the scalar state differently")
+    _check_is_no_type(name)
+    if first is parameter.empty or isinstance(first, bool):
+        raise RuleError(
+            f"{name} is a scalar state: give it a default, the number that a new optimizer starts"
+            f" with, as in {name}: eo.ScalarState = 1.0"
+        )
+    try:
+        return read_number(name, first)
+    except TypeError as error:
+        raise RuleError(f"{error}: the default of a scalar state is its first value") from error
 
 
 def check_default(hyperparameter: Hyperparameter, default: Any) -> None:
@@ -245,13 +286,17 @@ def _from_annotation(name: str, annotation: Any, default: Any) -> Hyperparameter
 
 
 def make_function(signature: Signature, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with a rule's signature and ``out`` that passes all on by position."""
+    """Return a function with a rule's signature and ``out`` that passes all on by position.
+
+    Scalar states come after the other arguments. They are tensors, and have no defaults.
+    """
     names = [h.name for h in signature.hyperparameters]
     defaults = {f"_default_{name}": value for name, value in signature.defaults.items()}
     keywords = [f"{n}=_default_{n}" if n in signature.defaults else n for n in names]
     tensors = [signature.grad, *signature.states]
-    arguments = ", ".join([*tensors, "*", *keywords, "out=None"])
-    passed = ", ".join([*tensors, *names, "out"])
+    scalars = signature.scalar_states
+    arguments = ", ".join([*tensors, "*", *keywords, *scalars, "out=None"])
+    passed = ", ".join([*tensors, *names, *scalars, "out"])
     text = f"def {signature.name}({arguments}):\n    return _call({passed})\n"
     namespace: dict[str, Any] = {"_call": call, **defaults}
     exec(compile(text, f"<rule {signature.name}>", "exec"), namespace)

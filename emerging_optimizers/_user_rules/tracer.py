@@ -16,7 +16,7 @@ from . import operations, shadows  # noqa: F401  (operations fills its table)
 from .graph import COMPARISONS, Case, Graph, Node, RuleError, inputs_of, no_error_is_lost
 from .lifting import Lifting
 from .origins import is_users, only_copies
-from .proxies import Element, Number, Proxy, as_element
+from .proxies import Element, Number, Proxy, as_element, as_number, node_of
 from .signature import Signature, read_signature
 
 MAX_RUNS = 256
@@ -148,10 +148,11 @@ class _Tracer:
         operands = [self._input(run, name) for name in (signature.grad, *signature.states)]
         before = operands[0].node
         values = {h.name: self._proxy(run, h) for h in signature.hyperparameters}
+        values.update({name: Number(run, self._scalar(name)) for name in signature.scalar_states})
         only = only_copies(self.lifting.builtins)
         with no_error_is_lost(), _no_random_numbers(), self._no_raise(), only:
             result = self.function(*operands, **values)
-        update, states = self._split(result, operands[1:])
+        update, states, scalars = self._split(result, operands[1:])
         results = [value for value in (update, *states) if isinstance(value, Element)]
         own = {id(operand) for operand in operands}
         moved = (s for s, own_state in zip(states, operands[1:], strict=True) if s is not own_state)
@@ -162,6 +163,7 @@ class _Tracer:
             outcomes=tuple(run.outcomes),
             update=None if update is None else as_element(run, update),
             states=tuple(as_element(run, state) for state in states),
+            scalars=tuple(as_number(run, node_of(run, scalar)) for scalar in scalars),
         )
 
     @contextlib.contextmanager
@@ -184,6 +186,9 @@ class _Tracer:
         node = self.graph.node("element", "input", leaf=name)
         return Element(run, node, shadows.of_argument())
 
+    def _scalar(self, name: str) -> Node:
+        return self.graph.node("number", "scalar state", leaf=name)
+
     def _proxy(self, run: _Run, h: Hyperparameter) -> Any:
         """Return what stands for a hyperparameter; None for one that is None in this run."""
         if h.kind == "step":
@@ -199,33 +204,46 @@ class _Tracer:
             return run.decide(self.graph.node("flag", "hyperparameter", leaf=(h.name, None)))
         return Number(run, self.graph.node("number", "hyperparameter", leaf=(h.name, None)))
 
-    def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any]]:
-        """Return the update and the states' values from what the function returned."""
-        names = self.signature.states
+    def _split(self, result: Any, states: list[Element]) -> tuple[Any, list[Any], list[Any]]:
+        """Return the update, the states' and the scalar states' values from a result."""
+        names, scalar_names = self.signature.states, tuple(self.signature.scalar_states)
         if not isinstance(result, tuple):
             if result is not None and not _is_value(result):
                 raise RuleError(
                     f"the rule returns a {type(result).__name__}; expected the update, or a tuple"
                     " of the update and the states"
                 )
-            return result, list(states)
-        update, *new = result if result else (None,)
-        if not result or len(new) != len(names):
+            if not scalar_names:
+                return result, list(states), []
+            result = (result,)
+        update, *new = result or (None,)
+        num_scalars = len(scalar_names)
+        if scalar_names and len(new) == num_scalars:
+            new = [*states, *new]  # modified in place
+        if not result or len(new) != len(names) + num_scalars:
+            expected = ", ".join((*names, *scalar_names)) or "none"
+            if scalar_names:
+                expected += f"; or {num_scalars}, if states are modified in place"
             raise RuleError(
                 f"the rule returns the update and {len(new)} states; expected"
-                f" {len(names)}: {', '.join(names) or 'none'}"
+                f" {len(names) + num_scalars}: {expected}"
             )
-        for name, value in zip(names, new, strict=True):
+        for name, value in zip((*names, *scalar_names), new, strict=True):
             if not _is_value(value):
                 raise RuleError(
                     f"the rule returns {value!r} for the state {name}; expected a tensor or a"
                     " number"
                 )
+            if name in scalar_names and isinstance(value, Element):
+                raise RuleError(
+                    f"the rule returns a tensor for the scalar state {name}, which is one number:"
+                    " compute it from hyperparameters, the step and scalar states"
+                )
         if update is not None and not _is_value(update):
             raise RuleError(
                 f"the rule returns {update!r} for the update; expected a tensor, a number or None"
             )
-        return update, new
+        return update, new[: len(names)], new[len(names) :]
 
     def _check_results(self, cases: list[Case]) -> None:
         if all(case.update is None for case in cases):
@@ -238,6 +256,12 @@ class _Tracer:
                 raise RuleError(
                     f"the state {name} is never updated: return its new value after the update, or"
                     f" modify it in place, as with {name}.mul_(...)"
+                )
+        for i, name in enumerate(self.signature.scalar_states):
+            if all(case.scalars[i] is self._scalar(name) for case in cases):
+                raise RuleError(
+                    f"the scalar state {name} is never updated: return its new value after the"
+                    " states"
                 )
         if not any(inputs_of(case.results) for case in cases):
             raise RuleError("the rule uses neither the gradient nor a state")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
+from .._values import read
 from . import runtime_kernels
 from .assembler import assemble
 from .emitter import Emitter
@@ -67,7 +68,9 @@ class UserRule(Rule):
         # Whether there is native code, which nothing has begun to compile for the CPU.
         self._is_only_on_gpus = False
         signature = trace.signature
-        self._describe(signature.name, signature.states, signature.hyperparameters)
+        self._describe(
+            signature.name, signature.states, signature.hyperparameters, signature.scalar_states
+        )
         self.title = self.name
         self._lowest_step = 1 if signature.counts_from_1 else 0
         functools.update_wrapper(self, function, updated=())
@@ -246,7 +249,7 @@ class UserRule(Rule):
         updates, *lists = arguments[:num_lists]
         values = [
             step_tensor if name == "step" and step_tensor is not None else value
-            for name, value in zip(self.hyperparameter_names, arguments[num_lists:], strict=True)
+            for name, value in zip(self.argument_names, arguments[num_lists:], strict=True)
         ]
         call = (*lists, *values, updates)
         module: Any = _native.native
@@ -277,8 +280,14 @@ class UserRule(Rule):
         if self._trace.modifies_grad and own_grad is grad:
             own_grad = grad.clone()
         widened = [state.to(real) for state in states]
-        result = self.formula(own_grad, *widened, **values)
+        tensors = {name: values[name] for name in self.scalar_states}
+        scalars = {name: read(tensors[name], self.scalar_states[name]) for name in tensors}
+        result = self.formula(own_grad, *widened, **(values | scalars))
         update, *new = result if isinstance(result, tuple) else (result, *widened)
+        num_states = len(new) - len(tensors)
+        for tensor, number in zip(tensors.values(), new[num_states:], strict=True):
+            tensor.fill_(float(number))
+        new = new[:num_states]
         if self._trace.shares:
             # A result may be one of the tensors that are about to be written.
             update, *new = (v.clone() if isinstance(v, Tensor) else v for v in (update, *new))

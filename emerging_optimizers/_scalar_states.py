@@ -1,0 +1,92 @@
+"""Scalar states: numbers that an optimizer carries from step to step, one for each parameter.
+
+They are 0-dim float32 tensors beside a parameter's step counter, and lie on its device. A rule that
+a user wrote may have some.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import Operand
+from ._dtensor import is_dtensor
+from ._overlap import find_sharing, memory_of
+
+# ---- of calls ------------------------------------------------------------------------------------
+
+
+def check_argument(name: str, value: Any) -> Tensor:
+    """Return a scalar state that was passed to a call; raise for anything else."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a 0-dim tensor of dtype float32, not {type(value).__name__}"
+        )
+    if is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor; expected a plain tensor, the same on all processes")
+    if value.dim() != 0 or value.dtype != torch.float32 or value.layout != torch.strided:
+        raise TypeError(
+            f"{name} is a tensor of dtype {str(value.dtype).removeprefix('torch.')} with"
+            f" {value.dim()} dimensions; expected a 0-dim tensor of dtype float32"
+        )
+    return value
+
+
+def check_arguments(
+    scalars: Mapping[str, Tensor], operands: Sequence[Operand], step: Tensor | None
+) -> None:
+    """Raise for scalar states of a call that are on other devices, or share memory."""
+    grads = operands[0]
+    names = list(scalars)
+    for name, tensor in scalars.items():
+        check_argument(name, tensor)
+        for position, grad in enumerate(grads.tensors):
+            if tensor.device != grad.device and not tensor.is_cpu:
+                raise ValueError(
+                    f"{name} is on {tensor.device} but {grads.at(position)} is on {grad.device}"
+                )
+        first = scalars[names[0]]
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {names[0]} is on {first.device}"
+            )
+        if step is not None and tensor.is_cpu and not step.is_cpu:
+            raise ValueError(
+                f"{name} is on {tensor.device} but step is on {step.device}; move it there, since"
+                " its new value may depend on the step"
+            )
+    if scalars and not torch.compiler.is_compiling():
+        others = (tensor for operand in operands for tensor in operand.tensors)
+        _check_memory(scalars, others)
+
+
+def _check_memory(scalars: Mapping[str, Tensor], others: Iterable[Tensor]) -> None:
+    tensors = [*scalars.values(), *others]
+    found = [memory_of(tensor) for tensor in tensors]
+    used = [(memory, i < len(scalars)) for i, memory in enumerate(found) if memory is not None]
+    names = [name for name, memory in zip(scalars, found, strict=False) if memory is not None]
+    for i, _, _ in find_sharing(used):
+        if i < len(names):
+            raise ValueError(
+                f"{names[i]} shares memory with another tensor of the call, and is modified in"
+                " place; give it separate memory (.clone())"
+            )
+
+
+# ---- of optimizers -------------------------------------------------------------------------------
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise for anything but one real number, a number or a tensor."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"state {name!r} has {value.numel()} elements; expected 1")
+        is_real = value.is_floating_point() and value.layout == torch.strided
+        if not is_real or is_dtensor(value):
+            raise TypeError(
+                f"state {name!r} must be one number, not a {type(value).__name__} of dtype"
+                f" {value.dtype} and layout {value.layout}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"state {name!r} must be a number, not {type(value).__name__}")
