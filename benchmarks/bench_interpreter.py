@@ -80,6 +80,7 @@ class Operands:
         self.states = [random() for _ in rule.states]
         self.updates = [torch.zeros(size) for size in shape.sizes]
         self.values = {"step": STEP} if rule.signature.has_step else {}
+        self.values |= {name: torch.tensor(v) for name, v in rule.scalar_states.items()}
 
     def call_of(self, rule: UserRule) -> Callable[[], object]:
         """Return a call of a rule."""

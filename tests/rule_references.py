@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,36 @@ def grams(
     return np.sign(g) * np.abs(u), (m, v)
 
 
+def nadam(
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum_decay: float = 4e-3,
+    step: int,
+    mu_product: float,
+) -> Result:
+    mu, next_mu = (betas[0] * (1 - 0.96 ** (t * momentum_decay) / 2) for t in (step, step + 1))
+    m = _average(betas[0], m, g)
+    v = _average(betas[1], v, g**2)
+    product = mu_product * mu
+    m_hat = next_mu * m / (1 - product * next_mu) + (1 - mu) * g / (1 - product)
+    return m_hat / (np.sqrt(v / one_minus_power(betas[1], step)) + eps), (m, v)
+
+
+def _next_mu_product(
+    mu_product: float,
+    *,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum_decay: float = 4e-3,
+    step: int,
+) -> float:
+    return mu_product * betas[0] * (1 - 0.96 ** (step * momentum_decay) / 2)
+
+
 def nesterov_sgd(g: Array, b: Array, *, momentum: float = 0.9, nesterov: bool = True) -> Result:
     b = momentum * b + g
     return g + momentum * b if nesterov else b.copy(), (b,)
@@ -256,6 +287,8 @@ class GalleryRule:
         states: Names of the states, in order.
         cases: Hyperparameters that differ from the defaults. The first case is the defaults.
         tolerance: The relative error in float64, larger where a number of the step cancels.
+        scalar_states: By name, a scalar state's first value, and what it becomes in a step:
+            ``next(value, **case)``. The reference takes its value before the step.
     """
 
     name: str
@@ -264,6 +297,7 @@ class GalleryRule:
     states: tuple[str, ...]
     cases: Mapping[str, dict[str, Any]]
     tolerance: float
+    scalar_states: Mapping[str, tuple[float, Callable[..., float]]]
 
     @property
     def module(self) -> Any:
@@ -285,6 +319,18 @@ class GalleryRule:
         has_step = "step" in inspect.signature(self.reference).parameters
         return self.cases[case] | ({"step": step} if has_step else {})
 
+    def first_scalars(self) -> dict[str, float]:
+        return {name: first for name, (first, _) in self.scalar_states.items()}
+
+    def next_scalars(
+        self, scalars: Mapping[str, float], arguments: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """The scalar states after a step, in float32."""
+        return {
+            name: float(np.float32(advance(scalars[name], **arguments)))
+            for name, (_, advance) in self.scalar_states.items()
+        }
+
     def __str__(self) -> str:
         return self.name
 
@@ -294,12 +340,12 @@ def _row(
     cls: str,
     states: str,
     tolerance: float = 1e-12,
+    scalar_states: Mapping[str, tuple[float, Callable[..., float]]] = MappingProxyType({}),
     **cases: dict[str, Any],
 ) -> GalleryRule:
-    name = reference.__name__
-    return GalleryRule(
-        name, cls, reference, tuple(states.split()), {"defaults": {}} | cases, tolerance
-    )
+    name, names = reference.__name__, tuple(states.split())
+    cases = {"defaults": {}} | cases
+    return GalleryRule(name, cls, reference, names, cases, tolerance, scalar_states)
 
 
 _OTHER = {"betas": (0.8, 0.95), "eps": 1e-3}
@@ -335,6 +381,16 @@ _TABLE = [
     _row(adopt, "Adopt", "exp_avg exp_avg_sq", other=_OTHER | {"eps": 0.5}),
     _row(cautious_adam, "CautiousAdam", "exp_avg exp_avg_sq", other=_OTHER),
     _row(grams, "Grams", "exp_avg exp_avg_sq", other=_OTHER),
+    _row(
+        nadam,
+        "NAdam",
+        "exp_avg exp_avg_sq",
+        scalar_states={"mu_product": (1.0, _next_mu_product)},
+        other=_OTHER,
+        # The momentum changes a lot in a few steps, and from step 1 on.
+        fast={"momentum_decay": 10.0},
+        constant={"momentum_decay": 0.0, "betas": (0.5, 0.9)},
+    ),
     _row(
         nesterov_sgd,
         "NesterovSGD",

@@ -36,6 +36,10 @@ def arguments(rule: Any, values: dict[str, Any], step: int) -> dict[str, Any]:
     return values | ({"step": step} if rule.signature.has_step else {})
 
 
+def make_scalars(rule: Any) -> dict[str, Tensor]:
+    return {name: torch.tensor(first) for name, first in rule.scalar_states.items()}
+
+
 # ---- calls ---------------------------------------------------------------------------------------
 
 DTYPES = [
@@ -56,12 +60,14 @@ def test_calls(
     lists = [
         [[torch.zeros(n, dtype=state_dtype) for n in SIZES] for _ in rule.states] for _ in rules
     ]
+    scalars = [make_scalars(rule) for _ in rules]
     for step in STEPS:
         grads = [gradients(step + i, n, grad_dtype) for i, n in enumerate(SIZES)]
         wanted, got = (
-            each(grads, *states, **arguments(rule, values, step))
-            for each, states in zip(rules, lists, strict=True)
+            each(grads, *states, **arguments(rule, values, step), **own)
+            for each, states, own in zip(rules, lists, scalars, strict=True)
         )
+        assert scalars[0] == scalars[1]
         for name, one, other in zip(
             ("update", *rule.states), (wanted, *lists[0]), (got, *lists[1]), strict=True
         ):
@@ -75,7 +81,7 @@ def test_an_update_in_the_gradients_place(rule: Any, values: dict[str, Any]) -> 
     grads = [gradients(1, 600, torch.float32) for _ in range(2)]
     states = [[torch.ones(600) for _ in rule.states] for _ in range(2)]
     for each, grad, own in zip((compiled(rule), interpreted(rule)), grads, states, strict=True):
-        each(grad, *own, **arguments(rule, values, 2), out=grad)
+        each(grad, *own, **arguments(rule, values, 2), **make_scalars(rule), out=grad)
     for i, (one, other) in enumerate(zip(states[0], states[1], strict=True)):
         assert_equal_bits(other, one, rule.states[i])
     assert_equal_bits(grads[1], grads[0], "update")
@@ -142,9 +148,10 @@ for name, (rule, values) in tests.SETTINGS.items():
         grads = [tests.gradients(i, n, dtype) for i, n in enumerate((*tests.SIZES, 70_001))]
         states = [[torch.zeros_like(g) for g in grads] for _ in rule.states]
         params = [torch.nn.Parameter(g.clone()) for g in grads]
+        scalars = tests.make_scalars(rule)
         optimizer = tests.make_optimizer(rule, params, values)
         for step in (1, 2, 6):
-            updates = rule(grads, *states, **tests.arguments(rule, values, step))
+            updates = rule(grads, *states, **tests.arguments(rule, values, step), **scalars)
             for param, grad in zip(params, grads):
                 param.grad = grad
             optimizer.step()

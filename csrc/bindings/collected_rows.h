@@ -34,8 +34,9 @@ class CollectedRows {
   static constexpr size_t kWeight = kOperands - 1;
   using RowOf = Row<static_cast<int>(kOperands)>;
 
-  explicit CollectedRows(size_t num_params) : num_params_(num_params) {
-    tensors_.emplace_back(num_params);
+  // For at most so many parameters, each with so many scalar states.
+  CollectedRows(size_t num_params, size_t num_scalars) : num_params_(num_params) {
+    tensors_.emplace_back(num_params, kOperands + num_scalars);
   }
 
   // ---- collecting -------------------------------------------------------------------------------
@@ -321,8 +322,9 @@ class CollectedRows {
   // The tensors of the rows that one thread has collected.
   struct TouchedTensors {
     TensorList read, modified;
-    explicit TouchedTensors(size_t num_params)
-        : read(num_params), modified(num_params * kOperands) {}
+    // `most_modified` of each parameter.
+    TouchedTensors(size_t num_params, size_t most_modified)
+        : read(num_params), modified(num_params * most_modified) {}
   };
 
   size_t num_params_;
