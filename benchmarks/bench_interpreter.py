@@ -101,6 +101,7 @@ class Operands:
     def after(self, call: Callable[[], object]) -> list[Tensor]:
         """Return the modified tensors after a call; they are then as they were."""
         modified = [*self.updates, *(state for states in self.states for state in states)]
+        modified += [self.values[name] for name in self.rule.scalar_states]
         before = [tensor.clone() for tensor in modified]
         call()
         after = [tensor.clone() for tensor in modified]

@@ -256,14 +256,17 @@ def measure_distance(rule: Any) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(0)
     states = [torch.zeros(_ELEMENTS) for _ in rule.states]
+    scalars = {name: torch.tensor(first) for name, first in rule.scalar_states.items()}
     distances = []
     for step in range(1, _STEPS + 1):
         grad = torch.randn(_ELEMENTS, generator=generator)
         grad *= 10.0 ** torch.randint(-3, 2, (_ELEMENTS,), generator=generator)
         values = {"step": step} if rule.signature.has_step else {}
         before = [state.clone() for state in states]
-        update = rule(grad, *states, **values)
-        wanted = rule.compute_update(grad, before, {**rule.signature.defaults, **values})
+        scalars_before = {name: scalar.clone() for name, scalar in scalars.items()}
+        update = rule(grad, *states, **values, **scalars)
+        values |= rule.signature.defaults | scalars_before
+        wanted = rule.compute_update(grad, before, values)
         if wanted is not None:
             distances.append((_ordered(update) - _ordered(wanted)).abs())
     all_distances = torch.cat(distances).double()

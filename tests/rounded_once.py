@@ -60,6 +60,8 @@ class _Evaluation:
             return node.leaf
         if node.op == "step":
             return float(self.values["step"])
+        if node.op == "scalar state":
+            return float(self.values[str(node.leaf)])
         if node.op == "is None":
             return self.values[str(node.leaf)] is None
         if node.op == "hyperparameter":
@@ -136,6 +138,14 @@ def evaluate(
     trace: Trace, grad: Array, states: Sequence[Array], values: Mapping[str, Any]
 ) -> tuple[Array | None, list[Array]]:
     """Return the update, None where there is none, and the new states."""
+    update, new, _ = evaluate_all(trace, grad, states, values)
+    return update, new
+
+
+def evaluate_all(
+    trace: Trace, grad: Array, states: Sequence[Array], values: Mapping[str, Any]
+) -> tuple[Array | None, list[Array], dict[str, float]]:
+    """Return the scalar states' new values, too, in float32; `values` has those before."""
     signature = trace.signature
     tensors = dict(zip((signature.grad, *signature.states), (grad, *states), strict=True))
     evaluation = _Evaluation(grad.dtype.type, tensors, values)
@@ -148,4 +158,8 @@ def evaluate(
         None if node is None else np.broadcast_to(evaluation.of(node), grad.shape)
         for node in (case.update, *case.states)
     ]
-    return update, [state for state in new if state is not None]
+    scalars = {
+        name: float(np.float32(evaluation.of(node)))
+        for name, node in zip(signature.scalar_states, case.scalars, strict=True)
+    }
+    return update, [state for state in new if state is not None], scalars

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rounded_once import evaluate
+from rounded_once import evaluate_all
 
 import emerging_optimizers as eo
 from emerging_optimizers._native import native
@@ -63,6 +63,26 @@ def bits_all(grad, a, b, *, p=0.3, q: float | None = None, n: int = 3, step):
     return update - (1 - p ** (step + 1)) * torch.reciprocal(a + 1), a, b
 
 
+@eo.rule
+def bits_scalars(
+    grad,
+    exp_avg,
+    *,
+    beta: eo.Beta = 0.9,
+    limit: float = 0.2,
+    product: eo.ScalarState = 1.0,
+    total: eo.ScalarState = -0.5,
+    step,
+):
+    weight = step**0.5 if product > limit else math.cos(total)
+    total = total + weight
+    product = max(product * beta * (1 - 0.5 * 0.9**step), 0.01) if step % 5 else 1.0
+    exp_avg.lerp_(grad, weight / total if total > 1 else 1 - beta)
+    if total < 0.5:
+        return None, exp_avg, product, total
+    return exp_avg / (1 - product / 2) * float(product > limit), exp_avg, product, total
+
+
 SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     (bits_adopt, {"betas": (0.9, 0.9999), "eps": 1e-6}),
     (bits_adopt, {"betas": (0.0, 0.5), "eps": 1e-3}),
@@ -70,6 +90,8 @@ SETTINGS: list[tuple[Any, dict[str, Any]]] = [
     (bits_radam, {"betas": (0.3, 0.99), "eps": 0.0}),
     (bits_all, {"p": 0.3, "q": None, "n": 3}),
     (bits_all, {"p": 0.7, "q": 0.4, "n": 2}),
+    (bits_scalars, {"beta": 0.9, "limit": 0.2}),
+    (bits_scalars, {"beta": 0.3, "limit": 2.0}),
 ]
 IDS = [f"{rule.name}-{i % 2}" for i, (rule, _) in enumerate(SETTINGS)]
 
@@ -94,13 +116,16 @@ def test_each_operation_is_rounded_once(
     numel = 3001
     states = [torch.zeros(numel, dtype=dtype) for _ in rule.states]
     expected = [state.numpy().copy() for state in states]
+    scalars = {name: torch.tensor(first) for name, first in rule.scalar_states.items()}
     for step in range(1, 13):
         grad = gradients(step, numel, dtype)
-        update = rule(grad, *states, **values, step=step)
+        before = {name: scalar.item() for name, scalar in scalars.items()}
+        update = rule(grad, *states, **values, step=step, **scalars)
         with np.errstate(all="ignore"):
-            wanted, expected = evaluate(
-                rule._trace, grad.numpy(), expected, {**values, "step": step}
+            wanted, expected, after = evaluate_all(
+                rule._trace, grad.numpy(), expected, {**values, "step": step, **before}
             )
+        assert {name: scalar.item() for name, scalar in scalars.items()} == after
         if wanted is None:
             wanted = np.zeros(numel, update.numpy().dtype)
         for name, got, want in zip(
@@ -124,8 +149,9 @@ for dtypes in (torch.float32, torch.float64, torch.bfloat16):
     for rule, values in bits.SETTINGS:
         grads = [bits.gradients(i, n, dtypes) for i, n in enumerate((1, 7, 129, 70_001))]
         states = [[torch.zeros(g.shape, dtype=g.dtype) for g in grads] for _ in rule.states]
+        scalars = {{name: torch.tensor(first) for name, first in rule.scalar_states.items()}}
         for step in range(1, 7):
-            updates = rule(grads, *states, **values, step=step)
+            updates = rule(grads, *states, **values, step=step, **scalars)
         for tensor in (t for tensors in (updates, *states) for t in tensors):
             tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
             digest.update(tensor.view(torch.uint8).numpy().tobytes())

@@ -16,7 +16,9 @@ def rule(function: Callable[..., Any]) -> UserRule:
     The function takes tensors of one shape: the gradient, then the states. It returns the update,
     or a tuple of the update and the new states, in their order; it may also modify states in place.
     An update of None leaves the weights alone in that step. Keyword-only parameters are
-    hyperparameters; `step` is the step number, counted from 1.
+    hyperparameters; `step` is the step number, counted from 1. One of the type ``eo.ScalarState``
+    is a number that is carried from step to step: its default is the first value, and its new value
+    is returned after the states.
 
     The function is traced at its definition: each operation must be element-wise, and an ``if`` may
     depend on hyperparameters and on the step. See the guide "Write your own optimizer".

@@ -134,7 +134,7 @@ class UserRule(Rule):
         formula runs.
 
         Args:
-            device: The CPU, or one GPU, for which all twelve kernels are built: ``"cuda:1"``, or
+            device: The CPU, or one GPU, for which all its kernels are built: ``"cuda:1"``, or
                 ``"cuda"`` for the current one. A CUDA graph that captures the rule needs them
                 before.
 
