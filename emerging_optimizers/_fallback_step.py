@@ -11,8 +11,8 @@ from ._dtensor import increment_versions, is_dtensor
 from ._groups import SHAPE_SCALING, read_hyperparameters, scales_by_shape
 from ._hooks import WeightHook, after_update, before_update
 from ._members import Member
-from ._rounding import element_indices, random_bits, round_stochastically, rounding_key
-from ._rule import shape_scale, store
+from ._rounding import element_indices, random_bits, round_stochastically, rounding_key, store
+from ._rule import shape_scale
 from ._sharding import ShardPlace, shard_place
 from ._values import HYPERPARAMETER, read
 from ._weights import HALF, as_local

@@ -1,4 +1,9 @@
-"""Stochastic rounding of parameters, in PyTorch's integer operations."""
+"""Rounding results to where they are stored: to nearest, once; and stochastically.
+
+The latter is in PyTorch's integer operations.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,6 +14,22 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN32 = 0x9E3779B9
 _GOLDEN64 = 0x9E3779B97F4A7C15
+
+
+def store(target: Tensor, values: Tensor) -> None:
+    """Copy, rounding once: PyTorch rounds float64 to float32 and then to a 16-bit dtype."""
+    if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
+        # Round to odd first: then the second rounding alone decides the result.
+        nearest = values.float()
+        back = nearest.double()
+        is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
+        towards = torch.where(back < values, math.inf, -math.inf).float()
+        values = torch.where(is_exact_or_odd, nearest, nearest.nextafter(towards))
+    # `copy_` of fake CUDA tensors needs a PyTorch with CUDA.
+    torch._foreach_copy_([target], [values])
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------
 
 
 def draw_seed() -> int:

@@ -6,7 +6,6 @@ with nothing compiled), the formula is applied tensor by tensor.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -24,6 +23,7 @@ from ._hyperparameters import (
     read_whole_number,
 )
 from ._native import native
+from ._rounding import store
 from ._scalar_states import check_argument, check_arguments
 
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
@@ -109,7 +109,7 @@ class Rule:
         self.scalar_states = dict(scalar_states or {})
         self._declared = list(declared)
         self.hyperparameter_names = [declared.name for declared in self._declared]
-        # Those of the operator that are no lists, but for `step_tensor`.
+        # The operator's arguments after its lists, without `step_tensor`.
         self.argument_names = [*self.hyperparameter_names, *self.scalar_states]
         self.hyperparameters = [declared for declared in self._declared if declared.kind != "step"]
         # The compiled module's handle of the rule, and the function that eager calls enter.
@@ -195,10 +195,7 @@ class Rule:
             _checks.read_operand(name, value, grads)
             for name, value in zip(self.states, arguments[1:num_tensors], strict=True)
         ]
-        end = num_tensors + len(self._declared)
-        values, step_tensor = self._read_hyperparameters(arguments[num_tensors:end])
-        for name, value in zip(self.scalar_states, arguments[end:-1], strict=True):
-            values[name] = check_argument(name, value)
+        values, step_tensor = self._read_numbers(arguments[num_tensors:-1])
         if out is None:
             # Laid out as the first state, or as the gradient where a rule has no states.
             updates = _new_updates(grads, states[0] if states else grads)
@@ -214,12 +211,12 @@ class Rule:
             self._apply(operands, values, step_tensor)
         return out
 
-    def _read_hyperparameters(
-        self, arguments: Sequence[Any]
-    ) -> tuple[dict[str, Any], Tensor | None]:
+    def _read_numbers(self, arguments: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """Return hyperparameters and scalar states by name, and the step if it is a tensor."""
         values: dict[str, Any] = {}
         step_tensor = None
-        for declared, value in zip(self._declared, arguments, strict=True):
+        num_declared = len(self._declared)
+        for declared, value in zip(self._declared, arguments[:num_declared], strict=True):
             name = declared.name
             if declared.kind != "step":
                 values[name] = declared.read(name, value)
@@ -228,6 +225,8 @@ class Rule:
                 step_tensor = value
             else:
                 values[name] = read_whole_number(name, value, "an int")
+        for name, value in zip(self.scalar_states, arguments[num_declared:], strict=True):
+            values[name] = check_argument(name, value)
         return values, step_tensor
 
     def check_hyperparameters(self, values: dict[str, Any]) -> None:
@@ -387,16 +386,3 @@ def arithmetic_dtype(read: Sequence[Tensor]) -> torch.dtype:
 def shape_scale(shape: Sequence[int]) -> float:
     """Return the factor by which ``use_shape_scaling`` multiplies the update of a matrix."""
     return 2 / (shape[0] + shape[1])
-
-
-def store(target: Tensor, values: Tensor) -> None:
-    """Copy, rounding once: PyTorch rounds float64 to float32 and then to a 16-bit dtype."""
-    if values.dtype == torch.float64 and target.dtype in (torch.bfloat16, torch.float16):
-        # Round to odd first: then the second rounding alone decides the result.
-        nearest = values.float()
-        back = nearest.double()
-        is_exact_or_odd = (back == values) | (nearest.view(torch.int32) & 1).bool()
-        towards = torch.where(back < values, math.inf, -math.inf).float()
-        values = torch.where(is_exact_or_odd, nearest, nearest.nextafter(towards))
-    # `copy_` of fake CUDA tensors needs a PyTorch with CUDA.
-    torch._foreach_copy_([target], [values])

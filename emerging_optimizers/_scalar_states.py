@@ -48,9 +48,7 @@ def check_arguments(
                 )
         first = scalars[names[0]]
         if tensor.device != first.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but {names[0]} is on {first.device}"
-            )
+            raise ValueError(f"{name} is on {tensor.device} but {names[0]} is on {first.device}")
         if step is not None and tensor.is_cpu and not step.is_cpu:
             raise ValueError(
                 f"{name} is on {tensor.device} but step is on {step.device}; move it there, since"

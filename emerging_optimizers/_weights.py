@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._dtensor import is_dtensor
 from ._members import Member
-from ._rule import store
+from ._rounding import store
 
 HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_param"

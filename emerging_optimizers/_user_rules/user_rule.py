@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
-from .._rule import Rule, arithmetic_dtype, store
+from .._rounding import store
+from .._rule import Rule, arithmetic_dtype
 from .._values import read
 from . import runtime_kernels
 from .assembler import assemble
@@ -283,6 +284,7 @@ class UserRule(Rule):
         tensors = {name: values[name] for name in self.scalar_states}
         scalars = {name: read(tensors[name], self.scalar_states[name]) for name in tensors}
         result = self.formula(own_grad, *widened, **(values | scalars))
+        new: list[Any]
         update, *new = result if isinstance(result, tuple) else (result, *widened)
         num_states = len(new) - len(tensors)
         for tensor, number in zip(tensors.values(), new[num_states:], strict=True):

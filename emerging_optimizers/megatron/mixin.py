@@ -13,7 +13,7 @@ from .._groups import STATE_DTYPES
 from .._hyperparameters import read_optional_flag
 from .._members import blame, find_param
 from .._optimizer import ScalarOptimizer
-from .._rule import store
+from .._rounding import store
 from .._states import complete
 from .._values import read
 from .._weights import MASTER, check_master_dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._members import Member
-from .._rule import store
+from .._rounding import store
 from .._weights import Masters, as_local, master_of
 
 

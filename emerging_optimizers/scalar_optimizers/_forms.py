@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._hyperparameters import Hyperparameter
 from .._optimizer import ScalarOptimizer
-from .._rule import GroupKey, GroupRule, Rule, arithmetic_dtype, store
+from .._rounding import store
+from .._rule import GroupKey, GroupRule, Rule, arithmetic_dtype
 from . import update_functions
 
 UpdateFunction: TypeAlias = Callable[..., Any]

@@ -28,7 +28,9 @@ def nadam(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
-    average = grad * ((1 - mu) / (1 - mu_product)) + exp_avg * (next_mu / (1 - mu_product * next_mu))
+    average = grad * ((1 - mu) / (1 - mu_product)) + exp_avg * (
+        next_mu / (1 - mu_product * next_mu)
+    )
     return average / denominator, mu_product
 
 
