@@ -283,8 +283,7 @@ class UserRule(Rule):
         widened = [state.to(real) for state in states]
         tensors = {name: values[name] for name in self.scalar_states}
         scalars = {name: read(tensors[name], self.scalar_states[name]) for name in tensors}
-        result = self.formula(own_grad, *widened, **(values | scalars))
-        new: list[Any]
+        result: Any = self.formula(own_grad, *widened, **(values | scalars))
         update, *new = result if isinstance(result, tuple) else (result, *widened)
         num_states = len(new) - len(tensors)
         for tensor, number in zip(tensors.values(), new[num_states:], strict=True):
