@@ -20,7 +20,7 @@ from support import run_python
 
 from emerging_optimizers import _build_cache, _library
 from emerging_optimizers._build_cache import BuildError
-from emerging_optimizers._user_rules import cuda_kernels, nvrtc
+from emerging_optimizers._user_rules import cuda_compiler, nvcc, nvrtc
 from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel, cubin_for
 from emerging_optimizers._user_rules.user_rule import UserRule
 
@@ -51,6 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of all rules in an empty cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     yield tmp_path / "extensions" / "emerging_optimizers" / "rules"
+    nvcc.find.cache_clear()
     nvrtc.find.cache_clear()
     nvrtc._load.cache_clear()
 
@@ -72,7 +73,8 @@ def libraries(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No library is found but those that a test adds."""
+    """No library and no compiler is found but those that a test adds."""
+    nvcc.find.cache_clear()
     nvrtc.find.cache_clear()
     nvrtc._load.cache_clear()
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "packages")])
@@ -81,6 +83,9 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(nvrtc, "_TOOLKIT", str(tmp_path / "cuda"))
     monkeypatch.setattr(ctypes.util, "find_library", {}.get)
+    monkeypatch.setattr(nvcc, "TOOLKIT", str(tmp_path / "cuda"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -177,7 +182,7 @@ def test_kernels_are_apart() -> None:
         "engine/cuda/padded_rule.h",
         "engine/cuda/sweep_kernel.h",
         "engine/cuda/nvrtc/utility",
-        "engine/cuda/nvrtc/engine/rule_unit.h",
+        "engine/cuda/one_kernel/engine/rule_unit.h",
         "rules/lion.h",
         "engine/cpu/isa.h",
     ],
@@ -256,13 +261,13 @@ def test_cubin_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @needs_nvrtc
 def test_only_the_asked_kernel_is_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    compile_kernel = cuda_kernels.compile_kernel
+    compile_by_nvrtc = cuda_compiler.compile_by_nvrtc
 
     def recording(text: Path, options: list[str], csrc: Path) -> nvrtc.Compiled:
         asked.extend(option for option in options if "EMOPT_KERNEL" in option)
-        return compile_kernel(text, options, csrc)
+        return compile_by_nvrtc(text, options, csrc)
 
-    monkeypatch.setattr(cuda_kernels, "compile_kernel", recording)
+    monkeypatch.setattr(cuda_compiler, "compile_by_nvrtc", recording)
     kernel = Kernel("StoreUpdate", "double", is_large=False, needs_setup=True)
     cubin_for("adopt", SOURCE, kernel, SM_90)
     assert asked == ["-DEMOPT_KERNEL=emopt_adopt_StoreUpdate_double_small_setup"]
@@ -310,3 +315,71 @@ def test_a_fork_during_a_compilation() -> None:
     done = run_python(_COMPILING + _FORK, PYTHONWARNINGS="ignore")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compiled\n") >= 2
+
+
+# ---- nvcc, where NVRTC is missing ----------------------------------------------------------------
+
+# It writes its arguments instead of machine code.
+_NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 12.9, V12.9.86" ;;
+  --list-gpu-code) printf "sm_75\\nsm_90\\n" ;;
+  *) for last; do :; done; echo "$@" > "$last" ;;
+esac
+"""
+
+
+@pytest.fixture
+def only_nvcc(nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit has a compiler of CUDA 12, and no NVRTC."""
+    path = tmp_path / "toolkit" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(_NVCC)
+    path.chmod(0o755)
+    monkeypatch.setattr(_library, "fault", lambda *_, **__: "")  # it is not machine code
+    return path
+
+
+@pytest.mark.usefixtures("only_nvcc")
+@pytest.mark.parametrize("cuda", [None, "12.4"])
+def test_nvcc_takes_its_place(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    words = cubin_for("adopt", SOURCE, APPLY, SM_90).read_text().split()
+    assert words[:3] == ["--cubin", "-x", "cu"]
+    assert "--gpu-architecture=sm_90" in words
+    assert "--fmad=false" in words
+    assert "-DEMOPT_KERNEL=emopt_adopt_ApplyUpdate_float_small" in words
+    assert not any(word in words for word in cuda_compiler._NVRTC_OPTIONS)
+    folders = [word.removeprefix("-I") for word in words if word.startswith("-I")]
+    assert [Path(folder, "engine", "rule_unit.h").is_file() for folder in folders] == [True, True]
+    assert not any(folder.endswith("nvrtc") for folder in folders)
+    assert error_of(architecture=80).reason == "nvcc 12.9 does not compile for sm_80"
+
+
+@pytest.mark.usefixtures("only_nvcc")
+def test_nvcc_of_another_cuda_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert error_of().reason == "NVRTC (libnvrtc.so) was not found"
+
+
+def test_errors_of_nvcc(only_nvcc: Path) -> None:
+    failing = 'echo "kernel.cpp(3): error: no"; exit 2'
+    only_nvcc.write_text(_NVCC.replace('echo "$@" > "$last"', failing))
+    assert "kernel.cpp(3): error: no" in error_of().reason
+
+
+@needs_nvrtc
+@pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
+def test_both_make_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name; what nvcc compiles for sm_90 is machine code, too."""
+    by_nvrtc = cubin_for("adopt", SOURCE, APPLY, SM_90)
+    monkeypatch.setattr(nvrtc, "_folders", lambda: iter(()))
+    monkeypatch.setattr(ctypes.util, "find_library", {}.get)
+    nvrtc.find.cache_clear()
+    nvrtc._load.cache_clear()
+    if cuda_compiler._find_nvcc() is None:
+        pytest.skip("nvcc is of another CUDA version than torch")
+    by_nvcc = cubin_for("adopt", SOURCE, APPLY, SM_90)
+    assert by_nvcc != by_nvrtc
+    for cubin in (by_nvrtc, by_nvcc):
+        assert b"emopt_adopt_ApplyUpdate_float_small" in cubin.read_bytes()

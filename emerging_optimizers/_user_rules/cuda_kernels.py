@@ -1,20 +1,21 @@
 """Compiles the CUDA kernels of a rule from its C++ text, or finds them in the cache.
 
-NVRTC compiles one kernel in about a second, to the machine code of one architecture: only the
-kernels that are launched are compiled. The text is that of the CPU's library. The stand-ins in
-engine/cuda/nvrtc take the places of headers that NVRTC does not have, and of engine/rule_unit.h.
+NVRTC, or nvcc where that is missing, compiles one kernel in about a second, to the machine code of
+one architecture: only the kernels that are launched are compiled. The text is that of the CPU's
+library. engine/cuda/one_kernel takes the place of engine/rule_unit.h, and the stand-ins in
+engine/cuda/nvrtc those of headers that NVRTC does not have.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import _build, _build_cache, _library
 from .._build_cache import BuildError
-from . import nvrtc
+from . import cuda_compiler
+from .cuda_compiler import Compiler
 from .library import RuleProduct
 
 _THEN = "use the rule again"
@@ -60,25 +61,9 @@ KERNELS = [
 ADVANCE = Kernel("Advance", "float", is_large=False, needs_setup=False)
 
 
-def compile_kernel(text: Path, options: Sequence[str], csrc: Path) -> nvrtc.Compiled:
-    """Compile a kernel.
-
-    Args:
-        text: The file with the rule's C++ text.
-        options: The compiler's options, without the headers' folders.
-        csrc: The folder of the C++ sources.
-
-    Raises:
-        BuildError: NVRTC is missing.
-        subprocess.CalledProcessError: The text cannot be compiled; has the compiler's output.
-    """
-    folders = [f"-I{csrc / 'engine' / 'cuda' / 'nvrtc'}", f"-I{csrc}"]
-    return nvrtc.compile_program(text.read_text("utf-8"), str(text), [*options, *folders])
-
-
 def check_compiler() -> None:
-    """Raise a BuildError if NVRTC is missing or cannot be loaded."""
-    nvrtc.version()
+    """Raise a BuildError if there is no compiler."""
+    cuda_compiler.find()
 
 
 def cubin_for(rule: str, source: str, kernel: Kernel, architecture: int) -> Path:
@@ -106,16 +91,17 @@ def find_cubin(rule: str, source: str, kernel: Kernel, architecture: int) -> Pat
 
 
 def _product(rule: str, source: str, kernel: Kernel, architecture: int) -> "_Cubin":
-    if architecture not in nvrtc.architectures():
-        major, minor = nvrtc.version()
+    compiler = cuda_compiler.find()
+    if architecture not in compiler.architectures:
         raise BuildError(
-            f"NVRTC {major}.{minor} does not compile for sm_{architecture}",
+            f"{compiler} does not compile for sm_{architecture}",
             "Install a torch for a CUDA version that supports this GPU",
         )
     csrc = _build_cache.csrc()
     options = kernel_options(rule, kernel, architecture)
-    folder = _build_cache.root(_THEN) / "rules" / f"{rule}-cuda-{_key(source, options, csrc)}"
-    return _Cubin(folder, rule, source, kernel.symbol(rule), options)
+    key = _key(source, options, csrc, str(compiler))
+    folder = _build_cache.root(_THEN) / "rules" / f"{rule}-cuda-{key}"
+    return _Cubin(folder, rule, source, kernel.symbol(rule), options, compiler)
 
 
 class _Cubin(RuleProduct):
@@ -124,28 +110,34 @@ class _Cubin(RuleProduct):
     then = retry = _THEN
 
     def __init__(
-        self, folder: Path, rule: str, source: str, symbol: str, options: list[str]
+        self,
+        folder: Path,
+        rule: str,
+        source: str,
+        symbol: str,
+        options: list[str],
+        compiler: Compiler,
     ) -> None:
         super().__init__(folder, f"{symbol}.cubin")
         self.what = f"the kernel {symbol}"
         self.rule = rule
         self.source = source
         self.options = options
+        self.compiler = compiler
         self.seconds = 0.0
 
     def missing_tool(self) -> tuple[str, str] | None:
-        return None  # the folder's name has the version of NVRTC
+        return None  # the folder's name has the compiler's version
 
     def fault(self, library: Path) -> str:
         return _library.fault(library, is_for_host=False)
 
     def compile(self, folder: Path) -> Path:
         text = self.write_text(folder, self.rule, self.source)
-        compiled = compile_kernel(text, self.options, _build_cache.csrc())
-        self.seconds = compiled.seconds
+        code, self.seconds = self.compiler.compile(text, self.options, _build_cache.csrc())
         cubin = folder / self.pattern
         cubin.touch(self.file_mode)
-        cubin.write_bytes(compiled.cubin)
+        cubin.write_bytes(code)
         return cubin
 
     def finish(self, library: Path) -> Path:
@@ -167,21 +159,24 @@ def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
     return [
         f"--gpu-architecture=sm_{architecture}",
         "--std=c++17",
-        "--device-as-default-execution-space",
-        "--diag-suppress=1097",  # gnu::may_alias is unknown
-        # Those of nvcc that determine bits.
+        # Those of the package's kernels that determine bits.
         *(flag for flag in _build.NVCC_ARGS if flag.startswith(("--fmad", "--ftz", "--prec"))),
         f"-DEMOPT_KERNEL={kernel.symbol(rule)}",
         *chosen,
     ]
 
 
-def _key(source: str, options: list[str], csrc: Path) -> str:
+def _key(source: str, options: list[str], csrc: Path, compiler: str) -> str:
     """Return a hash of what a kernel depends on."""
     cuda = csrc / "engine" / "cuda"
     included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
     first = [csrc / name for name in sorted(included - {"engine/rule_unit.h"})]
     headers = _build.hash_of_headers([cuda / "sweep_kernel.h", cuda / "padded_rule.h", *first])
-    stand_ins = [path.read_text() for path in sorted((cuda / "nvrtc").rglob("*")) if path.is_file()]
-    parts = (source, options, nvrtc.version(), headers, stand_ins)
+    stand_ins = [
+        path.read_text()
+        for folder in ("nvrtc", "one_kernel")
+        for path in sorted((cuda / folder).rglob("*"))
+        if path.is_file()
+    ]
+    parts = (source, options, compiler, headers, stand_ins)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,5 +1,5 @@
 // A rule's unit for emulated devices, instead of engine/rule_unit.h: one kernel of the rule, with
-// the options of engine/cuda/nvrtc/engine/rule_unit.h, which runs on the host.
+// the options of engine/cuda/one_kernel/engine/rule_unit.h, which runs on the host.
 #pragma once
 
 #include <cstdlib>

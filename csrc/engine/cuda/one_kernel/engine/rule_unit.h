@@ -1,4 +1,4 @@
-// A rule's unit as NVRTC compiles it, instead of engine/rule_unit.h: one kernel of the rule, and no
+// A rule's unit for one kernel, instead of engine/rule_unit.h: as NVRTC or nvcc compiles it, with no
 // code for the host. The macros that name the kernel and choose it are options of the compiler.
 #pragma once
 
