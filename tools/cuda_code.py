@@ -21,6 +21,7 @@ REGISTERS = {
     ("float64", True, True): 192,  # one
 }
 ADVANCE_REGISTERS = 32
+ADVANCE_SCALARS_REGISTERS = 64  # a rule's own arithmetic, in float64, perhaps with powers
 NORM_REGISTERS = 40  # six blocks
 # Instructions of the loop per operand of a row, over all dtypes: 10 % above the largest measured.
 # A block that computes the constants has one loop for each value of a rule's flags.
@@ -48,6 +49,8 @@ def budget(sources: Sources, kernel: Kernel) -> int:
     """Return how many registers a kernel may use."""
     if kernel == ADVANCE:
         return ADVANCE_REGISTERS
+    if kernel in sources.advance_scalars:
+        return ADVANCE_SCALARS_REGISTERS
     if kernel in sources.norms:
         return NORM_REGISTERS
     has_six = sources.operands.get(kernel, 0) > 5
@@ -71,7 +74,7 @@ def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], l
         allowed = budget(sources, kernel)
         if used > allowed:
             findings.append(f"{kernel}: {used} registers, more than {allowed}")
-    wanted = {*sources.operands, *sources.norms, ADVANCE}
+    wanted = {*sources.operands, *sources.norms, *sources.advance_scalars, ADVANCE}
     findings += [f"{kernel}: no such kernel" for kernel in sorted(wanted - registers.keys())]
     findings += [f"{kernel}: not expected" for kernel in sorted(registers.keys() - wanted)]
     return registers, findings

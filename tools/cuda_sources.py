@@ -15,7 +15,8 @@ LIBRARY_CALL = re.compile(r"::(log|pow)\(")
 class Kernel(NamedTuple):
     """One instance of a kernel; those that are no rule's have a name, and perhaps a size.
 
-    A kernel of a user's rule has no size: only one is compiled.
+    A kernel of a user's rule has no size: only one is compiled. The epilogue of the one that
+    advances scalar states is "Advance".
     """
 
     rule: str
@@ -51,6 +52,8 @@ def kernel_of(symbol: str) -> Kernel | None:
         return Kernel(norm[1], launch_bytes=int(norm[2]))
     if user := re.search(r"emopt_(\w+?)_(\w+Update)_(float|double)_small(_setup)?$", symbol):
         return Kernel(user[1], user[2], _REALS[user[3]], needs_setup=user[4] is not None)
+    if user := re.search(r"emopt_(\w+)_Advance$", symbol):
+        return Kernel(user[1], "Advance")
     found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
     if found is None:
         return None
@@ -93,6 +96,8 @@ class Sources:
                     self.operands[Kernel(rule, name, *instance, needs_setup)] = count
         # The kernels of norms.
         self.norms = {Kernel(name, launch_bytes=n) for name in _SUMS for n in sizes} | {ADD_TENSORS}
+        # Those that advance users' scalar states.
+        self.advance_scalars: set[Kernel] = set()
         # The only places that access global memory: vectors of a tile, and the single elements next
         # to them. Found by the callers' lines, because nvcc misattributes some lines of vectors.h.
         chunk = "engine/cuda/chunk.h"
@@ -100,9 +105,12 @@ class Sources:
         self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
         self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
         self.singles |= self.loads_of_singles
-        # Each counter and scalar, once per block, before its loop.
+        # Each counter and scalar, once per block, before its loop. NVRTC may merge reads of
+        # scalars, which then have no caller.
         self.advance = self.function(chunk, "advance_counters")
+        self.advance |= self.function(chunk, "advance_scalars")
         self.scalars = self.function(chunk, "read_scalar")
+        self.scalars |= self.function("engine/host_or_device_scalar.h", "read")
         self.step = self.function(chunk, "step_and_store")
         # A norm's gradients, and the sums of blocks and tensors. nvcc gives some stores of a
         # sum the line of the last addition.
@@ -111,8 +119,10 @@ class Sources:
         found = re.search(r"kNormLoads = (\d+)", tuning)
         self.norm_loads = int(found[1]) if found else 0
 
-    def add_user_rule(self, name: str, num_states: int) -> None:
+    def add_user_rule(self, name: str, num_states: int, has_scalars: bool) -> None:
         """Expect a user's rule, whose kernels NVRTC compiles."""
+        if has_scalars:
+            self.advance_scalars.add(Kernel(name, "Advance"))
         for (epilogue, added), real, needs_setup in itertools.product(
             self.epilogues.items(), ("float32", "float64"), (False, True)
         ):

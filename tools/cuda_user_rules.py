@@ -13,14 +13,16 @@ from cuda_sources import Sources
 
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._user_rules.cuda_kernels import (
+    ADVANCE,
     KERNELS,
     Kernel,
     compile_kernel,
     kernel_options,
 )
 
-# Of examples/rules: with two formulas, one of which leaves weights as they are; with four states.
-USER_RULES = ("adopt", "adan")
+# Of examples/rules: with two formulas, one of which leaves weights as they are; with four states;
+# with a scalar state.
+USER_RULES = ("adopt", "adan", "nadam")
 MAX_SECONDS = 4  # for a kernel
 _EXAMPLES = Path(__file__).parent.parent / "examples" / "rules"
 
@@ -49,9 +51,9 @@ def compile_user_rules(
     """Compile the kernels for small launches; those for large ones have the same code."""
     jobs = [
         (text, kernel, architecture)
-        for text in _texts(sources, rules, out)
-        for kernel, architecture in itertools.product(KERNELS, architectures)
-        if not kernel.is_large
+        for text, has_scalars in _texts(sources, rules, out)
+        for kernel, architecture in itertools.product([*KERNELS, ADVANCE], architectures)
+        if not kernel.is_large and (kernel != ADVANCE or has_scalars)
     ]
 
     def compile_one(job: tuple[Path, Kernel, str]) -> Unit:
@@ -72,12 +74,17 @@ def compile_user_rules(
         sys.exit(f"cuda-check: does not compile\n{error.output.decode()}")
 
 
-def _texts(sources: Sources, rules: Sequence[str], out: Path) -> Iterator[Path]:
-    """Write the C++ texts of rules, and expect their kernels."""
+def _texts(sources: Sources, rules: Sequence[str], out: Path) -> Iterator[tuple[Path, bool]]:
+    """Write the C++ texts of rules, and expect their kernels.
+
+    Yields:
+        The text's path, and whether the rule has scalar states.
+    """
     sys.path.insert(0, str(_EXAMPLES))
     for name in rules:
         rule = getattr(importlib.import_module(name), name)
-        sources.add_user_rule(name, len(rule.states))
+        has_scalars = bool(rule.scalar_states)
+        sources.add_user_rule(name, len(rule.states), has_scalars)
         text = out / f"{name}.cpp"
         text.write_text(rule.source)
-        yield text
+        yield text, has_scalars

@@ -293,7 +293,7 @@ class CandidateWalk {
     std::optional<DTensorView> dtensor;
     if (!is_plain(THPVariable_Unpack(c.param))) dtensor = DTensorView::from(c.param);
     if (dtensor && alive_.empty()) {  // usually all are DTensors
-      alive_.reserve(num_params() * (CandidateOf::kOperands + 1));
+      alive_.reserve(num_params() * (CandidateOf::kOperands + 1 + scalar_names_.size()));
     }
     // A given gradient may be a parameter; two parameters may share one dictionary.
     c.others = dtensor || c.given_grad != nullptr || Py_REFCNT(c.state) != 1;

@@ -267,9 +267,12 @@ class RowCollector {
   bool has_kernel_for(const RowOf& row, bool counts_on_device) const {
     const bool is_stochastic =
         options_.epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
-    if (counts_on_device && !has_advance_kernel(*rule_.info, row.device)) return false;
-    return has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
-                                   counts_on_device || needs_device() || is_stochastic);
+    // Ask for both, so that both are built if they are missing.
+    const bool can_advance = !counts_on_device || has_advance_kernel(*rule_.info, row.device);
+    const bool can_sweep =
+        has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
+                                counts_on_device || needs_device() || is_stochastic);
+    return can_advance && can_sweep;
   }
 
   bool may_allocate() {

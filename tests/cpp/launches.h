@@ -8,11 +8,12 @@
 #include "engine/cuda/plan.h"
 
 // Calls `run(device, launch, num_blocks)` for each launch and `run(device, counters)` for each
-// `Advance`. Every device is a `chip`.
-template <class Rule, class Epilogue, class Table, class Run>
+// `Advance`, then `run_scalars(device, rows)` for the rows with scalar states of each device. Every
+// device is a `chip`.
+template <class Rule, class Epilogue, class Table, class Run, class RunScalars>
 void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
                      const Epilogue& epilogue, const Table& table, const emopt::cuda::Chip& chip,
-                     Run run) {
+                     Run run, RunScalars run_scalars) {
   using namespace emopt::cuda;
   const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
     const auto enqueue = [&](const auto& launch, uint32_t num_blocks) {
@@ -25,6 +26,14 @@ void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
       plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);
     }
   };
-  const auto refuse_scalars = [](int8_t, const auto& rows) { CHECK(rows.empty()); };
-  sweep_table(epilogue, table, enqueue_key, run, refuse_scalars);
+  sweep_table(epilogue, table, enqueue_key, run, run_scalars);
+}
+
+// The same of a table without scalar states.
+template <class Rule, class Epilogue, class Table, class Run>
+void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
+                     const Epilogue& epilogue, const Table& table, const emopt::cuda::Chip& chip,
+                     Run run) {
+  for_each_launch(rule, step, epilogue, table, chip, run,
+                  [](int8_t, const auto&) { CHECK(!"no row has scalar states"); });
 }

@@ -10,16 +10,25 @@
 #include "engine/cuda/padded_rule.h"
 #include "run_on_host.h"
 
-// A kernel's arguments, with which the host has filled a launch.
+// The launch that a kernel of `Rule` sees, and the host fills without the rule's type.
 template <class Rule, class Erased>
-struct KernelArguments;
+struct LaunchInKernel;
 
 template <class Rule, int kStates, uint32_t kSlots, class Epilogue, class Real, size_t kBytes>
-struct KernelArguments<
+struct LaunchInKernel<
     Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue, Real, kBytes>> {
-  using Erased =
-      emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue, Real, kBytes>;
-  using Launch = emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes>;
+  using Type = emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes>;
+};
+
+template <class Rule, int kStates, uint32_t kSlots>
+struct LaunchInKernel<Rule, emopt::cuda::AdvanceScalars<emopt::cuda::ErasedRule<kStates, kSlots>>> {
+  using Type = emopt::cuda::AdvanceScalars<emopt::cuda::PaddedRule<Rule>>;
+};
+
+// A kernel's arguments, with which the host has filled a launch.
+template <class Rule, class Erased>
+struct KernelArguments {
+  using Launch = typename LaunchInKernel<Rule, Erased>::Type;
   static_assert(sizeof(Launch) == sizeof(Erased) && alignof(Launch) == alignof(Erased));
   static_assert(Launch::kCapacity == Erased::kCapacity);
   static_assert(std::is_trivially_copyable_v<Launch> && std::is_trivially_copyable_v<Erased>);
@@ -31,8 +40,8 @@ struct KernelArguments<
   const Launch& get() const { return *reinterpret_cast<const Launch*>(bytes); }
 };
 
-// Runs the kernel of `Rule` on the host.
-template <class Rule, class Erased>
-void run_on_host_as(const Erased& launch, uint32_t num_blocks) {
-  run_on_host(KernelArguments<Rule, Erased>(launch).get(), num_blocks);
+// Runs the kernel of `Rule` on the host. That of `AdvanceScalars` has one block.
+template <class Rule, class Erased, class... NumBlocks>
+void run_on_host_as(const Erased& launch, NumBlocks... num_blocks) {
+  run_on_host(KernelArguments<Rule, Erased>(launch).get(), num_blocks...);
 }

@@ -1,5 +1,5 @@
-// Rules that are not in the package: with the fewest and the most states that a rule can have, and
-// with all that is optional.
+// Rules that are not in the package: with the fewest and the most states and scalar states that a
+// rule can have, and with all that is optional.
 #pragma once
 
 #include "rules/rule.h"
@@ -110,6 +110,86 @@ struct PatientDescent {
              : which == 1 ? compute<1>(grad, average)
                           : compute<2>(grad, average);
     }
+  };
+};
+
+// NAdam: its momentum follows a schedule, and the product of all momenta so far is a scalar state.
+struct ScheduledAdam {
+  static constexpr const char* kName = "scheduled_adam";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr ScalarState kScalarStates[] = {{"mu_product", 1.0}};
+  static constexpr int kLowestStep = 1;
+
+  double betas[2];
+  double momentum_decay;
+  double scalars[1];
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("betas", &ScheduledAdam::betas, Domain::kBeta),
+                           hyperparameter("momentum_decay", &ScheduledAdam::momentum_decay),
+                           StepArgument{});
+  }
+
+  EMOPT_FN double mu(double step) const {
+    return betas[0] * (1.0 - 0.5 * ::pow(0.96, step * momentum_decay));
+  }
+
+  EMOPT_FN void advance(double step) { scalars[0] *= mu(step); }
+
+  template <class Real>
+  struct Step {
+    ExponentialMovingAverage<Real> first, second;
+    Real look_ahead, look_now;
+
+    EMOPT_FN Step(const ScheduledAdam& rule, double step)
+        : first(rule.betas[0]), second(rule.betas[1]) {
+      const double now = rule.mu(step), next = rule.mu(step + 1.0);
+      const double product = rule.scalars[0] * now;
+      look_ahead = static_cast<Real>(next / (1.0 - product * next));
+      look_now = static_cast<Real>((1.0 - now) / (1.0 - product));
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+      exp_avg = first(exp_avg, grad);
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
+      return (look_ahead * exp_avg + look_now * grad) / (square_root(exp_avg_sq) + Real(1e-8));
+    }
+  };
+};
+
+// Scales the gradient by four running numbers.
+struct FourNumbers {
+  static constexpr const char* kName = "four_numbers";
+  static constexpr ScalarState kScalarStates[] = {
+      {"total", 0.0}, {"product", 1.0}, {"last", -1.0}, {"average", 0.5}};
+
+  double scalars[4];
+  double rate;
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("rate", &FourNumbers::rate), StepArgument{});
+  }
+
+  EMOPT_FN void advance(double step) {
+    scalars[0] += step;
+    scalars[1] *= rate;
+    scalars[3] += rate * (scalars[2] - scalars[3]);
+    scalars[2] = step;
+  }
+
+  template <class Real>
+  struct Step {
+    Real factor;
+
+    EMOPT_FN Step(const FourNumbers& rule, double step) {
+      FourNumbers next = rule;
+      next.advance(step);
+      double sum = 0.0;
+      for (const double value : next.scalars) sum += value;
+      factor = static_cast<Real>(sum - 0.25 * rule.scalars[2]);
+    }
+
+    EMOPT_FN Real operator()(Real grad) const { return factor * grad; }
   };
 };
 

@@ -1,5 +1,5 @@
 // Plans: each chunk of each row has one block, rows of different kinds never share a launch, there
-// are few launches, and each counter is advanced once. No operand is accessed.
+// are few launches, and each counter and scalar state is advanced once. No operand is accessed.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "launches.h"
+#include "plugin_rules.h"
 #include "rules.h"
 
 using namespace emopt;
@@ -45,12 +46,35 @@ Row<kOperands> row_with(size_t r, int64_t numel, DType dtype, int8_t device) {
   return row;
 }
 
+// The scalar states of a row.
+struct Scalars {
+  float* addresses[kMaxScalarStates];
+
+  Scalars(size_t r, int count) : addresses{} {
+    for (int i = 0; i < count; ++i) addresses[i] = static_cast<float*>(address(r, 129 + i));
+  }
+};
+
+// Gives two in three rows on devices scalar states. The pointers last as long as the result.
+template <class Rule, int kOperands>
+std::vector<Scalars> add_scalars(Table<kOperands>& table) {
+  std::vector<Scalars> scalars;
+  if (kNumScalarStates<Rule> == 0) return scalars;
+  scalars.reserve(table.rows.size());
+  for (size_t r = 0; r < table.rows.size(); ++r) {
+    scalars.emplace_back(r, kNumScalarStates<Rule>);
+    if (r % 3 != 1 && table.rows[r].device != kHost) table.rows[r].scalars = scalars[r].addresses;
+  }
+  return scalars;
+}
+
 template <class Rule, class Epilogue, class Real, size_t kBytes>
 constexpr size_t capacity() {
   using Launch = cuda::Launch<Rule, Epilogue, Real, kBytes>;
   static_assert(std::is_trivially_copyable_v<Launch>);
   static_assert(sizeof(Launch) <= kBytes);
-  static_assert(sizeof(Launch) + Launch::kRowBytes + 64 > kBytes, "room is wasted");
+  constexpr size_t kUnused = sizeof(typename Launch::RowStepOf) + 40;
+  static_assert(sizeof(Launch) + Launch::kRowBytes + kUnused > kBytes, "room is wasted");
   return Launch::kCapacity;
 }
 
@@ -102,6 +126,14 @@ size_t count_launches(const Table<kNumOperandsOf<Rule, Epilogue>>& table, const 
         needs_setup |= row.step != nullptr;
         needs_setup |= epilogue.is_stochastic && can_round_stochastically(row.dtype[kUpdate]);
       }
+      if constexpr (kNumScalarStates<Rule> != 0) {
+        const bool is_there = cuda::has_scalars<Epilogue>(row);
+        CHECK(is_there == (row.scalars != nullptr && (!Epilogue::kHasRowSteps || row.step)));
+        for (int i = 0; i < kNumScalarStates<Rule>; ++i) {
+          CHECK(launch.steps[r].scalars[i] == (is_there ? row.scalars[i] : nullptr));
+        }
+        needs_setup |= is_there;
+      }
       CHECK(launch.first_block[r] == block);
       for (int64_t at = 0; at < row.numel; at += launch.chunk) CHECK(launch.row_of(block++) == r);
       total += row.numel;
@@ -113,7 +145,10 @@ size_t count_launches(const Table<kNumOperandsOf<Rule, Epilogue>>& table, const 
   const auto check = [&](int8_t device, const auto& launch, auto... num_blocks) {
     if constexpr (sizeof...(num_blocks) != 0) check_launch(device, launch, num_blocks...);
   };
-  for_each_launch(Rule{}, {1.0}, epilogue, table, chip, check);
+  const auto check_scalars = [](int8_t, const std::vector<RowScalars>&) {
+    CHECK(kNumScalarStates<Rule> != 0 && Epilogue::kHasRowSteps);
+  };
+  for_each_launch(Rule{}, {1.0}, epilogue, table, chip, check, check_scalars);
   CHECK(rows.empty());
   return launches;
 }
@@ -125,6 +160,7 @@ void test_few_launches() {
   const auto check = [](size_t num_rows, int64_t numel, DType dtype, bool allow_large) {
     Table<kOperands> table;
     for (size_t r = 0; r < num_rows; ++r) table.append(row_with<kOperands>(r, numel, dtype, 0));
+    const auto scalars = add_scalars<Rule>(table);
     const size_t filled = numel != 0 ? num_rows : 0;
     const size_t fewest = fewest_launches<Rule, Epilogue>(filled, dtype, allow_large);
     CHECK((count_launches<Rule, Epilogue>(table, {132, allow_large}) == fewest));
@@ -156,6 +192,7 @@ void test_kinds_do_not_mix(const Epilogue& epilogue = {}) {
       table.append(row);
       if (device != kHost && numel != 0) ++kinds[{device, dtype}];
     }
+    const auto scalars = add_scalars<Rule>(table);
     for (const bool allow_large : {true, false}) {
       size_t fewest = 0;
       for (const auto& [kind, count] : kinds) {
@@ -230,6 +267,67 @@ void test_counters() {
       CHECK(devices.empty());
       CHECK(is_mixed || launches == 3 * ((num_counters + kCapacity - 1) / kCapacity));
     }
+  }
+}
+
+// A row with scalar states is advanced once, on its device, even if it is empty, and its counter
+// with them. Launches are as few as possible, and stop after an error.
+void test_scalar_states() {
+  using Launch = cuda::AdvanceScalars<FourNumbers>;
+  constexpr size_t kCapacity = Launch::kCapacity;
+  static_assert(std::is_trivially_copyable_v<Launch>);
+  static_assert(sizeof(Launch) <= cuda::kSmallLaunch);
+  static_assert(sizeof(Launch) + sizeof(RowScalars) > cuda::kSmallLaunch, "room is wasted");
+  for (const size_t num_rows : {size_t{0}, size_t{1}, 9 * kCapacity, 40 * kCapacity + 5}) {
+    Table<4> table;
+    for (size_t r = 0; r < num_rows; ++r) {
+      const auto device = static_cast<int8_t>(static_cast<int>(r % 4) - 1);
+      table.append(row_with<4>(r, r % 2 == 0 ? 0 : 5, DType::kFloat32, device));
+    }
+    const auto scalars = add_scalars<FourNumbers>(table);
+    std::map<const float*, int8_t> devices;  // of the counters not yet advanced
+    std::map<int8_t, size_t> counts;
+    for (const auto& row : table.rows) {
+      if (row.step == nullptr) continue;
+      devices[row.step] = row.device;
+      if (row.scalars != nullptr) ++counts[row.device];
+    }
+    const auto check_counters = [&](int8_t device, const cuda::Advance& advance) {
+      for (uint32_t i = 0; i < advance.count; ++i) {
+        CHECK(devices.at(advance.counters[i]) == device);
+        devices.erase(advance.counters[i]);
+      }
+    };
+    cuda::for_each_advance(table, kOnDevice, check_counters);
+    const auto check_rows = [&](int8_t device, const std::vector<RowScalars>& rows) {
+      CHECK(rows.size() == counts.at(device));
+      size_t launches = 0, attempts = 0;
+      const auto check_launch = [&](const Launch& launch) {
+        CHECK(launch.count > 0 && launch.count <= kCapacity);
+        CHECK(launch.step.value == 2.0 && launch.found_inf.address == kOnDevice.address);
+        CHECK(launch.rule.rate == 0.5);
+        for (uint32_t i = 0; i < launch.count; ++i) {
+          const RowScalars& row = launch.rows[i];
+          CHECK(devices.at(row.counter) == device);
+          devices.erase(row.counter);
+          for (int k = 0; k < 4; ++k) {
+            const char* const counter = reinterpret_cast<const char*>(row.counter);
+            CHECK(reinterpret_cast<const char*>(row.scalars[k]) == counter + 16 * (k + 1));
+          }
+        }
+        ++launches;
+        return true;
+      };
+      const FourNumbers rule{{}, 0.5};
+      cuda::plan_advance(rule, {2.0}, kOnDevice, rows.data(), rows.size(), check_launch);
+      CHECK(launches == (rows.size() + kCapacity - 1) / kCapacity);
+      cuda::plan_advance(rule, {2.0}, kOnDevice, rows.data(), rows.size(),
+                         [&](const Launch&) { return ++attempts == 2; });
+      CHECK(attempts == 1);
+      counts.erase(device);
+    };
+    cuda::for_each_scalars(table, check_rows);
+    CHECK(devices.empty() && counts.empty());
   }
 }
 
@@ -312,10 +410,15 @@ int main() {
   ApplyUpdate stochastic;
   stochastic.is_stochastic = true;
   test_kinds_do_not_mix<Lion, StoreUpdate>();
+  test_few_launches<FourNumbers, StoreUpdate>();
+  test_few_launches<ScheduledAdam, ApplyUpdate>();
   test_kinds_do_not_mix<AdEMAMix, ApplyUpdate>();
+  test_kinds_do_not_mix<FourNumbers, StoreUpdate>();
+  test_kinds_do_not_mix<FourNumbers, ApplyUpdate>();
   test_kinds_do_not_mix<AdEMAMix, ApplyUpdate>(stochastic);
   test_setup();
   test_counters();
+  test_scalar_states();
   test_huge_rows();
   test_chunks();
   test_peel();

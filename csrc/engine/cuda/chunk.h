@@ -73,19 +73,14 @@ struct Place {
 
 // The rule with a row's scalar states.
 template <class Launch>
-EMOPT_FN decltype(auto) rule_at(const Launch& launch, [[maybe_unused]] uint32_t row,
-                                [[maybe_unused]] const double (&scalars)[Launch::kScalars]) {
-  using Rule = typename Launch::Rule;
-  if constexpr (kNumScalarStates<Rule> == 0) {
-    return (launch.rule);
-  } else {
-    Rule rule = launch.rule;
-    for (int i = 0; i < kNumScalarStates<Rule>; ++i) {
-      if (launch.steps[row].scalars[i] == nullptr) continue;
-      scalars_of(rule)[i] = scalars[static_cast<int>(Launch::kFirstState) + i];
-    }
-    return rule;
+EMOPT_FN typename Launch::Rule rule_at(const Launch& launch, uint32_t row,
+                                       const double (&scalars)[Launch::kScalars]) {
+  typename Launch::Rule rule = launch.rule;
+  for (int i = 0; i < kNumScalarStates<typename Launch::Rule>; ++i) {
+    if (launch.steps[row].scalars[i] == nullptr) continue;
+    scalars_of(rule)[i] = scalars[static_cast<int>(Launch::kFirstState) + i];
   }
+  return rule;
 }
 
 // The data that the threads of a block share.
@@ -99,10 +94,11 @@ struct Setup {
   // For launches whose scalars are all on the host.
   EMOPT_FN explicit Setup(const Launch& launch) : constants(launch.constants) {}
 
-  // For launches with scalars in device memory, step counters or stochastic rounding.
-  EMOPT_FN Setup(const Launch& launch, uint32_t row, const double (&scalars)[Launch::kScalars])
-      : constants(rule_at(launch, row, scalars), scalars[0],
-                  launch.epilogue.with_scalars(scalars + 1)),
+  // For launches with scalars in device memory, step counters or stochastic rounding. `rule` is the
+  // launch's, with the row's scalar states.
+  EMOPT_FN Setup(const Launch& launch, const typename Launch::Rule& rule, uint32_t row,
+                 const double (&scalars)[Launch::kScalars])
+      : constants(rule, scalars[0], launch.epilogue.with_scalars(scalars + 1)),
         is_skipped(launch.epilogue.with_scalars(scalars + 1).is_skipped()) {
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       const auto count = static_cast<uint64_t>(static_cast<int64_t>(scalars[0]));
@@ -328,6 +324,7 @@ template <class Rule>
 EMOPT_FN void advance_scalars(const AdvanceScalars<Rule>& advance, uint32_t first,
                               uint32_t stride) {
   if (advance.found_inf.read() != 0.0) return;
+  const double step = advance.step.read();
   for (uint32_t i = first; i < advance.count; i += stride) {
     const RowScalars& row = advance.rows[i];
     const bool has_counter = row.counter != nullptr;
@@ -337,7 +334,7 @@ EMOPT_FN void advance_scalars(const AdvanceScalars<Rule>& advance, uint32_t firs
     for (int k = 0; k < kNumScalarStates<Rule>; ++k) {
       scalars[k] = static_cast<double>(*row.scalars[k]);
     }
-    rule.advance(has_counter ? static_cast<double>(count) : advance.step.read());
+    rule.advance(has_counter ? static_cast<double>(count) : step);
     for (int k = 0; k < kNumScalarStates<Rule>; ++k) {
       *row.scalars[k] = static_cast<float>(scalars[k]);
     }

@@ -1,7 +1,5 @@
 #include "erased_enqueue.h"
 
-#include <algorithm>
-
 #include "../epilogue.h"
 #include "../program.h"
 #include "erased_rule.h"
@@ -56,16 +54,15 @@ EnqueueRows erased_enqueue(uint32_t num_states, bool has_scalars, int epilogue, 
 int erased_enqueue_advance(const RuleInstance& rule, const HostOrDeviceScalar& step,
                            const HostOrDeviceScalar& found_inf, const RowScalars* rows,
                            size_t num_rows, int8_t device, void* stream) {
-  using Launch = AdvanceScalars<ErasedRule<0, kMaxScalarStates>>;
   void* const kernel = rule.info->program->kernels->find(device, KernelKey::advance());
-  Launch launch{ErasedRule<0, kMaxScalarStates>(rule), step, found_inf, 0, {}};
-  for (int error = 0; num_rows != 0; rows += launch.count, num_rows -= launch.count) {
-    launch.count = static_cast<uint32_t>(std::min<size_t>(num_rows, Launch::kCapacity));
-    std::copy(rows, rows + launch.count, launch.rows);
+  int error = 0;
+  const auto enqueue_launch = [&](const auto& launch) {
     error = launch_kernel(kernel, &launch, 1, stream);
-    if (error != 0) return error;
-  }
-  return 0;
+    return error == 0;
+  };
+  plan_advance(ErasedRule<0, kMaxScalarStates>(rule), step, found_inf, rows, num_rows,
+               enqueue_launch);
+  return error;
 }
 
 }  // namespace emopt::cuda

@@ -131,7 +131,7 @@ struct Advance {
 template <class Rule>
 struct AdvanceScalars {
   static constexpr uint32_t kCapacity = static_cast<uint32_t>(
-      (kSmallLaunch - sizeof(Rule) - 2 * sizeof(HostOrDeviceScalar) - 2 * sizeof(void*)) /
+      (kSmallLaunch - sizeof(Rule) - 2 * sizeof(HostOrDeviceScalar) - sizeof(void*)) /
       sizeof(RowScalars));
 
   Rule rule;

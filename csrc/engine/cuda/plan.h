@@ -188,6 +188,21 @@ void for_each_scalars(const Table<kOperands>& table, Enqueue enqueue) {
   for (const auto& [device, on_device] : rows) enqueue(device, on_device);
 }
 
+// Passes what advances such rows to `enqueue(launch)`, in as few launches as possible, until it
+// returns false.
+template <class Rule, class Enqueue>
+void plan_advance(const Rule& rule, const HostOrDeviceScalar& step,
+                  const HostOrDeviceScalar& found_inf, const RowScalars* rows, size_t num_rows,
+                  Enqueue enqueue) {
+  using Launch = AdvanceScalars<Rule>;
+  Launch launch{rule, step, found_inf, 0, {}};
+  for (; num_rows != 0; rows += launch.count, num_rows -= launch.count) {
+    launch.count = static_cast<uint32_t>(std::min<size_t>(num_rows, Launch::kCapacity));
+    std::copy(rows, rows + launch.count, launch.rows);
+    if (!enqueue(launch)) return;
+  }
+}
+
 // Sweeps a table. `enqueue_key(first_row, rows, num_rows)` enqueues the rows of a key,
 // `enqueue_advance(device, advance)` the kernel that advances counters, and
 // `enqueue_scalars(device, rows)` that of rows with scalar states.

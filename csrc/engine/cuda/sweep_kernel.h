@@ -21,7 +21,14 @@ __device__ __forceinline__ void sweep_block(const Launch& launch) {
       if (i < Launch::kScalars) scalars[i] = read_scalar(launch, row, i);
       return [&launch, row] {
         __syncthreads();
-        if (threadIdx.x == 0) new (setup) Setup<Launch>(launch, row, scalars);
+        if (threadIdx.x == 0) {
+          // Not in a function of both cases: the compiler then keeps scalars that a rule ignores.
+          if constexpr (kNumScalarStates<typename Launch::Rule> == 0) {
+            new (setup) Setup<Launch>(launch, launch.rule, row, scalars);
+          } else {
+            new (setup) Setup<Launch>(launch, rule_at(launch, row, scalars), row, scalars);
+          }
+        }
         __syncthreads();
         return *reinterpret_cast<const Setup<Launch>*>(setup);
       };
