@@ -12,11 +12,11 @@ from typing import NamedTuple
 from cuda_sources import Sources
 
 from emerging_optimizers._build_cache import BuildError
+from emerging_optimizers._user_rules.cuda_compiler import compile_by_nvrtc
 from emerging_optimizers._user_rules.cuda_kernels import (
     ADVANCE,
     KERNELS,
     Kernel,
-    compile_kernel,
     kernel_options,
 )
 
@@ -60,7 +60,7 @@ def compile_user_rules(
         text, kernel, architecture = job
         options = kernel_options(text.stem, kernel, int(architecture.removeprefix("sm_")))
         options += ["-lineinfo", "--ptxas-options=-v"]
-        done = compile_kernel(text, options, sources.csrc)
+        done = compile_by_nvrtc(text, options, sources.csrc)
         cubin = out / f"{kernel.symbol(text.stem)}.{architecture}.cubin"
         cubin.write_bytes(done.cubin)
         return Unit(architecture, done.log, done.ptx, cubin, done.seconds)

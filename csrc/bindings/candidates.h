@@ -276,6 +276,9 @@ class CandidateWalk {
       if (!are_all_found) return false;  // only without Python
       prefetch_ends(c.step_object, sizeof(THPVariable));
       for (PyObject* const object : c.state_objects) prefetch_ends(object, sizeof(THPVariable));
+      for (size_t i = 0; i < scalar_names_.size(); ++i) {
+        prefetch_ends(c.scalar_objects[i], sizeof(THPVariable));
+      }
     }
     for (size_t i = 0; i < n; ++i) {
       if (batch[i].state != nullptr && batch[i].grad->defined()) unwrap(batch[i]);
@@ -284,6 +287,7 @@ class CandidateWalk {
       if (!batch[i].is_complete) continue;
       prefetch_memory(*batch[i].step);
       for (size_t k = 0; k < CandidateOf::kOperands; ++k) prefetch_memory(*batch[i].operands[k]);
+      for (size_t k = 0; k < scalar_names_.size(); ++k) prefetch_memory(*batch[i].scalars[k]);
     }
     return true;
   }
