@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
-#include <list>
 #include <map>
 #include <memory>
 #include <optional>
@@ -54,7 +53,10 @@ class CollectedRows {
 
   // Keeps the pointers of a row.
   float* const* keep(const ScalarPointers& pointers) {
-    return scalar_pointers_.emplace_back(pointers).data();
+    if (num_kept_ == 0) kept_.emplace_back(new ScalarPointers[num_params_]);
+    ScalarPointers& kept = kept_.back()[num_kept_++];
+    kept = pointers;
+    return kept.data();
   }
 
   // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
@@ -79,7 +81,8 @@ class CollectedRows {
     const auto move = [](auto& list, auto& more) {
       std::move(more.begin(), more.end(), std::back_inserter(list));
     };
-    scalar_pointers_.splice(scalar_pointers_.end(), later.scalar_pointers_);
+    move(kept_, later.kept_);
+    num_kept_ = 0;  // another array is next
     move(tensors_, later.tensors_);
     move(idle_counters_, later.idle_counters_);
     move(copied_, later.copied_);
@@ -103,7 +106,7 @@ class CollectedRows {
       visitor.start_list();
       bucket.each_row(
           [&](const RowOf&, const float* counter) { visitor.modify(range_of(counter)); });
-      if (scalar_pointers_.empty()) continue;
+      if (kept_.empty()) continue;
       visitor.start_list();
       bucket.each_row([&](const RowOf& row, const float*) {
         each_scalar(row, [&](const float* scalar) { visitor.modify(range_of(scalar)); });
@@ -122,8 +125,8 @@ class CollectedRows {
     for (const StepOperand& grad : copied_) visitor.read(grad.view.range);
   }
   size_t max_ranges() const {
-    return num_params_ * (kOperands + 1) + copied_.size() +
-           scalar_pointers_.size() * kMaxScalarStates;
+    const size_t most_scalars = kept_.empty() ? 0 : kMaxScalarStates;
+    return num_params_ * (kOperands + 1 + most_scalars) + copied_.size();
   }
 
   void append_operands(std::vector<StepOperand>& operands) const {
@@ -330,7 +333,8 @@ class CollectedRows {
   size_t num_params_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
-  std::list<ScalarPointers> scalar_pointers_;
+  std::vector<std::unique_ptr<ScalarPointers[]>> kept_;
+  size_t num_kept_ = 0;  // in the last array
   std::vector<float*> idle_counters_;
   std::vector<StepOperand> copied_;
   c10::SmallVector<TouchedTensors, 1> tensors_;
