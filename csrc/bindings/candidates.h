@@ -80,6 +80,12 @@ class StateLookup {
   std::unordered_set<PyObject*> seen_;
 };
 
+// The scalar states of a parameter, as many as the rule has.
+struct CandidateScalars {
+  std::array<PyObject*, kMaxScalarStates> objects;
+  std::array<const at::Tensor*, kMaxScalarStates> tensors;
+};
+
 // A parameter, its gradient and its states.
 template <int kStates>
 struct Candidate {
@@ -92,14 +98,13 @@ struct Candidate {
   PyObject* state;  // its dictionary
   PyObject* step_object;
   std::array<PyObject*, size_t{kStates} + 1> state_objects;  // the master weight comes last
-  std::array<PyObject*, kMaxScalarStates> scalar_objects;
   bool has_master;
   bool is_distributed;
   bool is_complete;  // whether all operands were found
   uintptr_t others;  // nonzero if anything else may refer to its states
   const at::Tensor* step;
-  std::array<const at::Tensor*, kMaxScalarStates> scalars;
   std::array<const at::Tensor*, kOperands> operands;
+  CandidateScalars* scalars;
 };
 
 template <int kStates>
@@ -175,6 +180,7 @@ class CandidateWalk {
   template <Mode kMode, class Visit>
   bool walk(size_t begin, size_t end, StateLookup& states, const Visit& visit) {
     std::array<CandidateOf, kBatch> batch;
+    std::array<CandidateScalars, kBatch> scalars;
     for (size_t next = begin; next < end;) {
       size_t n = 0;
       for (; n < kBatch && next < end; ++next) {
@@ -187,6 +193,7 @@ class CandidateWalk {
         TORCH_CHECK_TYPE(is_param, "params[", index, "] must be a Tensor");
         batch[n].index = index;
         batch[n].param = param(index);
+        batch[n].scalars = &scalars[n];
         prefetch_tensor(THPVariable_Unpack(batch[n].param));
         ++n;
       }
@@ -223,6 +230,7 @@ class CandidateWalk {
   // Finds the gradient and the states of each parameter.
   template <Mode kMode>
   bool find(CandidateOf* batch, size_t n, StateLookup& states) {
+    const size_t num_scalars = scalar_names_.size();
     for (size_t i = 0; i < n; ++i) {
       // The gradient is among the first members.
       prefetch_ends(THPVariable_Unpack(batch[i].param).unsafeGetTensorImpl()->autograd_meta(), 48);
@@ -268,32 +276,30 @@ class CandidateWalk {
       };
       c.step_object = find_field(step_key_);
       for (size_t s = 0; s < kStates; ++s) c.state_objects[s] = find_field(state_names_[s]);
-      for (size_t i = 0; i < scalar_names_.size(); ++i) {
-        c.scalar_objects[i] = find_field(scalar_names_[i]);
-      }
+      for (size_t k = 0; k < num_scalars; ++k) c.scalars->objects[k] = find_field(scalar_names_[k]);
       c.has_master = needs_master(THPVariable_Unpack(c.param));
       if (c.has_master) c.state_objects.back() = find_field(master_key_);
       if (!are_all_found) return false;  // only without Python
       prefetch_ends(c.step_object, sizeof(THPVariable));
       for (PyObject* const object : c.state_objects) prefetch_ends(object, sizeof(THPVariable));
-      for (size_t i = 0; i < scalar_names_.size(); ++i) {
-        prefetch_ends(c.scalar_objects[i], sizeof(THPVariable));
+      for (size_t k = 0; k < num_scalars; ++k) {
+        prefetch_ends(c.scalars->objects[k], sizeof(THPVariable));
       }
     }
     for (size_t i = 0; i < n; ++i) {
-      if (batch[i].state != nullptr && batch[i].grad->defined()) unwrap(batch[i]);
+      if (batch[i].state != nullptr && batch[i].grad->defined()) unwrap(batch[i], num_scalars);
     }
     for (size_t i = 0; i < n; ++i) {
       if (!batch[i].is_complete) continue;
       prefetch_memory(*batch[i].step);
       for (size_t k = 0; k < CandidateOf::kOperands; ++k) prefetch_memory(*batch[i].operands[k]);
-      for (size_t k = 0; k < scalar_names_.size(); ++k) prefetch_memory(*batch[i].scalars[k]);
+      for (size_t k = 0; k < num_scalars; ++k) prefetch_memory(*batch[i].scalars->tensors[k]);
     }
     return true;
   }
 
   // Finds the tensors of the Python objects; the local tensors of DTensors.
-  void unwrap(CandidateOf& c) {
+  void unwrap(CandidateOf& c, size_t num_scalars) {
     std::optional<DTensorView> dtensor;
     if (!is_plain(THPVariable_Unpack(c.param))) dtensor = DTensorView::from(c.param);
     if (dtensor && alive_.empty()) {  // usually all are DTensors
@@ -333,9 +339,9 @@ class CandidateWalk {
     dtensor.reset();  // numbers are not DTensors
     c.step = state_of(c.step_object);
     c.is_complete = c.step != nullptr;
-    for (size_t i = 0; i < scalar_names_.size(); ++i) {
-      c.scalars[i] = state_of(c.scalar_objects[i]);
-      c.is_complete &= c.scalars[i] != nullptr;
+    for (size_t i = 0; i < num_scalars; ++i) {
+      c.scalars->tensors[i] = state_of(c.scalars->objects[i]);
+      c.is_complete &= c.scalars->tensors[i] != nullptr;
     }
     for (const at::Tensor* operand : c.operands) c.is_complete &= operand != nullptr;
   }

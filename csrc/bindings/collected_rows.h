@@ -282,12 +282,17 @@ class CollectedRows {
     bool counts_on_device;
     double step;
     std::array<uint32_t, kMaxScalarStates> scalars;  // their bits, if on the host
-    auto tied() const { return std::tie(wave, device, counts_on_device, step, scalars); }
-    bool operator<(const BucketKey& other) const { return tied() < other.tied(); }
+    auto tied() const { return std::tie(wave, device, counts_on_device, step); }
+    bool operator<(const BucketKey& other) const {
+      return std::tie(scalars, wave, device, counts_on_device, step) <
+             std::tie(other.scalars, other.wave, other.device, other.counts_on_device, other.step);
+    }
   };
 
   Bucket& bucket_of(const BucketKey& key) {
-    if (last_ != nullptr && last_->first.tied() == key.tied()) return last_->second;
+    const bool is_last = last_ != nullptr && last_->first.tied() == key.tied() &&
+                         (kept_.empty() || last_->first.scalars == key.scalars);
+    if (is_last) return last_->second;
     const bool is_first = buckets_.empty();
     last_ = &*buckets_.try_emplace(key).first;
     if (is_first) last_->second.tables.back().rows.reserve(num_params_);  // usually the only bucket

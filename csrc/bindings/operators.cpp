@@ -96,15 +96,21 @@ class Computation {
   void run() {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const HostOrDeviceScalar step = check_call(call_);
-    check_number_devices(lists_, number_tensors(call_));
-    CalledScalars scalars(call_);
+    if (call_.step.tensor.has_value() || !call_.scalars.empty()) {
+      check_number_devices(lists_, number_tensors(call_));
+    }
     if (!has_rows_) checked_.add_rows();
     checked_.prepare(call_.rule);
-    RuleInstance rule = call_.rule;
-    scalars.read(rule, lists_);
-    checked_.set_scalars(scalars.on_device());
-    sweep<kStates>(rule, step, StoreUpdate(), &checked_.table(), 1);
-    scalars.advance(rule, step);
+    if (call_.scalars.empty()) {
+      sweep<kStates>(call_.rule, step, StoreUpdate(), &checked_.table(), 1);
+    } else {
+      CalledScalars scalars(call_);
+      RuleInstance rule = call_.rule;
+      scalars.read(rule, lists_);
+      checked_.set_scalars(scalars.on_device());
+      sweep<kStates>(rule, step, StoreUpdate(), &checked_.table(), 1);
+      scalars.advance(rule, step);
+    }
     checked_.finish();
   }
 

@@ -60,6 +60,7 @@ class RowCollector {
         adds_idle_(adds_idle),
         with_python_(with_python),
         deleter_(c10::GetCPUAllocator()->raw_deleter()),
+        num_scalars_(rule.info->num_scalar_states),
         collected_(collected) {
     collected_.others |= deleter_ == nullptr;
   }
@@ -90,10 +91,8 @@ class RowCollector {
     const auto is_there = [](PyObject* state) { return state != nullptr && state != Py_None; };
     if (c.state == nullptr || c.step_object == nullptr || !is_tensor(c.step_object)) return false;
     if (!std::all_of(c.state_objects.begin(), c.state_objects.end() - 1, is_there)) return false;
-    if (!std::all_of(c.scalar_objects.begin(), c.scalar_objects.begin() + num_scalars(),
-                     is_there)) {
-      return false;
-    }
+    const auto* const scalars = c.scalars->objects.data();
+    if (!std::all_of(scalars, scalars + num_scalars_, is_there)) return false;
     if (c.has_master && !is_there(c.state_objects.back())) return false;
     if (!options_.count) return true;  // the count is on a device
     const at::Tensor& step = THPVariable_Unpack(c.step_object);
@@ -221,9 +220,10 @@ class RowCollector {
     }
     collected_.rows.add_read(*c.operands[kGrad]);
     collected_.rows.add_modified(step);
-    for (size_t i = 0; i < num_scalars(); ++i) {
-      collected_.rows.add_modified(*c.scalars[i]);
-      others |= other_owners(*c.scalars[i], deleter_) | other_users(*c.scalars[i]);
+    for (size_t i = 0; i < num_scalars_; ++i) {
+      collected_.rows.add_modified(*c.scalars->tensors[i]);
+      others |=
+          other_owners(*c.scalars->tensors[i], deleter_) | other_users(*c.scalars->tensors[i]);
     }
     for (size_t k = 0; k < kOperands; ++k) {
       if (k == kGrad || (k == kWeight && c.operands[k] == c.operands[kUpdate])) continue;
@@ -239,8 +239,6 @@ class RowCollector {
     return true;
   }
 
-  size_t num_scalars() const { return rule_.info->num_scalar_states; }
-
   // The memory of a counter or a scalar state; null if it is on another device, or cannot be
   // advanced natively.
   float* number_on(int8_t device, const at::Tensor& tensor) {
@@ -254,10 +252,10 @@ class RowCollector {
 
   // Adds the scalar states to a row, if all are where its steps are counted.
   bool add_scalars(const CandidateOf& c, RowOf& row, int8_t device) {
-    if (num_scalars() == 0) return true;
+    if (num_scalars_ == 0) return true;
     ScalarPointers pointers{};
-    for (size_t i = 0; i < num_scalars(); ++i) {
-      pointers[i] = number_on(device, *c.scalars[i]);
+    for (size_t i = 0; i < num_scalars_; ++i) {
+      pointers[i] = number_on(device, *c.scalars->tensors[i]);
       if (pointers[i] == nullptr) return false;
     }
     row.scalars = collected_.rows.keep(pointers);
@@ -319,6 +317,7 @@ class RowCollector {
   bool adds_idle_, with_python_;
   bool needs_python_ = false;
   c10::DeleterFnPtr deleter_;
+  size_t num_scalars_;
   Collected<kStates>& collected_;
 };
 
