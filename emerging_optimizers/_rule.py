@@ -24,7 +24,7 @@ from ._hyperparameters import (
     read_whole_number,
 )
 from ._native import native
-from ._scalar_states import check_argument, check_arguments
+from ._scalar_states import check_arguments, check_kinds
 
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
@@ -197,8 +197,7 @@ class Rule:
         ]
         end = num_tensors + len(self._declared)
         values, step_tensor = self._read_hyperparameters(arguments[num_tensors:end])
-        for name, value in zip(self.scalar_states, arguments[end:-1], strict=True):
-            values[name] = check_argument(name, value)
+        values |= check_kinds(dict(zip(self.scalar_states, arguments[end:-1], strict=True)))
         if out is None:
             # Laid out as the first state, or as the gradient where a rule has no states.
             updates = _new_updates(grads, states[0] if states else grads)
@@ -259,6 +258,7 @@ class Rule:
     def operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for DTensors, likewise."""
         operands, values = self._read_operator(arguments)
+        check_kinds({name: values[name] for name in self.scalar_states})
         self._apply_locally(self._operate, operands, values, step_tensor)
 
     def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
@@ -311,14 +311,13 @@ class Rule:
     ) -> None:
         if step_tensor is not None:
             _checks.check_step_device(step_tensor, operands[0])
-            value = read_step_tensor(step_tensor)
-            values = values | {"step": read_whole_number("step", value, "an int")}
+            step = read_whole_number("step", read_step_tensor(step_tensor), "an int")
+            values = values | {"step": step}
         self.check_hyperparameters(values)
         _checks.check_operands(operands, values.get("use_shape_scaling", False))
         scalars = {name: values[name] for name in self.scalar_states}
         check_arguments(scalars, operands, step_tensor)
-        lists = (operand.tensors for operand in operands)
-        for grad, *states, update in zip(*lists, strict=True):
+        for grad, *states, update in zip(*(o.tensors for o in operands), strict=True):
             if grad.numel() == 0 and not scalars:
                 continue
             # Each position advances copies of the scalar states, to the same values.
@@ -328,15 +327,14 @@ class Rule:
                 self._operator(*row, *values.values())
             else:
                 self._apply_formula(update, grad, states, values)
-        if operands[0].tensors:
+        if operands[0].tensors and not operands[0].tensors[0].is_meta:
             for name, tensor in scalars.items():
                 tensor.copy_(values[name])
 
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> None:
-        computed = self.compute_update(grad, states, values)
-        if computed is None:
+        if (computed := self.compute_update(grad, states, values)) is None:
             update.zero_()
         else:
             store(update, computed)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -17,7 +18,7 @@ namespace emopt {
 
 class CalledScalars {
  public:
-  // Raises for tensors of another shape or dtype, or on different devices.
+  // Raises for tensors of another shape or dtype, on different devices, or that cannot be modified.
   explicit CalledScalars(const OperatorCall& call) : call_(call) {
     for (size_t i = 0; i < count(); ++i) check(i);
   }
@@ -26,7 +27,7 @@ class CalledScalars {
   void read(RuleInstance& rule, OperandLists lists) {
     if (count() == 0) return;
     for (size_t i = 0; i < count(); ++i) {
-      memory_[i] = call_.scalars[i].mutable_data_ptr<float>();
+      memory_[i] = static_cast<float*>(call_.scalars[i].mutable_data_ptr());
       TORCH_CHECK_VALUE(memory_[i] != nullptr, name(i),
                         " has no memory: its storage was resized to 0");
       if (!is_on_device()) rule.set_scalar(static_cast<uint32_t>(i), double{*memory_[i]});
@@ -70,6 +71,8 @@ class CalledScalars {
         " dimensions; expected a 0-dim tensor of dtype float32");
     TORCH_CHECK_TYPE(tensor.is_cpu() || tensor.is_cuda(), name(i), " is on ", tensor.device(),
                      "; expected a tensor on the CPU or a CUDA device");
+    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(i),
+                " is an inference tensor, which cannot be modified outside of inference mode");
     const at::Tensor& first = call_.scalars[0];
     TORCH_CHECK_VALUE(tensor.device() == first.device(), name(i), " is on ", tensor.device(),
                       " but ", name(0), " is on ", first.device());
@@ -84,12 +87,14 @@ class CalledScalars {
     for (const at::Tensor& tensor : call_.scalars) {
       used.push_back({memory_of_tensor(tensor, address_of(tensor)), true});
     }
+    const auto add_other = [&](const at::Tensor& tensor) {
+      const void* const address = address_of(tensor);
+      if (address != nullptr) used.push_back({memory_of_tensor(tensor, address), false});
+    };
     for (const OperandList& list : lists) {
-      for (const at::Tensor& tensor : list.tensors) {
-        const void* const address = address_of(tensor);
-        if (address != nullptr) used.push_back({memory_of_tensor(tensor, address), false});
-      }
+      std::for_each(list.tensors.begin(), list.tensors.end(), add_other);
     }
+    if (call_.step.tensor.has_value()) add_other(*call_.step.tensor);
     find_sharing(used, [&](size_t i, size_t, Sharing) {
       TORCH_CHECK_VALUE(false, name(i), " shares memory with another tensor of the call, and is",
                         " modified in place; give it separate memory (.clone())");

@@ -34,8 +34,8 @@ class CollectedRows {
   static constexpr size_t kWeight = kOperands - 1;
   using RowOf = Row<static_cast<int>(kOperands)>;
 
-  explicit CollectedRows(size_t num_params) : num_params_(num_params) {
-    tensors_.emplace_back(num_params);
+  CollectedRows(size_t num_params, size_t num_scalars) : num_params_(num_params) {
+    tensors_.emplace_back(num_params, num_scalars);
   }
 
   // ---- collecting -------------------------------------------------------------------------------
@@ -321,8 +321,9 @@ class CollectedRows {
   // The tensors of the rows that one thread has collected.
   struct TouchedTensors {
     TensorList read, modified;
-    explicit TouchedTensors(size_t num_params)
-        : read(num_params), modified(num_params * kOperands) {}
+    // A row modifies its counter and its scalar states, and all operands but the gradient.
+    TouchedTensors(size_t num_params, size_t num_scalars)
+        : read(num_params), modified(num_params * (kOperands + num_scalars)) {}
   };
 
   size_t num_params_;

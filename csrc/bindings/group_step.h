@@ -38,7 +38,7 @@ class GroupStep {
         options_(std::move(options)),
         scalars_(&scalars),
         walk_(options_, state_names, std::move(scalar_names), std::move(params), std::move(grads)),
-        collected_(walk_.num_params()) {}
+        collected_(walk_.num_params(), walk_.scalar_names().size()) {}
 
   size_t num_params() const { return walk_.num_params(); }
   bool must_be_native() const { return options_.must_be_native; }
@@ -145,7 +145,7 @@ class GroupStep {
         const auto index = static_cast<size_t>(i);
         const size_t begin = begin_of(index), end = begin_of(index + 1);
         parts[index].reset(
-            new Part{Collected<kStates>(end - begin),
+            new Part{Collected<kStates>(end - begin, walk_.scalar_names().size()),
                      states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin)});
         Part& part = *parts[index];
         RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,

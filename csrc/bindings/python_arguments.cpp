@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "hyperparameters.h"
 
@@ -82,7 +83,11 @@ bool is_sequence(PyObject* value) {
 
 }  // namespace
 
-const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
+const char* type_name(PyObject* value) {
+  const char* const name = Py_TYPE(value)->tp_name;
+  const char* const dot = std::strrchr(name, '.');  // after the module, for types in C
+  return dot == nullptr ? name : dot + 1;
+}
 
 PyObject* items_of(PyObject* value) {
   if (!is_sequence(value)) return nullptr;

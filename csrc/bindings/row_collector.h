@@ -32,7 +32,7 @@ struct Collected {
   std::list<at::Tensor> owned;  // temporary tensors of the step
   uintptr_t others = 0;         // nonzero if anything else may refer to the memory
 
-  explicit Collected(size_t num_params) : rows(num_params) {}
+  Collected(size_t num_params, size_t num_scalars) : rows(num_params, num_scalars) {}
 
   // Adds what was collected from later parameters.
   void append(Collected&& later) {

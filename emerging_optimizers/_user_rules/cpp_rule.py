@@ -148,9 +148,7 @@ class CppRule(Rule):
         """Raise for hyperparameters that the struct's ``check`` rejects: call with no tensors."""
         lists: list[list[Tensor]] = [[] for _ in (self.signature.grad, *self.states)]
         scalars = (torch.full((), first) for first in self.scalar_states.values())
-        self._eager(
-            *lists, *(values[name] for name in self.hyperparameter_names), *scalars, None
-        )
+        self._eager(*lists, *(values[name] for name in self.hyperparameter_names), *scalars, None)
 
 
 def _text(source: Source, struct: Struct, folder: Path) -> shipped.Text:

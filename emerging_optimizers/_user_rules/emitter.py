@@ -188,9 +188,7 @@ class Emitter:
 
     # ---- once per step ---------------------------------------------------------------------------
 
-    def _choose(
-        self, finish: _Finish, uses: Mapping[Node, int], indent: str
-    ) -> list[str]:
+    def _choose(self, finish: _Finish, uses: Mapping[Node, int], indent: str) -> list[str]:
         """Return the statements that choose one of the trace's cases.
 
         Args:

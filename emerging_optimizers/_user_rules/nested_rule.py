@@ -30,10 +30,10 @@ class NestedRule:
         if self.formula is None:
             raise RuleError(f"{signature.name} in a rule: it is written in C++; write it in Python")
         if signature.scalar_states:
-            names = ", ".join(signature.scalar_states)
+            listed = ", ".join(signature.scalar_states)
             raise RuleError(
                 f"{signature.name} in a rule: it has scalar states: call {signature.name}.formula,"
-                f" which returns the new value of {names}, too"
+                f" which returns the new value of {listed}, too"
             )
         try:
             bound = self._rule.__signature__.bind(*arguments, **options)

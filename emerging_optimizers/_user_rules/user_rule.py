@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
 from .._rule import Rule, arithmetic_dtype, store
+from .._scalar_states import as_float32
 from .._values import read
 from . import runtime_kernels
 from .assembler import assemble
@@ -286,7 +287,7 @@ class UserRule(Rule):
         update, *new = result if isinstance(result, tuple) else (result, *widened)
         num_states = len(new) - len(tensors)
         for tensor, number in zip(tensors.values(), new[num_states:], strict=True):
-            tensor.fill_(float(number))
+            tensor.fill_(as_float32(number))
         new = new[:num_states]
         if self._trace.shares:
             # A result may be one of the tensors that are about to be written.
