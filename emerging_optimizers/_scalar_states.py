@@ -15,6 +15,7 @@ from torch import Tensor
 from ._checks import Operand, has_no_memory
 from ._dtensor import is_dtensor
 from ._overlap import find_sharing, memory_of
+from ._values import is_recording, read
 
 # ---- of calls ------------------------------------------------------------------------------------
 
@@ -83,6 +84,17 @@ def _check_memory(scalars: Mapping[str, Tensor], others: Iterable[Tensor]) -> No
                 f"{names[i]} shares memory with another tensor of the call, and is modified in"
                 " place; give it separate memory (.clone())"
             )
+
+
+def read_scalar(tensor: Tensor, otherwise: float) -> Any:
+    """Return the value of a scalar state for a formula; `otherwise` if it has none."""
+    # A graph must not contain the value that it is recorded with.
+    return tensor.item() if is_recording() else read(tensor, otherwise)
+
+
+def write_scalar(tensor: Tensor, number: Any) -> None:
+    """Set a scalar state to what a formula returned."""
+    tensor.fill_(number if is_recording() else as_float32(number))
 
 
 # ---- of optimizers -------------------------------------------------------------------------------

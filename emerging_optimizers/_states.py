@@ -178,6 +178,7 @@ def check_state(optimizer: BaseOptimizer, member: Member) -> None:
     if not is_tracing():
         check_has_value("state 'step'", step, param)
     check_count("state 'step'", step)
+    _check_modified("state 'step'", step)
     for name in member.rule.scalar_names:
         check_scalar_state(member, name)
 

@@ -9,14 +9,18 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import megatron_support
 import numpy as np
 import pytest
 import torch
 from optimizers import assert_same, contents, make_params, run, set_grads
+from processes import launch
 from scalar_rules import (
     Float64NAdam,
+    MegatronNAdam,
     ScalarAverages,
     ScalarNAdam,
     ScalarPhases,
@@ -279,3 +283,82 @@ def test_shared_memory(place: Callable[..., Tensor], text: str, fused: bool | No
     assert re.search(text, str(caught.value))
     assert "state 'mu_product' of param_groups[0]['params'][1]" in str(caught.value)
     assert_same(contents(optimizer), before)
+
+
+def test_distributed_checkpoints(tmp_path: Path) -> None:
+    launch("scalar_workers.train_and_save", 2, tmp_path)
+    for world_size in (2, 1):
+        launch("scalar_workers.load_and_continue", world_size, tmp_path)
+
+
+# ---- Megatron-Core -------------------------------------------------------------------------------
+
+
+def make_megatron(fused: bool | None, **options: Any) -> tuple[Any, list[Any]]:
+    params = megatron_support.make_params()
+    arguments = {**megatron_support.AWARE, "fused": fused, **options}
+    return MegatronNAdam(params, **arguments), params
+
+
+@pytest.mark.parametrize("store_param_remainders", [False, True], ids=["masters", "remainders"])
+def test_megatron(fused: bool | None, store_param_remainders: bool) -> None:
+    options: dict[str, Any] = {"store_param_remainders": store_param_remainders}
+    optimizer, params = make_megatron(fused, exp_avg_dtype=BF16, **options)
+    # A parameter without a gradient has a state, counts its steps, and keeps its product.
+    megatron_support.run(optimizer, [1])
+    megatron_support.decouple_grads(params, 2)
+    params[1].decoupled_grad = None
+    optimizer.step()
+    oracle = Float64NAdam(())
+    once = np.float32(oracle.mu(1))
+    twice = np.float32(float(once) * oracle.mu(2))
+    assert products(optimizer) == [twice, once, twice, twice]
+    assert optimizer.param_groups[0]["step"] == 2
+    assert {optimizer.state[param]["step"].item() for param in params} == {2}
+    state_dict = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    assert "mu_product" not in state_dict["param_groups"][0]["state_dtype"]
+    assert state_dict["state"][1]["mu_product"] == once
+    other, others = make_megatron(fused, exp_avg_dtype=BF16, **options)
+    for param, same in zip(params, others, strict=True):
+        same.copy_(param)
+    other.load_state_dict(state_dict)
+    for step in (3, 4):
+        assert products(other) == products(optimizer)
+        megatron_support.run(optimizer, [step])
+        megatron_support.run(other, [step])
+        assert_same(others, params)
+
+
+def test_megatron_reads_and_writes_them(fused: bool | None) -> None:
+    optimizer, params = make_megatron(fused)
+    optimizer.initialize_state(params[0])
+    assert optimizer.get_unscaled_state(params[0], "mu_product").item() == 1.0
+    megatron_support.run(optimizer, [1, 2])
+    other, others = make_megatron(fused)
+    other.param_groups[0]["step"] = 2
+    for param, same in zip(params, others, strict=True):
+        same.copy_(param)
+        for name in optimizer.state[param]:
+            other.set_scaled_state(same, name, optimizer.get_unscaled_state(param, name))
+    assert products(other) == products(optimizer)
+    with pytest.raises(ValueError, match=r"'mu_product' has shape \(2,\); expected \(\)"):
+        other.set_scaled_state(others[0], "mu_product", torch.ones(2))
+    megatron_support.run(optimizer, [3])
+    megatron_support.run(other, [3])
+    assert_same(contents(other), contents(optimizer))
+    optimizer.initialize_state(params[0])
+    assert products(optimizer)[0] == 1.0
+    assert products(optimizer)[1] < 0.2
+
+
+def test_megatron_states_made_before_the_first_step(fused: bool | None) -> None:
+    """Megatron-Core allocates an exp_avg and an exp_avg_sq to load into."""
+    optimizer, params = make_megatron(fused)
+    other, others = make_megatron(fused)
+    for param in params:
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][name] = torch.zeros_like(param, dtype=F32)
+    megatron_support.run(optimizer, [1])
+    megatron_support.run(other, [1])
+    assert products(optimizer) == products(other)
+    assert_same(params, others)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreting import needs_compiler
 from optimizers import assert_same, contents, make_params, run, set_grads
 from scalar_rules import (
     Float64NAdam,
@@ -25,6 +27,7 @@ from support import assert_near, needs_native
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import emerging_optimizers as eo
 from emerging_optimizers._native import native
 
 pytestmark = pytest.mark.usefixtures("_no_other_device")
@@ -209,6 +212,25 @@ def test_groups(fused: bool | None) -> None:
     assert optimizer.state[new]["mu_product"].item() == np.float32(oracles[0].mu(1))
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("place", ["one group", "two groups"])
+def test_a_parameter_twice(place: str, fused: bool | None) -> None:
+    param, other = make_params([(3,)])[0], make_params([(3,)])[0]
+    groups = [{"params": [param, param]}] if place == "one group" else [{"params": [param]}]
+    optimizer, once = ScalarNAdam(groups, fused=fused), ScalarNAdam([other], fused=fused)
+    if place == "two groups":
+        optimizer.add_param_group({"params": []})
+        optimizer.param_groups[1]["params"].append(param)
+    for step in (1, 2):
+        set_grads([param], step)
+        set_grads([other], step)
+        optimizer.step()
+        once.step()
+        once.step()
+    assert_same(list(optimizer.state[param].values()), list(once.state[other].values()))
+    assert torch.equal(param, other)
+
+
 @every_class
 def test_a_rate_of_zero_advances(cls: Any, fused: bool | None) -> None:
     optimizer, params = trained(cls, fused=fused, lr=0.0, weight_decay=0.1)
@@ -304,3 +326,80 @@ def test_without_values(fused: bool | None) -> None:
         other.step()
     state = other.state[fakes[0]]
     assert (state["mu_product"].dtype, state["mu_product"].shape) == (F32, ())
+
+
+# ---- rules in C++ --------------------------------------------------------------------------------
+
+HALVING = """\
+namespace emopt {
+
+struct Halving {
+  static constexpr const char* kName = "halving";
+  static constexpr const char* kStates[] = {"sum"};
+  static constexpr ScalarState kScalarStates[] = {{"scale", 2.0}, {"passed", -1.0}};
+
+  double factor;
+  double scalars[2];
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("factor", &Halving::factor), StepArgument{});
+  }
+
+  EMOPT_FN void advance(double step) {
+    scalars[1] = scalars[0];
+    scalars[0] *= factor / step;
+  }
+
+  template <class Real>
+  struct Step {
+    Real scale, passed;
+    EMOPT_FN Step(const Halving& rule, double)
+        : scale(static_cast<Real>(rule.scalars[0])), passed(static_cast<Real>(rule.scalars[1])) {}
+    EMOPT_FN Real operator()(Real grad, Real& sum) const {
+      sum += scale * grad;
+      return sum + passed;
+    }
+  };
+};
+
+}  // namespace emopt
+"""
+
+
+@needs_native
+@needs_compiler
+@pytest.mark.usefixtures("_cache_of_module", "_no_other_rules")
+def test_a_rule_in_cpp(tmp_path: Path) -> None:
+    (tmp_path / "halving.h").write_text(HALVING)
+    rule = eo.load_rule(tmp_path / "halving.h", defaults={"factor": 0.75})
+    assert rule.scalar_states == {"scale": 2.0, "passed": -1.0}
+
+    class Halving(eo.ScalarOptimizer, rule=rule, lr=0.5):
+        """Steps of a rule in C++."""
+
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = Halving(params)
+    numbers = [[1.0, 0.0, 2.0, -1.0, 0] for _ in params]
+    for step in range(1, 5):
+        for i, (param, (weight, total, size, passed, count)) in enumerate(
+            zip(params, numbers, strict=True)
+        ):
+            param.grad = torch.full((3,), 0.5) if step > i else None
+            if step > i:
+                total = total + size * 0.5
+                weight = weight - 0.5 * (total + passed)
+                size, passed = float(np.float32(size * (0.75 / (count + 1)))), size
+                numbers[i] = [weight, total, size, passed, count + 1]
+        optimizer.step()
+        if step == 2:
+            optimizer = copy.deepcopy(optimizer)
+            params = optimizer.param_groups[0]["params"]
+    for param, (weight, total, size, passed, count) in zip(params, numbers, strict=True):
+        state = optimizer.state[param]
+        assert list(state) == ["step", "sum", "scale", "passed"]
+        assert (state["step"], state["scale"], state["passed"]) == (count, size, passed)
+        assert_near(state["sum"], [total] * 3, 1e-6)
+        assert_near(param, [weight] * 3, 1e-6)
+    scale, passed = scalar(2.0), scalar(-1.0)
+    update = rule(torch.ones(2), torch.zeros(2), step=2, scale=scale, passed=passed)
+    assert (update.tolist(), scale.item(), passed.item()) == ([1.0, 1.0], 0.75, 2.0)

@@ -25,6 +25,7 @@ from test_rule_definitions import every_mode, in_mode
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import emerging_optimizers as eo
 
@@ -495,6 +496,32 @@ def test_export(strict: bool) -> None:
         assert torch.equal(got, scalar_nadam(*others, mu_product=other, step=2))
         assert (product, twice) == (other, 2 * other)
         assert all(map(torch.equal, operands, others))
+
+
+@every_mode
+@pytest.mark.parametrize("how", ["fake", "symbolic", "export"])
+def test_graphs_have_no_values(mode: str, how: str) -> None:
+    call = in_mode(scalar_averages, mode)
+
+    def function(grad: Tensor, exp_avg: Tensor, *scalars: Tensor) -> Tensor:
+        return call(grad, exp_avg, **dict(zip(scalar_averages.scalar_states, scalars, strict=True)))
+
+    class Step(torch.nn.Module):
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return function(*arguments)
+
+    def arguments(first: float) -> tuple[Tensor, ...]:
+        return (randn(3), randn(3, seed=1), *(scalar(first + i) for i in range(3)))
+
+    graph: Any
+    if how == "export":
+        graph = torch.export.export(Step(), arguments(1.0)).module()
+    else:
+        graph = make_fx(function, tracing_mode=how)(*arguments(1.0))
+    mine, others = arguments(5.0), arguments(5.0)
+    assert torch.equal(graph(*mine), function(*others))
+    assert all(map(torch.equal, mine, others))
+    assert [number.item() for number in mine[2:]] == [11.0, 3.0, 5.0]
 
 
 @needs_native
