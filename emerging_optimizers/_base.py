@@ -46,7 +46,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     _state_names: ClassVar[tuple[str, ...]]
     _group_rules: ClassVar[dict[str, GroupRule]]
     _all_state_names: ClassVar[tuple[str, ...]]
-    _all_scalar_names: ClassVar[tuple[str, ...]]
+    _all_scalar_names: ClassVar[tuple[str, ...]] = ()
     # How errors name one of the ``betas``: like the class of that name in torch.optim, or NVIDIA's.
     _beta_title: ClassVar[str] = "beta"
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS

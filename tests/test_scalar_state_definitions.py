@@ -37,7 +37,7 @@ DEFINITIONS = [
     (
         "grad, *, m: eo.ScalarState = 1.0",
         "grad * m",
-        "update and 0 states; expected 1: m; or 1",
+        "update and 0 states; expected 1: m",
     ),
     (
         "grad, a, *, m: eo.ScalarState = 1.0",
