@@ -51,7 +51,8 @@ def check_arguments(
         _check_kind(name, tensor)
         for position, grad in enumerate(grads.tensors):
             if tensor.device != grad.device and not tensor.is_cpu:
-                raise ValueError(
+                error = ValueError if tensor.is_meta == grad.is_meta else TypeError
+                raise error(
                     f"{name} is on {tensor.device} but {grads.at(position)} is on {grad.device}"
                 )
         if not torch.compiler.is_compiling() and has_no_memory(tensor):

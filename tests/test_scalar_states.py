@@ -297,7 +297,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sparse": (lambda: torch.ones(()).to_sparse(), TypeError, _of("float32", 0)),
     "meta": (
         lambda: scalar(device="meta"),
-        ValueError,
+        TypeError,
         "mu_product is on meta but grad is on cpu",
     ),
     "inference": (

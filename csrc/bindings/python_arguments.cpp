@@ -136,7 +136,7 @@ std::optional<double> read_optional_number(const char* name, PyObject* value) {
 bool read_flag(const char* name, PyObject* value) {
   if (value == Py_True) return true;
   if (value == Py_False) return false;
-  const std::string type = type_name(value);
+  const std::string type = Py_TYPE(value)->tp_name;
   TORCH_CHECK_TYPE(type == "numpy.bool" || type == "numpy.bool_", name, " must be a bool, not ",
                    described(value), advice(value));
   return PyObject_IsTrue(value) == 1;
