@@ -12,8 +12,8 @@ from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
 from ._members import Member, blame
 from ._rule import GroupRule
-from ._scalar_states import check_scalar
-from ._states import check_tensor, dtype_of
+from ._scalar_states import as_float32
+from ._states import check_scalar_state, check_tensor, dtype_of
 from ._step_overlap import check_loaded_states
 from ._values import has_value
 from ._weights import MASTER, has_master
@@ -143,7 +143,7 @@ def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
             check_count("state 'step'", state["step"])
         for name in member.rule.scalar_names:
             if not is_absent(state.get(name)):
-                check_scalar(name, state[name])
+                check_scalar_state(member, name)
     except (TypeError, ValueError, RuntimeError) as error:
         raise blame(error, f"{what} of {member.name}") from None
 
@@ -203,10 +203,15 @@ def _settle_state(
     for name in rule.scalar_names:
         number: Any = state.get(name)
         if not is_absent(number):
-            number = number.tensor if isinstance(number, Saved) else number
             counter = state.get("step")
             device = counter.device if isinstance(counter, Tensor) else torch.device("cpu")
-            state[name] = torch.as_tensor(number).reshape(()).to(device, torch.float32)
+            if isinstance(number, Saved):
+                number = number.tensor
+            elif not isinstance(number, Tensor):
+                number = new_counter(as_float32(number), device)
+            # A view would tell the step that something else refers to its memory.
+            number = number.reshape(()) if number.dim() != 0 else number
+            state[name] = number.to(device, torch.float32)
     for name, value in state.items():
         if isinstance(value, Saved):
             # States that the rule does not have stay as saved.

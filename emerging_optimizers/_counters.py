@@ -79,8 +79,8 @@ def place_scalars(member: Member) -> None:
     device = member.state["step"].device
     for name in member.rule.scalar_names:
         value = member.state[name]
-        if value.device != device or value.dtype != torch.float32 or value.dim() != 0:
-            member.state[name] = value.reshape(()).to(device, torch.float32)
+        if value.device != device or value.dtype != torch.float32:
+            member.state[name] = value.to(device, torch.float32)
 
 
 def is_number(rule: GroupRule, name: str) -> bool:

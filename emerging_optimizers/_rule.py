@@ -24,7 +24,7 @@ from ._hyperparameters import (
 )
 from ._native import native
 from ._rounding import store
-from ._scalar_states import check_argument, check_arguments
+from ._scalar_states import check_arguments, check_kinds
 
 # A table, because a call of torch.promote_types would be recorded in a traced graph.
 _PROMOTED = {(a, b): torch.promote_types(a, b) for a in _checks.DTYPES for b in _checks.DTYPES}
@@ -225,9 +225,8 @@ class Rule:
                 step_tensor = value
             else:
                 values[name] = read_whole_number(name, value, "an int")
-        for name, value in zip(self.scalar_states, arguments[num_declared:], strict=True):
-            values[name] = check_argument(name, value)
-        return values, step_tensor
+        scalars = dict(zip(self.scalar_states, arguments[num_declared:], strict=True))
+        return values | check_kinds(scalars), step_tensor
 
     def check_hyperparameters(self, values: dict[str, Any]) -> None:
         """Raise for hyperparameters outside their domains."""
@@ -258,6 +257,7 @@ class Rule:
     def operate_on_dtensors(self, *arguments: Any, step_tensor: Tensor | None = None) -> None:
         """The operator's kernel for DTensors, likewise."""
         operands, values = self._read_operator(arguments)
+        check_kinds({name: values[name] for name in self.scalar_states})
         self._apply_locally(self._operate, operands, values, step_tensor)
 
     def _read_operator(self, arguments: Sequence[Any]) -> tuple[list[Operand], dict[str, Any]]:
@@ -310,14 +310,13 @@ class Rule:
     ) -> None:
         if step_tensor is not None:
             _checks.check_step_device(step_tensor, operands[0])
-            value = read_step_tensor(step_tensor)
-            values = values | {"step": read_whole_number("step", value, "an int")}
+            step = read_whole_number("step", read_step_tensor(step_tensor), "an int")
+            values = values | {"step": step}
         self.check_hyperparameters(values)
         _checks.check_operands(operands, values.get("use_shape_scaling", False))
         scalars = {name: values[name] for name in self.scalar_states}
         check_arguments(scalars, operands, step_tensor)
-        lists = (operand.tensors for operand in operands)
-        for grad, *states, update in zip(*lists, strict=True):
+        for grad, *states, update in zip(*(o.tensors for o in operands), strict=True):
             if grad.numel() == 0 and not scalars:
                 continue
             # Each position advances copies of the scalar states, to the same values.
@@ -327,15 +326,14 @@ class Rule:
                 self._operator(*row, *values.values())
             else:
                 self._apply_formula(update, grad, states, values)
-        if operands[0].tensors:
+        if operands[0].tensors and not operands[0].tensors[0].is_meta:
             for name, tensor in scalars.items():
                 tensor.copy_(values[name])
 
     def _apply_formula(
         self, update: Tensor, grad: Tensor, states: list[Tensor], values: dict[str, Any]
     ) -> None:
-        computed = self.compute_update(grad, states, values)
-        if computed is None:
+        if (computed := self.compute_update(grad, states, values)) is None:
             update.zero_()
         else:
             store(update, computed)

@@ -4,21 +4,30 @@ They are 0-dim float32 tensors beside a parameter's step counter, and lie on its
 a user wrote may have some.
 """
 
+import ctypes
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import Operand
+from ._checks import Operand, has_no_memory
 from ._dtensor import is_dtensor
 from ._overlap import find_sharing, memory_of
+from ._values import is_recording, read
 
 # ---- of calls ------------------------------------------------------------------------------------
 
 
-def check_argument(name: str, value: Any) -> Tensor:
-    """Return a scalar state that was passed to a call; raise for anything else."""
+def check_kinds(scalars: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the scalar states of a call; raise for what is none."""
+    for name, value in scalars.items():
+        _check_kind(name, value)
+    return scalars
+
+
+def _check_kind(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a 0-dim tensor of dtype float32, not {type(value).__name__}"
@@ -30,7 +39,6 @@ def check_argument(name: str, value: Any) -> Tensor:
             f"{name} is a tensor of dtype {str(value.dtype).removeprefix('torch.')} with"
             f" {value.dim()} dimensions; expected a 0-dim tensor of dtype float32"
         )
-    return value
 
 
 def check_arguments(
@@ -40,12 +48,19 @@ def check_arguments(
     grads = operands[0]
     names = list(scalars)
     for name, tensor in scalars.items():
-        check_argument(name, tensor)
+        _check_kind(name, tensor)
         for position, grad in enumerate(grads.tensors):
             if tensor.device != grad.device and not tensor.is_cpu:
-                raise ValueError(
+                error = ValueError if tensor.is_meta == grad.is_meta else TypeError
+                raise error(
                     f"{name} is on {tensor.device} but {grads.at(position)} is on {grad.device}"
                 )
+        if not torch.compiler.is_compiling() and has_no_memory(tensor):
+            raise ValueError(f"{name} has no memory: its storage was resized to 0")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{name} is an inference tensor, which cannot be modified outside of inference mode"
+            )
         first = scalars[names[0]]
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device} but {names[0]} is on {first.device}")
@@ -55,8 +70,8 @@ def check_arguments(
                 " its new value may depend on the step"
             )
     if scalars and not torch.compiler.is_compiling():
-        others = (tensor for operand in operands for tensor in operand.tensors)
-        _check_memory(scalars, others)
+        others = [tensor for operand in operands for tensor in operand.tensors]
+        _check_memory(scalars, others if step is None else [*others, step])
 
 
 def _check_memory(scalars: Mapping[str, Tensor], others: Iterable[Tensor]) -> None:
@@ -70,6 +85,17 @@ def _check_memory(scalars: Mapping[str, Tensor], others: Iterable[Tensor]) -> No
                 f"{names[i]} shares memory with another tensor of the call, and is modified in"
                 " place; give it separate memory (.clone())"
             )
+
+
+def read_scalar(tensor: Tensor, otherwise: float) -> Any:
+    """Return the value of a scalar state for a formula; `otherwise` if it has none."""
+    # A graph must not contain the value that it is recorded with.
+    return tensor.item() if is_recording() else read(tensor, otherwise)
+
+
+def write_scalar(tensor: Tensor, number: Any) -> None:
+    """Set a scalar state to what a formula returned."""
+    tensor.fill_(number if is_recording() else as_float32(number))
 
 
 # ---- of optimizers -------------------------------------------------------------------------------
@@ -86,5 +112,15 @@ def check_scalar(name: str, value: Any) -> None:
                 f"state {name!r} must be one number, not a {type(value).__name__} of dtype"
                 f" {value.dtype} and layout {value.layout}"
             )
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"state {name!r} must be a number, not {type(value).__name__}")
+    else:
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"state {name!r} is an int beyond the range of a float") from None
+
+
+def as_float32(number: Any) -> float:
+    """Round a number to float32: beyond its range, to infinity."""
+    return ctypes.c_float(number).value

@@ -22,7 +22,7 @@ from ._groups import find_unknown_numbers, scales_by_shape
 from ._members import Member, blame
 from ._overlap import overlaps_itself, span_of
 from ._rule import refuse_trace
-from ._scalar_states import check_scalar
+from ._scalar_states import as_float32, check_scalar
 from ._values import PLAIN_TYPES, check_has_value, has_value, is_tracing, read
 from ._weights import MASTER, check_master_dtype, has_master, local_shard
 
@@ -73,7 +73,7 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
         if not isinstance(state.get(name), Tensor):
             number = first if is_absent(state.get(name)) else state[name]
             check_scalar(name, number)
-            state[name] = new_counter(number, state["step"].device)
+            state[name] = new_counter(as_float32(number), state["step"].device)
     if is_absent(state.get(MASTER)):
         state.pop(MASTER, None)
         master = optimizer._masters.new(group, param)
@@ -178,10 +178,19 @@ def check_state(optimizer: BaseOptimizer, member: Member) -> None:
     if not is_tracing():
         check_has_value("state 'step'", step, param)
     check_count("state 'step'", step)
+    _check_modified("state 'step'", step)
     for name in member.rule.scalar_names:
-        if not is_tracing():
-            check_has_value(f"state {name!r}", state[name], param)
-        check_scalar(name, state[name])
+        check_scalar_state(member, name)
+
+
+def check_scalar_state(member: Member, name: str) -> None:
+    """Raise for a scalar state that is no number, or cannot be modified."""
+    value = member.state[name]
+    if not is_tracing():
+        check_has_value(f"state {name!r}", value, member.param)
+    check_scalar(name, value)
+    if isinstance(value, Tensor):
+        _check_modified(f"state {name!r}", value)
 
 
 def check_master(optimizer: BaseOptimizer, member: Member) -> None:

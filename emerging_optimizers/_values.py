@@ -25,6 +25,12 @@ def is_tracing() -> bool:
     return any(_get_mode(key) is not None for key in _TRACING_MODES)
 
 
+def is_recording() -> bool:
+    """Return whether a tracer of PyTorch records operations in a graph."""
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    return torch.compiler.is_compiling() or _get_mode(proxy) is not None
+
+
 def is_fake(value: Any) -> bool:
     """Return whether something is a fake tensor, or a wrapper of one."""
     if type(value) in PLAIN_TYPES and not torch._is_functional_tensor(value):

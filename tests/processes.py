@@ -21,6 +21,7 @@ _WORKERS = [
     "distributed_workers",
     "dtensor_workers",
     "fault_workers",
+    "scalar_workers",
 ]
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload([*(f"{name}_workers" for name in _WORKERS), "torch._dynamo"])

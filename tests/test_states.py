@@ -182,8 +182,9 @@ def test_a_counter_of_another_dtype_is_replaced(fused: bool | None) -> None:
         (10**400, ValueError, "state 'step' is inf; expected a number of steps"),
         (torch.tensor(torch.inf), ValueError, "state 'step' is inf; expected a number of steps"),
         (torch.ones(1).to_sparse(), TypeError, "state 'step' must be a number of steps, not a"),
+        (torch.inference_mode()(torch.ones)(()), RuntimeError, "state 'step' is an inference tens"),
     ],
-    ids=["meta", "text", "beyond", "infinite", "sparse"],
+    ids=["meta", "text", "beyond", "infinite", "sparse", "inference"],
 )
 def test_invalid_counters(
     cls: Any, step: Any, error: Any, message: str, fused: bool | None

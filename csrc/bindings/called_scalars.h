@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -15,18 +16,18 @@
 
 namespace emopt {
 
+// Of a call that has some.
 class CalledScalars {
  public:
-  // Raises for tensors of another shape or dtype, or on different devices.
+  // Raises for tensors of another shape or dtype, on different devices, or that cannot be modified.
   explicit CalledScalars(const OperatorCall& call) : call_(call) {
     for (size_t i = 0; i < count(); ++i) check(i);
   }
 
   // Reads the values of those on the host. Raises if one shares memory with another tensor.
   void read(RuleInstance& rule, OperandLists lists) {
-    if (count() == 0) return;
     for (size_t i = 0; i < count(); ++i) {
-      memory_[i] = call_.scalars[i].mutable_data_ptr<float>();
+      memory_[i] = static_cast<float*>(call_.scalars[i].mutable_data_ptr());
       TORCH_CHECK_VALUE(memory_[i] != nullptr, name(i),
                         " has no memory: its storage was resized to 0");
       if (!is_on_device()) rule.set_scalar(static_cast<uint32_t>(i), double{*memory_[i]});
@@ -34,12 +35,11 @@ class CalledScalars {
     refuse_sharing(lists);
   }
 
-  // Those on a device; null if there are none.
+  // Those on a device; null if they are on the host.
   float* const* on_device() const { return is_on_device() ? memory_.data() : nullptr; }
 
   // Replaces them by their values after the step.
   void advance(RuleInstance& rule, [[maybe_unused]] const HostOrDeviceScalar& step) {
-    if (count() == 0) return;
     if (is_on_device()) {
 #if EMOPT_CUDA
       RowScalars row{nullptr, {}};
@@ -59,7 +59,7 @@ class CalledScalars {
 
  private:
   size_t count() const { return call_.scalars.size(); }
-  bool is_on_device() const { return count() != 0 && call_.scalars[0].is_cuda(); }
+  bool is_on_device() const { return call_.scalars[0].is_cuda(); }
   const char* name(size_t i) const { return call_.rule.info->scalar_states[i].name; }
 
   void check(size_t i) const {
@@ -70,6 +70,8 @@ class CalledScalars {
         " dimensions; expected a 0-dim tensor of dtype float32");
     TORCH_CHECK_TYPE(tensor.is_cpu() || tensor.is_cuda(), name(i), " is on ", tensor.device(),
                      "; expected a tensor on the CPU or a CUDA device");
+    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(i),
+                " is an inference tensor, which cannot be modified outside of inference mode");
     const at::Tensor& first = call_.scalars[0];
     TORCH_CHECK_VALUE(tensor.device() == first.device(), name(i), " is on ", tensor.device(),
                       " but ", name(0), " is on ", first.device());
@@ -84,12 +86,14 @@ class CalledScalars {
     for (const at::Tensor& tensor : call_.scalars) {
       used.push_back({memory_of_tensor(tensor, address_of(tensor)), true});
     }
+    const auto add_other = [&](const at::Tensor& tensor) {
+      const void* const address = address_of(tensor);
+      if (address != nullptr) used.push_back({memory_of_tensor(tensor, address), false});
+    };
     for (const OperandList& list : lists) {
-      for (const at::Tensor& tensor : list.tensors) {
-        const void* const address = address_of(tensor);
-        if (address != nullptr) used.push_back({memory_of_tensor(tensor, address), false});
-      }
+      std::for_each(list.tensors.begin(), list.tensors.end(), add_other);
     }
+    if (call_.step.tensor.has_value()) add_other(*call_.step.tensor);
     find_sharing(used, [&](size_t i, size_t, Sharing) {
       TORCH_CHECK_VALUE(false, name(i), " shares memory with another tensor of the call, and is",
                         " modified in place; give it separate memory (.clone())");

@@ -61,7 +61,7 @@ class CheckedTable {
     for (const size_t i : strided_) use_dense_copies(i);
   }
 
-  // Lets all rows use scalar states in a device's memory; null: there are none.
+  // Lets all rows use scalar states in a device's memory; null: they are on the host.
   void set_scalars(float* const* scalars) {
     if (scalars == nullptr) return;
     for (Row<kOperands>& row : table_.rows) row.scalars = scalars;

@@ -11,6 +11,7 @@
 
 #include "operand_checks.h"
 #include "operators.h"
+#include "python_arguments.h"
 #include "tensor_argument.h"
 
 namespace emopt {
@@ -23,7 +24,7 @@ inline StepArgumentValue read_step(PyObject* value) {
 
 inline at::Tensor read_scalar_state(const char* name, PyObject* value) {
   TORCH_CHECK_TYPE(THPVariable_Check(value), name, " must be a 0-dim tensor of dtype float32, not ",
-                   Py_TYPE(value)->tp_name);
+                   type_name(value));
   return THPVariable_Unpack(value);
 }
 

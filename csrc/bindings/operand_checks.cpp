@@ -29,16 +29,30 @@ const OperandList& in_check_order(OperandLists lists, size_t k) {
   return lists[(k + kGrad) % lists.size()];
 }
 
+[[noreturn]] void refuse_device(const std::string& name, const at::Tensor& tensor,
+                                const std::string& other_name, const at::Tensor& other) {
+  const std::string message =
+      c10::str(name, " is on ", tensor.device(), " but ", other_name, " is on ", other.device());
+  TORCH_CHECK_TYPE(tensor.is_meta() == other.is_meta(), message);
+  TORCH_CHECK_VALUE(false, message);
+}
+
 void check_device(const OperandList& list, size_t position, const OperandList& other,
                   size_t other_position) {
   const at::Tensor& tensor = list.tensors[position];
   const at::Tensor& beside = other.tensors[other_position];
   if (tensor.device() == beside.device()) return;
-  const std::string message =
-      c10::str(position_name(list.name, position), " is on ", tensor.device(), " but ",
-               position_name(other.name, other_position), " is on ", beside.device());
-  TORCH_CHECK_TYPE(tensor.is_meta() == beside.is_meta(), message);
-  TORCH_CHECK_VALUE(false, message);
+  refuse_device(position_name(list.name, position), tensor,
+                position_name(other.name, other_position), beside);
+}
+
+void check_number_device(OperandLists lists, const char* name, const at::Tensor& number) {
+  if (number.is_cpu()) return;
+  const at::TensorList grads = lists[kGrad].tensors;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].device() == number.device()) continue;
+    refuse_device(name, number, position_name("grad", i), grads[i]);
+  }
 }
 
 }  // namespace
@@ -92,18 +106,6 @@ SingleTensorCall::SingleTensorCall(bool is_single) : outer_(single_tensor_call) 
   single_tensor_call = is_single;
 }
 SingleTensorCall::~SingleTensorCall() { single_tensor_call = outer_; }
-namespace {
-
-void check_number_device(OperandLists lists, const char* name, const at::Tensor& number) {
-  if (number.is_cpu()) return;
-  const at::TensorList grads = lists[kGrad].tensors;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    TORCH_CHECK_VALUE(grads[i].device() == number.device(), name, " is on ", number.device(),
-                      " but ", position_name("grad", i), " is on ", grads[i].device());
-  }
-}
-
-}  // namespace
 
 bool SingleTensorCall::is_active() { return single_tensor_call; }
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "hyperparameters.h"
 
@@ -82,7 +83,11 @@ bool is_sequence(PyObject* value) {
 
 }  // namespace
 
-const char* type_name(PyObject* value) { return Py_TYPE(value)->tp_name; }
+const char* type_name(PyObject* value) {
+  const char* const name = Py_TYPE(value)->tp_name;
+  const char* const dot = std::strrchr(name, '.');  // after the module, for types in C
+  return dot == nullptr ? name : dot + 1;
+}
 
 PyObject* items_of(PyObject* value) {
   if (!is_sequence(value)) return nullptr;
@@ -131,7 +136,7 @@ std::optional<double> read_optional_number(const char* name, PyObject* value) {
 bool read_flag(const char* name, PyObject* value) {
   if (value == Py_True) return true;
   if (value == Py_False) return false;
-  const std::string type = type_name(value);
+  const std::string type = Py_TYPE(value)->tp_name;
   TORCH_CHECK_TYPE(type == "numpy.bool" || type == "numpy.bool_", name, " must be a bool, not ",
                    described(value), advice(value));
   return PyObject_IsTrue(value) == 1;

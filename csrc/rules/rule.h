@@ -14,13 +14,13 @@
 //                                                  all of the rule's code, it throws no exception
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
-//   static constexpr ScalarState kScalarStates[]   (optional) numbers that the optimizer carries
+//   static constexpr ScalarState kScalarStates[]   (optional) numbers that an optimizer carries
 //   from
-//                                                  step to step beside each parameter's states;
-//                                                  then
-//   double scalars[N]                              a public member: their values before the step,
-//   void advance(double step)                      which this replaces by those after it. `Step`
-//                                                  computes what it needs of those, too
+//                                                  step to step, beside each parameter's states
+//   double scalars[N]                              then, public: their values before the step,
+//   which void advance(double step)                      this replaces by those after it; `Step`,
+//   which
+//                                                  also has those before, may need some after it
 //
 // and
 //

@@ -31,7 +31,7 @@ class NestedRule:
             raise RuleError(f"{signature.name} in a rule: it is written in C++; write it in Python")
         if signature.scalar_states:
             raise RuleError(
-                f"{signature.name} in a rule: it has scalar states; call {signature.name}.formula,"
+                f"{signature.name} in a rule: it has scalar states: call {signature.name}.formula,"
                 f" which returns the new value of {', '.join(signature.scalar_states)}, too"
             )
         try:

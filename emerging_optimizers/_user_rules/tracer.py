@@ -222,7 +222,7 @@ class _Tracer:
             new = [*states, *new]  # modified in place
         if not result or len(new) != len(names) + num_scalars:
             expected = ", ".join((*names, *scalar_names)) or "none"
-            if scalar_names:
+            if names and scalar_names:
                 expected += f"; or {num_scalars}, if states are modified in place"
             raise RuleError(
                 f"the rule returns the update and {len(new)} states; expected"

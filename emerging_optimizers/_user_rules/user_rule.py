@@ -15,7 +15,7 @@ from .. import _dtensor, _native
 from .._operators import USER_NAMESPACE
 from .._rounding import store
 from .._rule import Rule, arithmetic_dtype
-from .._values import read
+from .._scalar_states import read_scalar, write_scalar
 from . import runtime_kernels
 from .assembler import assemble
 from .emitter import Emitter
@@ -282,12 +282,12 @@ class UserRule(Rule):
             own_grad = grad.clone()
         widened = [state.to(real) for state in states]
         tensors = {name: values[name] for name in self.scalar_states}
-        scalars = {name: read(tensors[name], self.scalar_states[name]) for name in tensors}
+        scalars = {name: read_scalar(tensors[name], self.scalar_states[name]) for name in tensors}
         result: Any = self.formula(own_grad, *widened, **(values | scalars))
         update, *new = result if isinstance(result, tuple) else (result, *widened)
         num_states = len(new) - len(tensors)
         for tensor, number in zip(tensors.values(), new[num_states:], strict=True):
-            tensor.fill_(float(number))
+            write_scalar(tensor, number)
         new = new[:num_states]
         if self._trace.shares:
             # A result may be one of the tensors that are about to be written.
