@@ -15,12 +15,10 @@
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
 //   static constexpr ScalarState kScalarStates[]   (optional) numbers that an optimizer carries
-//   from
-//                                                  step to step, beside each parameter's states
-//   double scalars[N]                              then, public: their values before the step,
-//   which void advance(double step)                      this replaces by those after it; `Step`,
-//   which
-//                                                  also has those before, may need some after it
+//                                                  from step to step for each parameter; it needs
+//   double scalars[N]                              a public member, their values before a step
+//   void advance(double step)                      and this, which replaces them by those after
+//                                                  it. `Step` is made from those before it
 //
 // and
 //
