@@ -129,12 +129,18 @@ def check_is_matrix(grads: Operand, position: int) -> None:
         )
 
 
+def layout_text(tensor: Tensor) -> str:
+    """Return a tensor's layout as the native errors name it."""
+    return "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
+
+
 def check_storage(operand: Operand, position: int) -> None:
     """Raise for an unsupported layout or dtype."""
     tensor, name = operand.tensors[position], operand.at(position)
     if tensor.layout != torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else _LAYOUTS.get(tensor.layout, str(tensor.layout))
-        raise TypeError(f"{name} has layout {layout}; expected a strided (dense) tensor")
+        raise TypeError(
+            f"{name} has layout {layout_text(tensor)}; expected a strided (dense) tensor"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name} has dtype {_dtype_text(tensor.dtype)}; expected float32, float64, bfloat16 or"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import Operand, has_no_memory
+from ._checks import Operand, has_no_memory, layout_text
 from ._dtensor import is_dtensor
 from ._overlap import find_sharing, memory_of
 from ._values import is_recording, read
@@ -34,7 +34,13 @@ def _check_kind(name: str, value: Any) -> None:
         )
     if is_dtensor(value):
         raise TypeError(f"{name} is a DTensor; expected a plain tensor, the same on all processes")
-    if value.dim() != 0 or value.dtype != torch.float32 or value.layout != torch.strided:
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} has layout {layout_text(value)}; expected a strided (dense) tensor"
+        )
+    if value.is_neg():
+        raise RuntimeError(f"{name} is a lazily negated view; pass resolve_neg() of it")
+    if value.dim() != 0 or value.dtype != torch.float32:
         raise TypeError(
             f"{name} is a tensor of dtype {str(value.dtype).removeprefix('torch.')} with"
             f" {value.dim()} dimensions; expected a 0-dim tensor of dtype float32"

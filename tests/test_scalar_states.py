@@ -294,7 +294,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bool": (lambda: torch.tensor(True), TypeError, _of("bool", 0)),
     "one dimension": (lambda: torch.ones(1), TypeError, _of("float32", 1)),
     "two dimensions": (lambda: torch.ones(2, 2), TypeError, _of("float32", 2)),
-    "sparse": (lambda: torch.ones(()).to_sparse(), TypeError, _of("float32", 0)),
+    "sparse": (
+        lambda: torch.ones(()).to_sparse(),
+        TypeError,
+        "mu_product has layout Sparse; expected a strided (dense) tensor",
+    ),
+    "negated": (
+        lambda: torch._neg_view(scalar()),
+        RuntimeError,
+        "mu_product is a lazily negated view; pass resolve_neg() of it",
+    ),
     "meta": (
         lambda: scalar(device="meta"),
         TypeError,

@@ -64,10 +64,11 @@ class CalledScalars {
 
   void check(size_t i) const {
     const at::Tensor& tensor = call_.scalars[i];
-    TORCH_CHECK_TYPE(
-        tensor.dim() == 0 && tensor.scalar_type() == at::kFloat && tensor.layout() == at::kStrided,
-        name(i), " is a tensor of dtype ", dtype_text(tensor.scalar_type()), " with ", tensor.dim(),
-        " dimensions; expected a 0-dim tensor of dtype float32");
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name(i), " has layout ", tensor.layout(),
+                     "; expected a strided (dense) tensor");
+    TORCH_CHECK_TYPE(tensor.dim() == 0 && tensor.scalar_type() == at::kFloat, name(i),
+                     " is a tensor of dtype ", dtype_text(tensor.scalar_type()), " with ",
+                     tensor.dim(), " dimensions; expected a 0-dim tensor of dtype float32");
     TORCH_CHECK_TYPE(tensor.is_cpu() || tensor.is_cuda(), name(i), " is on ", tensor.device(),
                      "; expected a tensor on the CPU or a CUDA device");
     TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), name(i),

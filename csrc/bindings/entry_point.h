@@ -25,6 +25,9 @@ inline StepArgumentValue read_step(PyObject* value) {
 inline at::Tensor read_scalar_state(const char* name, PyObject* value) {
   TORCH_CHECK_TYPE(THPVariable_Check(value), name, " must be a 0-dim tensor of dtype float32, not ",
                    type_name(value));
+  // The dispatcher would pass a copy on.
+  TORCH_CHECK(!THPVariable_Unpack(value).is_neg(), name,
+              " is a lazily negated view; pass resolve_neg() of it");
   return THPVariable_Unpack(value);
 }
 
