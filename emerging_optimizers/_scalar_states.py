@@ -38,7 +38,7 @@ def _check_kind(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} has layout {layout_text(value)}; expected a strided (dense) tensor"
         )
-    if value.is_neg():
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise RuntimeError(f"{name} is a lazily negated view; pass resolve_neg() of it")
     if value.dim() != 0 or value.dtype != torch.float32:
         raise TypeError(
