@@ -109,6 +109,17 @@ def scalar(value: float = 1.0, **options: Any) -> Tensor:
     return torch.tensor(value, dtype=options.pop("dtype", torch.float32), **options)
 
 
+def inference_tensor() -> Tensor:
+    with torch.inference_mode():
+        return scalar()
+
+
+def without_memory() -> Tensor:
+    tensor = scalar()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -25,9 +25,11 @@ from scalar_rules import (
     ScalarNAdam,
     ScalarPhases,
     continue_alike,
+    inference_tensor,
     products,
     scalar,
     trained,
+    without_memory,
 )
 from torch import Tensor, nn
 
@@ -126,17 +128,6 @@ def test_other_kinds_of_numbers(kind: str, how: str, fused: bool | None) -> None
     state = optimizer.state[params[1]]["mu_product"]
     assert (state.dtype, state.numel()) == (F32, 1)
     np.testing.assert_equal(state.item(), float(np.float32(number * Float64NAdam(()).mu(4))))
-
-
-def inference_tensor() -> Tensor:
-    with torch.inference_mode():
-        return scalar()
-
-
-def without_memory() -> Tensor:
-    tensor = scalar()
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {

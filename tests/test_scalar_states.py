@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from scalar_rules import (
     Float64NAdam,
+    inference_tensor,
     randn,
     scalar,
     scalar_averages,
     scalar_nadam,
     scalar_phases,
+    without_memory,
 )
 from support import assert_equal_bits, assert_near, needs_native
 from test_rule_definitions import every_mode, in_mode
@@ -256,17 +258,6 @@ def test_inference_mode(mode: str) -> None:
 
 
 # ---- errors --------------------------------------------------------------------------------------
-
-
-def inference_tensor() -> Tensor:
-    with torch.inference_mode():
-        return scalar()
-
-
-def without_memory() -> Tensor:
-    tensor = scalar()
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 def _of(dtype: str, dimensions: int) -> str:
