@@ -59,3 +59,54 @@ struct Scaled {
   };
 };
 """
+# With a scalar state: the product of all momenta so far.
+SCHEDULED = """\
+#include "rules/rule.h"
+
+namespace emopt {
+
+struct ScheduledAdam {
+  static constexpr const char* kName = "cpp_scheduled_adam";
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr ScalarState kScalarStates[] = {{"mu_product", 1.0}};
+
+  double betas[2];
+  double scalars[1];
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("betas", &ScheduledAdam::betas, Domain::kBeta),
+                           StepArgument{});
+  }
+
+  void check(ErrorText& error) const {
+    if (betas[0] > betas[1]) snprintf(error.text, error.capacity, "the first beta is the larger");
+  }
+
+  EMOPT_FN double mu(double step) const { return betas[0] * (1.0 - 0.5 / (1.0 + 0.004 * step)); }
+
+  EMOPT_FN void advance(double step) { scalars[0] *= mu(step); }
+
+  template <class Real>
+  struct Step {
+    ExponentialMovingAverage<Real> first, second;
+    Real ahead, now;
+
+    EMOPT_FN Step(const ScheduledAdam& rule, double step)
+        : first(rule.betas[0]), second(rule.betas[1]) {
+      ScheduledAdam next = rule;
+      next.advance(step);
+      const double product = next.scalars[0], mu = rule.mu(step + 1.0);
+      ahead = static_cast<Real>(mu / (1.0 - product * mu));
+      now = static_cast<Real>((1.0 - rule.mu(step)) / (1.0 - product));
+    }
+
+    EMOPT_FN Real operator()(Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+      exp_avg = first(exp_avg, grad);
+      exp_avg_sq = second.of_square(exp_avg_sq, grad);
+      return (exp_avg * ahead + grad * now) / (square_root(exp_avg_sq) + Real(1e-8));
+    }
+  };
+};
+
+}  // namespace emopt
+"""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpp_texts import BLEND, SCALED
+from cpp_texts import BLEND, SCALED, SCHEDULED
 from support import needs_native
 
 import emerging_optimizers as eo
@@ -27,6 +27,7 @@ NAME = '  static constexpr const char* kName = "blend";\n'
 STATES = '  static constexpr const char* kStates[] = {"exp_avg"};\n'
 UPDATE = "Real operator()(Real grad, Real& exp_avg) const"
 CONST = UPDATE.replace("Real& exp", "const Real& exp")
+SCALARS = '  static constexpr ScalarState kScalarStates[] = {{"total", 1.0}};'
 BODY = "      return unbias * exp_avg;\n"
 LIST = BLEND[BLEND.index("    return std::make_tuple") : BLEND.index("  }\n\n  template")]
 TEMPLATE = "  template <class Real>\n  struct Step {\n"
@@ -81,6 +82,59 @@ BROKEN: list[tuple[str, str, str]] = [
     ('{"exp_avg"}', "{nullptr}", "kStates is private or not a constant array of strings: write"),
     (STATES, f" private:\n{STATES} public:\n", "kStates is private or not a constant array"),
     ('{"exp_avg"}', '{"a", "b", "c", "d", "e", "f"}', "a rule has at most 5 states"),
+    *(
+        (*after(NAME, f"  {declared}"), "kScalarStates is private or not a constant array: write")
+        for declared in (
+            "int kScalarStates = 3;",
+            'ScalarState kScalarStates[1] = {{"total", 1.0}};',
+            'static inline ScalarState kScalarStates[] = {{"total", 1.0}};',
+            'static constexpr const char* kScalarStates[] = {"total"};',
+            "static constexpr ScalarState kScalarStates[] = {{nullptr, 1.0}};",
+            'static constexpr ScalarState kScalarStates[] = {{"", 1.0}};',
+            'static constexpr ScalarState kScalarStates[2] = {{"total", 1.0}};',
+            f"private:\n{SCALARS}\n public:",
+        )
+    ),
+    (
+        *after(
+            NAME,
+            SCALARS.replace("{{", '{{"a", 0.0}, {"b", 0.0}, {"c", 0.0}, {"d", 0.0}, {')
+            + "\n  double scalars[5];\n  void advance(double) {}",
+        ),
+        "a rule has at most 4 scalar states",
+    ),
+    *(
+        (
+            *after(NAME, f"{SCALARS}\n  void advance(double) {{}}\n  {member}"),
+            "but no public member double scalars[N] with a number for each of them",
+        )
+        for member in (
+            "",
+            "double scalars;",
+            "float scalars[1];",
+            "double scalars[2];",
+            "static inline double scalars(int) { return 0.0; }",
+            "private:\n  double scalars[1];\n public:",
+        )
+    ),
+    *(
+        (
+            *after(NAME, f"{SCALARS}\n  double scalars[1];\n  {function}"),
+            "but no public EMOPT_FN void advance(double step) that sets scalars to their values",
+        )
+        for function in (
+            "",
+            "void advance() {}",
+            "void advance(double) const {}",
+            "static void advance(double) {}",
+            "double advance(double step) { return step; }",
+            "private:\n  void advance(double) {}\n public:",
+        )
+    ),
+    (
+        *after(NAME, f"{SCALARS}\n  double scalars[1];\n  void advance(double) {{}}\n  double x;"),
+        "a member that hyperparameters() does not list",
+    ),
     (*after(NAME, "  static constexpr int kLowestStep = 2;"), "kLowestStep is private or neither"),
     (*after(NAME, "  int kLowestStep = 1;"), "kLowestStep is private or neither of the"),
     (
@@ -207,16 +261,28 @@ NAMES = [
         {"hyperparameters": ("NoneType",)},
         "NoneType is reserved in PyTorch's operator schemas",
     ),
+    ({"scalars": {"2nd": 1.0}}, "an argument is named 2nd: use a name of ASCII letters"),
+    ({"scalars": {"out": 1.0}}, "an argument cannot be named out, which has another meaning"),
+    ({"scalars": {"step": 1.0}}, "an argument cannot be named step: the step number is StepArgume"),
+    ({"scalars": {"grad": 1.0}}, "two arguments are named grad: rename one of them"),
+    ({"scalars": {"a": 1.0}}, "two arguments are named a: rename one of them"),
+    ({"scalars": {"beta": 1.0}}, "two arguments are named beta: rename one of them"),
+    ({"scalars": {"NoneType": 1.0}}, "NoneType is reserved in PyTorch's operator schemas"),
+    ({"scalars": {"a_list": 1.0}}, "a_list has the name of an operator's argument: rename it"),
     ({"hyperparameters": ("a_list",)}, "the hyperparameter a_list has the name of an operator's"),
 ]
 
 
 @pytest.mark.parametrize(("changed", "message"), NAMES)
 def test_names(changed: dict[str, Any], message: str) -> None:
-    values = {"name": "blend", "states": ("a",), "hyperparameters": ("beta",), **changed}
+    usual = {"name": "blend", "states": ("a",), "hyperparameters": ("beta",), "scalars": {}}
+    values = {**usual, **changed}
     listed = tuple(Hyperparameter(name, "number", float) for name in values["hyperparameters"])
+    signature = Signature(
+        "grad", values["states"], listed, {}, values["scalars"], name=values["name"]
+    )
     with pytest.raises(eo.RuleError, match=re.escape(message)):
-        check_names(Signature("grad", values["states"], listed, {}, values["name"]))
+        check_names(signature)
 
 
 def test_what_the_compiler_cannot_check() -> None:
@@ -228,6 +294,14 @@ def test_what_the_compiler_cannot_check() -> None:
     two = two.replace("StepArgument{}", 'hyperparameter("eps", &Blend::beta), StepArgument{}')
     with pytest.raises(eo.RuleError, match="lists the same member as beta and as eps: list each"):
         eo.load_rule(two)
+    listed = SCHEDULED.replace(
+        "StepArgument{}", 'hyperparameter("x", &ScheduledAdam::scalars), StepArgument{}'
+    )
+    with pytest.raises(eo.RuleError, match="lists scalars, as x: leave it out"):
+        eo.load_rule(listed)
+    for taken in ("exp_avg", "betas", "grad"):
+        with pytest.raises(eo.RuleError, match=f"two arguments are named {taken}: rename one"):
+            eo.load_rule(SCHEDULED.replace('"mu_product"', f'"{taken}"'))
 
 
 def test_in_a_rule_in_python() -> None:

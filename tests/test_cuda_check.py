@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_user_rules import USER_RULES
 
 ROOT = Path(__file__).parent.parent
 ENGINE = "csrc/engine/cuda"
@@ -58,6 +59,12 @@ FAULTS = {
             "      return step(grad, states...);\n",
             "      return fmaf(grad, grad, step(grad, states...));\n",
             r"PTX, adopt .*fma\.rn\.f32 of .*, contracted or not exactly rounded",
+        ),
+        (
+            f"{ENGINE}/padded_rule.h",
+            "{ rule.advance(step); }",
+            "{ rule.advance(fma(step, step, step)); }",
+            r"PTX, nadam Advance: fma\.rn\.f64 of .*, contracted or not exactly rounded",
         ),
         (
             f"{ENGINE}/vectors.h",
@@ -118,8 +125,9 @@ def test_planted_faults_are_found(faults: tuple[tuple[str, ...], ...], tmp_path:
         plant(tmp_path / file, old, new)
     command = [sys.executable, str(ROOT / "tools" / "cuda_check.py"), "--root", str(tmp_path)]
     command += ["--rules", "laprop", "--architectures", "sm_90"]
-    if any(" adopt " in finding for *_, finding in faults):
-        command += ["--user-rules", "adopt"]
+    user_rules = {rule for rule in USER_RULES for *_, told in faults if f" {rule} " in told}
+    if user_rules:
+        command += ["--user-rules", *sorted(user_rules)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "make cuda-check` installs it" in done.stderr:
         pytest.skip("needs a CUDA compiler: make cuda-check installs it")

@@ -110,6 +110,8 @@ py::dict rule_info(const std::string& path, const std::string& symbol) {
   found["states"] = py::tuple(states);
   found["hyperparameters"] = py::tuple(hyperparameters);
   found["scalar_states"] = py::tuple(scalar_states);
+  found["scalars_offset"] =
+      scalar_states.empty() ? py::object(py::none()) : py::int_(info.scalars_offset);
   found["lowest_step"] = info.lowest_step;
   found["has_check"] = info.check != nullptr;
   found["shape_scale"] = py::none();

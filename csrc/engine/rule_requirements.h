@@ -187,7 +187,7 @@ constexpr bool copies_state(std::index_sequence<kState...>) {
   return std::is_invocable_v<Step, Real, std::conditional_t<kState == kCopied, Real, Real&>...>;
 }
 template <class Step, class Real, size_t... kState>
-constexpr bool copies_any_state(std::index_sequence<kState...> states) {
+constexpr bool copies_any_state([[maybe_unused]] std::index_sequence<kState...> states) {
   return (copies_state<Step, Real, kState>(states) || ...);
 }
 

@@ -14,11 +14,11 @@
 //                                                  all of the rule's code, it throws no exception
 //   static double shape_scale(rows, cols)          (optional) a factor for a 2-D tensor's update,
 //                                                  used if its member `use_shape_scaling` is true
-//   static constexpr ScalarState kScalarStates[]   (optional) numbers that an optimizer carries
-//                                                  from step to step for each parameter; it needs
-//   double scalars[N]                              a public member, their values before a step
-//   void advance(double step)                      and this, which replaces them by those after
-//                                                  it. `Step` is made from those before it
+//   static constexpr ScalarState kScalarStates[]   (optional) numbers that optimizers carry from
+//                                                  step to step, beside each parameter's states
+//   double scalars[N]                              needed then: their values before the step
+//   void advance(double step)                      needed then: replaces those by the values after
+//                                                  the step; `Step` may call it, on a copy
 //
 // and
 //

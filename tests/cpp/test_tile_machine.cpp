@@ -1,5 +1,6 @@
 // The interpreter of each instruction set against the compiled rule, as in test_sweep.cpp: a rule
-// with three cases, one without an update.
+// with three cases, one without an update. And what advances scalar states.
+#include <cstddef>
 #include <cstdio>
 #include <random>
 
@@ -12,6 +13,7 @@
 using namespace emopt;
 
 EMOPT_RULE(PatientDescent)
+EMOPT_RULE(FourNumbers)
 
 namespace {
 
@@ -49,10 +51,11 @@ Program patient_descent() {
        2,
        -1,
        false,
+       {},
        {}},
-      {{}, true, 0, 0, 0, 0, true, {kBeta, kRest}},
-      {{step_instruction("!=", kFree, kLimit, kLimit)}, false, kFree, 3, 4, -1, false, {}},
-      {{}, true, 0, 0, 0, 1, false, {kBeta, kRest}},
+      {{}, true, 0, 0, 0, 0, true, {kBeta, kRest}, {}},
+      {{step_instruction("!=", kFree, kLimit, kLimit)}, false, kFree, 3, 4, -1, false, {}, {}},
+      {{}, true, 0, 0, 0, 1, false, {kBeta, kRest}, {}},
       {{step_instruction("neg", kLow, kLimit, 0)},
        true,
        0,
@@ -60,7 +63,8 @@ Program patient_descent() {
        0,
        2,
        false,
-       {kBeta, kRest, kLow, kLimit}},
+       {kBeta, kRest, kLow, kLimit},
+       {}},
   };
   const std::vector<TileInstruction> average = {
       tile_instruction("*", 1, kBuffer, kK0, kAverage),
@@ -102,9 +106,57 @@ const RuleInfo& info_of(const Interpreted&) {
   return info;
 }
 
+// What FourNumbers::advance computes. The registers are the step, the rate, the scalar states, then
+// results.
+Program four_numbers(uint32_t scalars_offset) {
+  enum Register : uint16_t { kStep, kRate, kTotal, kProduct, kLast, kAverage, k0, k1, k2, k3 };
+  Program program;
+  program.step.sources = {{offsetof(FourNumbers, rate), false}};
+  for (uint32_t i = 0; i < 4; ++i) program.step.sources.push_back({scalars_offset + 8 * i, false});
+  program.step.registers.resize(10);
+  program.step.blocks = {
+      {{step_instruction("+", k0, kTotal, kStep), step_instruction("*", k1, kProduct, kRate),
+        step_instruction("-", k2, kLast, kAverage), step_instruction("*", k2, kRate, k2),
+        step_instruction("+", k3, kAverage, k2)},
+       true,
+       0,
+       0,
+       0,
+       0,
+       false,
+       {},
+       {k0, k1, kStep, k3}}};
+  return program;
+}
+
+// A compiled rule, and the program.
+void test_scalar_states() {
+  const RuleInfo& info = *emopt_rule_FourNumbers();
+  CHECK(info.num_scalar_states == 4 && info.scalar_states[3].first == 0.5);
+  CHECK(emopt_rule_PatientDescent()->num_scalar_states == 0);
+  CHECK(emopt_rule_PatientDescent()->advance == nullptr);
+  const Program program = four_numbers(info.scalars_offset);
+  RuleInfo interpreted = info;
+  interpreted.program = &program;
+  FourNumbers expected{{0.0, 1.0, -1.0, 0.5}, 0.3};
+  RuleInstance compiled{&info, {}};
+  std::memcpy(compiled.bytes, &expected, sizeof(expected));
+  RuleInstance other = compiled;
+  other.info = &interpreted;
+  for (double step = 1.0; step < 10.0; step += 1.0) {
+    expected.advance(step);
+    info.advance(compiled, step);
+    cpu::advance_scalars(other, step);
+    for (uint32_t i = 0; i < 4; ++i) {
+      CHECK(compiled.scalar(i) == expected.scalars[i] && other.scalar(i) == expected.scalars[i]);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_scalar_states();
   for (const cpu::Isa isa : cpu::supported_isas()) {
     std::printf("%s\n", cpu::name(isa));
     std::mt19937_64 random(0);
