@@ -88,9 +88,10 @@ def _rule(cls: type[ScalarOptimizer], name: str) -> Rule:
     arguments = _CHOSEN.get(name, _ARGUMENTS.get(name, {}))
     optimizer = cls([torch.zeros(1)], **arguments)  # type: ignore[call-arg]
     group = optimizer.param_groups[0]
-    _, keys, state_keys, rule = optimizer._rule_of(group)
+    found = optimizer._rule_of(group)
+    rule, state_keys = found.rule, found.state_names
     assert rule.name == name
-    places = iter(keys)
+    places = iter(found.keys)
     options: dict[str, Any] = {}
     for option in rule.hyperparameter_names:
         if option == "step":

@@ -268,12 +268,12 @@ def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> Non
 
 
 def _check_members(info: Mapping[str, Any]) -> None:
-    """Raise for a member that is listed twice, since another one may then be listed nowhere."""
-    names: dict[int, str] = {}
-    scalars = info["scalars_offset"]
+    """Raise for a member that is listed twice, since another one may then be listed nowhere.
+
+    That of the scalar states needs no listing.
+    """
+    names = {info["scalars_offset"]: "scalars"}
     for name, kind, _, _, offset in info["hyperparameters"]:
-        if kind != "step" and offset == scalars:
-            raise RuleError(f"hyperparameters() lists scalars, as {name}: leave it out")
         if kind != "step" and names.setdefault(offset, name) != name:
             raise RuleError(
                 f"hyperparameters() lists the same member as {names[offset]} and as {name}: list"
