@@ -1,5 +1,5 @@
-// A rule's unit for one kernel, instead of engine/rule_unit.h: as NVRTC or nvcc compiles it, with no
-// code for the host. The macros that name the kernel and choose it are options of the compiler.
+// A rule's unit for one kernel, instead of engine/rule_unit.h: as NVRTC or nvcc compiles it, with
+// no code for the host. The macros that name the kernel and choose it are options of the compiler.
 #pragma once
 
 #include "engine/cuda/padded_rule.h"
