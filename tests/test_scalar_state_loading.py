@@ -260,6 +260,22 @@ def test_one_tensor_for_all(how: str, fused: bool | None) -> None:
     assert len(addresses) == 3
 
 
+@pytest.mark.parametrize("key", ["step", "mu_product"])
+def test_loaded_from_one_tensor_without_a_gradient(key: str, fused: bool | None) -> None:
+    optimizer, params = trained(fused=fused)
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        state[key] = state_dict["state"][0][key]
+    optimizer.load_state_dict(state_dict)
+    before = [optimizer.state[param][key].item() for param in params]
+    set_grads(params, 4)
+    params[1].grad = None
+    optimizer.step()
+    after = [optimizer.state[param][key].item() for param in params]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+
+
 def test_the_counter_as_a_scalar_state(fused: bool | None) -> None:
     optimizer, params = trained(fused=fused)
     optimizer.state[params[1]]["mu_product"] = optimizer.state[params[1]]["step"]
