@@ -281,7 +281,7 @@ def _from_annotation(name: str, annotation: Any, default: Any) -> Hyperparameter
     shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     raise RuleError(
         f"{name}: {shown}: expected Beta, NonNegative, float or int, one of them `| None`, a tuple"
-        " such as tuple[Beta, Beta], or bool"
+        " such as tuple[Beta, Beta], bool, or ScalarState"
     )
 
 
