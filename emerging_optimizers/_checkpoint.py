@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._base import BaseOptimizer, members_of
-from ._counters import check_complete, check_count, is_absent, new_counter
+from ._counters import check_complete, check_count, is_absent, new_counter, split_counters
 from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
 from ._members import Member, blame
@@ -179,6 +179,8 @@ def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
         if isinstance(values, dict):
             values.update({k: v.tensor for k, v in values.items() if isinstance(v, Saved)})
     if is_loaded:
+        # A step without a gradient for one of them would not find that they are shared.
+        split_counters(states.values(), optimizer._all_scalar_names)
         # Only now: some states have become copies.
         check_loaded_states(optimizer, new["param_groups"], states)
 

@@ -167,7 +167,9 @@ def check_complete(member: Member, is_counter_needed: bool, what: str = "the sta
         return
     if missing:
         has = ", ".join(repr(name) for name, value in state.items() if not is_absent(value))
-        raise ValueError(f"{what} of {member.name} has no {missing[0]!r}; it has {has}")
+        first = member.rule.rule.scalar_states.get(missing[0])
+        advice = "" if first is None else f"; add a number (a new optimizer starts with {first:g})"
+        raise ValueError(f"{what} of {member.name} has no {missing[0]!r}; it has {has}{advice}")
     if is_counter_needed and lacks_counter:
         raise ValueError(
             f"{what} of {member.name} has no 'step', and neither has its group; set one of them to"

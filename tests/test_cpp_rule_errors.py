@@ -302,6 +302,10 @@ def test_what_the_compiler_cannot_check() -> None:
     for taken in ("exp_avg", "betas", "grad"):
         with pytest.raises(eo.RuleError, match=f"two arguments are named {taken}: rename one"):
             eo.load_rule(SCHEDULED.replace('"mu_product"', f'"{taken}"'))
+    twice = SCHEDULED.replace("scalars[1]", "scalars[2]")
+    twice = twice.replace('{"mu_product", 1.0}', '{"mu_product", 1.0}, {"mu_product", 2.0}')
+    with pytest.raises(eo.RuleError, match="kScalarStates has a name twice: rename one of them"):
+        eo.load_rule(twice)
 
 
 def test_in_a_rule_in_python() -> None:

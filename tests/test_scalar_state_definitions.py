@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from scalar_rules import scalar_averages, scalar_nadam, scalar_phases
 from test_rule_definitions import make
@@ -45,8 +46,12 @@ DEFINITIONS = [
         "3 states; expected 2: a, m; or",
     ),
     ("grad, a, *, m: eo.ScalarState = 1.0", "grad * m, m, a * 2", "tensor for the scalar state m"),
-    ("grad, *, m: eo.ScalarState = 1.0", "grad * m, None", "returns None for the state m"),
-    ("grad, *, m: eo.ScalarState = 1.0", "grad * m, 'm'", "returns 'm' for the state m"),
+    (
+        "grad, *, m: eo.ScalarState = 1.0",
+        "grad * m, None",
+        "None for the scalar state m; expected a number",
+    ),
+    ("grad, *, m: eo.ScalarState = 1.0", "grad * m, 'm'", "returns 'm' for the scalar state m"),
     ("grad, *, m: eo.ScalarState = 1.0", "None, m + 1", "the rule never returns an update"),
     ("grad, *, m: eo.ScalarState = 1.0", "m, m + 1", "the rule uses neither the gradient nor"),
     ("grad, *, step: eo.ScalarState = 1.0", "grad, step + 1", "step is the step number: name the"),
@@ -87,6 +92,22 @@ def test_annotations_as_text() -> None:
         make(
             "@eo.rule\ndef bad(grad, *, m: 'Scalar.ScalarState' = 2):\n    return grad, m\n", "bad"
         )
+
+
+def test_annotations_by_another_name() -> None:
+    for future in ("", "from __future__ import annotations\n"):
+        code = f"{future}@eo.rule\ndef scalar_alias(grad, *, m: Carried = 2):\n"
+        rule = make(f"{code}    return grad * m, m * 2\n", "scalar_alias", Carried=eo.ScalarState)
+        assert rule.scalar_states == {"m": 2.0}
+        assert rule.hyperparameter_names == []
+
+
+@pytest.mark.parametrize("first", [np.float64(0.1), np.float16(0.5), np.int64(3)])
+def test_first_values_of_numpy(first: Any) -> None:
+    code = "@eo.rule\ndef numpys(grad, *, m: eo.ScalarState = first):\n    return grad * m, m * 2\n"
+    rule = make(code, "numpys", first=first)
+    assert f'kScalarStates[] = {{{{"m", {float(first)!r}}}}}' in rule.source
+    assert repr(rule.info().scalar_states) == f"{{'m': {float(first)!r}}}"
 
 
 def test_rules_that_call_rules() -> None:

@@ -225,6 +225,20 @@ def test_incomplete_states(fused: bool | None) -> None:
     assert_same(contents(optimizer), before)
 
 
+def test_states_of_before_a_scalar_state_was_added(fused: bool | None) -> None:
+    optimizer, params = trained(fused=fused)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        del state["mu_product"]
+    text = r"has no 'mu_product'.*; add a number \(a new optimizer starts with 1\)$"
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(state_dict)
+    for state in state_dict["state"].values():
+        state["mu_product"] = 0.25
+    optimizer.load_state_dict(state_dict)
+    assert products(optimizer) == [0.25] * len(params)
+
+
 @pytest.mark.parametrize("how", ["load", "set", "set across groups"])
 def test_one_tensor_for_all(how: str, fused: bool | None) -> None:
     params = make_params([(3,), (4,), (5,)])
@@ -244,6 +258,22 @@ def test_one_tensor_for_all(how: str, fused: bool | None) -> None:
     continue_alike(optimizer, other)
     addresses = {optimizer.state[param]["mu_product"].data_ptr() for param in params}
     assert len(addresses) == 3
+
+
+@pytest.mark.parametrize("key", ["step", "mu_product"])
+def test_loaded_from_one_tensor_without_a_gradient(key: str, fused: bool | None) -> None:
+    optimizer, params = trained(fused=fused)
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        state[key] = state_dict["state"][0][key]
+    optimizer.load_state_dict(state_dict)
+    before = [optimizer.state[param][key].item() for param in params]
+    set_grads(params, 4)
+    params[1].grad = None
+    optimizer.step()
+    after = [optimizer.state[param][key].item() for param in params]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
 
 
 def test_the_counter_as_a_scalar_state(fused: bool | None) -> None:

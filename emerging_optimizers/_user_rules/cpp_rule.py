@@ -251,6 +251,8 @@ def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> Non
     """Raise for what the compiler cannot check: names, flags and defaults."""
     try:
         check_names(signature)
+        if len(signature.scalar_states) != len(info["scalar_states"]):
+            raise RuleError("kScalarStates has a name twice: rename one of them")
         flags = [h.name for h in signature.hyperparameters if h.kind == "flag"]
         _check_members(info)
         if (info["shape_scale"] is None) == (SHAPE_SCALING in flags):

@@ -188,10 +188,10 @@ def _read(function: Callable[..., Any], parameter: inspect.Parameter) -> Hyperpa
 
 
 def _is_scalar_state(function: Callable[..., Any], parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
-    if isinstance(annotation, str) and "ScalarState" in annotation:
-        annotation = _resolve(function, parameter)
-    return annotation is ScalarState
+    try:
+        return _resolve(function, parameter) is ScalarState
+    except RuleError:
+        return False  # `_read` reports it, if the annotation is needed
 
 
 def _first_of(parameter: inspect.Parameter) -> float:
@@ -206,7 +206,7 @@ def _first_of(parameter: inspect.Parameter) -> float:
             f" with, as in {name}: eo.ScalarState = 1.0"
         )
     try:
-        return read_number(name, first)
+        return float(read_number(name, first))  # NumPy's have another repr
     except TypeError as error:
         raise RuleError(f"{error}: the default of a scalar state is its first value") from error
 
@@ -281,7 +281,7 @@ def _from_annotation(name: str, annotation: Any, default: Any) -> Hyperparameter
     shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     raise RuleError(
         f"{name}: {shown}: expected Beta, NonNegative, float or int, one of them `| None`, a tuple"
-        " such as tuple[Beta, Beta], or bool"
+        " such as tuple[Beta, Beta], bool, or ScalarState"
     )
 
 

@@ -230,10 +230,10 @@ class _Tracer:
             )
         for name, value in zip((*names, *scalar_names), new, strict=True):
             if not _is_value(value):
-                raise RuleError(
-                    f"the rule returns {value!r} for the state {name}; expected a tensor or a"
-                    " number"
-                )
+                is_scalar = name in scalar_names
+                what = f"the scalar state {name}" if is_scalar else f"the state {name}"
+                expected = "a number" if is_scalar else "a tensor or a number"
+                raise RuleError(f"the rule returns {value!r} for {what}; expected {expected}")
             if name in scalar_names and isinstance(value, Element):
                 raise RuleError(
                     f"the rule returns a tensor for the scalar state {name}, which is one number:"
