@@ -115,7 +115,7 @@ def check_scalar(name: str, value: Any) -> None:
         is_real = value.is_floating_point() and value.layout == torch.strided
         if not is_real or is_dtensor(value):
             raise TypeError(
-                f"state {name!r} must be one number, not a {type(value).__name__} of dtype"
+                f"state {name!r} must be one floating-point number, not a {type(value).__name__} of dtype"
                 f" {value.dtype} and layout {value.layout}"
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -26,6 +26,7 @@ DEFINITIONS = [
         "grad, m",
         "default of a scalar state is its first",
     ),
+    ("grad, *, m: eo.ScalarState = 1e300", "grad, m + 1", "starts at 1e+300, beyond the range of"),
     ("grad, *, m: eo.ScalarState = '1'", "grad, m * 2", "default of a scalar state is its first"),
     ("grad, *, m: eo.ScalarState | None = 1.0", "grad, m", "expected Beta, NonNegative, float"),
     (

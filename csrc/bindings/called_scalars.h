@@ -30,7 +30,8 @@ class CalledScalars {
       memory_[i] = static_cast<float*>(call_.scalars[i].mutable_data_ptr());
       TORCH_CHECK_VALUE(memory_[i] != nullptr, name(i),
                         " has no memory: its storage was resized to 0");
-      if (!is_on_device()) rule.set_scalar(static_cast<uint32_t>(i), double{*memory_[i]});
+      const double value = is_on_device() ? 0.0 : double{*memory_[i]};  // 0 is replaced there
+      rule.set_scalar(static_cast<uint32_t>(i), value);
     }
     refuse_sharing(lists);
   }

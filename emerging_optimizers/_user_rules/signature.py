@@ -2,6 +2,7 @@
 
 import inspect
 import keyword
+import math
 import re
 import types
 import typing
@@ -19,6 +20,7 @@ from .._hyperparameters import (
     check_domain,
     read_number,
 )
+from .._scalar_states import as_float32
 from .graph import RuleError
 
 MAX_STATES = 5
@@ -206,9 +208,12 @@ def _first_of(parameter: inspect.Parameter) -> float:
             f" with, as in {name}: eo.ScalarState = 1.0"
         )
     try:
-        return float(read_number(name, first))  # NumPy's have another repr
+        number = float(read_number(name, first))  # NumPy's have another repr
     except TypeError as error:
         raise RuleError(f"{error}: the default of a scalar state is its first value") from error
+    if math.isfinite(number) and math.isinf(as_float32(number)):
+        raise RuleError(f"{name} starts at {number}, beyond the range of float32, which stores it")
+    return number
 
 
 def check_default(hyperparameter: Hyperparameter, default: Any) -> None:
