@@ -115,8 +115,8 @@ def check_scalar(name: str, value: Any) -> None:
         is_real = value.is_floating_point() and value.layout == torch.strided
         if not is_real or is_dtensor(value):
             raise TypeError(
-                f"state {name!r} must be one floating-point number, not a {type(value).__name__} of dtype"
-                f" {value.dtype} and layout {value.layout}"
+                f"state {name!r} must be one floating-point number, not a {type(value).__name__}"
+                f" of dtype {value.dtype} and layout {value.layout}"
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"state {name!r} must be a number, not {type(value).__name__}")

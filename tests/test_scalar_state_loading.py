@@ -152,14 +152,14 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "int64": (
         torch.tensor(1),
         TypeError,
-        "{}: state 'mu_product' must be one floating-point number, not a Tensor of dtype torch.int64 and layout"
-        " torch.strided",
+        "{}: state 'mu_product' must be one floating-point number, not a Tensor of dtype"
+        " torch.int64 and layout torch.strided",
     ),
     "sparse": (
         torch.ones(()).to_sparse(),
         TypeError,
-        "{}: state 'mu_product' must be one floating-point number, not a Tensor of dtype torch.float32 and layout"
-        " torch.sparse_coo",
+        "{}: state 'mu_product' must be one floating-point number, not a Tensor of dtype"
+        " torch.float32 and layout torch.sparse_coo",
     ),
     "meta": (
         torch.ones((), device="meta"),
