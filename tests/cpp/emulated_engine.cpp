@@ -29,8 +29,10 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
     enqueue(rule, step, &epilogue, rows, num_rows, {2, true}, nullptr);
   };
   const auto enqueue_advance = [](int8_t, const Advance& advance) { run_on_host(advance); };
-  const auto enqueue_scalars = [&](int8_t device, const auto& rows) {  // with kHasRowSteps only
-    advance_on_device(rule, step, epilogue.found_inf, rows.data(), rows.size(), device);
+  const auto enqueue_scalars = [&](int8_t device, const std::vector<RowScalars>& rows) {
+    if constexpr (Epilogue::kHasRowSteps) {
+      advance_on_device(rule, step, epilogue.found_inf, rows.data(), rows.size(), device);
+    }
   };
   sweep_table(epilogue, table, enqueue_key, enqueue_advance, enqueue_scalars);
 }
