@@ -113,6 +113,7 @@ BROKEN: list[tuple[str, str, str]] = [
             "double scalars;",
             "float scalars[1];",
             "double scalars[2];",
+            "static inline double scalars[1] = {1.0};",
             "static inline double scalars(int) { return 0.0; }",
             "private:\n  double scalars[1];\n public:",
         )

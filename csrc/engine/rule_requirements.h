@@ -105,7 +105,8 @@ inline constexpr size_t kScalarStateCount<T, std::void_t<decltype(T::kScalarStat
 template <class T, class = void>
 inline constexpr bool kHasValues = false;
 template <class T>
-inline constexpr bool kHasValues<T, std::void_t<decltype(T::scalars)>> =
+inline constexpr bool kHasValues<T, std::void_t<decltype(&T::scalars)>> =
+    std::is_member_object_pointer_v<decltype(&T::scalars)> &&
     std::is_same_v<decltype(T::scalars), double[kScalarStateCount<T>]>;
 
 // ---- hyperparameters ----------------------------------------------------------------------------
