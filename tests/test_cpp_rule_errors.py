@@ -307,6 +307,8 @@ def test_what_the_compiler_cannot_check() -> None:
     twice = twice.replace('{"mu_product", 1.0}', '{"mu_product", 1.0}, {"mu_product", 2.0}')
     with pytest.raises(eo.RuleError, match="kScalarStates has a name twice: rename one of them"):
         eo.load_rule(twice)
+    with pytest.raises(eo.RuleError, match=r"mu_product starts at 1e\+300, beyond the range of"):
+        eo.load_rule(SCHEDULED.replace('"mu_product", 1.0', '"mu_product", 1e300'))
 
 
 def test_in_a_rule_in_python() -> None:

@@ -35,7 +35,7 @@ from .cpp_source import (
 )
 from .graph import RuleError
 from .optimizer_class import complete_class
-from .signature import Signature, check_default, check_names, make_function
+from .signature import Signature, check_default, check_first, check_names, make_function
 from .user_rule import register
 
 _DOMAINS = {"Beta": Beta, "NonNegative": NonNegative, "float": float, "int": int}
@@ -253,6 +253,8 @@ def _check(info: Mapping[str, Any], signature: Signature, struct: Struct) -> Non
         check_names(signature)
         if len(signature.scalar_states) != len(info["scalar_states"]):
             raise RuleError("kScalarStates has a name twice: rename one of them")
+        for name, first in signature.scalar_states.items():
+            check_first(name, first)
         flags = [h.name for h in signature.hyperparameters if h.kind == "flag"]
         _check_members(info)
         if (info["shape_scale"] is None) == (SHAPE_SCALING in flags):

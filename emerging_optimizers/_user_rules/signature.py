@@ -211,9 +211,14 @@ def _first_of(parameter: inspect.Parameter) -> float:
         number = float(read_number(name, first))  # NumPy's have another repr
     except TypeError as error:
         raise RuleError(f"{error}: the default of a scalar state is its first value") from error
+    check_first(name, number)
+    return number
+
+
+def check_first(name: str, number: float) -> None:
+    """Raise for the first value of a scalar state that float32 cannot hold."""
     if math.isfinite(number) and math.isinf(as_float32(number)):
         raise RuleError(f"{name} starts at {number}, beyond the range of float32, which stores it")
-    return number
 
 
 def check_default(hyperparameter: Hyperparameter, default: Any) -> None:
