@@ -18,7 +18,7 @@ import pytest
 import torch
 from support import run_python
 
-from emerging_optimizers import _build_cache, _library
+from emerging_optimizers import _build, _build_cache, _library
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._user_rules import cuda_compiler, nvcc, nvrtc
 from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel, cubin_for
@@ -51,7 +51,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of all rules in an empty cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     yield tmp_path / "extensions" / "emerging_optimizers" / "rules"
-    nvcc.find.cache_clear()
+    nvcc.version.cache_clear()
+    nvcc.architectures.cache_clear()
     nvrtc.find.cache_clear()
     nvrtc._load.cache_clear()
 
@@ -74,7 +75,8 @@ def libraries(folder: Path, *names: str) -> None:
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No library and no compiler is found but those that a test adds."""
-    nvcc.find.cache_clear()
+    nvcc.version.cache_clear()
+    nvcc.architectures.cache_clear()
     nvrtc.find.cache_clear()
     nvrtc._load.cache_clear()
     monkeypatch.setattr(sys, "path", ["", str(tmp_path / "packages")])
@@ -336,6 +338,7 @@ def only_nvcc(nowhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.parent.mkdir(parents=True)
     path.write_text(_NVCC)
     path.chmod(0o755)
+    monkeypatch.setattr(_build, "has_compiler", lambda: True)  # which is not called
     monkeypatch.setattr(_library, "fault", lambda *_, **__: "")  # it is not machine code
     return path
 
@@ -356,6 +359,36 @@ def test_nvcc_takes_its_place(monkeypatch: pytest.MonkeyPatch, cuda: str | None)
     assert error_of(architecture=80).reason == "nvcc 12.9 does not compile for sm_80"
 
 
+def test_nvcc_of_torchs_version_is_found_on_the_path(
+    only_nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    other = tmp_path / "nvcc"
+    other.write_text(_NVCC.replace("12.9", "13.1"))
+    other.chmod(0o755)
+    found = cuda_compiler.find()
+    assert (found.nvcc, str(found)) == (other, "nvcc 13.1")
+
+
+def test_nvcc_that_hangs(only_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvcc, "_SECONDS", 0.2)
+    only_nvcc.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    assert error_of().reason == "NVRTC (libnvrtc.so) was not found"
+
+
+@pytest.mark.usefixtures("only_nvcc")
+def test_nvcc_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "has_compiler", lambda: False)
+    assert error_of().reason.startswith("no C++ compiler (")
+
+
+@pytest.mark.usefixtures("only_nvcc")
+def test_options_of_the_environment_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cubin_for("adopt", SOURCE, APPLY, SM_90)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
+    assert cubin_for("adopt", SOURCE, APPLY, SM_90) != plain
+
+
 @pytest.mark.usefixtures("only_nvcc")
 def test_nvcc_of_another_cuda_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -369,7 +402,7 @@ def test_errors_of_nvcc(only_nvcc: Path) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
+@pytest.mark.skipif(not nvcc.find(), reason="needs nvcc")
 def test_both_make_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same name; what nvcc compiles for sm_90 is machine code, too."""
     by_nvrtc = cubin_for("adopt", SOURCE, APPLY, SM_90)

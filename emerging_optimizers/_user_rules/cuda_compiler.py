@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,11 @@ class Compiler(NamedTuple):
     def __str__(self) -> str:
         major, minor = self.version
         return f"{self.name} {major}.{minor}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the machine code depends on."""
+        return (self.name, self.version, () if self.nvcc is None else nvcc.flags())
 
     def compile(self, text: Path, options: Sequence[str], csrc: Path) -> tuple[bytes, float]:
         """Return a kernel's machine code, and the seconds that it took.
@@ -80,10 +85,9 @@ def find() -> Compiler:
 
 def _find_nvcc() -> Compiler | None:
     """Return nvcc, if it is of torch's CUDA version: the driver may not take another one's code."""
-    path = nvcc.find()
-    version = None if path is None else nvcc.version(path)
-    if path is None or version is None:
-        return None
-    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != str(version[0]):
-        return None
-    return Compiler("nvcc", version, nvcc.architectures(path), path)
+    wanted = None if torch.version.cuda is None else int(torch.version.cuda.split(".")[0])
+    for path in nvcc.find():
+        version = nvcc.version(path)
+        if version is not None and wanted in (None, version[0]):
+            return Compiler("nvcc", version, nvcc.architectures(path), path)
+    return None

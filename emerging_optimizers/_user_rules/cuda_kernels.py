@@ -99,7 +99,7 @@ def _product(rule: str, source: str, kernel: Kernel, architecture: int) -> "_Cub
         )
     csrc = _build_cache.csrc()
     options = kernel_options(rule, kernel, architecture)
-    key = _key(source, options, csrc, str(compiler))
+    key = _key(source, options, csrc, compiler)
     folder = _build_cache.root(_THEN) / "rules" / f"{rule}-cuda-{key}"
     return _Cubin(folder, rule, source, kernel.symbol(rule), options, compiler)
 
@@ -127,7 +127,8 @@ class _Cubin(RuleProduct):
         self.seconds = 0.0
 
     def missing_tool(self) -> tuple[str, str] | None:
-        return None  # the folder's name has the compiler's version
+        # NVRTC needs none; the folder's name has its version.
+        return None if self.compiler.nvcc is None else _build_cache.missing_compiler(_THEN)
 
     def fault(self, library: Path) -> str:
         return _library.fault(library, is_for_host=False)
@@ -166,7 +167,7 @@ def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
     ]
 
 
-def _key(source: str, options: list[str], csrc: Path, compiler: str) -> str:
+def _key(source: str, options: list[str], csrc: Path, compiler: Compiler) -> str:
     """Return a hash of what a kernel depends on."""
     cuda = csrc / "engine" / "cuda"
     included = set(re.findall(r'^#include "([\w./]+)"', source, re.MULTILINE))
@@ -178,5 +179,5 @@ def _key(source: str, options: list[str], csrc: Path, compiler: str) -> str:
         for path in sorted((cuda / folder).rglob("*"))
         if path.is_file()
     ]
-    parts = (source, options, compiler, headers, stand_ins)
+    parts = (source, options, compiler.key, headers, stand_ins)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -8,21 +8,20 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 TOOLKIT = "/usr/local/cuda"
+_SECONDS = 10  # for an answer
 
 
-@functools.cache
-def find() -> Path | None:
-    """Return nvcc's path, or None."""
+def find() -> list[Path]:
+    """Return the paths of nvcc, from the toolkit and on the path of the system."""
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT)
     folders = [str(Path(home, "bin")) for home in homes if home]
-    path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
-    found = shutil.which("nvcc", path=path)
-    return None if found is None else Path(found)
+    folders += os.environ.get("PATH", "").split(os.pathsep)
+    found = (shutil.which("nvcc", path=folder) for folder in dict.fromkeys(folders) if folder)
+    return [Path(path) for path in found if path is not None]
 
 
 @functools.cache
@@ -40,9 +39,17 @@ def architectures(nvcc: Path) -> list[int]:
 
 def _answer(nvcc: Path, option: str) -> str:
     try:
-        return subprocess.run([nvcc, option], capture_output=True, text=True, check=False).stdout
-    except OSError:
+        done = subprocess.run(
+            [nvcc, option], capture_output=True, text=True, check=False, timeout=_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout
+
+
+def flags() -> tuple[str | None, str | None]:
+    """Return the options that nvcc takes from the environment."""
+    return os.environ.get("NVCC_PREPEND_FLAGS"), os.environ.get("NVCC_APPEND_FLAGS")
 
 
 def compile_file(nvcc: Path, text: Path, options: Sequence[str]) -> bytes:
@@ -51,9 +58,11 @@ def compile_file(nvcc: Path, text: Path, options: Sequence[str]) -> bytes:
     Raises:
         subprocess.CalledProcessError: It cannot be compiled; has the compiler's output.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        # Its text has the suffix of C++.
-        command = [str(nvcc), "--cubin", "-x", "cu", *options, str(text), "-o", str(cubin)]
+    cubin = text.with_suffix(".nvcc")
+    # Its text has the suffix of C++.
+    command = [str(nvcc), "--cubin", "-x", "cu", *options, str(text), "-o", str(cubin)]
+    try:
         subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return cubin.read_bytes()
+    finally:
+        cubin.unlink(missing_ok=True)
