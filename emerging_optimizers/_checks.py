@@ -16,7 +16,8 @@ from ._values import items_of
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _dtype_text(dtype: torch.dtype) -> str:
+def dtype_text(dtype: torch.dtype) -> str:
+    """Return a dtype's name as the native errors have it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -143,7 +144,7 @@ def check_storage(operand: Operand, position: int) -> None:
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name} has dtype {_dtype_text(tensor.dtype)}; expected float32, float64, bfloat16 or"
+            f"{name} has dtype {dtype_text(tensor.dtype)}; expected float32, float64, bfloat16 or"
             " float16"
         )
 

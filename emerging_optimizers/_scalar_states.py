@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import Operand, has_no_memory, layout_text
+from ._checks import Operand, dtype_text, has_no_memory, layout_text
 from ._dtensor import is_dtensor
 from ._overlap import find_sharing, memory_of
 from ._values import is_recording, read
@@ -42,8 +42,8 @@ def _check_kind(name: str, value: Any) -> None:
         raise RuntimeError(f"{name} is a lazily negated view; pass resolve_neg() of it")
     if value.dim() != 0 or value.dtype != torch.float32:
         raise TypeError(
-            f"{name} is a tensor of dtype {str(value.dtype).removeprefix('torch.')} with"
-            f" {value.dim()} dimensions; expected a 0-dim tensor of dtype float32"
+            f"{name} is a tensor of dtype {dtype_text(value.dtype)} with {value.dim()} dimensions;"
+            " expected a 0-dim tensor of dtype float32"
         )
 
 

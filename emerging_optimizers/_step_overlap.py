@@ -22,7 +22,8 @@ Place: TypeAlias = tuple[int, int]
 
 
 class _Operand(NamedTuple):
-    role: Literal["parameter", "gradient", "state", "counter"]  # or a scalar state
+    # Scalar states are counters here: a shared one is replaced by separate ones, too.
+    role: Literal["parameter", "gradient", "state", "counter"]
     key: str  # of a state
     place: Place
 

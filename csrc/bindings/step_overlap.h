@@ -19,7 +19,8 @@ constexpr const char* kSharedState = "a state shares memory with another tensor 
 
 // A tensor of a step, with its parameter's position in the optimizer.
 struct StepOperand {
-  enum class Role : uint8_t { kParam, kGrad, kState, kCounter };  // or a scalar state
+  // Scalar states are counters here: a shared one is replaced by separate ones, too.
+  enum class Role : uint8_t { kParam, kGrad, kState, kCounter };
 
   Role role;
   uint32_t position;
