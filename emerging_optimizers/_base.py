@@ -55,6 +55,11 @@ class BaseOptimizer(torch.optim.Optimizer):
     _masters: ClassVar[Masters] = Masters()
     _counters: ClassVar[Counters] = Counters()
     _hook: ClassVar[WeightHook | None] = None
+    # Whether a parameter with one dimension may be a shard of a larger one.
+    _has_flat_shards: ClassVar[bool] = False
+    # Whether a parameter may have 8-bit states, given its name; and the answers.
+    _state_dtype_filter: Callable[[str | None, Tensor], Any] | None = None
+    _filtered: dict[Tensor, bool]
     # Flags of groups, in addition to those of all optimizers and of the class's bases.
     _own_flags: ClassVar[tuple[str, ...]] = ()
     # Those of them that need more than one native call. The hook's flag is added.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._base import BaseOptimizer, members_of
+from ._coded_states import convert
 from ._counters import check_complete, check_count, is_absent, new_counter, split_counters
 from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
@@ -173,7 +174,7 @@ def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
                     del states[param][name]
             optimizer._counters.settle(group, rule, [states[param] for param in params])
         for param in params:
-            _settle_state(optimizer, group, rule, param, states[param])
+            _settle_state(optimizer, group, rule, param, states[param], is_loaded)
     for values in states.values():
         # States that belong to no parameter stay as saved.
         if isinstance(values, dict):
@@ -191,6 +192,7 @@ def _settle_state(
     rule: GroupRule,
     param: Tensor,
     state: dict[str, Any],
+    is_loaded: bool,
 ) -> None:
     """Convert a state to the devices and dtypes that the optimizer uses."""
     step: Any = state.get("step")
@@ -219,7 +221,11 @@ def _settle_state(
             # States that the rule does not have stay as saved.
             is_known = name == MASTER or name in rule.state_names
             dtype = dtype_of(optimizer, group, name, param) if is_known else None
+            if value.tensor.dtype == torch.uint8:
+                dtype = None  # codes
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
+    if is_loaded:
+        convert(optimizer, group, param, state)
     if not has_master(group, param):
         state.pop(MASTER, None)  # no step would update it
         master = optimizer._masters.new(group, param)

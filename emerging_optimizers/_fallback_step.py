@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._base import BaseOptimizer, StepCall, StepScalars, hook_of, members_of
+from ._coded_states import decoded, is_any_coded, is_coded, noise_of, set_coded
 from ._dtensor import increment_versions, is_dtensor
 from ._groups import SHAPE_SCALING, read_hyperparameters, scales_by_shape
 from ._hooks import WeightHook, after_update, before_update
@@ -137,7 +138,7 @@ def _update_at(
 ) -> None:
     param, state, rule = member.param, member.state, member.rule.rule
     stored = optimizer._masters.read(member)
-    states = [state[name] for name in member.rule.state_names]
+    states = _read_states(member)
     grad = placed_like(member.grad, param)
     if is_dtensor(param):
         increment_versions(t for t in (param, *state.values()) if isinstance(t, Tensor))
@@ -158,6 +159,8 @@ def _update_at(
     if rule.scalar_states:
         hyperparameters = {**hyperparameters, **{name: state[name] for name in rule.scalar_states}}
     update = rule.compute_update(grad, states, hyperparameters)
+    if is_any_coded(member):
+        _write_codes(member, states, position, step)
     if update is None or constants.lr == 0.0:
         return  # 0 times a NaN would be a NaN
 
@@ -176,6 +179,27 @@ def _update_at(
         else:
             store(stored, weight)
     optimizer._masters.write(member, stored)
+
+
+def _read_states(member: Member) -> list[Tensor]:
+    """Return a parameter's states; coded ones as new numbers, of this process's shard."""
+    pairs = zip(member.rule.state_names, member.rule.rule.codes, strict=True)
+    return [
+        decoded(member.state, name, code)
+        if code is not None and is_coded(member.state, name)
+        else member.state[name]
+        for name, code in pairs
+    ]
+
+
+def _write_codes(member: Member, states: list[Tensor], position: int, step: int) -> None:
+    """Store the numbers of coded states, rounded stochastically."""
+    for k, (name, code) in enumerate(
+        zip(member.rule.state_names, member.rule.rule.codes, strict=True)
+    ):
+        if code is not None and is_coded(member.state, name):
+            noise = noise_of(member, k, position, step)
+            set_coded(member.state, name, code, states[k], noise)
 
 
 def _subtract(weight: Tensor, update: Tensor, lost: float) -> None:

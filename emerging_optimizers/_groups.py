@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._base import BaseOptimizer
+from ._coded_states import EIGHT_BIT
 from ._dtensor import whole
 from ._hyperparameters import (
     Hyperparameter,
@@ -245,6 +246,26 @@ def _check_combinations(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> N
         )
 
 
+def _check_allows_codes(
+    optimizer: BaseOptimizer, group: Mapping[str, Any], key: str | None
+) -> None:
+    """Raise for ``"8bit"`` where no rule of the class allows it; `key`: for one state."""
+    rules = (optimizer._rule_of(group), *getattr(optimizer, "_group_rules", {}).values())
+    allowed = {
+        name
+        for rule in rules
+        for name, code in zip(rule.state_names, rule.codes, strict=True)
+        if code is not None
+    }
+    if (key in allowed) if key is not None else allowed:
+        return
+    what = "any state" if key is None else f"state {key!r}"
+    raise ValueError(
+        f'Invalid state_dtype: "8bit" is not allowed for {what} of the rule {rules[0].rule.name};'
+        " in a rule that you write, annotate a state with eo.SignedState or eo.UnsignedState"
+    )
+
+
 def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     option = group["state_dtype"]
     # Also those of the class's other rules, so that one option fits all groups.
@@ -259,12 +280,16 @@ def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> No
             )
         if dtype is None:
             continue
+        if dtype == EIGHT_BIT:
+            _check_allows_codes(optimizer, group, None if option == EIGHT_BIT else key)
+            continue
         if not isinstance(dtype, torch.dtype):
             raise TypeError(
-                f"state_dtype must be a dtype, a dict of them or None, not {described(dtype)}"
+                f'state_dtype must be a dtype, "8bit", a dict of them or None, not'
+                f" {described(dtype)}"
             )
         if dtype not in STATE_DTYPES:
             raise ValueError(
-                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16 or"
-                " torch.float16"
+                f"Invalid state_dtype: {dtype}; expected torch.float32, torch.bfloat16,"
+                ' torch.float16 or "8bit"'
             )

@@ -1,7 +1,7 @@
 """The base class of the optimizers: constructor, groups, ``step`` and state dicts."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._base import BaseOptimizer, hook_of, members_of
 from ._checkpoint import before_load, finish_state_dict, settle
+from ._coded_states import read_filter
 from ._groups import check_group, flags_of, read_group_flag
 from ._states import complete
 from ._step import run_step
@@ -19,7 +20,9 @@ from ._step import run_step
 _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
-StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
+StateDtype: TypeAlias = (
+    torch.dtype | Literal["8bit"] | Mapping[str, torch.dtype | Literal["8bit"]] | None
+)
 
 
 class SharedOptions(TypedDict, total=False):
@@ -29,6 +32,7 @@ class SharedOptions(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     state_dtype: StateDtype
+    state_dtype_filter: Callable[[str | None, Tensor], bool] | None
     master_weights: bool
     stochastic_rounding: bool
     differentiable: bool
@@ -63,8 +67,15 @@ class ScalarOptimizer(BaseOptimizer):
             gradients before the step, and waits.
         capturable: Keep step counters on the parameters' devices, so that CUDA graphs can capture
             the step.
-        state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
-            dict of dtypes by state key. None: the parameter's dtype, or that of a loaded state.
+        state_dtype: The dtype of the states of real parameters: float32, bfloat16, float16 or
+            ``"8bit"``, or a dict of these by state key. None: the parameter's dtype, or that of a
+            loaded state. With ``"8bit"``, states are 8-bit codes, of which 32 along the last
+            dimension share a scale in the state ``{key}_scale``. States stay float32 if their rule
+            does not allow codes, and if their parameter has fewer than 4096 elements, fewer than
+            two dimensions, or a last dimension that is no multiple of 32; those of float64
+            parameters stay float64.
+        state_dtype_filter: Called with a parameter's name (None if it has none) and the parameter,
+            when its group is added. Returns whether its states may be 8-bit codes.
         master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
             state, as ``master_param``. Updates apply to the master; the parameter is the master,
             rounded. A master starts with the parameter's value at its first step; values that are
@@ -103,11 +114,14 @@ class ScalarOptimizer(BaseOptimizer):
         def __init__(
             self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
         ) -> None:
-            for name in options:
+            own = dict(options)
+            self._state_dtype_filter = own.pop("state_dtype_filter", None)
+            self._filtered = {}
+            for name in own:
                 if name not in self._option_defaults:
                     cls = type(self).__name__
                     raise TypeError(f"{cls}.__init__() got an unexpected keyword argument {name!r}")
-            defaults = {**hyperparameters, **self._option_defaults, **options}
+            defaults = {**hyperparameters, **self._option_defaults, **own}
             check_group(self, defaults, is_new=True)
             super().__init__(params, defaults)
 
@@ -130,6 +144,8 @@ class ScalarOptimizer(BaseOptimizer):
             check_group(self, {**self.defaults, **param_group}, where, is_new=True)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if self._state_dtype_filter is not None:
+            read_filter(self, group)
         for name in flags_of(self, group):
             group[name] = read_group_flag(group, name)  # numpy's are not for state dicts
         hook = hook_of(self, group)
@@ -286,6 +302,11 @@ class ScalarOptimizer(BaseOptimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled or copied."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_filtered": self._filtered} if self._filtered else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what was pickled, copied or loaded; of an older version, too."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _checks, _dtensor, _operators
 from ._checks import Operand
+from ._codes import Code, code_of, scale_key
 from ._hyperparameters import (
     Hyperparameter,
     check_domain,
@@ -42,6 +43,8 @@ class GroupRule(NamedTuple):
         keys: Where a group keeps each hyperparameter.
         state_names: The keys of a parameter's states.
         scalar_names: The keys of its scalar states.
+        codes: For each state, the key of its scales and whether it has a sign, if it may be stored
+            as 8-bit codes; else None.
         rule: The rule.
     """
 
@@ -49,6 +52,7 @@ class GroupRule(NamedTuple):
     keys: tuple[GroupKey, ...]
     state_names: tuple[str, ...]
     scalar_names: tuple[str, ...]
+    codes: tuple[tuple[str, bool] | None, ...]
     rule: "Rule"
 
 
@@ -77,17 +81,19 @@ class Rule:
         check: Callable[..., None] | None = None,
         lowest_step: int = 0,
     ) -> None:
-        parameters = inspect.signature(formula).parameters.values()
-        states = tuple(p.name for p in parameters if p.annotation is Tensor)[1:]
+        parameters = list(inspect.signature(formula).parameters.values())
+        tensors = [p for p in parameters if p.annotation is Tensor or code_of(p.annotation)]
+        states = tuple(p.name for p in tensors)[1:]
         declared = [
             Hyperparameter.from_annotation(p.name, p.annotation)
             for p in parameters
-            if p.annotation is not Tensor
+            if p not in tensors
         ]
         self.formula = formula
         self._check = check
         self._lowest_step = lowest_step
-        self._describe(name, states, declared)
+        codes = tuple(code_of(p.annotation) for p in tensors)[1:]
+        self._describe(name, states, declared, codes=codes)
         if native is not None and name in native.rules:
             self._bind(
                 native.rules[name], getattr(native, f"{name}_update"), _operators.NAMESPACE, name
@@ -99,12 +105,15 @@ class Rule:
         states: tuple[str, ...],
         declared: Sequence[Hyperparameter],
         scalar_states: Mapping[str, float] | None = None,
+        codes: tuple[Code | None, ...] = (),
     ) -> None:
         """Take the rule's description. It has no native code yet."""
         self.name = name
         # How errors name the update function.
         self.title = f"calculate_{name}_update"
         self.states = states
+        # The formats in which they may be stored as 8-bit codes.
+        self.codes = codes or (None,) * len(states)
         # With their first values.
         self.scalar_states = dict(scalar_states or {})
         self._declared = list(declared)
@@ -167,7 +176,11 @@ class Rule:
             state_names: The keys of a parameter's states, in the order of the formula.
         """
         keys = tuple(renamed.get(declared.name, declared.name) for declared in self.hyperparameters)
-        return GroupRule(self.native, keys, state_names, tuple(self.scalar_states), self)
+        codes = tuple(
+            None if code is None else (scale_key(name), code.is_signed)
+            for name, code in zip(state_names, self.codes, strict=True)
+        )
+        return GroupRule(self.native, keys, state_names, tuple(self.scalar_states), codes, self)
 
     def entry_point(self) -> Callable[..., Tensor | list[Tensor]]:
         """Return what the update function calls, with all its arguments and then ``out``."""

@@ -1,6 +1,6 @@
 """A parameter and its state: creating it, its dtypes, and checks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,16 @@ from torch import Tensor
 
 from . import _checks
 from ._base import BaseOptimizer, StepCall, check_tensors, members_of
+from ._coded_states import (
+    check_groups,
+    code_in,
+    is_coded,
+    is_to_be_coded,
+    new_codes,
+    option_of,
+    wide_dtype,
+)
+from ._codes import scale_key, scale_shape
 from ._counters import (
     check_complete,
     check_count,
@@ -41,14 +51,10 @@ _SPARSE = (
 def dtype_of(
     optimizer: BaseOptimizer, group: dict[str, Any], name: str, param: Tensor
 ) -> torch.dtype | None:
-    """Return the dtype that a new state gets; None for the parameter's."""
+    """Return the dtype that a new state gets if it is not coded; None for the parameter's."""
     if name == MASTER:
         return optimizer._masters.dtype(group, param)
-    option = group["state_dtype"]
-    if param.is_complex():
-        return None
-    dtype: torch.dtype | None = option.get(name) if isinstance(option, Mapping) else option
-    return dtype
+    return wide_dtype(option_of(group, name), param)
 
 
 def complete(optimizer: BaseOptimizer, member: Member) -> Member:
@@ -67,6 +73,9 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
         set_counter(state, new_counter(read(count, 0.0), device))
     for name in rule.state_names:
         if is_absent(state.get(name)):
+            if is_to_be_coded(optimizer, group, name, param):
+                state[name], state[scale_key(name)] = new_codes(param)
+                continue
             dtype = dtype_of(optimizer, group, name, param)
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     for name, first in rule.rule.scalar_states.items():
@@ -85,7 +94,9 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
 
 def operands_of(member: Member) -> dict[str, Any]:
     """Return the part of a parameter's state that its step reads or modifies."""
-    keys = ["step", *member.rule.scalar_names, *member.rule.state_names]
+    names = member.rule.state_names
+    scales = [scale_key(name) for name in names if is_coded(member.state, name)]
+    keys = ["step", *member.rule.scalar_names, *names, *scales]
     if has_master(member.group, member.param):
         keys.append(MASTER)
     return {key: member.state[key] for key in keys if key in member.state}
@@ -101,7 +112,8 @@ def lay_out_alike(members: Iterable[Member]) -> bool:
     for member in members:
         param = member.param
         for name, state in operands_of(member).items():
-            if is_number(member.rule, name) or _lies_like(state, param):
+            has_no_layout = is_number(member.rule, name) or state.shape != param.shape
+            if has_no_layout or _lies_like(state, param):
                 continue
             copied = torch.empty_like(param, dtype=state.dtype, memory_format=torch.preserve_format)
             if _lies_like(copied, param):
@@ -215,6 +227,9 @@ def check_tensor(
             f" {tuple(param.shape)}"
         )
     as_stored = None
+    if is_coded(member.state, name):
+        as_stored = torch.uint8
+        _check_scales(member, name, is_loaded)
     if name == MASTER:
         as_stored = optimizer._masters.dtype(member.group, param)
         check_master_dtype(as_stored == torch.int16, value)
@@ -224,6 +239,32 @@ def check_tensor(
     if not _is_placed_like(value, param):
         raise ValueError(f"state {name!r} is not placed as the parameter is")
     _check_modified(f"state {name!r}", value)
+
+
+def _check_scales(member: Member, name: str, is_loaded: bool) -> None:
+    """Raise for a coded state without the scales that it needs."""
+    key, codes, param = scale_key(name), member.state[name], member.param
+    if code_in(member.rule, name) is None:
+        raise TypeError(
+            f"state {name!r} has dtype {codes.dtype}, but {member.rule.rule.name} does not allow"
+            " 8-bit codes for it"
+        )
+    scales = member.state.get(key)
+    if not isinstance(scales, Tensor) or scales.dtype != torch.uint8:
+        found = f"dtype {scales.dtype}" if isinstance(scales, Tensor) else type(scales).__name__
+        raise TypeError(
+            f"state {name!r} has dtype torch.uint8, so {key!r} must be a Tensor of that dtype, not"
+            f" {found}"
+        )
+    if scales.shape != scale_shape(param.shape):
+        raise ValueError(
+            f"state {key!r} has shape {tuple(scales.shape)}; expected {scale_shape(param.shape)}"
+        )
+    _check_beside(f"state {key!r}", scales, param, torch.uint8, is_loaded)
+    if not _is_placed_like(scales, param):
+        raise ValueError(f"state {key!r} is not placed as the parameter is")
+    _check_modified(f"state {key!r}", scales)
+    check_groups(codes)
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:

@@ -27,30 +27,31 @@ class CalledScalars {
   // Reads the values of those on the host. Raises if one shares memory with another tensor.
   void read(RuleInstance& rule, OperandLists lists) {
     for (size_t i = 0; i < count(); ++i) {
-      memory_[i] = static_cast<float*>(call_.scalars[i].mutable_data_ptr());
-      TORCH_CHECK_VALUE(memory_[i] != nullptr, name(i),
+      memory_.scalars[i] = static_cast<float*>(call_.scalars[i].mutable_data_ptr());
+      TORCH_CHECK_VALUE(memory_.scalars[i] != nullptr, name(i),
                         " has no memory: its storage was resized to 0");
-      const double value = is_on_device() ? 0.0 : double{*memory_[i]};  // 0 is replaced there
+      const double value =
+          is_on_device() ? 0.0 : double{*memory_.scalars[i]};  // 0 is replaced there
       rule.set_scalar(static_cast<uint32_t>(i), value);
     }
     refuse_sharing(lists);
   }
 
   // Those on a device; null if they are on the host.
-  float* const* on_device() const { return is_on_device() ? memory_.data() : nullptr; }
+  RowExtras* on_device() { return is_on_device() ? &memory_ : nullptr; }
 
   // Replaces them by their values after the step.
   void advance(RuleInstance& rule, [[maybe_unused]] const HostOrDeviceScalar& step) {
     if (is_on_device()) {
 #if EMOPT_CUDA
       RowScalars row{nullptr, {}};
-      std::copy(memory_.begin(), memory_.end(), row.scalars);
+      std::copy(std::begin(memory_.scalars), std::end(memory_.scalars), row.scalars);
       cuda::advance_on_device(rule, step, {}, &row, 1, call_.scalars[0].get_device());
 #endif
     } else {
       rule.info->advance(rule, step.value);
       for (size_t i = 0; i < count(); ++i) {
-        *memory_[i] = static_cast<float>(rule.scalar(static_cast<uint32_t>(i)));
+        *memory_.scalars[i] = static_cast<float>(rule.scalar(static_cast<uint32_t>(i)));
       }
     }
     for (const at::Tensor& tensor : call_.scalars) {
@@ -103,7 +104,7 @@ class CalledScalars {
   }
 
   const OperatorCall& call_;
-  std::array<float*, kMaxScalarStates> memory_{};
+  RowExtras memory_{};
 };
 
 }  // namespace emopt

@@ -86,6 +86,12 @@ struct CandidateScalars {
   std::array<const at::Tensor*, kMaxScalarStates> tensors;
 };
 
+// How a state may be stored in 8 bits: the format, and the key of its scales.
+struct StateCode {
+  DType dtype;
+  PyObject* scale_key;  // null if the rule does not allow it
+};
+
 // A parameter, its gradient and its states.
 template <int kStates>
 struct Candidate {
@@ -115,14 +121,17 @@ class CandidateWalk {
   using StateNames = std::array<PyObject*, kStates>;
   // Those of the scalar states.
   using ScalarNames = c10::SmallVector<PyObject*, kMaxScalarStates>;
+  using StateCodes = std::array<StateCode, kStates>;
 
   // `grads` is empty, or has a gradient or None for each parameter, instead of `param.grad`.
   CandidateWalk(const GroupOptions& options, const StateNames& state_names,
-                ScalarNames scalar_names, py::tuple params, py::tuple grads)
+                ScalarNames scalar_names, const StateCodes& codes, py::tuple params,
+                py::tuple grads)
       : has_masters_(options.has_masters),
         makes_all_states_(options.makes_all_states),
         state_names_(state_names),
         scalar_names_(std::move(scalar_names)),
+        codes_(codes),
         params_(std::move(params)),
         grads_(std::move(grads)) {
     static PyObject* const step_key = interned("step");
@@ -137,6 +146,7 @@ class CandidateWalk {
   PyObject* param(Py_ssize_t index) const { return PyTuple_GET_ITEM(params_.ptr(), index); }
   const StateNames& state_names() const { return state_names_; }
   const ScalarNames& scalar_names() const { return scalar_names_; }
+  const StateCodes& codes() const { return codes_; }
 
   // Calls `visit(candidate)` for each parameter, in order.
   template <class Visit>
@@ -352,6 +362,7 @@ class CandidateWalk {
   bool has_masters_, makes_all_states_;
   StateNames state_names_;
   ScalarNames scalar_names_;
+  StateCodes codes_;
   py::tuple params_;
   py::tuple grads_;
   std::vector<py::object> alive_;  // objects that nothing else is sure to keep alive

@@ -62,9 +62,8 @@ class CheckedTable {
   }
 
   // Lets all rows use scalar states in a device's memory; null: they are on the host.
-  void set_scalars(float* const* scalars) {
-    if (scalars == nullptr) return;
-    for (Row<kOperands>& row : table_.rows) row.scalars = scalars;
+  void set_scalars(RowExtras* scalars) {
+    for (Row<kOperands>& row : table_.rows) row.extras = scalars;
   }
 
   const Table<kOperands>& table() const { return table_; }

@@ -17,14 +17,12 @@
 #include <utility>
 #include <vector>
 
+#include "../engine/codes.h"
 #include "../engine/sweep.h"
 #include "step_options.h"
 #include "step_overlap.h"
 
 namespace emopt {
-
-// The memory of a parameter's scalar states; null after the last one.
-using ScalarPointers = std::array<float*, kMaxScalarStates>;
 
 template <int kStates>
 class CollectedRows {
@@ -33,9 +31,9 @@ class CollectedRows {
   static constexpr size_t kWeight = kOperands - 1;
   using RowOf = Row<static_cast<int>(kOperands)>;
 
-  // For at most so many parameters, each with so many scalar states.
-  CollectedRows(size_t num_params, size_t num_scalars) : num_params_(num_params) {
-    tensors_.emplace_back(num_params, kOperands + num_scalars);
+  // For at most so many parameters, each with so many scalar states and scales.
+  CollectedRows(size_t num_params, size_t num_extras) : num_params_(num_params) {
+    tensors_.emplace_back(num_params, kOperands + num_extras);
   }
 
   // ---- collecting -------------------------------------------------------------------------------
@@ -51,12 +49,10 @@ class CollectedRows {
   // Adds a row whose counter is on its device.
   void add(const RowOf& row) { bucket_of({0, row.device, true, 1.0, {}}).append(row, nullptr); }
 
-  // Keeps the pointers of a row.
-  float* const* keep(const ScalarPointers& pointers) {
-    if (num_kept_ == 0) kept_.emplace_back(new ScalarPointers[num_params_]);
-    ScalarPointers& kept = kept_.back()[num_kept_++];
-    kept = pointers;
-    return kept.data();
+  // Empty ones for a row; at most as many as there are parameters.
+  RowExtras* new_extras() {
+    if (num_kept_ == 0) kept_.emplace_back(new RowExtras[num_params_]);
+    return &(kept_.back()[num_kept_++] = {});
   }
 
   // Adds the counter of a parameter that has no gradient, but counts its steps nevertheless.
@@ -110,6 +106,7 @@ class CollectedRows {
       visitor.start_list();
       bucket.each_row([&](const RowOf& row, const float*) {
         each_scalar(row, [&](const float* scalar) { visitor.modify(range_of(scalar)); });
+        each_scales(row, [&](ByteRange scales) { visitor.modify(scales); });
       });
     }
   }
@@ -125,8 +122,8 @@ class CollectedRows {
     for (const StepOperand& grad : copied_) visitor.read(grad.view.range);
   }
   size_t max_ranges() const {
-    const size_t most_scalars = kept_.empty() ? 0 : kMaxScalarStates;
-    return num_params_ * (kOperands + 1 + most_scalars) + copied_.size();
+    const size_t most_extras = kept_.empty() ? 0 : kMaxScalarStates + kStates;
+    return num_params_ * (kOperands + 1 + most_extras) + copied_.size();
   }
 
   void append_operands(std::vector<StepOperand>& operands) const {
@@ -139,6 +136,7 @@ class CollectedRows {
         };
         add(Role::kCounter, range_of(counter));
         each_scalar(row, [&](const float* scalar) { add(Role::kCounter, range_of(scalar)); });
+        each_scales(row, [&](ByteRange scales) { add(Role::kState, scales); });
         for (size_t k = 0; k < kOperands && row.numel != 0; ++k) {
           if (k == kWeight && weight_is_param(row)) continue;
           const bool is_state = k != kUpdate && k != kGrad;
@@ -302,9 +300,16 @@ class CollectedRows {
   // Calls `visit(scalar)` for each scalar state of a row.
   template <class Visit>
   static void each_scalar(const RowOf& row, Visit visit) {
-    if (row.scalars == nullptr) return;
-    for (size_t i = 0; i < kMaxScalarStates && row.scalars[i] != nullptr; ++i) {
-      visit(row.scalars[i]);
+    float* const* const scalars = row.scalars();
+    if (scalars == nullptr) return;
+    for (size_t i = 0; i < kMaxScalarStates && scalars[i] != nullptr; ++i) visit(scalars[i]);
+  }
+  // Calls `visit(range)` for the scales of each state that has some.
+  template <class Visit>
+  static void each_scales(const RowOf& row, Visit visit) {
+    if (row.extras == nullptr) return;
+    for (const uint8_t* const scales : row.extras->scales) {
+      if (scales != nullptr) visit(byte_range(scales, num_groups(row.numel)));
     }
   }
 
@@ -338,7 +343,7 @@ class CollectedRows {
   size_t num_params_;
   std::map<BucketKey, Bucket> buckets_;
   std::pair<const BucketKey, Bucket>* last_ = nullptr;
-  std::vector<std::unique_ptr<ScalarPointers[]>> kept_;
+  std::vector<std::unique_ptr<RowExtras[]>> kept_;
   size_t num_kept_ = 0;  // in the last array
   std::vector<float*> idle_counters_;
   std::vector<StepOperand> copied_;

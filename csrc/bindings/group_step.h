@@ -30,15 +30,17 @@ class GroupStep {
   static constexpr int kStates = kStates_;
   using StateNames = typename CandidateWalk<kStates>::StateNames;
   using ScalarNames = typename CandidateWalk<kStates>::ScalarNames;
+  using StateCodes = typename CandidateWalk<kStates>::StateCodes;
 
   GroupStep(const RuleInstance& rule, GroupOptions options, StepScalars& scalars,
-            const StateNames& state_names, ScalarNames scalar_names, py::tuple params,
-            py::tuple grads)
+            const StateNames& state_names, ScalarNames scalar_names, const StateCodes& codes,
+            py::tuple params, py::tuple grads)
       : rule_(rule),
         options_(std::move(options)),
         scalars_(&scalars),
-        walk_(options_, state_names, std::move(scalar_names), std::move(params), std::move(grads)),
-        collected_(walk_.num_params(), walk_.scalar_names().size()) {}
+        walk_(options_, state_names, std::move(scalar_names), codes, std::move(params),
+              std::move(grads)),
+        collected_(walk_.num_params(), num_extras()) {}
 
   size_t num_params() const { return walk_.num_params(); }
   bool must_be_native() const { return options_.must_be_native; }
@@ -51,7 +53,8 @@ class GroupStep {
   // first call (`is_first`) also returns parameters without a gradient that lack a state.
   std::vector<Py_ssize_t> collect(StateLookup& states, bool is_first) {
     if (!collect_on_threads(states, is_first)) {
-      RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, true, collected_);
+      RowCollector<kStates> collector(rule_, options_, *scalars_, walk_.codes(), is_first, true,
+                                      collected_);
       walk_.each(states, [&](CandidateOf& c) { collector.add(c); });
     }
     return std::move(collected_.remaining);
@@ -98,6 +101,9 @@ class GroupStep {
         add(Role::kCounter, find_item(states, name));
       }
       for (PyObject* const name : walk_.state_names()) add(Role::kState, find_item(states, name));
+      for (const StateCode& code : walk_.codes()) {
+        if (code.scale_key != nullptr) add(Role::kState, find_item(states, code.scale_key));
+      }
       if (walk_.needs_master(THPVariable_Unpack(c.param))) {
         add(Role::kState, find_item(states, master_key));
       }
@@ -118,6 +124,9 @@ class GroupStep {
 
  private:
   using CandidateOf = Candidate<kStates>;
+
+  // The scalar states of a parameter, and the scales of its states, at most.
+  size_t num_extras() const { return walk_.scalar_names().size() + size_t{kStates}; }
 
   // The fewest parameters that are worth another thread.
   static constexpr size_t kGrain = 128;
@@ -145,10 +154,10 @@ class GroupStep {
         const auto index = static_cast<size_t>(i);
         const size_t begin = begin_of(index), end = begin_of(index + 1);
         parts[index].reset(
-            new Part{Collected<kStates>(end - begin, walk_.scalar_names().size()),
+            new Part{Collected<kStates>(end - begin, num_extras()),
                      states.ahead(walk_.param(static_cast<Py_ssize_t>(begin)), begin)});
         Part& part = *parts[index];
-        RowCollector<kStates> collector(rule_, options_, *scalars_, is_first, false,
+        RowCollector<kStates> collector(rule_, options_, *scalars_, walk_.codes(), is_first, false,
                                         part.collected);
         try {
           part.is_done = walk_.each_without_python(

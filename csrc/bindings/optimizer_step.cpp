@@ -53,6 +53,14 @@ Remaining all_params(const py::list& groups) {
   return indices;
 }
 
+// Of None, or of a pair: the key of the scales, and whether the codes have a sign.
+StateCode read_code(py::handle item) {
+  if (item.is_none()) return {DType::kFloat32, nullptr};
+  const auto pair = py::reinterpret_borrow<py::tuple>(item);
+  TORCH_CHECK_VALUE(pair.size() == 2, "a code has ", pair.size(), " items; expected 2");
+  return {pair[1].ptr() == Py_True ? DType::kE4M3 : DType::kUE5M3, pair[0].ptr()};
+}
+
 void add_step(Steps& steps, py::handle group, const py::tuple& rule, uint32_t first_position,
               uint64_t seed, StepScalars& scalars, py::tuple grads) {
   const auto* registered =
@@ -65,15 +73,22 @@ void add_step(Steps& steps, py::handle group, const py::tuple& rule, uint32_t fi
   const py::tuple scalar_names = rule[3];
   TORCH_CHECK_VALUE(scalar_names.size() == info.num_scalar_states, "scalar_names has ",
                     scalar_names.size(), " names; expected ", info.num_scalar_states);
+  const py::tuple codes = rule[4];
+  TORCH_CHECK_VALUE(codes.size() == info.num_states, "codes has ", codes.size(),
+                    " items; expected ", info.num_states);
   with_num_states(info.num_states, [&](auto num_states) {
     using Step = GroupStep<num_states>;
     typename Step::StateNames names{};
-    for (size_t i = 0; i < names.size(); ++i) names[i] = state_names[i].ptr();
+    typename Step::StateCodes state_codes{};
+    for (size_t i = 0; i < names.size(); ++i) {
+      names[i] = state_names[i].ptr();
+      state_codes[i] = read_code(codes[i]);
+    }
     typename Step::ScalarNames scalar_keys;
     for (const py::handle name : scalar_names) scalar_keys.push_back(name.ptr());
     steps.emplace_back(std::in_place_type<Step>, read_rule(info, group, rule[1]),
                        read_options(group, first_position, seed), scalars, names,
-                       std::move(scalar_keys), params_of(group), std::move(grads));
+                       std::move(scalar_keys), state_codes, params_of(group), std::move(grads));
   });
 }
 

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../engine/codes.h"
 #include "../engine/prefetch.h"
 #include "candidates.h"
 #include "collected_rows.h"
@@ -48,15 +49,18 @@ template <int kStates>
 class RowCollector {
  public:
   using CandidateOf = Candidate<kStates>;
+  using StateCodes = typename CandidateWalk<kStates>::StateCodes;
 
   // `adds_idle` makes parameters without a gradient that lack a state remain, if the group makes
   // all states. If not `with_python`, any thread may add parameters while another one holds the
   // GIL.
   RowCollector(const RuleInstance& rule, const GroupOptions& options, const StepScalars& scalars,
-               bool adds_idle, bool with_python, Collected<kStates>& collected)
+               const StateCodes& codes, bool adds_idle, bool with_python,
+               Collected<kStates>& collected)
       : rule_(rule),
         options_(options),
         scalars_(scalars),
+        codes_(codes),
         adds_idle_(adds_idle),
         with_python_(with_python),
         deleter_(c10::GetCPUAllocator()->raw_deleter()),
@@ -81,6 +85,7 @@ class RowCollector {
   using RowOf = typename CollectedRows<kStates>::RowOf;
   static constexpr size_t kOperands = CollectedRows<kStates>::kOperands;
   static constexpr size_t kWeight = CollectedRows<kStates>::kWeight;
+  static bool is_state(size_t k) { return k >= kFirstState && k < kWeight; }
 
   uint32_t position_of(const CandidateOf& c) const {
     return options_.first_position + static_cast<uint32_t>(c.index);
@@ -125,11 +130,6 @@ class RowCollector {
     RowOf row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = position_of(c);
-    if (c.is_distributed && options_.epilogue.is_stochastic) {
-      const auto [shard, first_index] = shard_place(c.param);
-      row.position |= shard << 32;
-      row.first_index = first_index;
-    }
     row.scale = 1.0;
     row.numel = param.numel();
     row.compute = DType::kFloat32;
@@ -151,9 +151,10 @@ class RowCollector {
         if (is_remainder && operand->scalar_type() != at::kShort) return false;
         const bool is_master = c.has_master && k == kWeight;
         if (is_master && !is_remainder && operand->scalar_type() != at::kFloat) return false;
+        const bool is_coded = is_state(k) && operand->scalar_type() == at::kByte;
         // Written out, since a call through a pointer to the check could not be inlined.
         if (k != kUpdate &&
-            !(is_remainder ? is_beside(*operand, param) : is_alike(*operand, param))) {
+            !(is_remainder || is_coded ? is_beside(*operand, param) : is_alike(*operand, param))) {
           return false;
         }
         if (k != kUpdate &&
@@ -164,7 +165,9 @@ class RowCollector {
           collected_.owned.push_back(at::empty_like(param, operand->options()).copy_(*operand));
           operand = c.operands[k] = &collected_.owned.back();
         }
-        row.dtype[k] = is_remainder               ? DType::kRemainder
+        if (is_coded && !add_scales(c, k - kFirstState, row, others)) return false;
+        row.dtype[k] = is_coded                   ? codes_[k - kFirstState].dtype
+                       : is_remainder             ? DType::kRemainder
                        : is_split && k == kUpdate ? DType::kSplitParam
                                                   : to_dtype(operand->scalar_type());
         if (is_copy_on_write(*operand) && !may_allocate()) return false;
@@ -184,6 +187,11 @@ class RowCollector {
       }
     }
     if (is_split && row.device != kHost && row.compute == DType::kFloat64) return false;
+    if (c.is_distributed && (options_.epilogue.is_stochastic || row.extras != nullptr)) {
+      const auto [shard, first_index] = shard_place(c.param);
+      row.position |= shard << 32;
+      row.first_index = first_index;
+    }
     return append(c, row, others);
   }
 
@@ -253,13 +261,58 @@ class RowCollector {
   // Adds the scalar states to a row, if all are where its steps are counted.
   bool add_scalars(const CandidateOf& c, RowOf& row, int8_t device) {
     if (num_scalars_ == 0) return true;
-    ScalarPointers pointers{};
+    RowExtras& extras = extras_of(row);
     for (size_t i = 0; i < num_scalars_; ++i) {
-      pointers[i] = number_on(device, *c.scalars->tensors[i]);
-      if (pointers[i] == nullptr) return false;
+      extras.scalars[i] = number_on(device, *c.scalars->tensors[i]);
+      if (extras.scalars[i] == nullptr) return false;
     }
-    row.scalars = collected_.rows.keep(pointers);
     return true;
+  }
+
+  // Adds the scales of a state that is stored as codes.
+  bool add_scales(const CandidateOf& c, size_t state, RowOf& row, uintptr_t& others) {
+    const StateCode& code = codes_[state];
+    if (code.scale_key == nullptr || row.device != kHost || !may_allocate()) return false;
+    PyObject* const object = find_item(c.state, code.scale_key);
+    if (object == nullptr || !is_tensor(object)) return false;
+    const at::Tensor* scales = &THPVariable_Unpack(object);
+    if (c.is_distributed) {
+      const std::optional<DTensorView> part = DTensorView::from(object);
+      if (!part) return false;
+      collected_.owned.push_back(THPVariable_Unpack(part->local().ptr()));
+      scales = &collected_.owned.back();
+    }
+    const at::Tensor& codes = *c.operands[kFirstState + state];
+    if (!is_plain(*scales) || scales->scalar_type() != at::kByte ||
+        !are_scales_of(*scales, codes)) {
+      return false;
+    }
+    void* const memory = memory_of(*scales, code.dtype, true);
+    if (memory == nullptr && row.numel != 0) return false;
+    extras_of(row).scales[state] = static_cast<uint8_t*>(memory);
+    others |= Py_REFCNT(object) != 1;
+    others |= other_owners(*scales, deleter_) | other_users(*scales);
+    collected_.rows.add_modified(*scales);
+    if (c.is_distributed) collected_.rows.add_modified_dtensor(THPVariable_Unpack(object));
+    return true;
+  }
+
+  // Whether groups are consecutive in memory, in the order of their scales.
+  static bool are_scales_of(const at::Tensor& scales, const at::Tensor& codes) {
+    const int64_t dims = codes.dim();
+    if (!codes.is_contiguous() || !scales.is_contiguous() || scales.dim() != dims || dims == 0) {
+      return false;
+    }
+    for (int64_t d = 0; d + 1 < dims; ++d) {
+      if (scales.size(d) != codes.size(d)) return false;
+    }
+    return (dims == 1 || codes.size(dims - 1) % kGroup == 0) &&
+           scales.size(dims - 1) == num_groups(codes.size(dims - 1));
+  }
+
+  RowExtras& extras_of(RowOf& row) {
+    if (row.extras == nullptr) row.extras = collected_.rows.new_extras();
+    return *row.extras;
   }
 
   bool has_kernel_for(const RowOf& row, bool counts_on_device) const {
@@ -314,6 +367,7 @@ class RowCollector {
   const RuleInstance& rule_;
   const GroupOptions& options_;
   const StepScalars& scalars_;
+  const StateCodes& codes_;
   bool adds_idle_, with_python_;
   bool needs_python_ = false;
   c10::DeleterFnPtr deleter_;

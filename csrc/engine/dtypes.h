@@ -14,11 +14,23 @@
 
 namespace emopt {
 
-// The last two make up a split master, see SplitParam.
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kSplitParam, kRemainder };
+// kSplitParam and kRemainder make up a split master, see SplitParam; the last two are codes of
+// states, see codes.h.
+enum class DType : uint8_t {
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kSplitParam,
+  kRemainder,
+  kE4M3,
+  kUE5M3
+};
+
+EMOPT_FN bool is_code(DType dtype) { return dtype >= DType::kE4M3; }
 
 EMOPT_FN int size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : is_code(dtype) ? 1 : 2;
 }
 
 EMOPT_FN bool can_round_stochastically(DType dtype) {

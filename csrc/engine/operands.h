@@ -46,6 +46,13 @@ EMOPT_FN bool is_stored(int k, const EpilogueAt& epilogue) {
 
 inline constexpr int8_t kHost = -1;  // a device index
 
+// What few rows have: the rule's scalar states, on the device of the counter, and the scales of
+// states that are stored as codes. Null where there is none. (The pointers are on the host.)
+struct RowExtras {
+  float* scalars[kMaxScalarStates];
+  uint8_t* scales[kMaxStates];
+};
+
 template <int kOperands>
 struct Row {
   void* data[kOperands];
@@ -58,11 +65,14 @@ struct Row {
   uint64_t first_index = 0;
   double scale;           // a factor for the update (Signum's shape scaling), else 1
   float* step = nullptr;  // the counter of finished steps, if it is on the parameter's device
-  // The rule's scalar states, on the device of the counter; null if there are none. (The pointers
-  // are on the host.)
-  float* const* scalars = nullptr;
+  RowExtras* extras = nullptr;
   int64_t numel;
   int64_t start;  // the number of elements in all earlier rows
+
+  // Null if the rule has no scalar states.
+  float* const* scalars() const {
+    return extras != nullptr && extras->scalars[0] != nullptr ? extras->scalars : nullptr;
+  }
 };
 
 // A row's counter of finished steps, or null, and its scalar states, in a device's memory.

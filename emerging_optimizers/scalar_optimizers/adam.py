@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, read_flag
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -18,8 +19,8 @@ from ..registry import register_optimizer
 
 def _adam(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: SignedState,
+    exp_avg_sq: UnsignedState,
     betas: tuple[Beta, Beta],
     correct_bias: bool,
     use_nesterov: bool,
@@ -32,9 +33,9 @@ def _adam(
 
 def _amsgrad(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor,
+    exp_avg: SignedState,
+    exp_avg_sq: UnsignedState,
+    max_exp_avg_sq: UnsignedState,
     betas: tuple[Beta, Beta],
     correct_bias: bool,
     use_nesterov: bool,

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -16,9 +17,9 @@ from ..registry import register_optimizer
 
 def _ademamix(
     grad: Tensor,
-    exp_avg_fast: Tensor,
-    exp_avg_slow: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg_fast: SignedState,
+    exp_avg_slow: SignedState,
+    exp_avg_sq: UnsignedState,
     num_beta_slow_warmup_steps: WarmupSteps | None,
     num_alpha_warmup_steps: WarmupSteps | None,
     betas: tuple[Beta, Beta, Beta],

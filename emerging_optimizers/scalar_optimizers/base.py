@@ -197,7 +197,7 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled or copied: in contrast to ``torch.optim``, all attributes."""
         base = vars(torch.optim.Optimizer([Tensor()], {}))
-        dropped = {"_rules", "grad_norm", "step", "_opt_called", *base}
+        dropped = {"_rules", "_state_dtype_filter", "grad_norm", "step", "_opt_called", *base}
         own = {name: value for name, value in vars(self).items() if name not in dropped}
         return {**own, **super().__getstate__()}
 

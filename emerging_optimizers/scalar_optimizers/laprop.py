@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step
 from .._norms import KEEP_NORMS
@@ -17,8 +18,8 @@ from ..registry import register_optimizer
 
 def _laprop(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: SignedState,
+    exp_avg_sq: UnsignedState,
     correct_bias: bool,
     betas: tuple[Beta, Beta],
     step: Step,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -16,7 +17,7 @@ from ..registry import register_optimizer
 
 def _lion(
     grad: Tensor,
-    exp_avg: Tensor,
+    exp_avg: SignedState,
     momentum_beta: Beta,
     momentum_beta2: Beta,
 ) -> Tensor:

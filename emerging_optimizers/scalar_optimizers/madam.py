@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, Step
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -20,8 +21,8 @@ _LARGEST_LOG2 = 252
 
 def _madam(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq_scaled: Tensor,
+    exp_avg: SignedState,
+    exp_avg_sq_scaled: UnsignedState,
     betas: tuple[Beta, Beta],
     correct_bias: bool,
     step: Step,

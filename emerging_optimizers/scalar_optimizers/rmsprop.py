@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative
 from .._optimizer import ScalarOptimizer, StateDtype
@@ -14,11 +15,12 @@ from .._rule import GroupRule, Rule
 from ..registry import register_optimizer
 
 
-def _rmsprop(grad: Tensor, exp_avg_sq: Tensor, alpha: Beta, eps: NonNegative) -> Tensor:
+def _rmsprop(grad: Tensor, exp_avg_sq: UnsignedState, alpha: Beta, eps: NonNegative) -> Tensor:
     exp_avg_sq.mul_(alpha).addcmul_(grad * (1 - alpha), grad)
     return grad / exp_avg_sq.sqrt().add_(eps)
 
 
+# The variance is a difference, which rounding of its averages to 8 bits would make negative.
 def _centered(
     grad: Tensor, exp_avg_sq: Tensor, grad_avg: Tensor, alpha: Beta, eps: NonNegative
 ) -> Tensor:
@@ -29,8 +31,8 @@ def _centered(
 
 def _momentum(
     grad: Tensor,
-    exp_avg_sq: Tensor,
-    momentum_buffer: Tensor,
+    exp_avg_sq: UnsignedState,
+    momentum_buffer: SignedState,
     alpha: Beta,
     eps: NonNegative,
     momentum: NonNegative,
@@ -43,7 +45,7 @@ def _centered_momentum(
     grad: Tensor,
     exp_avg_sq: Tensor,
     grad_avg: Tensor,
-    momentum_buffer: Tensor,
+    momentum_buffer: SignedState,
     alpha: Beta,
     eps: NonNegative,
     momentum: NonNegative,

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative, Step, WarmupSteps
 from .._optimizer import ScalarOptimizer, SharedOptions
@@ -16,8 +17,8 @@ from ..registry import register_optimizer
 
 def _sim_ademamix(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: SignedState,
+    exp_avg_sq: UnsignedState,
     num_beta_fast_warmup_steps: WarmupSteps | None,
     min_beta_fast: Beta,
     betas: tuple[Beta, Beta],

@@ -78,6 +78,9 @@ struct Buffer {
       case emopt::DType::kSplitParam:
       case emopt::DType::kRemainder:
         CHECK(!"not a value without the rest of its master");
+      case emopt::DType::kE4M3:
+      case emopt::DType::kUE5M3:
+        CHECK(!"not a value without its scale");
     }
   }
 };

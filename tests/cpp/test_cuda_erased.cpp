@@ -129,7 +129,7 @@ struct Numbers {
   static constexpr int kCount = kNumScalarStates<Rule>;
   float counter = 0.0F;
   float scalars[kCount] = {};
-  float* pointers[kMaxScalarStates] = {};
+  RowExtras extras{};
   float next_counter = 0.0F;
   float next[kCount] = {};
 
@@ -145,7 +145,7 @@ struct Numbers {
   // On the device, whose memory is the host's here.
   RowScalars on_device(bool has_counter) {
     RowScalars row{has_counter ? &counter : nullptr, {}};
-    for (int i = 0; i < kCount; ++i) row.scalars[i] = pointers[i] = scalars + i;
+    for (int i = 0; i < kCount; ++i) row.scalars[i] = extras.scalars[i] = scalars + i;
     return row;
   }
 
@@ -191,7 +191,7 @@ void check_scalars(const Rule& rule, size_t num_rows, std::mt19937_64& random) {
         random_operands<Rule, Epilogue>(static_cast<int64_t>(random() % longest), uniform, random),
         is_on_device ? number.rule_with(rule) : rule, step, epilogue, 0, there.counter);
     // Without a counter on the device, those of a step are on the host.
-    if (is_on_device || Epilogue::kHasRowSteps) rows.table.rows.back().scalars = number.pointers;
+    if (is_on_device || Epilogue::kHasRowSteps) rows.table.rows.back().extras = &number.extras;
     if (has_counter && found_inf == 0.0F) number.expect_advance(rule, step, true);
   }
   if constexpr (Epilogue::kHasRowSteps) {

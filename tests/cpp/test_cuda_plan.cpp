@@ -47,23 +47,21 @@ Row<kOperands> row_with(size_t r, int64_t numel, DType dtype, int8_t device) {
 }
 
 // The scalar states of a row.
-struct Scalars {
-  float* addresses[kMaxScalarStates];
-
-  Scalars(size_t r, int count) : addresses{} {
-    for (int i = 0; i < count; ++i) addresses[i] = static_cast<float*>(address(r, 129 + i));
-  }
-};
+RowExtras scalars_of_row(size_t r, int count) {
+  RowExtras extras{};
+  for (int i = 0; i < count; ++i) extras.scalars[i] = static_cast<float*>(address(r, 129 + i));
+  return extras;
+}
 
 // Gives two in three rows on devices scalar states. The pointers last as long as the result.
 template <class Rule, int kOperands>
-std::vector<Scalars> add_scalars(Table<kOperands>& table) {
-  std::vector<Scalars> scalars;
+std::vector<RowExtras> add_scalars(Table<kOperands>& table) {
+  std::vector<RowExtras> scalars;
   if (kNumScalarStates<Rule> == 0) return scalars;
   scalars.reserve(table.rows.size());
   for (size_t r = 0; r < table.rows.size(); ++r) {
-    scalars.emplace_back(r, kNumScalarStates<Rule>);
-    if (r % 3 != 1 && table.rows[r].device != kHost) table.rows[r].scalars = scalars[r].addresses;
+    scalars.push_back(scalars_of_row(r, kNumScalarStates<Rule>));
+    if (r % 3 != 1 && table.rows[r].device != kHost) table.rows[r].extras = &scalars[r];
   }
   return scalars;
 }
@@ -128,9 +126,9 @@ size_t count_launches(const Table<kNumOperandsOf<Rule, Epilogue>>& table, const 
       }
       if constexpr (kNumScalarStates<Rule> != 0) {
         const bool is_there = cuda::has_scalars<Epilogue>(row);
-        CHECK(is_there == (row.scalars != nullptr && (!Epilogue::kHasRowSteps || row.step)));
+        CHECK(is_there == (row.scalars() != nullptr && (!Epilogue::kHasRowSteps || row.step)));
         for (int i = 0; i < kNumScalarStates<Rule>; ++i) {
-          CHECK(launch.steps[r].scalars[i] == (is_there ? row.scalars[i] : nullptr));
+          CHECK(launch.steps[r].scalars[i] == (is_there ? row.scalars()[i] : nullptr));
         }
         needs_setup |= is_there;
       }
@@ -290,7 +288,7 @@ void test_scalar_states() {
     for (const auto& row : table.rows) {
       if (row.step == nullptr) continue;
       devices[row.step] = row.device;
-      if (row.scalars != nullptr) ++counts[row.device];
+      if (row.scalars() != nullptr) ++counts[row.device];
     }
     const auto check_counters = [&](int8_t device, const cuda::Advance& advance) {
       for (uint32_t i = 0; i < advance.count; ++i) {

@@ -1,6 +1,7 @@
 #include "conversions.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 #define EMOPT_INCLUDE "conversions.inl"
 #include "for_each_isa.inl"

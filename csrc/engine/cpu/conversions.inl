@@ -30,6 +30,9 @@ void load(Real* to, DType dtype, const void* from, int64_t offset, int64_t n) {
     case DType::kSplitParam:
     case DType::kRemainder:
       std::abort();  // a split master needs join()
+    case DType::kE4M3:
+    case DType::kUE5M3:
+      std::abort();  // a code needs its scale
   }
 }
 
@@ -56,6 +59,9 @@ void store(DType dtype, void* to, int64_t offset, const Real* from, int64_t n) {
       return round_into<Real, SplitParam>(to, offset, from, n);
     case DType::kRemainder:
       return round_into<Real, Remainder>(to, offset, from, n);
+    case DType::kE4M3:
+    case DType::kUE5M3:
+      std::abort();  // codes need their scale
   }
 }
 
@@ -81,8 +87,91 @@ void store_stochastically(DType dtype, void* to, int64_t offset, const Real* fro
   }
 }
 
+// ---- codes --------------------------------------------------------------------------------------
+
+// Calls `visit(begin, length)` for each group of n elements; the last may be short. A length that
+// is known saves the loops' remainders.
+template <class Visit>
+void for_each_group(int64_t n, const Visit& visit) {
+  int64_t begin = 0;
+  for (; begin + kGroup <= n; begin += kGroup) visit(begin, kGroup);
+  if (begin < n) visit(begin, n - begin);
+}
+
+template <class Real, class Format>
+EMOPT_FN void decode_group(Real* to, const uint8_t* codes, float scale, int64_t n) {
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Real>(Format::decode(codes[i], scale));
+}
+
+// Returns the scale.
+template <class Real, class Format, int kHalf>
+EMOPT_FN uint32_t encode_group(uint8_t* codes, const Real* from, const uint32_t* random,
+                               int64_t n) {
+  int32_t largest = 0;  // baseline x86 has no maximum of unsigned numbers
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const auto x = static_cast<float>(from[i]);
+    const auto magnitude = static_cast<int32_t>(Format::finite_magnitude_of(x));
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint32_t scale = Format::scale_for(static_cast<uint32_t>(largest));
+  const float reciprocal = reciprocal_of_scale(scale);
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t noise = code_noise(kHalf, random[i]);
+    codes[i] = Format::encode(static_cast<float>(from[i]), reciprocal, noise);
+  }
+  return scale;
+}
+
+template <class Real, class Format>
+void decode_with(Real* to, const void* codes, const uint8_t* scales, int64_t offset, int64_t n) {
+  const uint8_t* const from = static_cast<const uint8_t*>(codes) + offset;
+  const uint8_t* const from_scales = scales + offset / kGroup;
+  for_each_group(n, [=](int64_t begin, int64_t length) EMOPT_INLINED {
+    const float scale = scale_of(from_scales[begin / kGroup]);
+    decode_group<Real, Format>(to + begin, from + begin, scale, length);
+  });
+}
+
+template <class Real, class Format, int kHalf>
+void encode_with(void* codes, uint8_t* scales, int64_t offset, const Real* from, int64_t n,
+                 const uint32_t* random) {
+  uint8_t* const to = static_cast<uint8_t*>(codes) + offset;
+  uint8_t* const to_scales = scales + offset / kGroup;
+  for_each_group(n, [=](int64_t begin, int64_t length) EMOPT_INLINED {
+    to_scales[begin / kGroup] = static_cast<uint8_t>(
+        encode_group<Real, Format, kHalf>(to + begin, from + begin, random + begin, length));
+  });
+}
+
 template <class Real>
-inline constexpr Conversions<Real> kConversions = {&load<Real>, &join<Real>, &store<Real>,
-                                                   &store_stochastically<Real>};
+void decode(Real* to, DType dtype, const void* codes, const uint8_t* scales, int64_t offset,
+            int64_t n) {
+  (dtype == DType::kE4M3 ? &decode_with<Real, E4M3> : &decode_with<Real, UE5M3>)(to, codes, scales,
+                                                                                 offset, n);
+}
+
+template <class Real>
+void encode(DType dtype, void* codes, uint8_t* scales, int64_t offset, const Real* from, int64_t n,
+            const uint32_t* random, int state) {
+  const auto with = [&](auto half) {
+    return dtype == DType::kE4M3 ? &encode_with<Real, E4M3, half> : &encode_with<Real, UE5M3, half>;
+  };
+  (state % 2 == 0 ? with(std::integral_constant<int, 0>())
+                  : with(std::integral_constant<int, 1>()))(codes, scales, offset, from, n, random);
+}
+
+inline void fill_random(uint32_t* to, const RandomBits& of_tile, int64_t n) {
+  const RandomBits random = of_tile;  // a copy cannot alias what the loop writes
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) to[i] = random(static_cast<uint32_t>(i));
+}
+
+template <class Real>
+inline constexpr Conversions<Real> kConversions = {
+    &load<Real>,   &join<Real>,   &store<Real>, &store_stochastically<Real>,
+    &decode<Real>, &encode<Real>, &fill_random};
 
 }  // namespace emopt::cpu::EMOPT_UNIT

@@ -34,6 +34,46 @@ void sweep_in_place(const Kernel<Epilogue, Real>& kernel, const Row<kOperands>& 
               writes_weight<Epilogue>(epilogue, row));
 }
 
+static_assert(kTile % kGroup == 0, "no group is split between tiles");
+
+template <int kOperands>
+bool is_coded(const Row<kOperands>& row, int k) {
+  return k >= kFirstState && is_code(row.dtype[k]);
+}
+template <int kOperands>
+uint8_t* scales_of(const Row<kOperands>& row, int k) {
+  return row.extras->scales[k - kFirstState];
+}
+
+// The random bits of a row's codes, a tile at a time.
+class TileRandom {
+ public:
+  template <int kOperands>
+  TileRandom(const Row<kOperands>& row, double step)
+      : position_(row.position),
+        first_index_(row.first_index),
+        step_(static_cast<uint64_t>(static_cast<int64_t>(step))) {}
+
+  // Those of one state, which the next one may share.
+  template <class Real>
+  const uint32_t* of(int state, int64_t offset, int64_t n, const Conversions<Real>& convert) {
+    const uint64_t seed = code_seed(state);
+    if (seed != seed_ || offset != offset_) {
+      const uint64_t key = rounding_key(seed, position_, step_);
+      convert.fill_random(bits_, {key, first_index_ + static_cast<uint64_t>(offset)}, n);
+      seed_ = seed;
+      offset_ = offset;
+    }
+    return bits_;
+  }
+
+ private:
+  uint64_t position_, first_index_, step_;
+  uint64_t seed_ = 0;
+  int64_t offset_ = -1;
+  alignas(64) uint32_t bits_[kTile];
+};
+
 // Sweeps some elements of a row, tile by tile. Operands of another type are staged in buffers.
 template <class Epilogue, class Real, int kOperands>
 void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& kernel,
@@ -56,6 +96,7 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
       key = rounding_key(setup.epilogue.seed, row.position, static_cast<uint64_t>(step));
     }
   }
+  TileRandom random(row, setup.step);
   const Conversions<Real>& convert = *kernel.conversions;
   for (int64_t offset = begin; offset < end; offset += kTile) {
     const int64_t n = end - offset < kTile ? end - offset : kTile;
@@ -64,6 +105,8 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
         operands[k] = static_cast<Real*>(row.data[k]) + offset;
       } else if (row.dtype[k] == DType::kRemainder) {
         convert.join(buffer[k], row.data[kUpdate], row.data[k], offset, n);
+      } else if (is_coded(row, k)) {
+        convert.decode(buffer[k], row.dtype[k], row.data[k], scales_of(row, k), offset, n);
       } else if (is_read(k)) {
         convert.load(buffer[k], row.dtype[k], row.data[k], offset, n);
       }
@@ -73,8 +116,12 @@ void sweep_tiles(const Setup<Epilogue>& setup, const Kernel<Epilogue, Real>& ker
       if (!is_staged[k] || !is_written_there<Epilogue>(row, k)) continue;
       if (!is_stored<Epilogue, kOperands>(k, epilogue)) continue;
       if (k == kUpdate && is_stochastic) {
-        const RandomBits random(key, row.first_index + static_cast<uint64_t>(offset));
-        convert.store_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, random);
+        const RandomBits bits(key, row.first_index + static_cast<uint64_t>(offset));
+        convert.store_stochastically(row.dtype[k], row.data[k], offset, buffer[k], n, bits);
+      } else if (is_coded(row, k)) {
+        const int state = k - kFirstState;
+        convert.encode(row.dtype[k], row.data[k], scales_of(row, k), offset, buffer[k], n,
+                       random.of(state, offset, n, convert), state);
       } else {
         convert.store(row.dtype[k], row.data[k], offset, buffer[k], n);
       }

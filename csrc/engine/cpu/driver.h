@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "../codes.h"
 #include "../epilogue.h"
 #include "../rule_info.h"
 #include "../table.h"

@@ -86,7 +86,7 @@ inline uint8_t peel_of(void* const* data, const DType* dtype, int num_operands) 
 // Whether a row has scalar states on its device: those of a step are where its counter is.
 template <class Epilogue, class RowOf>
 bool has_scalars(const RowOf& row) {
-  return row.scalars != nullptr && (!Epilogue::kHasRowSteps || row.step != nullptr);
+  return row.scalars() != nullptr && (!Epilogue::kHasRowSteps || row.step != nullptr);
 }
 
 // Fills one launch with the first rows of a key and passes it to `enqueue(launch, blocks)`. Returns
@@ -130,7 +130,7 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
     if constexpr (kScalarSlots<typename Launch::Rule> != 0) {
       const bool is_there = has_scalars<typename Launch::Epilogue>(row);
       for (uint32_t s = 0; s < kScalarSlots<typename Launch::Rule>; ++s) {
-        launch.steps[r].scalars[s] = is_there ? row.scalars[s] : nullptr;
+        launch.steps[r].scalars[s] = is_there ? row.scalars()[s] : nullptr;
       }
     }
     blocks += chunks;
@@ -168,7 +168,7 @@ void for_each_advance(const Table<kOperands>& table, const HostOrDeviceScalar& f
     advance.count = 0;
   };
   for (const Row<kOperands>& row : table.rows) {
-    if (row.step == nullptr || row.scalars != nullptr) continue;
+    if (row.step == nullptr || row.scalars() != nullptr) continue;
     if (row.device != device || advance.count == Advance::kCapacity) flush();
     device = row.device;
     advance.counters[advance.count++] = row.step;
@@ -181,9 +181,9 @@ template <int kOperands, class Enqueue>
 void for_each_scalars(const Table<kOperands>& table, Enqueue enqueue) {
   std::map<int8_t, std::vector<RowScalars>> rows;
   for (const Row<kOperands>& row : table.rows) {
-    if (row.step == nullptr || row.scalars == nullptr) continue;
+    if (row.step == nullptr || row.scalars() == nullptr) continue;
     RowScalars& added = rows[row.device].emplace_back(RowScalars{row.step, {}});
-    std::copy(row.scalars, row.scalars + kMaxScalarStates, added.scalars);
+    std::copy(row.scalars(), row.scalars() + kMaxScalarStates, added.scalars);
   }
   for (const auto& [device, on_device] : rows) enqueue(device, on_device);
 }
