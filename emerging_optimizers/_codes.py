@@ -86,7 +86,7 @@ def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
         code: The format.
     """
     magnitude = _in_groups(codes).to(torch.int32)
-    is_negative = magnitude > 0x7F if code.is_signed else torch.zeros_like(magnitude, dtype=bool)
+    is_negative = (magnitude > 0x7F) & code.is_signed
     magnitude = magnitude & code.nan
     is_subnormal = magnitude < 8
     bits = torch.where(is_subnormal, magnitude + 8, magnitude).add_(code.rebias)
@@ -158,7 +158,7 @@ def _in_groups(tensor: Tensor) -> Tensor:
     missing = -tensor.shape[-1] % GROUP
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, missing))
-    return tensor.unflatten(-1, (tensor.shape[-1] // GROUP, GROUP))
+    return tensor.view(*tensor.shape[:-1], tensor.shape[-1] // GROUP, GROUP)
 
 
 def _without_groups(grouped: Tensor, shape: torch.Size) -> Tensor:

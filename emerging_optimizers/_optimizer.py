@@ -24,6 +24,8 @@ StateDtype: TypeAlias = (
     torch.dtype | Literal["8bit"] | Mapping[str, torch.dtype | Literal["8bit"]] | None
 )
 
+StateDtypeFilter: TypeAlias = Callable[[str | None, Tensor], bool] | None
+
 
 class SharedOptions(TypedDict, total=False):
     """The keyword-only options of every optimizer; `ScalarOptimizer` documents them."""
@@ -32,7 +34,7 @@ class SharedOptions(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     state_dtype: StateDtype
-    state_dtype_filter: Callable[[str | None, Tensor], bool] | None
+    state_dtype_filter: StateDtypeFilter
     master_weights: bool
     stochastic_rounding: bool
     differentiable: bool

@@ -26,46 +26,48 @@ struct CodeFormat {
   static constexpr uint32_t kRebias = (127u - kBias) << 3;
   static constexpr uint32_t kDropped = 20;  // bits of float32's mantissa
   // The exponent of the largest codes, which is 15 or 31 as stored.
-  static constexpr uint32_t kLargest = (kSigned ? 15u : 31u) - kBias;
+  static constexpr int32_t kLargest = (kSigned ? 15 : 31) - static_cast<int32_t>(kBias);
 
   EMOPT_FN static float smallest_normal() {
     return bit_cast<float>((kNormal + kRebias) << kDropped);
   }
 
-  // The scale's code for a group whose largest finite magnitude has these bits: not even this one
-  // may be rounded up to the NaN. At least 1, so that scales and their reciprocals are normal.
-  EMOPT_FN static uint32_t scale_for(uint32_t largest) {
-    const auto exponent = static_cast<int32_t>((largest + 0x1fffffu) >> 23);
-    const int32_t scale = exponent - static_cast<int32_t>(kLargest);
-    return static_cast<uint32_t>(scale > 1 ? scale : 1);
-  }
-
-  // The bits of a number's magnitude; those of a number that has no code are not finite.
+  // The bits of a number's magnitude. Those of a number without a code are beyond the finite ones.
   EMOPT_FN static uint32_t magnitude_of(float x) {
     if constexpr (kSigned) return bit_cast<uint32_t>(x) & 0x7fffffffu;
-    return bit_cast<uint32_t>(x + 0.0f);  // -0 becomes 0; negative numbers are above infinity
-  }
-  EMOPT_FN static uint32_t finite_magnitude_of(float x) {
-    const uint32_t magnitude = magnitude_of(x);
-    return magnitude < 0x7f800000u ? magnitude : 0u;
+    return bit_cast<uint32_t>(x + 0.0f);  // -0 becomes 0
   }
 
-  // `noise` is less than 2^20, and rounds up where it carries. A code's own number is unchanged,
-  // and a state that cannot be negative becomes 0 only if it is.
+  // The scale's code for a group with the largest of these: not even that number may be rounded up
+  // to the NaN. At least 1, so that scales and their reciprocals are normal. A rank grows with a
+  // finite magnitude, and is at most `kLowestRank` if that is not finite.
+  static constexpr int32_t kLowestRank = 0x00800000;
+  EMOPT_FN static int32_t rank_of(float x) {
+    return static_cast<int32_t>(magnitude_of(x) + static_cast<uint32_t>(kLowestRank));
+  }
+  EMOPT_FN static uint32_t scale_for(int32_t largest_rank) {
+    const int32_t exponent = (largest_rank - kLowestRank + 0x1fffff) >> 23;
+    return static_cast<uint32_t>(exponent - kLargest > 1 ? exponent - kLargest : 1);
+  }
+
+  // `noise` is less than 2^20, and rounds up where it carries. A number that has a code is
+  // unchanged, and one that cannot be negative becomes 0 only if it is.
   EMOPT_FN static uint8_t encode(float x, float reciprocal_of_scale, uint32_t noise) {
-    const uint32_t magnitude = magnitude_of(x);
+    uint32_t magnitude = magnitude_of(x);
+    if constexpr (!kSigned) magnitude = magnitude < 0x7f800000u ? magnitude : 0x7f800000u;
     const float scaled = bit_cast<float>(magnitude) * reciprocal_of_scale;
-    // The sum of a subnormal number and the smallest normal one is as coarse as its code.
-    const bool is_subnormal = scaled < smallest_normal();
-    const float shifted = scaled + (is_subnormal ? smallest_normal() : 0.0f);
-    uint32_t code = (bit_cast<uint32_t>(shifted) + noise) >> kDropped;
-    code -= kRebias + (is_subnormal ? kNormal : 0u);
+    // As a code and a fraction of 20 bits. The sum of a subnormal number and the smallest normal
+    // one is as coarse as its code; the larger of the two is the right one.
+    const auto normal = static_cast<int32_t>(bit_cast<uint32_t>(scaled) + (kNormal << kDropped));
+    const auto subnormal = bit_cast<int32_t>(scaled + smallest_normal());
+    const auto fixed = static_cast<uint32_t>(normal > subnormal ? normal : subnormal);
+    constexpr uint32_t kZero = (kNormal + kRebias) << kDropped;
+    const auto rounded = static_cast<int32_t>((fixed + (noise - kZero)) >> kDropped);
+    const auto code = static_cast<uint32_t>(rounded < int32_t{kNaN} ? rounded : int32_t{kNaN});
     if constexpr (kSigned) {
-      code = magnitude < 0x7f800000u ? code : kNaN;
       return static_cast<uint8_t>(code | (bit_cast<uint32_t>(x) >> 24 & kSign));
     } else {
-      code = code == 0u && magnitude != 0u ? 1u : code;
-      return static_cast<uint8_t>(magnitude < 0x7f800000u ? code : kNaN);
+      return static_cast<uint8_t>(code == 0 && magnitude != 0 ? 1u : code);
     }
   }
 

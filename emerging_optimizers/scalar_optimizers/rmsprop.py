@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative
-from .._optimizer import ScalarOptimizer, StateDtype
+from .._optimizer import ScalarOptimizer, SharedOptions, StateDtype, StateDtypeFilter
 from .._rule import GroupRule, Rule
 from ..registry import register_optimizer
 
@@ -114,6 +114,7 @@ class _Options(TypedDict, total=False):
 
     fused: bool | None
     state_dtype: StateDtype
+    state_dtype_filter: StateDtypeFilter
     master_weights: bool
     stochastic_rounding: bool
 
@@ -204,16 +205,13 @@ class RMSprop(ScalarOptimizer):
             "centered": centered,
             "foreach": foreach,
         }
-        super().__init__(
-            params,
-            hyperparameters,
-            {
-                "capturable": capturable,
-                "maximize": maximize,
-                "differentiable": differentiable,
-                **options,
-            },
-        )
+        shared: SharedOptions = {
+            "capturable": capturable,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            **options,
+        }
+        super().__init__(params, hyperparameters, shared)
 
     def _rule_of(self, group: Mapping[str, Any]) -> GroupRule:
         # Groups of a loaded state dict may lack keys.

@@ -89,50 +89,44 @@ void store_stochastically(DType dtype, void* to, int64_t offset, const Real* fro
 
 // ---- codes --------------------------------------------------------------------------------------
 
-// Calls `visit(begin, length)` for each group of n elements; the last may be short. A length that
-// is known saves the loops' remainders.
-template <class Visit>
-void for_each_group(int64_t n, const Visit& visit) {
-  int64_t begin = 0;
-  for (; begin + kGroup <= n; begin += kGroup) visit(begin, kGroup);
-  if (begin < n) visit(begin, n - begin);
-}
-
 template <class Real, class Format>
 EMOPT_FN void decode_group(Real* to, const uint8_t* codes, float scale, int64_t n) {
-  EMOPT_INDEPENDENT_ITERATIONS
+  EMOPT_FIXED_ITERATIONS
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Real>(Format::decode(codes[i], scale));
 }
 
-// Returns the scale.
-template <class Real, class Format, int kHalf>
-EMOPT_FN uint32_t encode_group(uint8_t* codes, const Real* from, const uint32_t* random,
-                               int64_t n) {
-  int32_t largest = 0;  // baseline x86 has no maximum of unsigned numbers
-  EMOPT_INDEPENDENT_ITERATIONS
+template <class Real, class Format>
+EMOPT_FN uint8_t scale_for_group(const Real* from, int64_t n) {
+  int32_t largest = Format::kLowestRank;
+  EMOPT_FIXED_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
-    const auto x = static_cast<float>(from[i]);
-    const auto magnitude = static_cast<int32_t>(Format::finite_magnitude_of(x));
-    largest = magnitude > largest ? magnitude : largest;
+    const int32_t rank = Format::rank_of(static_cast<float>(from[i]));
+    largest = rank > largest ? rank : largest;
   }
-  const uint32_t scale = Format::scale_for(static_cast<uint32_t>(largest));
+  return static_cast<uint8_t>(Format::scale_for(largest));
+}
+
+template <class Real, class Format, int kHalf>
+EMOPT_FN void encode_group(uint8_t* codes, uint8_t scale, const Real* from, const uint32_t* random,
+                           int64_t n) {
   const float reciprocal = reciprocal_of_scale(scale);
-  EMOPT_INDEPENDENT_ITERATIONS
+  EMOPT_FIXED_ITERATIONS
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t noise = code_noise(kHalf, random[i]);
     codes[i] = Format::encode(static_cast<float>(from[i]), reciprocal, noise);
   }
-  return scale;
 }
 
+// The last group of n elements may be short. A length that is known saves the loops' remainders.
 template <class Real, class Format>
 void decode_with(Real* to, const void* codes, const uint8_t* scales, int64_t offset, int64_t n) {
   const uint8_t* const from = static_cast<const uint8_t*>(codes) + offset;
-  const uint8_t* const from_scales = scales + offset / kGroup;
-  for_each_group(n, [=](int64_t begin, int64_t length) EMOPT_INLINED {
-    const float scale = scale_of(from_scales[begin / kGroup]);
-    decode_group<Real, Format>(to + begin, from + begin, scale, length);
-  });
+  scales += offset / kGroup;
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) {
+    decode_group<Real, Format>(to + i, from + i, scale_of(*scales++), kGroup);
+  }
+  if (i < n) decode_group<Real, Format>(to + i, from + i, scale_of(*scales), n - i);
 }
 
 template <class Real, class Format, int kHalf>
@@ -140,10 +134,21 @@ void encode_with(void* codes, uint8_t* scales, int64_t offset, const Real* from,
                  const uint32_t* random) {
   uint8_t* const to = static_cast<uint8_t*>(codes) + offset;
   uint8_t* const to_scales = scales + offset / kGroup;
-  for_each_group(n, [=](int64_t begin, int64_t length) EMOPT_INLINED {
-    to_scales[begin / kGroup] = static_cast<uint8_t>(
-        encode_group<Real, Format, kHalf>(to + begin, from + begin, random + begin, length));
-  });
+  const int64_t full = n / kGroup;
+  const int64_t rest = n % kGroup;
+  // Two loops: finding a group's largest number takes long, but does not delay the next one's.
+  for (int64_t g = 0; g < full; ++g) {
+    to_scales[g] = scale_for_group<Real, Format>(from + g * kGroup, kGroup);
+  }
+  for (int64_t g = 0; g < full; ++g) {
+    const int64_t i = g * kGroup;
+    encode_group<Real, Format, kHalf>(to + i, to_scales[g], from + i, random + i, kGroup);
+  }
+  if (rest != 0) {
+    const int64_t i = full * kGroup;
+    to_scales[full] = scale_for_group<Real, Format>(from + i, rest);
+    encode_group<Real, Format, kHalf>(to + i, to_scales[full], from + i, random + i, rest);
+  }
 }
 
 template <class Real>
