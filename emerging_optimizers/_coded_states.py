@@ -53,6 +53,16 @@ def code_in(rule: GroupRule, name: str) -> Code | None:
     return dict(zip(rule.state_names, rule.rule.codes, strict=True)).get(name)
 
 
+def names_with_codes(optimizer: BaseOptimizer, *rules: GroupRule) -> set[str]:
+    """Return the states that some of the class's rules, or of other ones, allow to be codes."""
+    return {
+        name
+        for rule in (*getattr(optimizer, "_group_rules", {}).values(), *rules)
+        for name, code in zip(rule.state_names, rule.codes, strict=True)
+        if code is not None
+    }
+
+
 def read_filter(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     """Ask for each parameter of a new group whether its states may be codes."""
     names = group.get("param_names") or [None] * len(group["params"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._base import BaseOptimizer
-from ._coded_states import EIGHT_BIT
+from ._coded_states import EIGHT_BIT, names_with_codes
 from ._dtensor import whole
 from ._hyperparameters import (
     Hyperparameter,
@@ -250,18 +250,13 @@ def _check_allows_codes(
     optimizer: BaseOptimizer, group: Mapping[str, Any], key: str | None
 ) -> None:
     """Raise for ``"8bit"`` where no rule of the class allows it; `key`: for one state."""
-    rules = (optimizer._rule_of(group), *getattr(optimizer, "_group_rules", {}).values())
-    allowed = {
-        name
-        for rule in rules
-        for name, code in zip(rule.state_names, rule.codes, strict=True)
-        if code is not None
-    }
+    rule = optimizer._rule_of(group)
+    allowed = names_with_codes(optimizer, rule)
     if (key in allowed) if key is not None else allowed:
         return
     what = "any state" if key is None else f"state {key!r}"
     raise ValueError(
-        f'Invalid state_dtype: "8bit" is not allowed for {what} of the rule {rules[0].rule.name};'
+        f'Invalid state_dtype: "8bit" is not allowed for {what} of the rule {rule.rule.name};'
         " in a rule that you write, annotate a state with eo.SignedState or eo.UnsignedState"
     )
 

@@ -9,6 +9,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .._base import SHARED_DEFAULTS, grads_of, members_of
+from .._coded_states import (
+    EIGHT_BIT,
+    code_in,
+    decoded,
+    is_coded,
+    names_with_codes,
+    set_coded,
+)
+from .._codes import Code, scale_key
 from .._groups import STATE_DTYPES
 from .._hyperparameters import read_optional_flag
 from .._members import blame, find_param
@@ -46,8 +55,11 @@ class MegatronMixin(ScalarOptimizer):
             state, as ``master_param``. A float32 parameter is its own master.
         master_weight_dtype: Only ``torch.float32`` is supported.
         exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow`` or ``grad_avg``):
-            ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``. Float16 states are not
-            scaled. FP8 (``torch.uint8``) is not supported.
+            ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``torch.uint8``. Float16
+            states are not scaled. With ``torch.uint8``, states are 8-bit codes, of which 32 share a
+            scale; those of a parameter with one dimension, which may be a shard, are counted from
+            its start. States that must stay wide are float32; see `state_dtype` of
+            :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`.
         exp_avg_sq_dtype: The dtype of ``exp_avg_sq`` (and ``max_exp_avg_sq``), if the rule has that
             state.
         use_decoupled_grad: Read gradients, of any floating-point dtype, from
@@ -65,6 +77,7 @@ class MegatronMixin(ScalarOptimizer):
     """
 
     _makes_all_states = True
+    _has_flat_shards = True
     _masters = Remainders()
     _counters = group_steps.GroupSteps()
     _own_flags: ClassVar[tuple[str, ...]] = ("use_decoupled_grad", "store_param_remainders")
@@ -89,8 +102,8 @@ class MegatronMixin(ScalarOptimizer):
         **options: Any,
     ) -> None:
         _check_dtype("master_weight_dtype", master_weight_dtype, (torch.float32,))
-        _check_dtype("exp_avg_dtype", exp_avg_dtype, STATE_DTYPES)
-        _check_dtype("exp_avg_sq_dtype", exp_avg_sq_dtype, STATE_DTYPES)
+        _check_dtype("exp_avg_dtype", exp_avg_dtype, (*STATE_DTYPES, torch.uint8))
+        _check_dtype("exp_avg_sq_dtype", exp_avg_sq_dtype, (*STATE_DTYPES, torch.uint8))
         read_optional_flag("set_grad_none", set_grad_none)
         rule_init: Any = super().__init__
         rule_init(
@@ -98,7 +111,9 @@ class MegatronMixin(ScalarOptimizer):
             *arguments,
             master_weights=master_weights,
             state_dtype={
-                name: exp_avg_sq_dtype if "exp_avg_sq" in name else exp_avg_dtype
+                name: self._state_dtype(
+                    name, exp_avg_sq_dtype if "exp_avg_sq" in name else exp_avg_dtype
+                )
                 for name in self._all_state_names
             },
             use_decoupled_grad=use_decoupled_grad,
@@ -116,6 +131,12 @@ class MegatronMixin(ScalarOptimizer):
 
     def _scales_in_step(self, group: dict[str, Any]) -> bool:
         return super()._scales_in_step(group) or group.get("capturable") is True
+
+    def _state_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | str:
+        """Return the dtype of a state as the option `state_dtype` has it."""
+        if dtype != torch.uint8:
+            return dtype
+        return EIGHT_BIT if name in names_with_codes(self) else torch.float32
 
     # ---- states, one by one ----------------------------------------------------------------------
 
@@ -144,7 +165,9 @@ class MegatronMixin(ScalarOptimizer):
     def get_unscaled_state(
         self, param: Tensor, state_name: str, skip_unscale: bool = False
     ) -> Tensor:
-        """Return one of a parameter's states as float32; counters and remainders as they are.
+        """Return one of a parameter's states as float32; what holds no numbers as it is.
+
+        That is a counter, a remainder, or the scales of 8-bit codes.
 
         Args:
             param: One of the optimizer's parameters.
@@ -163,6 +186,9 @@ class MegatronMixin(ScalarOptimizer):
         if state_name == MASTER and param.dtype == torch.float32:
             return param.detach()
         value: Tensor = state[state_name]
+        code = self._code_in(param, state_name)
+        if code is not None and not skip_unscale:
+            return decoded(state, state_name, code)
         return value.float() if value.is_floating_point() and not skip_unscale else value
 
     @torch.no_grad()
@@ -173,9 +199,10 @@ class MegatronMixin(ScalarOptimizer):
             param: One of the optimizer's parameters.
             state_name: The state's key. If the parameter does not have the state yet, its missing
                 states are created.
-            unscaled_state: What ``get_unscaled_state`` returned. A remainder may also be float32; a
-                master is refused where a remainder is stored, and vice versa. Anything but a tensor
-                is ignored: Megatron-Core 0.16 passes its padding flags, too.
+            unscaled_state: What ``get_unscaled_state`` returned. 8-bit codes are set from numbers,
+                rounded to nearest; setting their scales has no effect. A remainder may also be
+                float32; a master is refused where a remainder is stored, and vice versa. Anything
+                but a tensor is ignored: Megatron-Core 0.16 passes its padding flags, too.
 
         Raises:
             KeyError: The optimizer has no such state.
@@ -183,6 +210,9 @@ class MegatronMixin(ScalarOptimizer):
             TypeError: A master for a remainder, or a remainder for a master.
         """
         if not isinstance(unscaled_state, Tensor):
+            return
+        suffix = scale_key("")
+        if state_name.endswith(suffix) and self._code_in(param, state_name[: -len(suffix)]):
             return
         state = self.state.get(param, {})
         if state_name not in state:
@@ -205,7 +235,23 @@ class MegatronMixin(ScalarOptimizer):
             check_master_dtype(value.dtype == torch.int16, unscaled_state)
         except TypeError as error:
             raise blame(error, find_param(self, param)) from None
-        store(value, unscaled_state)
+        code = self._code_in(param, state_name)
+        if code is None:
+            store(value, unscaled_state)
+        elif unscaled_state.is_floating_point():
+            set_coded(state, state_name, code, unscaled_state)
+        else:
+            raise TypeError(
+                f"{find_param(self, param)}: {state_name!r} is stored as 8-bit codes, which are set"
+                f" from numbers, not from dtype {unscaled_state.dtype}"
+            )
+
+    def _code_in(self, param: Tensor, state_name: str) -> Code | None:
+        """Return the format of a parameter's state, if it is stored as codes."""
+        state = self.state.get(param, {})
+        if not is_coded(state, state_name):
+            return None
+        return code_in(self._rule_of(self._place_of(param)[0]), state_name)
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
         """Create the missing states of a group's parameters, with or without a gradient."""

@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 from .. import scalar_optimizers as rules
 from .._docstrings import fill_docstring
 from .._hyperparameters import read_flag
+from .._optimizer import StateDtypeFilter
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
@@ -27,8 +28,9 @@ __all__ = [
 class FusedAdam(MegatronMixin, rules.Adam):
     """Adam with the arguments of TransformerEngine's ``FusedAdam``; on any device.
 
-    Differences from TransformerEngine's: states have no scales, so FP8 states and float16 masters
-    are not supported, and float16 averages are stored unscaled. Each parameter's state has a
+    Differences from TransformerEngine's: with ``torch.uint8``, states are 8-bit codes of which 32
+    share a scale, where TransformerEngine's have one scale a tensor. Float16 averages are stored
+    unscaled, and float16 masters are not supported. Each parameter's state has a
     counter ``step``, which TransformerEngine's ``load_state_dict`` does not accept: remove it from
     a checkpoint first. TransformerEngine's checkpoints load here as they are.
 
@@ -52,6 +54,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
         use_decoupled_grad: Read gradients from ``param.decoupled_grad``.
         store_param_remainders: Store only the low 16 bits of each bfloat16 parameter's master.
         set_grad_none: Deprecated.
+        state_dtype_filter: Returns whether a parameter's states may be 8-bit codes.
 
     Raises:
         ValueError: A dtype that is not supported, or a hyperparameter out of range.
@@ -98,6 +101,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
         use_decoupled_grad: bool = False,
         store_param_remainders: bool = False,
         set_grad_none: bool | None = None,
+        state_dtype_filter: StateDtypeFilter = None,
     ) -> None:
         super().__init__(
             params,
@@ -116,6 +120,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
             use_decoupled_grad=use_decoupled_grad,
             store_param_remainders=store_param_remainders,
             set_grad_none=set_grad_none,
+            state_dtype_filter=state_dtype_filter,
         )
         # Groups have it as `bias_correction`.
         for group in (self.defaults, *self.param_groups):
