@@ -11,7 +11,7 @@ from ._base import BaseOptimizer
 from ._codes import GROUP, Code, code_noise, code_seed, decode, encode, scale_key, scale_shape
 from ._dtensor import is_dtensor
 from ._members import Member, find_param
-from ._rounding import random_bits, rounding_key, store
+from ._rounding import rounding_key, state_bits, store
 from ._rule import GroupRule
 from ._sharding import ShardPlace, shard_place
 from ._weights import local_shard
@@ -169,7 +169,7 @@ def noise_of(member: Member, state: int, position: int, step: int) -> Tensor:
     place = shard_place(member.param) if is_dtensor(member.param) else ShardPlace(0, 0)
     key = rounding_key(code_seed(state), place.number << 32 | position, step)
     index = torch.arange(local.numel(), dtype=torch.int64, device=local.device)
-    bits = random_bits(key, index.add_(place.first_index).view(local.shape))
+    bits = state_bits(key, index.add_(place.first_index).view(local.shape))
     return code_noise(bits, state)
 
 

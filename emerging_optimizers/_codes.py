@@ -145,7 +145,7 @@ def code_noise(bits: Tensor, state: int) -> Tensor:
         state: The state's number.
     """
     half = bits & 0xFFFF if state % 2 == 0 else bits >> 16
-    return ((half << 4) | 8).to(torch.int32)
+    return ((half << 4) + 8).to(torch.int32)
 
 
 def code_seed(state: int) -> int:

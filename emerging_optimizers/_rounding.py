@@ -71,8 +71,20 @@ def random_bits(key: int, index: Tensor) -> Tensor:
         x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_MASK32)
         return x ^ (x >> 16)
 
-    block = (index >> 32).mul_(_GOLDEN32).add_(key >> 32).bitwise_and_(_MASK32)
-    return hashed(hashed((index & _MASK32) ^ (key & _MASK32)) ^ block)
+    return hashed(hashed((index & _MASK32) ^ (key & _MASK32)) ^ _block(key, index))
+
+
+def state_bits(key: int, index: Tensor) -> Tensor:
+    """Return 32 weaker bits, for the rounding of states; the arguments are as above."""
+    x = (index & _MASK32) ^ (key & _MASK32)
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK32)
+    x = (x ^ (x >> 15) ^ _block(key, index)).mul_(0x846CA68B).bitwise_and_(_MASK32)
+    return x ^ (x >> 16)
+
+
+def _block(key: int, index: Tensor) -> Tensor:
+    """Return what the high bits of the key and of the index make of the hash."""
+    return (index >> 32).mul_(_GOLDEN32).add_(key >> 32).bitwise_and_(_MASK32)
 
 
 def element_indices(tensor: Tensor) -> Tensor:

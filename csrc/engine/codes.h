@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "dtypes.h"
+#include "stochastic.h"
 
 namespace emopt {
 
@@ -52,7 +53,7 @@ struct CodeFormat {
 
   // `noise` is less than 2^20, and rounds up where it carries. A number that has a code is
   // unchanged, and one that cannot be negative becomes 0 only if it is.
-  EMOPT_FN static uint8_t encode(float x, float reciprocal_of_scale, uint32_t noise) {
+  EMOPT_FN static uint32_t encode(float x, float reciprocal_of_scale, uint32_t noise) {
     uint32_t magnitude = magnitude_of(x);
     if constexpr (!kSigned) magnitude = magnitude < 0x7f800000u ? magnitude : 0x7f800000u;
     const float scaled = bit_cast<float>(magnitude) * reciprocal_of_scale;
@@ -64,19 +65,18 @@ struct CodeFormat {
     constexpr uint32_t kZero = (kNormal + kRebias) << kDropped;
     const auto rounded = static_cast<int32_t>((fixed + (noise - kZero)) >> kDropped);
     const auto code = static_cast<uint32_t>(rounded < int32_t{kNaN} ? rounded : int32_t{kNaN});
-    if constexpr (kSigned) {
-      return static_cast<uint8_t>(code | (bit_cast<uint32_t>(x) >> 24 & kSign));
-    } else {
-      return static_cast<uint8_t>(code == 0 && magnitude != 0 ? 1u : code);
-    }
+    if constexpr (kSigned) return code | (bit_cast<uint32_t>(x) >> 24 & kSign);
+    const uint32_t least = magnitude < 1u ? magnitude : 1u;
+    return code > least ? code : least;
   }
 
   EMOPT_FN static float decode(uint8_t code, float scale) {
     const uint32_t magnitude = code & ~kSign;
-    const bool is_subnormal = magnitude < kNormal;
-    const uint32_t rebiased = magnitude + kRebias + (is_subnormal ? kNormal : 0u);
-    const float value =
-        bit_cast<float>(rebiased << kDropped) - (is_subnormal ? smallest_normal() : 0.0f);
+    const uint32_t rebiased = (magnitude + kRebias) << kDropped;
+    // The smaller of the two is the right one.
+    const auto normal = bit_cast<float>(rebiased);
+    const float subnormal = bit_cast<float>(rebiased + (kNormal << kDropped)) - smallest_normal();
+    const float value = normal < subnormal ? normal : subnormal;
     const uint32_t bits = bit_cast<uint32_t>(value * scale) | (code & kSign) << 24;
     return bit_cast<float>(magnitude == kNaN ? 0x7fc00000u : bits);
   }
@@ -94,12 +94,35 @@ EMOPT_FN float reciprocal_of_scale(uint32_t code) { return bit_cast<float>((254u
 // ---- rounding -----------------------------------------------------------------------------------
 
 // Two states of a parameter share the random bits of an element: each uses 16 of them. This is the
-// seed of a state's bits (stochastic.h).
+// seed of a state's key (stochastic.h).
 EMOPT_FN uint64_t code_seed(int state) { return static_cast<uint64_t>(state) / 2; }
 
-// The half that is added to what is rounded off makes the mean right.
+// The random bits of consecutive elements: one hash of the index and the key, where weights, which
+// use more of the bits, take two. The elements' indices have the same high 32 bits.
+struct StateBits {
+  uint32_t first, low, high;
+
+  EMOPT_FN StateBits(uint64_t key, uint64_t index)
+      : first(static_cast<uint32_t>(index)),
+        low(static_cast<uint32_t>(key)),
+        high(static_cast<uint32_t>(key >> 32) +
+             RandomBits::kGolden * static_cast<uint32_t>(index >> 32)) {}
+
+  // How many elements there are at most.
+  EMOPT_FN int64_t count() const { return (int64_t{1} << 32) - first; }
+
+  // The bits of the i-th element.
+  EMOPT_FN uint32_t operator()(uint32_t i) const {
+    uint32_t x = (first + i) ^ low;
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15) ^ high) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+  }
+};
+
+// The 8 is half of what the 16 bits leave, which makes the mean right.
 EMOPT_FN uint32_t code_noise(int state, uint32_t random) {
-  return (state % 2 == 0 ? random & 0xffffu : random >> 16) << 4 | 8u;
+  return (state % 2 == 0 ? random << 16 >> 12 : random >> 16 << 4) + 8u;
 }
 
 }  // namespace emopt

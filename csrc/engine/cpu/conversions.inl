@@ -107,7 +107,7 @@ EMOPT_FN uint8_t scale_for_group(const Real* from, int64_t n) {
 }
 
 template <class Real, class Format, int kHalf>
-EMOPT_FN void encode_group(uint8_t* codes, uint8_t scale, const Real* from, const uint32_t* random,
+EMOPT_FN void encode_group(uint32_t* codes, uint8_t scale, const Real* from, const uint32_t* random,
                            int64_t n) {
   const float reciprocal = reciprocal_of_scale(scale);
   EMOPT_FIXED_ITERATIONS
@@ -136,19 +136,22 @@ void encode_with(void* codes, uint8_t* scales, int64_t offset, const Real* from,
   uint8_t* const to_scales = scales + offset / kGroup;
   const int64_t full = n / kGroup;
   const int64_t rest = n % kGroup;
-  // Two loops: finding a group's largest number takes long, but does not delay the next one's.
+  // Separate loops: finding a group's largest number takes long, but does not delay the next one's.
   for (int64_t g = 0; g < full; ++g) {
     to_scales[g] = scale_for_group<Real, Format>(from + g * kGroup, kGroup);
   }
+  if (rest != 0) to_scales[full] = scale_for_group<Real, Format>(from + full * kGroup, rest);
+  uint32_t wide[kTile];  // loops that write bytes would compute with short vectors
   for (int64_t g = 0; g < full; ++g) {
     const int64_t i = g * kGroup;
-    encode_group<Real, Format, kHalf>(to + i, to_scales[g], from + i, random + i, kGroup);
+    encode_group<Real, Format, kHalf>(wide + i, to_scales[g], from + i, random + i, kGroup);
   }
   if (rest != 0) {
     const int64_t i = full * kGroup;
-    to_scales[full] = scale_for_group<Real, Format>(from + i, rest);
-    encode_group<Real, Format, kHalf>(to + i, to_scales[full], from + i, random + i, rest);
+    encode_group<Real, Format, kHalf>(wide + i, to_scales[full], from + i, random + i, rest);
   }
+  EMOPT_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(wide[i]);
 }
 
 template <class Real>
@@ -168,10 +171,16 @@ void encode(DType dtype, void* codes, uint8_t* scales, int64_t offset, const Rea
                   : with(std::integral_constant<int, 1>()))(codes, scales, offset, from, n, random);
 }
 
-inline void fill_random(uint32_t* to, const RandomBits& of_tile, int64_t n) {
-  const RandomBits random = of_tile;  // a copy cannot alias what the loop writes
-  EMOPT_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < n; ++i) to[i] = random(static_cast<uint32_t>(i));
+inline void fill_random(uint32_t* to, uint64_t key, uint64_t index, int64_t n) {
+  while (n != 0) {
+    const StateBits bits(key, index);
+    const int64_t count = n < bits.count() ? n : bits.count();
+    EMOPT_INDEPENDENT_ITERATIONS
+    for (int64_t i = 0; i < count; ++i) to[i] = bits(static_cast<uint32_t>(i));
+    to += count;
+    index += static_cast<uint64_t>(count);
+    n -= count;
+  }
 }
 
 template <class Real>

@@ -60,7 +60,7 @@ class TileRandom {
     const uint64_t seed = code_seed(state);
     if (seed != seed_ || offset != offset_) {
       const uint64_t key = rounding_key(seed, position_, step_);
-      convert.fill_random(bits_, {key, first_index_ + static_cast<uint64_t>(offset)}, n);
+      convert.fill_random(bits_, key, first_index_ + static_cast<uint64_t>(offset), n);
       seed_ = seed;
       offset_ = offset;
     }

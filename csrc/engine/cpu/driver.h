@@ -15,13 +15,6 @@
 
 namespace emopt::cpu {
 
-// Elements that are widened, computed and rounded together if an operand is not stored in the
-// arithmetic type: few enough for all operands to stay in the L1 cache. Adam on one Zen 3 core with
-// bfloat16 gradient and update and float32 states: over 32 Mi elements, 64 takes 1.16 times as
-// long, 256 to 2048 take 1.09 to 1.15; over 1 Mi elements, which fit the cache, 256 and 512 take
-// 0.9.
-inline constexpr int64_t kTile = 128;
-
 // A rule and an epilogue at one step, in one arithmetic type.
 template <class Epilogue, class Real>
 struct Kernel {
