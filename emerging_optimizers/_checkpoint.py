@@ -138,7 +138,7 @@ def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
     try:
         for name in (*member.rule.state_names, *masters):
             if not is_absent(state.get(name)):
-                check_tensor(optimizer, member, name, is_loaded=True)
+                check_tensor(member, name, is_loaded=True)
         if not is_absent(state.get("step")):
             check_count("state 'step'", state["step"])
         for name in member.rule.scalar_names:
@@ -216,12 +216,12 @@ def _settle_state(
             state[name] = number.to(device, torch.float32)
     for name, value in state.items():
         if isinstance(value, Saved):
-            # States that the rule does not have stay as saved.
-            is_known = name == MASTER or name in rule.state_names
+            # States that the rule does not have stay as saved; and masters, which a step converts.
+            is_known = name in rule.state_names
             dtype = dtype_of(optimizer, group, name, param) if is_known else None
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if not has_master(group, param):
         state.pop(MASTER, None)  # no step would update it
-        master = optimizer._masters.new(group, param)
+        master = optimizer._new_master(group, param)
         if master is not None:
             state[MASTER] = master

@@ -1,7 +1,7 @@
 """The base class of the optimizers: constructor, groups, ``step`` and state dicts."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
+MasterWeights: TypeAlias = bool | Literal["split"]
 
 
 class SharedOptions(TypedDict, total=False):
@@ -29,7 +30,7 @@ class SharedOptions(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     state_dtype: StateDtype
-    master_weights: bool
+    master_weights: MasterWeights
     stochastic_rounding: bool
     differentiable: bool
 
@@ -65,10 +66,13 @@ class ScalarOptimizer(BaseOptimizer):
             the step.
         state_dtype: The dtype of the states of real parameters: float32, bfloat16 or float16, or a
             dict of dtypes by state key. None: the parameter's dtype, or that of a loaded state.
-        master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
-            state, as ``master_param``. Updates apply to the master; the parameter is the master,
-            rounded. A master starts with the parameter's value at its first step; values that are
-            written to the parameter later are lost.
+        master_weights: True: keep a float32 master weight of each bfloat16 or float16 parameter in
+            its state, as ``master_param``. Updates apply to the master; the parameter is the
+            master, rounded. A master starts with the parameter's value at its first step; values
+            that are written to the parameter later are lost. "split": of a bfloat16 parameter's
+            master, the state has only the 16 bits that the parameter lacks, as int16. Masters have
+            the same bits as with True. The parameter is the master, rounded to nearest, ties away
+            from zero.
         stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random,
             without bias. The random bits depend only on a seed that each step draws from PyTorch's
             default CPU generator, the step number, the parameter's position in the optimizer and

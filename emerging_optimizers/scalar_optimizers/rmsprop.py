@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative
-from .._optimizer import ScalarOptimizer, StateDtype
+from .._optimizer import MasterWeights, ScalarOptimizer, StateDtype
 from .._rule import GroupRule, Rule
 from ..registry import register_optimizer
 
@@ -112,7 +112,7 @@ class _Options(TypedDict, total=False):
 
     fused: bool | None
     state_dtype: StateDtype
-    master_weights: bool
+    master_weights: MasterWeights
     stochastic_rounding: bool
 
 
