@@ -24,7 +24,14 @@ from ._overlap import overlaps_itself, span_of
 from ._rule import refuse_trace
 from ._scalar_states import as_float32, check_scalar
 from ._values import PLAIN_TYPES, check_has_value, has_value, is_tracing, read
-from ._weights import MASTER, check_master_dtype, convert_master, has_master, local_shard
+from ._weights import (
+    MASTER,
+    check_master_dtype,
+    convert_master,
+    has_master,
+    local_shard,
+    master_of,
+)
 
 _SPARSE = (
     torch.sparse_coo,
@@ -170,7 +177,7 @@ def settle_state(member: Member) -> None:
     for name in member.rule.state_names:
         if not (may_be_ordinary and _is_ordinary(state.get(name), param)):
             check_tensor(member, name)
-    if state.get(MASTER) is not None:
+    if master_of(member) is not None:
         check_tensor(member, MASTER)
         convert_master(member)
     step = state["step"]
@@ -194,7 +201,7 @@ def check_scalar_state(member: Member, name: str) -> None:
 
 def settle_master(member: Member) -> None:
     """Raise for a master that does not fit its parameter; convert a loaded one."""
-    if has_master(member.group, member.param) and member.state.get(MASTER) is not None:
+    if master_of(member) is not None:
         try:
             check_tensor(member, MASTER)
             convert_master(member)

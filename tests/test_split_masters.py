@@ -234,6 +234,37 @@ def test_the_option_is_not_loaded() -> None:
             assert all("master_param" not in state for state in other.state.values())
 
 
+@pytest.mark.parametrize("flag", [1, np.True_, np.False_], ids=repr)
+def test_flags_of_earlier_versions(flag: Any) -> None:
+    params = make_params(dtype=BF16)
+    optimizer = AdamW(params)
+    optimizer.param_groups[0]["master_weights"] = flag
+    again = copy.deepcopy(optimizer)
+    others = again.param_groups[0]["params"]
+    run(again, others, [1])
+    found = ["master_param" in state for state in again.state.values()]
+    assert found == [bool(flag)] * len(params)
+
+
+@pytest.mark.parametrize("end", ["no masters", "float32"])
+def test_remainders_that_are_no_longer_used(end: str, fused: bool | None) -> None:
+    """A step of a parameter without a master ignores a remainder that its state has."""
+    params = make_params(dtype=BF16)
+    optimizer = AdamW(params, lr=0.5, master_weights="split", fused=fused)
+    run(optimizer, params, [1])
+    if end == "float32":
+        for param in params:
+            param.data = param.data.float()
+    else:
+        optimizer.param_groups[0]["master_weights"] = False
+    before = contents(optimizer)
+    optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].t().clone().t()
+    run(optimizer, params, [2])
+    for param, old in zip(params, before[:: len(before) // len(params)], strict=True):
+        assert not torch.equal(param, old)
+    assert stored_dtypes(optimizer) == {torch.int16}
+
+
 # ---- masters that are stored in the other way ----------------------------------------------------
 
 
