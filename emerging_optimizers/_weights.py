@@ -1,5 +1,6 @@
 """Weights: what updates apply to, a parameter or its float32 master, which may be split."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from ._dtensor import is_dtensor
 from ._members import Member
 from ._rounding import store
 from ._split_masters import merge_master, split_master
+from ._values import read
 
 HALF = (torch.bfloat16, torch.float16)
 MASTER = "master_param"
@@ -46,6 +48,31 @@ def check_master_dtype(master: Tensor, param: Tensor) -> None:
     if master.dtype not in expected:
         raise TypeError(
             f"state {MASTER!r} has dtype {master.dtype}; expected {' or '.join(map(str, expected))}"
+        )
+
+
+def check_not_cast(saved: Mapping[str, Any], member: Member) -> None:
+    """Raise for a loaded master whose values are those of a remainder.
+
+    ``torch.distributed.checkpoint`` casts what it loads, without a word.
+
+    Args:
+        saved: The group that was saved.
+        member: The parameter, with its loaded state.
+    """
+    master = member.state[MASTER]
+    if master.dtype != torch.float32 or not is_split(
+        {"master_weights": False, **saved}, member.param
+    ):
+        return
+    master = as_local(master)
+    # No weights are like that. Those that were merged by hand may be 0 or 1.
+    is_cast = (master == master.to(torch.int16)).all() & (master.abs() > 256).any()
+    if read(is_cast, 0.0):
+        raise ValueError(
+            f"state {MASTER!r} has remainders that were cast to {master.dtype}: load with"
+            f" master_weights={SPLIT!r}, as they were saved, and change the group's option"
+            " afterwards"
         )
 
 

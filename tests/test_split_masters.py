@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,12 @@ from optimizers import (
 )
 from support import assert_equal_bits
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
 
 from emerging_optimizers import AdamW, LaProp, Lion, ScalarOptimizer, _weights
@@ -347,6 +354,56 @@ def test_norms_of_converted_masters(value: Any, fused: bool | None) -> None:
     run(other, others, [2])
     assert stored_dtypes(optimizer) == {F32 if value is True else torch.int16}
     assert_same(masters(optimizer, params), masters(other, others))
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_cast_remainders_are_refused(is_flat: bool, tmp_path: Path) -> None:
+    """What `torch.distributed.checkpoint` makes of remainders, if it loads them as masters."""
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    models = [torch.nn.Linear(40, 3, dtype=BF16) for _ in range(3)]
+    saved, *others = (
+        AdamW(model.parameters(), lr=0.01, master_weights=value)
+        for model, value in zip(models, ("split", True, "split"), strict=True)
+    )
+    run(saved, list(models[0].parameters()), [1, 2, 3])
+    saved.zero_grad()
+    checkpoint.save(_state_of(models[0], saved, options), checkpoint_id=tmp_path)
+    for other, model in zip(others, models[1:], strict=True):
+        loaded = _state_of(model, other, options)
+        checkpoint.load(loaded, checkpoint_id=tmp_path)
+        model.load_state_dict(models[0].state_dict())
+        if other.param_groups[0]["master_weights"] is True:
+            with pytest.raises(ValueError, match=r"remainders that were cast to torch\.float32"):
+                set_optimizer_state_dict(model, other, loaded, options=options)
+            continue
+        set_optimizer_state_dict(model, other, loaded, options=options)
+        # As the error says.
+        other.param_groups[0]["master_weights"] = True
+        params, same = (list(each.parameters()) for each in (models[0], model))
+        run(saved, params, [4])
+        run(other, same, [4])
+        assert stored_dtypes(other) == {F32}
+        assert_same(masters(other, same), masters(saved, params))
+
+
+def _state_of(model: torch.nn.Module, optimizer: Any, options: StateDictOptions) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_masters_merged_by_hand(value: float) -> None:
+    """Without the option, masters may be loaded that were merged, whatever their values are."""
+    params = [Parameter(torch.full((3, 4), value, dtype=BF16))]
+    optimizer = AdamW(params, master_weights="split", weight_decay=0.0)
+    run(optimizer, params, [1])
+    optimizer.state[params[0]]["master_param"].zero_()
+    saved = optimizer.state_dict()
+    saved["state"][0]["master_param"] = params[0].detach().float()
+    other = AdamW(params, master_weights=True)
+    other.load_state_dict(saved)
+    assert stored_dtypes(other) == {F32}
 
 
 def test_a_float16_parameter_has_no_remainder(fused: bool | None) -> None:
