@@ -56,7 +56,7 @@ USER_RULE_TESTS := autograd bits changes_between_steps checkpoints compile dispa
     dtypes_and_layouts errors failed_steps fake_tensors fallback function_arguments functions \
     grad_scaling hyperparameters loading megatron_checkpoints megatron_grads megatron_remainders \
     megatron_states megatron_steps optimizer_errors overlap registry rounding state_dicts \
-    states stochastic_rounding tracing trajectories weight_decay zero_lr
+    split_masters states stochastic_rounding tracing trajectories weight_decay zero_lr
 
 test-user-rules: $(INSTALLED)  ## Run the tests of rules with those of tests/user_rules.py
 	$(PY) -m pytest $(PYTEST_PROCESSES) --rules user $(USER_RULE_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)

@@ -11,7 +11,7 @@ from ._hooks import WeightHook
 from ._hyperparameters import is_flag
 from ._members import Member, param_name
 from ._rule import GroupKey, GroupRule, Rule
-from ._weights import Masters
+from ._weights import new_master
 
 SHARED_DEFAULTS: dict[str, Any] = {
     "maximize": False,
@@ -52,7 +52,6 @@ class BaseOptimizer(torch.optim.Optimizer):
     _option_defaults: ClassVar[Mapping[str, Any]] = SHARED_DEFAULTS
     # Whether a step also completes the states of parameters without a gradient.
     _makes_all_states: ClassVar[bool] = False
-    _masters: ClassVar[Masters] = Masters()
     _counters: ClassVar[Counters] = Counters()
     _hook: ClassVar[WeightHook | None] = None
     # Whether a parameter with one dimension may be a shard of a larger one.
@@ -126,6 +125,13 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _grad(self, group: Mapping[str, Any], param: Tensor) -> Tensor | None:
         """Return a parameter's gradient, if it has one."""
         return param.grad
+
+    def _new_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        """Return a new ``master_param`` with the parameter's value, if it should have one.
+
+        It may be the parameter itself.
+        """
+        return new_master(group, param)
 
     def _around_update(self, member: Member, update: Callable[[Member], None]) -> None:
         """Run one parameter's update in the fallback step."""

@@ -17,7 +17,7 @@ from ._scalar_states import as_float32
 from ._states import check_scalar_state, check_tensor, dtype_of
 from ._step_overlap import check_loaded_states
 from ._values import has_value
-from ._weights import MASTER, has_master
+from ._weights import MASTER, check_not_cast, has_master
 
 # How a group is stored and run; the last two are of `megatron` only. A loaded state dict sets
 # hyperparameters, but none of these: it may come from another machine, or from an optimizer with
@@ -83,7 +83,9 @@ def before_load(optimizer: BaseOptimizer, state_dict: dict[str, Any]) -> dict[st
             }
         )
     defaults = _defaults(optimizer, optimizer.defaults)
-    for i, (new, group) in enumerate(zip(loaded, optimizer.param_groups, strict=True)):
+    for i, (new, group, saved) in enumerate(
+        zip(loaded, optimizer.param_groups, groups, strict=True)
+    ):
         full = {**defaults, **new, "params": group["params"]}
         _check_group(optimizer, i, full)
         names = group.get("param_names")
@@ -93,7 +95,7 @@ def before_load(optimizer: BaseOptimizer, state_dict: dict[str, Any]) -> dict[st
         for key, member in zip(new["params"], members_of(optimizer, full), strict=True):
             if key in states:
                 states[key] = _without_empty_counter(states[key], member.param)
-                _check_state(optimizer, member._replace(state=states[key]))
+                _check_state(optimizer, member._replace(state=states[key]), saved)
     hidden = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         if isinstance(values, dict)
@@ -129,17 +131,19 @@ def _check_group(optimizer: BaseOptimizer, index: int, group: dict[str, Any]) ->
         check_count(f"the loaded param_groups[{index}]['step']", step)
 
 
-def _check_state(optimizer: BaseOptimizer, member: Member) -> None:
+def _check_state(optimizer: BaseOptimizer, member: Member, saved: dict[str, Any]) -> None:
     group, state = member.group, member.state
     what = "the loaded state"
     if not isinstance(state, dict):
         raise TypeError(f"{what} of {member.name} must be a dict, not {type(state).__name__}")
     check_complete(member, optimizer._counters.is_needed(group, member.rule), what)
-    masters = [MASTER] if has_master(group, member.param) else []
     try:
-        for name in (*member.rule.state_names, *masters):
+        for name in member.rule.state_names:
             if not is_absent(state.get(name)):
-                check_tensor(optimizer, member, name, is_loaded=True)
+                check_tensor(member, name, is_loaded=True)
+        if has_master(group, member.param) and not is_absent(state.get(MASTER)):
+            check_tensor(member, MASTER, is_loaded=True)
+            check_not_cast(saved, member)
         if not is_absent(state.get("step")):
             check_count("state 'step'", state["step"])
         for name in member.rule.scalar_names:
@@ -218,8 +222,8 @@ def _settle_state(
             state[name] = number.to(device, torch.float32)
     for name, value in state.items():
         if isinstance(value, Saved):
-            # States that the rule does not have stay as saved.
-            is_known = name == MASTER or name in rule.state_names
+            # States that the rule does not have stay as saved; and masters, which a step converts.
+            is_known = name in rule.state_names
             dtype = dtype_of(optimizer, group, name, param) if is_known else None
             if value.tensor.dtype == torch.uint8:
                 dtype = None  # codes
@@ -228,6 +232,6 @@ def _settle_state(
         convert(optimizer, group, param, state)
     if not has_master(group, param):
         state.pop(MASTER, None)  # no step would update it
-        master = optimizer._masters.new(group, param)
+        master = optimizer._new_master(group, param)
         if master is not None:
             state[MASTER] = master

@@ -16,7 +16,7 @@ from ._rounding import element_indices, random_bits, round_stochastically, round
 from ._rule import shape_scale
 from ._sharding import ShardPlace, shard_place
 from ._values import HYPERPARAMETER, read
-from ._weights import HALF, as_local
+from ._weights import HALF, as_local, read_weight, write_weight
 
 # The fraction of a weight that weight decay removes.
 _LOST: dict[str, Callable[[float, float], float]] = {
@@ -77,8 +77,8 @@ def update_group(
         if not communicates or member.param_index in indices:
             _update(optimizer, member, constants, positions[i] + member.param_index)
         elif hook is not None and hook.joins(member.param) and constants.lr != 0.0:
-            kept = before_update(hook, optimizer._masters, [member])
-            after_update(hook, optimizer._masters, [member], kept)
+            kept = before_update(hook, [member])
+            after_update(hook, [member], kept)
 
 
 def _read_constants(
@@ -137,7 +137,7 @@ def _update_at(
     position: int,
 ) -> None:
     param, state, rule = member.param, member.state, member.rule.rule
-    stored = optimizer._masters.read(member)
+    stored = read_weight(member)
     states = _read_states(member)
     grad = placed_like(member.grad, param)
     if is_dtensor(param):
@@ -178,7 +178,7 @@ def _update_at(
             store(stored, round_stochastically(weight.float(), stored.dtype, bits))
         else:
             store(stored, weight)
-    optimizer._masters.write(member, stored)
+    write_weight(member, stored)
 
 
 def _read_states(member: Member) -> list[Tensor]:

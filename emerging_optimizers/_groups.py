@@ -22,6 +22,7 @@ from ._hyperparameters import (
 )
 from ._rule import GroupKey, GroupRule
 from ._values import has_value, items_of
+from ._weights import SPLIT
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE_SCALING = "use_shape_scaling"
@@ -128,7 +129,7 @@ def check_group(
 
 
 def check_flags(optimizer: BaseOptimizer, group: Mapping[str, Any], where: str) -> None:
-    """Raise for a flag of a group that is not a bool."""
+    """Raise for a flag of a group that is not a bool, or another value that it may have."""
     for name in flags_of(optimizer, group):
         if group[name] is not False and group[name] is not True:
             try:
@@ -159,11 +160,15 @@ def flags_of(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> list[str]:
     return names + [name for name in others if name in group and name not in keys]
 
 
-def read_group_flag(group: Mapping[str, Any], name: str) -> bool | None:
-    """Return a flag as a bool; or as None, for flags that may be None."""
-    if name not in _OPTIONAL_FLAGS:
-        return read_flag(name, group[name])
-    return read_optional_flag(name, group[name])
+def read_group_flag(group: Mapping[str, Any], name: str) -> bool | str | None:
+    """Return a flag as a bool; or as None or "split", for flags that may be that."""
+    value = group[name]
+    if name in _OPTIONAL_FLAGS:
+        return read_optional_flag(name, value)
+    if name != "master_weights":
+        return read_flag(name, value)
+    is_split = isinstance(value, str) and value == SPLIT
+    return SPLIT if is_split else read_flag(name, value, f"a bool or {SPLIT!r}")
 
 
 def restore_flags(optimizer: BaseOptimizer, group: dict[str, Any]) -> None:

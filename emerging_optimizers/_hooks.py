@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._members import Member
-from ._weights import Masters
+from ._weights import is_split, read_weight, write_weight
 
 
 class WeightHook(ABC):
@@ -48,31 +48,29 @@ class WeightHook(ABC):
         """
 
 
-def before_update(hook: WeightHook, masters: Masters, members: Sequence[Member]) -> list[Any]:
+def before_update(hook: WeightHook, members: Sequence[Member]) -> list[Any]:
     """Run a hook before parameters are updated."""
     kept = []
-    for batch in _batches(masters, members):
-        weights = [masters.read(member) for member in batch]
+    for batch in _batches(members):
+        weights = [read_weight(member) for member in batch]
         kept += hook.before_update(weights, [member.param for member in batch])
     return kept
 
 
-def after_update(
-    hook: WeightHook, masters: Masters, members: Sequence[Member], kept: Sequence[Any]
-) -> None:
+def after_update(hook: WeightHook, members: Sequence[Member], kept: Sequence[Any]) -> None:
     """Run a hook after parameters were updated, and store the weights."""
     remaining = iter(kept)
-    for batch in _batches(masters, members):
-        weights = [masters.read(member) for member in batch]
+    for batch in _batches(members):
+        weights = [read_weight(member) for member in batch]
         params = [member.param for member in batch]
         are_still = hook.after_update(weights, params, [next(remaining) for _ in batch])
         for member, weight, is_still in zip(batch, weights, are_still, strict=True):
-            masters.write(member, weight, is_still)
+            write_weight(member, weight, is_still)
 
 
-def _batches(masters: Masters, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+def _batches(members: Sequence[Member]) -> Iterator[Sequence[Member]]:
     """Yield all members at once, or one by one if reading a weight allocates memory."""
-    if any(masters.is_computed(member.group, member.param) for member in members):
+    if any(is_split(member.group, member.param) for member in members):
         for member in members:
             yield [member]
     elif members:

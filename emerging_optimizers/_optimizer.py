@@ -23,8 +23,8 @@ _is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 StateDtype: TypeAlias = (
     torch.dtype | Literal["8bit"] | Mapping[str, torch.dtype | Literal["8bit"]] | None
 )
-
 StateDtypeFilter: TypeAlias = Callable[[str | None, Tensor], bool] | None
+MasterWeights: TypeAlias = bool | Literal["split"]
 
 
 class SharedOptions(TypedDict, total=False):
@@ -35,7 +35,7 @@ class SharedOptions(TypedDict, total=False):
     capturable: bool
     state_dtype: StateDtype
     state_dtype_filter: StateDtypeFilter
-    master_weights: bool
+    master_weights: MasterWeights
     stochastic_rounding: bool
     differentiable: bool
 
@@ -78,10 +78,13 @@ class ScalarOptimizer(BaseOptimizer):
             parameters stay float64.
         state_dtype_filter: Called with a parameter's name (None if it has none) and the parameter,
             when its group is added. Returns whether its states may be 8-bit codes.
-        master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
-            state, as ``master_param``. Updates apply to the master; the parameter is the master,
-            rounded. A master starts with the parameter's value at its first step; values that are
-            written to the parameter later are lost.
+        master_weights: True: keep a float32 master weight of each bfloat16 or float16 parameter in
+            its state, as ``master_param``. Updates apply to the master; the parameter is the
+            master, rounded. A master starts with the parameter's value at its first step; values
+            that are written to the parameter later are lost. "split": of a bfloat16 parameter's
+            master, the state has only the 16 bits that the parameter lacks, as int16. Masters have
+            the same bits as with True. The parameter is the master, rounded to nearest, ties away
+            from zero.
         stochastic_rounding: Round updated bfloat16 and float16 parameters up or down at random,
             without bias. The random bits depend only on a seed that each step draws from PyTorch's
             default CPU generator, the step number, the parameter's position in the optimizer and

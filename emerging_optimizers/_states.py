@@ -34,7 +34,14 @@ from ._overlap import overlaps_itself, span_of
 from ._rule import refuse_trace
 from ._scalar_states import as_float32, check_scalar
 from ._values import PLAIN_TYPES, check_has_value, has_value, is_tracing, read
-from ._weights import MASTER, check_master_dtype, has_master, local_shard
+from ._weights import (
+    MASTER,
+    check_master_dtype,
+    convert_master,
+    has_master,
+    local_shard,
+    master_of,
+)
 
 _SPARSE = (
     torch.sparse_coo,
@@ -52,8 +59,6 @@ def dtype_of(
     optimizer: BaseOptimizer, group: dict[str, Any], name: str, param: Tensor
 ) -> torch.dtype | None:
     """Return the dtype that a new state gets if it is not coded; None for the parameter's."""
-    if name == MASTER:
-        return optimizer._masters.dtype(group, param)
     return wide_dtype(option_of(group, name), param)
 
 
@@ -85,7 +90,7 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
             state[name] = new_counter(as_float32(number), state["step"].device)
     if is_absent(state.get(MASTER)):
         state.pop(MASTER, None)
-        master = optimizer._masters.new(group, param)
+        master = optimizer._new_master(group, param)
         if master is not None:
             state[MASTER] = master
     optimizer.state[param] = state
@@ -177,15 +182,16 @@ def _check_param(member: Member, grad: Tensor) -> None:
     _check_modified("the parameter", param)
 
 
-def check_state(optimizer: BaseOptimizer, member: Member) -> None:
-    """Raise for a state that does not fit its parameter."""
+def settle_state(member: Member) -> None:
+    """Raise for a state that does not fit its parameter; convert a loaded master."""
     state, param = member.state, member.param
     may_be_ordinary = type(param) in PLAIN_TYPES and param.is_floating_point()
     for name in member.rule.state_names:
         if not (may_be_ordinary and _is_ordinary(state.get(name), param)):
-            check_tensor(optimizer, member, name)
-    if state.get(MASTER) is not None:
-        check_tensor(optimizer, member, MASTER)
+            check_tensor(member, name)
+    if master_of(member) is not None:
+        check_tensor(member, MASTER)
+        convert_master(member)
     step = state["step"]
     if not is_tracing():
         check_has_value("state 'step'", step, param)
@@ -205,18 +211,17 @@ def check_scalar_state(member: Member, name: str) -> None:
         _check_modified(f"state {name!r}", value)
 
 
-def check_master(optimizer: BaseOptimizer, member: Member) -> None:
-    """Raise for a master that does not fit its parameter."""
-    if has_master(member.group, member.param) and member.state.get(MASTER) is not None:
+def settle_master(member: Member) -> None:
+    """Raise for a master that does not fit its parameter; convert a loaded one."""
+    if master_of(member) is not None:
         try:
-            check_tensor(optimizer, member, MASTER)
+            check_tensor(member, MASTER)
+            convert_master(member)
         except (TypeError, ValueError, RuntimeError) as error:
             raise blame(error, member.name) from None
 
 
-def check_tensor(
-    optimizer: BaseOptimizer, member: Member, name: str, is_loaded: bool = False
-) -> None:
+def check_tensor(member: Member, name: str, is_loaded: bool = False) -> None:
     """Raise for one of a parameter's states that does not fit it."""
     value, param = member.state.get(name), member.param
     if not isinstance(value, Tensor):
@@ -231,10 +236,8 @@ def check_tensor(
         as_stored = torch.uint8
         _check_scales(member, name, is_loaded)
     if name == MASTER:
-        as_stored = optimizer._masters.dtype(member.group, param)
-        check_master_dtype(as_stored == torch.int16, value)
-        if value.dtype != as_stored:
-            raise TypeError(f"state {name!r} has dtype {value.dtype}; expected {as_stored}")
+        check_master_dtype(value, param)
+        as_stored = value.dtype
     _check_beside(f"state {name!r}", value, param, as_stored, is_loaded)
     if not _is_placed_like(value, param):
         raise ValueError(f"state {name!r} is not placed as the parameter is")
@@ -369,7 +372,7 @@ def prepare(call: StepCall, i: int, indices: Iterable[int] | None = None) -> lis
         try:
             member = complete(optimizer, member)
             if not is_new:
-                check_state(optimizer, member)
+                settle_state(member)
         except (TypeError, ValueError, RuntimeError) as error:
             raise blame(error, member.name) from None
         counters.place(member, call.scalars.found_inf)

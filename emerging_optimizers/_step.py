@@ -26,7 +26,7 @@ from ._hyperparameters import read_number
 from ._members import Member, param_name
 from ._native import native
 from ._rounding import draw_seed
-from ._states import check_master, lay_out_alike, prepare
+from ._states import lay_out_alike, prepare, settle_master
 from ._step_overlap import Place, check_overlap, find_followers
 from ._values import HYPERPARAMETER, have_values, is_fake, is_tracing, read
 from ._weights import HALF, has_master
@@ -377,9 +377,9 @@ def _before_native(call: StepCall, are_native: Sequence[bool]) -> _Kept:
         if are_native[i] and hook_of(optimizer, group) and not _is_zero(group["lr"]):
             for member in members_of(optimizer, group):
                 if member.grad is not None or hook.joins(member.param):
-                    check_master(optimizer, member)
+                    settle_master(member)
                     found.append((i, member))
-    kept = before_update(hook, optimizer._masters, [member for _, member in found])
+    kept = before_update(hook, [member for _, member in found])
     return [(i, member, item) for (i, member), item in zip(found, kept, strict=True)]
 
 
@@ -391,7 +391,7 @@ def _after_native(call: StepCall, kept: _Kept, left: Left) -> None:
         # The step may have created a state.
         states = optimizer.state
         members = [m if m.state else m._replace(state=states.get(m.param, {})) for m, _ in done]
-        after_update(optimizer._hook, optimizer._masters, members, [item for _, item in done])
+        after_update(optimizer._hook, members, [item for _, item in done])
 
 
 def _is_zero(lr: Any) -> bool:

@@ -89,6 +89,7 @@ def _cases() -> dict[str, Case]:
         name, make = setup.name, setup.make
         add(f"{name}, bfloat16", make, half)
         add(f"{name}, masters", make, half, master_weights=True, weight_decay=0.1)
+        add(f"{name}, split masters", make, half, master_weights="split", weight_decay=0.1)
         add(f"{name}, stochastic rounding", make, half, stochastic_rounding=True)
         add(f"{name}, bfloat16 states", make, state_dtype=half)
         add(f"{name}, one float16 state", make, state_dtype={setup.states[-1]: torch.float16})

@@ -202,7 +202,15 @@ def with_masters(params: Any, **arguments: Any) -> AdamW:
     return AdamW(params, master_weights=True, state_dtype=torch.bfloat16, **arguments)
 
 
-CHECKPOINTS = [*CASES, ("AdamW bfloat16", with_masters, False, 0.0)]
+def with_split_masters(params: Any, **arguments: Any) -> AdamW:
+    return AdamW(params, master_weights="split", state_dtype=torch.float32, **arguments)
+
+
+CHECKPOINTS = [
+    *CASES,
+    ("AdamW bfloat16", with_masters, False, 0.0),
+    ("AdamW bfloat16, split masters", with_split_masters, False, 0.0),
+]
 
 
 def dtype_of(name: str) -> torch.dtype:

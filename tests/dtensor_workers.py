@@ -131,6 +131,7 @@ def update_dtensors(rank: int, folder: Path) -> None:
     tell_autograd_of_steps()
     pass_steps_their_numbers()
     normalize_halved_masters()
+    split_masters()
 
 
 def check_updates(
@@ -303,6 +304,41 @@ def normalize_halved_masters() -> None:
                 optimizer.step()
         for one, other in zip(*lists, strict=True):
             assert_equal_bits(part(other).float(), part(one).float(), str(fused))
+
+
+def split_masters() -> None:
+    """Masters of shards have the same bits split and not, also where a step converts them."""
+    for setup in SETUPS:
+        for fused in (None, False):
+            lists, optimizers = [], []
+            for value in ("split", True, "split", True):
+                plain = make_params([(5, 4)] * 3, torch.bfloat16)
+                lists.append([place(p.detach(), meshes()[0], [Shard(0)]) for p in plain])
+                groups = [{"params": lists[-1], "fused": fused}]
+                optimizers.append(setup.make(groups, lr=0.01, master_weights=value))
+            for step in range(1, 5):
+                for params, optimizer in zip(lists, optimizers, strict=True):
+                    for p, grad in zip(params, make_grads(plain, step), strict=True):
+                        p.grad = place(grad, meshes()[0], [Shard(0)])
+                    optimizer.step()
+                if step == 2:
+                    optimizers[2].param_groups[0]["master_weights"] = True
+                    optimizers[3].param_groups[0]["master_weights"] = "split"
+            found = [
+                [o.state[p]["master_param"] for p in o_params]
+                for o, o_params in zip(optimizers, lists, strict=True)
+            ]
+            int16, float32 = torch.int16, torch.float32
+            dtypes = [masters[0].dtype for masters in found]
+            assert dtypes == [int16, float32, float32, int16], str(setup)
+            wanted = list(map(part, found[1]))
+            for params, masters in zip(lists, found, strict=True):
+                for p, master, expected in zip(params, masters, wanted, strict=True):
+                    assert master.placements == p.placements
+                    whole = part(master)
+                    if whole.dtype == int16:
+                        whole = megatron.merge_master(part(p), whole)
+                    assert_equal_bits(whole, expected, str((setup, fused)))
 
 
 def tell_autograd_of_steps() -> None:

@@ -299,10 +299,11 @@ def test_hooks_and_masters() -> None:
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": params[1:], "master_weights": True})
     assert len(optimizer.param_groups) == 1
-    optimizer.param_groups[0]["master_weights"] = True
     set_grads(params, 1)
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
+    for value in (True, "split"):
+        optimizer.param_groups[0]["master_weights"] = value
+        with pytest.raises(ValueError, match=f"{message} with master_weights={value!r}: "):
+            optimizer.step()
     assert not optimizer.state
 
 

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.on_devices("tests-optimizers")
     "how",
     ["deepcopy", *(pytest.param(how, marks=pytest.mark.real) for how in ("pickle", "state_dict"))],
 )
-def test_copies_continue(setup: Setup, how: str, fused: bool | None) -> None:
+@pytest.mark.parametrize("masters", [True, "split"])
+def test_copies_continue(setup: Setup, how: str, masters: Any, fused: bool | None) -> None:
     params = make_params(dtype=torch.bfloat16)
-    arguments: dict[str, Any] = {"fused": fused, "master_weights": True, "weight_decay": 0.1}
+    arguments: dict[str, Any] = {"fused": fused, "master_weights": masters, "weight_decay": 0.1}
     arguments["state_dtype"] = {setup.states[0]: torch.float32}
     optimizer = setup.make(params, **arguments)
     run(optimizer, params, [1, 2])

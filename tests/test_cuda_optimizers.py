@@ -108,6 +108,7 @@ STORAGE: dict[str, tuple[torch.dtype, Callable[[tuple[str, ...]], dict[str, Any]
     "float32, half states": (F32, lambda _: {"state_dtype": BF16}),
     "mixed states": (BF16, lambda states: {"state_dtype": {states[0]: F32, states[-1]: F16}}),
     "bfloat16, masters": (BF16, lambda _: {"master_weights": True, "state_dtype": F32}),
+    "bfloat16, split": (BF16, lambda _: {"master_weights": "split", "state_dtype": F32}),
     "float16, masters": (F16, lambda _: {"master_weights": True}),
     "bfloat16, stochastic": (BF16, lambda _: {"stochastic_rounding": True, "state_dtype": F32}),
     "float16, stochastic": (F16, lambda _: {"stochastic_rounding": True}),

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fallback": {"fused": False},
     "capturable": {"capturable": True},
     "masters": {"master_weights": True, "state_dtype": torch.float32},
+    "split masters": {"master_weights": "split", "state_dtype": torch.float32},
     "stochastic": {"stochastic_rounding": True},
 }
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
@@ -94,7 +95,7 @@ def test_states_of_each_rule(make: Make, name: str, device: str) -> None:
 
 @devices
 @pytest.mark.parametrize("make", [AdamW, MAKES["LaProp frob"]], ids=["AdamW", "LaProp frob"])
-@pytest.mark.parametrize("name", ["capturable", "masters", "stochastic"])
+@pytest.mark.parametrize("name", ["capturable", "masters", "split masters", "stochastic"])
 def test_states_of_each_option(make: Make, name: str, device: str) -> None:
     check_states(make, name, device)
 
@@ -104,7 +105,7 @@ def check_states(make: Make, name: str, device: str) -> None:
     if name == "fused" and _rule.native is None:
         pytest.skip("there are no native kernels")
     options = OPTIONS[name]
-    dtype = BF16 if name in ("masters", "stochastic") else torch.float32
+    dtype = BF16 if name in ("masters", "split masters", "stochastic") else torch.float32
     seed = torch.get_rng_state()
     fake = simulate(lambda p: make(p, **options), device, dtype)
     assert torch.equal(torch.get_rng_state(), seed)

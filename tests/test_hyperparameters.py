@@ -39,16 +39,16 @@ YAML = "; YAML reads 1e-4 as text: write 1.0e-4, or convert it with float()"
 Rows = Mapping[str, list[tuple[Any, type[Exception], str]]]
 
 
-def flag_rows(key: str) -> list[tuple[Any, type[Exception], str]]:
+def flag_rows(key: str, expected: str = "a bool") -> list[tuple[Any, type[Exception], str]]:
     return [
-        ("yes", TypeError, f"{key} must be a bool, not str ('yes')"),
-        ("False", TypeError, f"{key} must be a bool, not str ('False')"),
-        (1, TypeError, f"{key} must be a bool, not int (1)"),
-        (0, TypeError, f"{key} must be a bool, not int (0)"),
-        (None, TypeError, f"{key} must be a bool, not NoneType"),
-        (torch.ones(2), TypeError, f"{key} must be a bool, not Tensor"),
-        (torch.tensor(True, device="meta"), TypeError, f"{key} must be a bool, not Tensor"),
-        (np.ones(2), TypeError, f"{key} must be a bool, not ndarray"),
+        ("yes", TypeError, f"{key} must be {expected}, not str ('yes')"),
+        ("False", TypeError, f"{key} must be {expected}, not str ('False')"),
+        (1, TypeError, f"{key} must be {expected}, not int (1)"),
+        (0, TypeError, f"{key} must be {expected}, not int (0)"),
+        (None, TypeError, f"{key} must be {expected}, not NoneType"),
+        (torch.ones(2), TypeError, f"{key} must be {expected}, not Tensor"),
+        (torch.tensor(True, device="meta"), TypeError, f"{key} must be {expected}, not Tensor"),
+        (np.ones(2), TypeError, f"{key} must be {expected}, not ndarray"),
     ]
 
 
@@ -140,7 +140,6 @@ ROWS: Rows = {
         for key in (
             "maximize",
             "capturable",
-            "master_weights",
             "stochastic_rounding",
             "differentiable",
             "correct_bias",
@@ -155,6 +154,11 @@ ROWS: Rows = {
             "store_param_remainders",
         )
     },
+    "master_weights": [
+        *flag_rows("master_weights", "a bool or 'split'"),
+        ("Split", TypeError, "master_weights must be a bool or 'split', not str ('Split')"),
+        (b"split", TypeError, "master_weights must be a bool or 'split', not bytes"),
+    ],
     **{
         key: [("no", TypeError, f"{key} must be a bool or None, not str ('no')")]
         for key in ("fused", "foreach")
@@ -285,10 +289,13 @@ def test_conflicts_set_later(fused: bool | None) -> None:
     group = optimizer.param_groups[1]
     for changes, error, message in (
         ({"differentiable": True}, ValueError, "AdamW does not support differentiable=True: "),
-        (
-            {"master_weights": True, "stochastic_rounding": True},
-            ValueError,
-            "master_weights and stochastic_rounding cannot be combined: ",
+        *(
+            (
+                {"master_weights": masters, "stochastic_rounding": True},
+                ValueError,
+                "master_weights and stochastic_rounding cannot be combined: ",
+            )
+            for masters in (True, "split")
         ),
         (
             {"fused": True, "foreach": True},

@@ -23,12 +23,12 @@ from optimizers import assert_same, contents
 from support import assert_equal_bits
 from torch import Tensor
 
-from emerging_optimizers import Adam, _states, megatron
+from emerging_optimizers import _states, _weights, megatron
 from emerging_optimizers._base import members_of
 from emerging_optimizers._hooks import after_update, before_update
 from emerging_optimizers._native import native
 from emerging_optimizers._norms import KEEP_NORMS
-from emerging_optimizers.megatron import FusedAdam, merge_master, remainders, split_master
+from emerging_optimizers.megatron import FusedAdam, merge_master, split_master
 
 pytestmark = [
     pytest.mark.on_devices("tests-cuda"),
@@ -115,8 +115,8 @@ def test_remainders_match_masters(
 @devices
 @pytest.mark.skipif(native is None, reason="no native kernels")
 def test_the_native_step_creates_no_masters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(megatron, "merge_master")
-    monkeypatch.delattr(megatron, "split_master")
+    monkeypatch.delattr(_weights, "merge_master")
+    monkeypatch.delattr(_weights, "split_master")
     for use_decoupled_grad in (True, False):
         options = {**AWARE, "use_decoupled_grad": use_decoupled_grad}
         optimizer = FusedAdam(make_params(device=device), store_param_remainders=True, **options)
@@ -202,7 +202,7 @@ def test_a_remainder_is_checked_once_a_step(
     check = _states.check_tensor
 
     def recorded(*arguments: Any) -> None:
-        checked.append(arguments[2])
+        checked.append(arguments[1])
         check(*arguments)
 
     monkeypatch.setattr(_states, "check_tensor", recorded)
@@ -215,7 +215,7 @@ def test_laprop_merges_few_masters_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     run(optimizer, [1])
     alive: set[int] = set()
     most = 0
-    merge = remainders.merge_master
+    merge = _weights.merge_master
 
     def measured(*arguments: Any) -> Tensor:
         nonlocal most
@@ -225,7 +225,7 @@ def test_laprop_merges_few_masters_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
         most = max(most, len(alive))
         return master
 
-    monkeypatch.setattr(remainders, "merge_master", measured)
+    monkeypatch.setattr(_weights, "merge_master", measured)
     run(optimizer, [2])
     assert 0 < most <= 2
 
@@ -240,40 +240,44 @@ def test_scaling_by_1_keeps_the_bits() -> None:
     remainder.copy_(torch.tensor([3, -5, 3]))
     before = param.clone(), remainder.clone()
     members = members_of(optimizer, group)
-    around = KEEP_NORMS, optimizer._masters, members
+    around = KEEP_NORMS, members
     after_update(*around, before_update(*around))
     assert torch.equal(param.view(torch.int16), before[0].view(torch.int16))
     assert torch.equal(remainder, before[1])
 
 
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("cls", [FusedAdam, megatron.LaProp])
 @pytest.mark.parametrize("store", [False, True])
-def test_storage_cannot_change_between_steps(cls: Any, store: bool) -> None:
-    optimizer = cls(make_params(), store_param_remainders=store, **AWARE)
+def test_storage_can_change_between_steps(cls: Any, store: bool, fused: bool | None) -> None:
+    optimizer, other = (
+        cls([{"params": make_params(), "fused": fused}], store_param_remainders=store, **AWARE)
+        for _ in range(2)
+    )
+    for each in (optimizer, other):
+        for group in each.param_groups:
+            if "frob_normalize" in group:
+                group["frob_normalize"] = True
+        run(each, [1])
+    optimizer.param_groups[0]["store_param_remainders"] = not store
+    for each in (optimizer, other):
+        run(each, [2, 3])
+    stored = torch.float32 if store else torch.int16
+    assert {state["master_param"].dtype for state in optimizer.state.values()} == {stored}
+    assert_same(masters(optimizer), masters(other))
+
+
+@every_class
+def test_split_means_the_same(cls: Any) -> None:
+    optimizer = cls(make_params(), **{**AWARE, "master_weights": "split"})
+    other = cls(make_params(), store_param_remainders=True, **AWARE)
+    for each in (optimizer, other):
+        run(each, [1, 2])
+        each.initialize_state(each.param_groups[0]["params"][0], True)
+    assert_same([t.float() for t in contents(optimizer)], [t.float() for t in contents(other)])
+    assert all(state["master_param"].dtype == torch.int16 for state in optimizer.state.values())
+    # A float32 parameter is its own master.
+    (param,) = params = make_params(F32, sizes=[3])
+    optimizer = cls(params, **{**AWARE, "master_weights": "split"})
     run(optimizer, [1])
-    before = [tensor.clone() for tensor in contents(optimizer)]
-    for group in optimizer.param_groups:
-        group["store_param_remainders"] = not store
-        if "frob_normalize" in group:
-            group["frob_normalize"] = True
-    with pytest.raises(TypeError, match="set store_param_remainders as it was"):
-        run(optimizer, [2])
-    assert_same([t.float() for t in contents(optimizer)], [t.float() for t in before])
-
-
-def test_other_optimizers_reject_remainders() -> None:
-    saved = FusedAdam(make_params(), store_param_remainders=True, **AWARE)
-    run(saved, [1])
-    other = Adam(make_params(), master_weights=True)
-    with pytest.raises(TypeError, match="but this optimizer stores float32 masters"):
-        other.load_state_dict(saved.state_dict())
-    # Without the options, it loads masters merged from them.
-    state_dict = saved.state_dict()
-    for state, master in zip(state_dict["state"].values(), masters(saved), strict=True):
-        state["master_param"] = master
-    other = Adam(make_params(), master_weights=True, fused=True if native else None)
-    other.load_state_dict(state_dict)
-    assert "store_param_remainders" not in other.param_groups[0]
-    for param in other.param_groups[0]["params"]:
-        param.grad = torch.ones_like(param)
-    other.step()
+    assert optimizer.state[param]["master_param"] is param

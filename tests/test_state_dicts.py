@@ -32,6 +32,10 @@ def _make_with_dtypes(setup: Setup) -> Any:
     return lambda params: setup.make(params, state_dtype={setup.states[0]: BF16})
 
 
+def _make_with_split_masters(setup: Setup) -> Any:
+    return lambda params: setup.make(params, state_dtype=F32, master_weights="split")
+
+
 def _make_for_megatron(cls: Any) -> Any:
     return lambda params: cls(params, exp_avg_dtype=BF16, master_weights=True)
 
@@ -40,6 +44,7 @@ MAKERS = [
     # PyTorch's tools do not load full state dicts without any state of a dimension.
     *(pytest.param(_make_with_dtype(s), id=f"{s}-dtype") for s in SETUPS if s.states),
     *(pytest.param(_make_with_dtypes(s), id=f"{s}-dtypes") for s in SETUPS if s.states),
+    *(pytest.param(_make_with_split_masters(s), id=f"{s}-split") for s in SETUPS if s.states),
     *(pytest.param(_make_for_megatron(c), id=f"megatron.{c.__name__}") for c in MEGATRON),
 ]
 every_maker = pytest.mark.parametrize("make", MAKERS)

@@ -14,6 +14,13 @@ from emerging_optimizers import AdamW, LaProp
 
 pytestmark = pytest.mark.on_devices("tests-optimizers")
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"master_weights": True},
+    {"master_weights": "split"},
+    {"stochastic_rounding": True},
+]
+
 
 @every_optimizer
 @pytest.mark.parametrize("method", METHODS)
@@ -29,7 +36,7 @@ def test_zero_lr(setup: Setup, method: str, fused: bool | None) -> None:
             with torch.no_grad():
                 params[0].view(-1)[:4] = torch.tensor([-0.0, math.nan, math.inf, 1e-40])
             before = [p.detach().clone() for p in params]
-            for option in ({}, {"master_weights": True}, {"stochastic_rounding": True}):
+            for option in OPTIONS:
                 optimizer = setup.make(params, lr=lr, fused=fused, **option, **arguments)
                 for step in (1, 2):
                     set_grads(params, step)
@@ -52,7 +59,7 @@ def test_lr_0_keeps_the_bits(fused: bool | None) -> None:
         (torch.bfloat16, torch.tensor([0x7F81, 0x7FC1, -1, 1, 0, -(2**15)], dtype=torch.int16)),
     ):
         params = [Parameter(values.clone().view(dtype))]
-        for options in ({}, {"master_weights": True}):
+        for options in OPTIONS[:3]:
             optimizer = LaProp(params, lr=0.0, frob_normalize=True, fused=fused, **options)
             run(optimizer, params, [1, 2])
             assert torch.equal(params[0].detach().view(values.dtype), values)

@@ -45,14 +45,15 @@ inline bool flag(py::handle group, PyObject* key, PyObject* other = Py_False) {
   return value != nullptr && read_flag(PyUnicode_AsUTF8(key), value);
 }
 
+inline bool is_text(PyObject* value, const char* text) {
+  return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
+}
+
 inline WeightDecay read_method(py::handle value) {
-  const auto is = [&](const char* name) {
-    return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), name) == 0;
-  };
-  if (is("decoupled")) return WeightDecay::kDecoupled;
-  if (is("independent")) return WeightDecay::kIndependent;
-  if (is("l2")) return WeightDecay::kL2;
-  if (is("palm")) return WeightDecay::kPalm;
+  if (is_text(value.ptr(), "decoupled")) return WeightDecay::kDecoupled;
+  if (is_text(value.ptr(), "independent")) return WeightDecay::kIndependent;
+  if (is_text(value.ptr(), "l2")) return WeightDecay::kL2;
+  if (is_text(value.ptr(), "palm")) return WeightDecay::kPalm;
   TORCH_CHECK_VALUE(false, "Invalid weight_decay_method: ", py::repr(value).cast<std::string>(),
                     "; expected one of 'decoupled', 'independent', 'palm', 'l2'");
 }
@@ -93,7 +94,9 @@ inline GroupOptions read_options(py::handle group, uint32_t first_position, uint
   if (!rate.is_on_device() && !(rate.on(kHost).value >= kLowestRate)) {
     check_domain("lr", -1, rate.on(kHost).value, Domain::kNonNegative);
   }
-  const bool has_masters = flag(group, master_weights);
+  PyObject* const masters = find_item(group.ptr(), master_weights);
+  const bool are_split = masters != nullptr && is_text(masters, "split");
+  const bool has_masters = are_split || flag(group, master_weights);
   TORCH_CHECK_VALUE(!has_masters || !epilogue.is_stochastic,
                     "master_weights and stochastic_rounding cannot be combined");
   const bool must_be_native = flag(group, fused, Py_None);
@@ -109,7 +112,7 @@ inline GroupOptions read_options(py::handle group, uint32_t first_position, uint
   return {std::move(rate),
           epilogue,
           has_masters,
-          flag(group, remainders),
+          flag(group, remainders) || are_split,
           flag(group, capturable),
           must_be_native,
           first_position,

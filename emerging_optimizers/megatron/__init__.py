@@ -4,10 +4,10 @@
 rules' classes take their own arguments and those of :class:`MegatronMixin`.
 """
 
+from .._split_masters import merge_master, split_master
 from . import optimizers
 from .mixin import MegatronMixin
 from .optimizers import *  # noqa: F403
-from .remainders import merge_master, split_master
 
 __all__ = ["MegatronMixin", "merge_master", "split_master"]
 __all__ += optimizers.__all__

@@ -20,14 +20,13 @@ from .._coded_states import (
 from .._codes import Code, scale_key
 from .._groups import STATE_DTYPES
 from .._hyperparameters import read_optional_flag
-from .._members import blame, find_param
-from .._optimizer import ScalarOptimizer
+from .._members import find_param
+from .._optimizer import MasterWeights, ScalarOptimizer
 from .._rounding import store
 from .._states import complete
 from .._values import read
-from .._weights import MASTER, check_master_dtype
+from .._weights import MASTER, is_split
 from . import group_steps
-from .remainders import Remainders, stores_remainder
 
 
 class MegatronMixin(ScalarOptimizer):
@@ -52,7 +51,8 @@ class MegatronMixin(ScalarOptimizer):
             optimizer.
         *arguments: Positional arguments of the rule's optimizer.
         master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
-            state, as ``master_param``. A float32 parameter is its own master.
+            state, as ``master_param``. A float32 parameter is its own master. "split" is the same
+            as True with `store_param_remainders`.
         master_weight_dtype: Only ``torch.float32`` is supported.
         exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow`` or ``grad_avg``):
             ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``torch.uint8``. Float16
@@ -78,7 +78,6 @@ class MegatronMixin(ScalarOptimizer):
 
     _makes_all_states = True
     _has_flat_shards = True
-    _masters = Remainders()
     _counters = group_steps.GroupSteps()
     _own_flags: ClassVar[tuple[str, ...]] = ("use_decoupled_grad", "store_param_remainders")
     _slow_flags: ClassVar[tuple[str, ...]] = ("use_decoupled_grad",)
@@ -92,7 +91,7 @@ class MegatronMixin(ScalarOptimizer):
         self,
         params: ParamsT,
         *arguments: Any,
-        master_weights: bool = False,
+        master_weights: MasterWeights = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
         exp_avg_sq_dtype: torch.dtype = torch.float32,
@@ -132,6 +131,11 @@ class MegatronMixin(ScalarOptimizer):
     def _scales_in_step(self, group: dict[str, Any]) -> bool:
         return super()._scales_in_step(group) or group.get("capturable") is True
 
+    def _new_master(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        if group["master_weights"] and param.dtype == torch.float32:
+            return param
+        return super()._new_master(group, param)
+
     def _state_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | str:
         """Return the dtype of a state as the option `state_dtype` has it."""
         if dtype != torch.uint8:
@@ -152,7 +156,7 @@ class MegatronMixin(ScalarOptimizer):
             ValueError: Another value than the optimizer was created with.
         """
         group, index = self._place_of(param)
-        is_remainder = stores_remainder(group, param)
+        is_remainder = is_split(group, param)
         if store_param_remainders not in (None, is_remainder):
             raise ValueError(
                 f"{find_param(self, param)}: store_param_remainders={store_param_remainders}, but"
@@ -231,10 +235,13 @@ class MegatronMixin(ScalarOptimizer):
             is_exact = (as_integer.to(unscaled_state.dtype) == unscaled_state).all()
             if read(is_exact, 1):
                 unscaled_state = as_integer
-        try:
-            check_master_dtype(value.dtype == torch.int16, unscaled_state)
-        except TypeError as error:
-            raise blame(error, find_param(self, param)) from None
+        if (value.dtype == torch.int16) != (unscaled_state.dtype == torch.int16):
+            stored = "int16 remainders" if value.dtype == torch.int16 else "float32 masters"
+            raise TypeError(
+                f"{find_param(self, param)}: a master_param has dtype {unscaled_state.dtype}, but"
+                f" this optimizer stores {stored}: set master_weights and store_param_remainders"
+                " as they were when the state was saved"
+            )
         code = self._code_in(param, state_name)
         if code is None:
             store(value, unscaled_state)

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 from .. import scalar_optimizers as rules
 from .._docstrings import fill_docstring
 from .._hyperparameters import read_flag
-from .._optimizer import StateDtypeFilter
+from .._optimizer import MasterWeights, StateDtypeFilter
 from .._values import HYPERPARAMETER, read
 from .mixin import MegatronMixin
 
@@ -94,7 +94,7 @@ class FusedAdam(MegatronMixin, rules.Adam):
         bias_correction: bool = True,
         adam_w_mode: bool = True,
         capturable: bool = False,
-        master_weights: bool = False,
+        master_weights: MasterWeights = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
         exp_avg_sq_dtype: torch.dtype = torch.float32,

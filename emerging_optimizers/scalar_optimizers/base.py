@@ -143,8 +143,8 @@ class _UpdateFunctionOptimizer(ScalarOptimizer):
         if group["master_weights"]:
             raise ValueError(
                 f"{type(self).__name__} overrides pre_step_inplace or post_step_inplace, which"
-                " cannot be combined with master_weights=True: the parameter would be overwritten"
-                " by its master"
+                f" cannot be combined with master_weights={group['master_weights']!r}: the"
+                " parameter would be overwritten by its master"
             )
 
     # ---- what torch.optim calls ------------------------------------------------------------------
@@ -225,7 +225,7 @@ class SingleMomentumOptimizer(_UpdateFunctionOptimizer):
     no hook is overridden, a step is native. Otherwise, the function is called for each parameter,
     with tensors of dtype float32 or float64, and PyTorch operations do the rest. The hooks
     `pre_step_inplace` and `post_step_inplace` do nothing unless a subclass overrides them. They
-    cannot be combined with ``master_weights=True``.
+    cannot be combined with `master_weights`.
 
     Args:
         params: Parameters to optimize: tensors, ``(name, tensor)`` pairs or parameter groups.

@@ -10,7 +10,13 @@ from typing_extensions import Unpack
 from .._codes import SignedState, UnsignedState
 from .._docstrings import fill_docstring
 from .._hyperparameters import Beta, NonNegative
-from .._optimizer import ScalarOptimizer, SharedOptions, StateDtype, StateDtypeFilter
+from .._optimizer import (
+    MasterWeights,
+    ScalarOptimizer,
+    SharedOptions,
+    StateDtype,
+    StateDtypeFilter,
+)
 from .._rule import GroupRule, Rule
 from ..registry import register_optimizer
 
@@ -115,7 +121,7 @@ class _Options(TypedDict, total=False):
     fused: bool | None
     state_dtype: StateDtype
     state_dtype_filter: StateDtypeFilter
-    master_weights: bool
+    master_weights: MasterWeights
     stochastic_rounding: bool
 
 
