@@ -22,9 +22,11 @@ AWARE: dict[str, Any] = {**OPTIONS, "master_weights": True, "use_decoupled_grad"
 
 
 def make_params(
-    dtype: torch.dtype = BF16, device: str = "cpu", sizes: Sequence[int] = (37, 1, 0, 130)
+    dtype: torch.dtype = BF16,
+    device: str = "cpu",
+    sizes: Sequence[int | tuple[int, ...]] = (37, 1, 0, 130),
 ) -> list[Tensor]:
-    """Flat tensors, no `nn.Parameter`, like Megatron's shards."""
+    """Usually flat tensors, no `nn.Parameter`, like Megatron's shards."""
     generator = torch.Generator("cpu").manual_seed(7)
     return [torch.randn(n, generator=generator).to(device, dtype) for n in sizes]
 
