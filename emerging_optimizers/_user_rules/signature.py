@@ -217,9 +217,8 @@ def _code_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Code
             ) from error
         return None
     if any(code_of(part) for part in typing.get_args(annotation)):
-        shown = inspect.formatannotation(annotation)
         raise RuleError(
-            f"{parameter.name}: {shown}: a state is one tensor: annotate it with SignedState or"
+            f"{parameter.name}: a state is one tensor: annotate it with SignedState or"
             " UnsignedState alone"
         )
     return code_of(annotation)
