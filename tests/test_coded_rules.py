@@ -73,6 +73,9 @@ DEFINITIONS = [
     ("grad, a, *, step: eo.SignedState, h=1.0", "step is keyword-only, so it is a hyperparameter"),
     ("grad, a: eo.SignedState | None, *, h=1.0", "a state is one tensor: annotate it with Signed"),
     ("grad, a: list[eo.UnsignedState], *, h=1.0", "a state is one tensor: annotate it with Sig"),
+    ("grad, a: eo.SignedState, a_scale, *, h=1.0", "a_scale is the key of the scales of a, which"),
+    ("grad, a_scale, a: eo.UnsignedState, *, h=1.0", "may be stored in 8 bits: rename it"),
+    ("grad, a: eo.SignedState, *, h=1.0, a_scale: eo.ScalarState = 1.0", "a_scale is the key of"),
     ("grad, a: eo.SignedState, h: eo.SignedState = 1.0", "h is positional, so it is a tensor:"),
 ]
 
@@ -123,6 +126,12 @@ def test_codes_are_not_compiled() -> None:
     assert (plain.codes, coded.codes) == ((None,), (E4M3,))
     assert plain.source == coded.source
     assert "kStateCodes" not in coded.source
+
+
+def test_names_of_scales_that_do_not_clash() -> None:
+    text = "@eo.rule\ndef coded_scale(grad, a, a_scale: eo.SignedState, *, b_scale=1.0):\n"
+    rule = make(f"{text}    a_scale += grad\n    return a.add_(a_scale) * b_scale\n", "coded_scale")
+    assert rule.codes == (None, E4M3)
 
 
 def test_a_name_in_the_struct() -> None:
@@ -310,5 +319,9 @@ def test_states_in_cpp_that_stay_wide() -> None:
     message = '"8bit" is not allowed for any state of the rule blend; in a rule that you write, li'
     with pytest.raises(ValueError, match=message):
         Blend([new_param()], state_dtype="8bit")
+    clash = two.replace("{StateCode::kSigned}", "{StateCode::kSigned, StateCode::kNone}")
+    clash = clash.replace('"largest"', '"exp_avg_scale"')
+    with pytest.raises(eo.RuleError, match="exp_avg_scale is the key of the scales of exp_avg, wh"):
+        eo.load_rule(clash)
     with pytest.raises(eo.RuleError, match="kStateCodes has another length than kStates: list a"):
         eo.load_rule(two)

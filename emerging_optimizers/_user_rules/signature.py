@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._codes import Code, code_of
+from .._codes import Code, code_of, scale_key
 from .._groups import SHAPE_SCALING
 from .._hyperparameters import (
     Beta,
@@ -163,6 +163,14 @@ def _check_lists(signature: Signature) -> None:
         raise RuleError(
             f"the hyperparameter {twice} has the name of an operator's argument: rename it"
         )
+    coded = zip(signature.states, signature.codes, strict=False)  # no codes if none may be coded
+    scales = {scale_key(state): state for state, code in coded if code is not None}
+    for name in (*signature.states, *signature.scalar_states):
+        if name in scales:
+            raise RuleError(
+                f"{name} is the key of the scales of {scales[name]}, which may be stored in 8 bits:"
+                " rename it"
+            )
 
 
 def check_name(name: str, what: str) -> None:
