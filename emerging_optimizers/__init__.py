@@ -8,6 +8,7 @@ from ._distribution import namesake as _namesake
 try:
     from . import scalar_optimizers
     from ._clipping import clip_coefficient
+    from ._codes import SignedState, UnsignedState
     from ._config import show_config
     from ._hyperparameters import Beta, NonNegative, ScalarState
     from .scalar_optimizers import *  # noqa: F403
@@ -26,7 +27,7 @@ if _namesake is not None:
     __version__ = _namesake.package_version()
 
 __all__ = ["Beta", "NonNegative", "RuleError", "ScalarState", "__version__", "load_rule", "rule"]
-__all__ += ["clip_coefficient", "scalar_optimizers", "show_config"]
+__all__ += ["SignedState", "UnsignedState", "clip_coefficient", "scalar_optimizers", "show_config"]
 # The optimizers, but not the update functions. Type checkers read the first line only.
 __all__ += scalar_optimizers.__all__
 __all__ = sorted(name for name in __all__ if not name.startswith("calculate_"))

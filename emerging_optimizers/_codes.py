@@ -55,16 +55,16 @@ class Code(NamedTuple):
 E4M3 = Code("e4m3", 7, True)
 UE5M3 = Code("ue5m3", 15, False)
 
-# The types of states that may be stored as codes, in the signature of a rule.
+# The types of states that may be stored as codes, in the signature of a rule: of any sign, and of
+# states that are never negative.
 SignedState = Annotated[Tensor, E4M3]
 UnsignedState = Annotated[Tensor, UE5M3]
 
 
 def code_of(annotation: Any) -> Code | None:
     """Return the format that the type of a state allows."""
-    if annotation is SignedState:
-        return E4M3
-    return UE5M3 if annotation is UnsignedState else None
+    notes = getattr(annotation, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, Code)), None)
 
 
 def scale_key(name: str) -> str:

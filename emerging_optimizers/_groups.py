@@ -260,9 +260,12 @@ def _check_allows_codes(
     if (key in allowed) if key is not None else allowed:
         return
     what = "any state" if key is None else f"state {key!r}"
+    cure = "annotate a state with eo.SignedState or eo.UnsignedState"
+    if not rule.rule.has_formula:
+        cure = "list codes in kStateCodes"
     raise ValueError(
         f'Invalid state_dtype: "8bit" is not allowed for {what} of the rule {rule.rule.name};'
-        " in a rule that you write, annotate a state with eo.SignedState or eo.UnsignedState"
+        f" in a rule that you write, {cure}"
     )
 
 

@@ -27,6 +27,7 @@ NAME = '  static constexpr const char* kName = "blend";\n'
 STATES = '  static constexpr const char* kStates[] = {"exp_avg"};\n'
 UPDATE = "Real operator()(Real grad, Real& exp_avg) const"
 CONST = UPDATE.replace("Real& exp", "const Real& exp")
+CODES = "  static constexpr StateCode kStateCodes[] = {StateCode::kSigned};"
 SCALARS = '  static constexpr ScalarState kScalarStates[] = {{"total", 1.0}};'
 BODY = "      return unbias * exp_avg;\n"
 LIST = BLEND[BLEND.index("    return std::make_tuple") : BLEND.index("  }\n\n  template")]
@@ -82,6 +83,23 @@ BROKEN: list[tuple[str, str, str]] = [
     ('{"exp_avg"}', "{nullptr}", "kStates is private or not a constant array of strings: write"),
     (STATES, f" private:\n{STATES} public:\n", "kStates is private or not a constant array"),
     ('{"exp_avg"}', '{"a", "b", "c", "d", "e", "f"}', "a rule has at most 5 states"),
+    *(
+        (*after(NAME, f"  {declared}"), "kStateCodes is private or not a constant array: write")
+        for declared in (
+            "int kStateCodes = 3;",
+            "StateCode kStateCodes[1] = {StateCode::kSigned};",
+            "static inline StateCode kStateCodes[] = {StateCode::kSigned};",
+            "static constexpr int kStateCodes[] = {1};",
+            "static constexpr StateCode kStateCodes[] = {StateCode(3)};",
+            f"private:\n{CODES}\n public:",
+        )
+    ),
+    (*after(NAME, CODES.replace("{S", "{StateCode::kNone, S")), "kStateCodes has another length"),
+    (
+        STATES,
+        STATES.replace('{"', '{"a", "') + CODES,
+        "another length than kStates: list a code for each state, StateCode::kNone for one that",
+    ),
     *(
         (*after(NAME, f"  {declared}"), "kScalarStates is private or not a constant array: write")
         for declared in (

@@ -119,6 +119,23 @@ def test_what_is_built(built: Path) -> None:
         assert re.fullmatch(rf"{label.rpartition(':')[2]}-[0-9a-f]{{16}}\.so", name)
 
 
+def test_codes_of_shipped_rules(package: Path) -> None:
+    code = """
+import torch
+import example_rules
+for cls in (example_rules.HeavyBall, example_rules.SmoothLion):
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = cls([weight], state_dtype="8bit", fused=True)
+    weight.grad = torch.ones(64, 64)
+    optimizer.step()
+    print([(key, str(value.dtype)) for key, value in optimizer.state[weight].items()])
+"""
+    done = use(package.parent, code, EMERGING_OPTIMIZERS_JIT="0")
+    for line, name in zip(done.stdout.splitlines(), ("velocity", "exp_avg"), strict=True):
+        codes = [(name, "torch.uint8"), (f"{name}_scale", "torch.uint8")]
+        assert line == repr([("step", "torch.float32"), *codes])
+
+
 @pytest.mark.parametrize(("isa", "jit"), [("baseline", "0"), ("avx2", "0"), ("avx512", "")])
 def test_loaded_without_a_compiler(
     package: Path, bits: list[list[int]], isa: str, jit: str

@@ -14,8 +14,8 @@ from emerging_optimizers.registry import register_optimizer
 @eo.rule
 def user_adam(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
     *,
     betas: tuple[eo.Beta, eo.Beta],
     correct_bias: bool,
@@ -40,7 +40,7 @@ def user_adam(
 @eo.rule
 def user_sign(
     grad: Tensor,
-    exp_avg: Tensor,
+    exp_avg: eo.SignedState,
     *,
     momentum_beta: eo.Beta,
     momentum_beta2: eo.Beta | None = None,

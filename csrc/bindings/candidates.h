@@ -87,7 +87,7 @@ struct CandidateScalars {
 };
 
 // How a state may be stored in 8 bits: the format, and the key of its scales.
-struct StateCode {
+struct StateCoding {
   DType dtype;
   PyObject* scale_key;  // null if the rule does not allow it
 };
@@ -121,7 +121,7 @@ class CandidateWalk {
   using StateNames = std::array<PyObject*, kStates>;
   // Those of the scalar states.
   using ScalarNames = c10::SmallVector<PyObject*, kMaxScalarStates>;
-  using StateCodes = std::array<StateCode, kStates>;
+  using StateCodes = std::array<StateCoding, kStates>;
 
   // `grads` is empty, or has a gradient or None for each parameter, instead of `param.grad`.
   CandidateWalk(const GroupOptions& options, const StateNames& state_names,

@@ -101,7 +101,7 @@ class GroupStep {
         add(Role::kCounter, find_item(states, name));
       }
       for (PyObject* const name : walk_.state_names()) add(Role::kState, find_item(states, name));
-      for (const StateCode& code : walk_.codes()) {
+      for (const StateCoding& code : walk_.codes()) {
         if (code.scale_key != nullptr) add(Role::kState, find_item(states, code.scale_key));
       }
       if (walk_.needs_master(THPVariable_Unpack(c.param))) {

@@ -54,7 +54,7 @@ Remaining all_params(const py::list& groups) {
 }
 
 // Of None, or of a pair: the key of the scales, and whether the codes have a sign.
-StateCode read_code(py::handle item) {
+StateCoding read_code(py::handle item) {
   if (item.is_none()) return {DType::kFloat32, nullptr};
   const auto pair = py::reinterpret_borrow<py::tuple>(item);
   TORCH_CHECK_VALUE(pair.size() == 2, "a code has ", pair.size(), " items; expected 2");

@@ -271,7 +271,7 @@ class RowCollector {
 
   // Adds the scales of a state that is stored as codes.
   bool add_scales(const CandidateOf& c, size_t state, RowOf& row, uintptr_t& others) {
-    const StateCode& code = codes_[state];
+    const StateCoding& code = codes_[state];
     if (code.scale_key == nullptr || row.device != kHost || !may_allocate()) return false;
     PyObject* const object = find_item(c.state, code.scale_key);
     if (object == nullptr || !is_tensor(object)) return false;

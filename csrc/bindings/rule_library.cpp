@@ -80,6 +80,12 @@ const char* name_of(Domain domain) {
   return "";
 }
 
+// None: the state may not be stored as codes.
+py::object name_of(StateCode code) {
+  if (code == StateCode::kNone) return py::none();
+  return py::str(code == StateCode::kSigned ? "signed" : "unsigned");
+}
+
 }  // namespace
 
 const RegisteredRule& load_rule(const std::string& path, const std::string& symbol,
@@ -95,8 +101,11 @@ void attach_library(const RegisteredRule& rule, const std::string& path,
 
 py::dict rule_info(const std::string& path, const std::string& symbol) {
   const RuleInfo& info = open_rule(path, symbol, kRebuild);
-  py::list states, hyperparameters, scalar_states;
-  for (uint32_t s = 0; s < info.num_states; ++s) states.append(info.states[s]);
+  py::list states, codes, hyperparameters, scalar_states;
+  for (uint32_t s = 0; s < info.num_states; ++s) {
+    states.append(info.states[s]);
+    codes.append(name_of(info.state_codes == nullptr ? StateCode::kNone : info.state_codes[s]));
+  }
   for (uint32_t i = 0; i < info.num_hyperparameters; ++i) {
     const HyperparameterInfo& h = info.hyperparameters[i];
     hyperparameters.append(
@@ -108,6 +117,7 @@ py::dict rule_info(const std::string& path, const std::string& symbol) {
   py::dict found;
   found["name"] = info.name;
   found["states"] = py::tuple(states);
+  found["codes"] = py::tuple(codes);
   found["hyperparameters"] = py::tuple(hyperparameters);
   found["scalar_states"] = py::tuple(scalar_states);
   found["scalars_offset"] =

@@ -77,6 +77,8 @@ struct RuleInfo {
   double (*shape_scale)(int64_t rows, int64_t cols);  // null if there is none
   void (*check)(const void* rule, ErrorText& error);  // null if there is none
 
+  const StateCode* state_codes;  // one for each state; null if none may be stored as codes
+
   const ScalarState* scalar_states;
   uint32_t num_scalar_states;
   uint32_t scalars_offset;                           // in the rule's struct

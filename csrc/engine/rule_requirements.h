@@ -59,11 +59,22 @@ constexpr bool are_scalar_states(const ScalarState (&states)[kCount]) {
   return true;
 }
 
+// A constant array of codes.
+template <size_t kCount>
+constexpr bool are_state_codes(const StateCode (&codes)[kCount]) {
+  for (const StateCode code : codes) {
+    if (code > StateCode::kUnsigned) return false;
+  }
+  return true;
+}
+
 EMOPT_HAS(kHasName, T::kName);
 EMOPT_HAS_CONSTANT(kHasConstantName, static_cast<const char*>(*&T::kName)[0] != 0);
 EMOPT_HAS(kHasHyperparameters, T::hyperparameters());
 EMOPT_HAS_MEMBER(kHasStates, kStates);
 EMOPT_HAS_CONSTANT(kHasConstantStates, are_names(*&T::kStates));
+EMOPT_HAS_MEMBER(kHasStateCodes, kStateCodes);
+EMOPT_HAS_CONSTANT(kHasConstantStateCodes, are_state_codes(*&T::kStateCodes));
 EMOPT_HAS_MEMBER(kHasScalarStates, kScalarStates);
 EMOPT_HAS_CONSTANT(kHasConstantScalarStates, are_scalar_states(*&T::kScalarStates));
 EMOPT_HAS(kAdvances, static_cast<void (T::*)(double)>(&T::advance));
@@ -94,6 +105,12 @@ inline constexpr size_t kStateCount = 0;
 template <class T>
 inline constexpr size_t kStateCount<T, std::void_t<decltype(T::kStates)>> =
     std::extent_v<std::remove_reference_t<decltype(T::kStates)>>;
+
+template <class T, class = void>
+inline constexpr size_t kStateCodeCount = 0;
+template <class T>
+inline constexpr size_t kStateCodeCount<T, std::void_t<decltype(T::kStateCodes)>> =
+    std::extent_v<std::remove_reference_t<decltype(T::kStateCodes)>>;
 
 template <class T, class = void>
 inline constexpr size_t kScalarStateCount = 0;
@@ -276,6 +293,12 @@ struct RuleRequirements {
       " kStates[] = {\"exp_avg\"}; or leave it out if there are no states");
   static_assert(kStateCount<Rule> <= kMaxStates,
                 "kStates has too many names: a rule has at most 5 states");
+  static_assert(!kHasStateCodes<Rule> || kHasConstantStateCodes<Rule>,
+                "kStateCodes is private or not a constant array: write static constexpr StateCode"
+                " kStateCodes[] = {StateCode::kSigned}; or leave it out");
+  static_assert(!kHasStateCodes<Rule> || kStateCodeCount<Rule> == kStateCount<Rule>,
+                "kStateCodes has another length than kStates: list a code for each state,"
+                " StateCode::kNone for one that is not stored in 8 bits");
   static_assert(!kHasScalarStates<Rule> ||
                     (kHasConstantScalarStates<Rule> && kScalarStateCount<Rule> != 0),
                 "kScalarStates is private or not a constant array: write static constexpr"

@@ -75,6 +75,12 @@ inline constexpr const char* const* kStatesOf<Rule, std::void_t<decltype(Rule::k
     Rule::kStates;
 
 template <class Rule, class = void>
+inline constexpr const StateCode* kStateCodesOf = nullptr;
+template <class Rule>
+inline constexpr const StateCode* kStateCodesOf<Rule, std::void_t<decltype(Rule::kStateCodes)>> =
+    Rule::kStateCodes;
+
+template <class Rule, class = void>
 inline constexpr int kLowestStep = 0;
 template <class Rule>
 inline constexpr int kLowestStep<Rule, std::void_t<decltype(Rule::kLowestStep)>> =
@@ -180,6 +186,7 @@ RuleInfo make_info() {
       kLowestStep<Rule>,
       kShapeScale<Rule>,
       kCheck<Rule>,
+      kStateCodesOf<Rule>,
       scalar_states_of<Rule>(),
       static_cast<uint32_t>(kNumScalarStates<Rule>),
       offset_of_scalars<Rule>(),

@@ -19,6 +19,8 @@
 //   double scalars[N]                              needed then: their values before the step
 //   void advance(double step)                      needed then: replaces those by the values after
 //                                                  the step; `Step` may call it, on a copy
+//   static constexpr StateCode kStateCodes[]       (optional) which states optimizers may store as
+//                                                  8-bit codes: an entry for each of kStates
 //
 // and
 //
@@ -149,6 +151,13 @@ constexpr OptionalHyperparameter<Rule> optional_hyperparameter(
 struct ScalarState {
   const char* name;
   double first;
+};
+
+// How a state may be stored as 8-bit codes (engine/codes.h).
+enum class StateCode : uint8_t {
+  kNone,      // not at all
+  kSigned,    // it may have any sign
+  kUnsigned,  // it is never negative
 };
 
 // The position of `step` among the arguments. A rule without it does not depend on the step.

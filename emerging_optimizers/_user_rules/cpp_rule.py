@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _build_cache, _build_output, _dtensor, _native
 from .._build_cache import BuildError, CompilationError
+from .._codes import E4M3, UE5M3
 from .._groups import SHAPE_SCALING
 from .._hyperparameters import Beta, Hyperparameter, NonNegative, WarmupSteps
 from .._operators import USER_NAMESPACE, unused_stem
@@ -39,6 +40,7 @@ from .signature import Signature, check_default, check_first, check_names, make_
 from .user_rule import register
 
 _DOMAINS = {"Beta": Beta, "NonNegative": NonNegative, "float": float, "int": int}
+_CODES = {"signed": E4M3, "unsigned": UE5M3}
 # A message of csrc/engine/rule_requirements.h, by GCC and by Clang.
 _REQUIREMENT = re.compile(
     r".*\brule_requirements\.h\b.*static assertion failed(?: due to requirement '.*')?: (.*)"
@@ -84,6 +86,7 @@ class CppRule(Rule):
             info["states"],
             self.signature.hyperparameters,
             self.signature.scalar_states,
+            self.signature.codes,
         )
         self.title = self.name
         self._lowest_step = info["lowest_step"]
@@ -244,6 +247,7 @@ def _signature(info: Mapping[str, Any], defaults: Mapping[str, Any]) -> Signatur
         defaults=dict(defaults),
         scalar_states=dict(info["scalar_states"]),
         name=info["name"],
+        codes=tuple(_CODES.get(code) for code in info["codes"]),
     )
 
 

@@ -16,7 +16,7 @@ _TAKEN = frozenset(
         r"\w+",
         """
         k which keeps_weight rule step Real Step kCase kName kStates kLowestStep kNumCases compute
-        scalars advance ScalarState kScalarStates
+        scalars advance ScalarState kScalarStates StateCode kStateCodes
         hyperparameters hyperparameter optional_hyperparameter emopt alignas alignof asm auto bitand
         bitor bool case catch char compl concept const consteval constexpr constinit const_cast
         co_await co_return co_yield decltype default delete do double dynamic_cast enum explicit

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._codes import Code, code_of, scale_key
 from .._groups import SHAPE_SCALING
 from .._hyperparameters import (
     Beta,
@@ -39,6 +40,7 @@ _RESERVED = (
     SHAPE_SCALING,
 )
 _DOMAINS = (Beta, NonNegative, float, int)
+_CODED = re.compile(r"\b(Signed|Unsigned)State\b")
 # With any number of items, which the default tells.
 _SEQUENCES = (tuple, list, Sequence)
 
@@ -53,6 +55,7 @@ class Signature(NamedTuple):
         defaults: The defaults of those that have one.
         scalar_states: The scalar states' names and first values.
         name: The rule's name.
+        codes: The formats in which the states may be stored as 8-bit codes; empty if none may be.
     """
 
     grad: str
@@ -61,6 +64,7 @@ class Signature(NamedTuple):
     defaults: dict[str, Any]
     scalar_states: dict[str, float]
     name: str
+    codes: tuple[Code | None, ...] = ()
 
     @property
     def counts_from_1(self) -> bool:
@@ -100,9 +104,11 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     if not tensors:
         raise RuleError("a rule needs a positional parameter, which is the gradient")
     states = tuple(p.name for p in tensors[1:])
+    codes = tuple(_code_of(function, p) for p in tensors[1:])
     if len(states) > MAX_STATES:
         raise RuleError(f"{len(states)} states; at most {MAX_STATES} are supported: split the rule")
     keywords = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    _check_is_no_state(function, tensors[0], keywords)
     scalar_states = {p.name: _first_of(p) for p in keywords if _is_scalar_state(function, p)}
     if len(scalar_states) > MAX_SCALAR_STATES:
         raise RuleError(
@@ -114,7 +120,9 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     if len(scalar_states) + sum(h.length for h in hyperparameters) > _MAX_NUMBERS:
         raise RuleError(f"the hyperparameters have more than {_MAX_NUMBERS} numbers in total")
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-    signature = Signature(tensors[0].name, states, hyperparameters, defaults, scalar_states, name)
+    signature = Signature(
+        tensors[0].name, states, hyperparameters, defaults, scalar_states, name, codes
+    )
     _check_lists(signature)
     return signature
 
@@ -155,6 +163,14 @@ def _check_lists(signature: Signature) -> None:
         raise RuleError(
             f"the hyperparameter {twice} has the name of an operator's argument: rename it"
         )
+    coded = zip(signature.states, signature.codes, strict=False)  # no codes if none may be coded
+    scales = {scale_key(state): state for state, code in coded if code is not None}
+    for name in (*signature.states, *signature.scalar_states):
+        if name in scales:
+            raise RuleError(
+                f"{name} is the key of the scales of {scales[name]}, which may be stored in 8 bits:"
+                " rename it"
+            )
 
 
 def check_name(name: str, what: str) -> None:
@@ -194,6 +210,43 @@ def _is_scalar_state(function: Callable[..., Any], parameter: inspect.Parameter)
         return _resolve(function, parameter) is ScalarState
     except RuleError:
         return False  # `_read` reports it, if the annotation is needed
+
+
+def _code_of(function: Callable[..., Any], parameter: inspect.Parameter) -> Code | None:
+    """Return the format in which a state may be stored as 8-bit codes."""
+    try:
+        annotation = _resolve(function, parameter)
+    except RuleError as error:
+        # Other types of tensors need not be there when the rule is defined.
+        if isinstance(parameter.annotation, str) and _CODED.search(parameter.annotation):
+            raise RuleError(
+                f"{error}: import SignedState and UnsignedState where the rule is defined, not only"
+                " for type checkers"
+            ) from error
+        return None
+    if any(code_of(part) for part in typing.get_args(annotation)):
+        raise RuleError(
+            f"{parameter.name}: a state is one tensor: annotate it with SignedState or"
+            " UnsignedState alone"
+        )
+    return code_of(annotation)
+
+
+def _check_is_no_state(
+    function: Callable[..., Any], grad: inspect.Parameter, keywords: Sequence[inspect.Parameter]
+) -> None:
+    """Raise for what is annotated as a state, and is none."""
+    if _code_of(function, grad) is not None:
+        raise RuleError(
+            f"{grad.name} is the gradient, which is not stored: annotate the states only, which"
+            " come after it"
+        )
+    for p in keywords:
+        if _code_of(function, p) is not None:
+            raise RuleError(
+                f"{p.name} is keyword-only, so it is a hyperparameter, and SignedState and"
+                " UnsignedState are types of states: write states before `*`"
+            )
 
 
 def _first_of(parameter: inspect.Parameter) -> float:

@@ -70,7 +70,11 @@ class UserRule(Rule):
         self._is_only_on_gpus = False
         signature = trace.signature
         self._describe(
-            signature.name, signature.states, signature.hyperparameters, signature.scalar_states
+            signature.name,
+            signature.states,
+            signature.hyperparameters,
+            signature.scalar_states,
+            signature.codes,
         )
         self.title = self.name
         self._lowest_step = 1 if signature.counts_from_1 else 0

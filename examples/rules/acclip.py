@@ -10,8 +10,8 @@ import emerging_optimizers as eo
 @eo.rule
 def acclip(
     grad,
-    exp_avg,
-    exp_avg_abs,
+    exp_avg: eo.SignedState,
+    exp_avg_abs: eo.UnsignedState,
     *,
     betas=(0.9, 0.99),
     eps=1e-5,

@@ -12,8 +12,8 @@ import emerging_optimizers as eo
 @eo.rule
 def adabelief(
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_var: Tensor,
+    exp_avg: eo.SignedState,
+    exp_avg_var: eo.UnsignedState,
     *,
     betas: tuple[eo.Beta, eo.Beta] = (0.9, 0.999),
     eps: eo.NonNegative = 1e-16,

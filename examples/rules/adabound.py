@@ -13,7 +13,15 @@ import emerging_optimizers as eo
 
 @eo.rule
 def adabound(
-    grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-8, final_scale=100.0, gamma=1e-3, step
+    grad,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    final_scale=100.0,
+    gamma=1e-3,
+    step,
 ):
     """Return the average of the gradients times a step size within the bounds."""
     beta1, beta2 = betas

@@ -7,7 +7,14 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def adadelta(grad, square_avg, acc_delta, *, rho: eo.Beta = 0.9, eps: eo.NonNegative = 1e-6):
+def adadelta(
+    grad,
+    square_avg: eo.UnsignedState,
+    acc_delta: eo.UnsignedState,
+    *,
+    rho: eo.Beta = 0.9,
+    eps: eo.NonNegative = 1e-6,
+):
     """Return the gradient times the RMS of the updates so far over that of the gradients."""
     square_avg.mul_(rho).addcmul_(grad, grad, value=1 - rho)
     delta = (acc_delta + eps).sqrt() / (square_avg + eps).sqrt() * grad

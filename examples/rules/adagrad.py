@@ -8,7 +8,14 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def adagrad(grad, sum_sq, *, lr_decay: eo.NonNegative = 0.0, eps: eo.NonNegative = 1e-10, step):
+def adagrad(
+    grad,
+    sum_sq: eo.UnsignedState,
+    *,
+    lr_decay: eo.NonNegative = 0.0,
+    eps: eo.NonNegative = 1e-10,
+    step,
+):
     """Return the normalized gradient over ``1 + (step - 1) * lr_decay``."""
     sum_sq.addcmul_(grad, grad)
     slower = 1 + (step - 1) * lr_decay

@@ -10,7 +10,9 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def adamax(grad, exp_avg, exp_inf, *, betas=(0.9, 0.999), eps=1e-8, step):
+def adamax(
+    grad, exp_avg: eo.SignedState, exp_inf: eo.UnsignedState, *, betas=(0.9, 0.999), eps=1e-8, step
+):
     """Return the average of gradients over their decaying maximum."""
     beta1, beta2 = betas
     exp_avg = torch.lerp(exp_avg, grad, 1 - beta1)

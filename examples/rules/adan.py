@@ -13,9 +13,10 @@ import emerging_optimizers as eo
 @eo.rule
 def adan(
     grad,
-    exp_avg,
-    exp_avg_diff,
-    exp_avg_sq,
+    exp_avg: eo.SignedState,
+    exp_avg_diff: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    # Not in 8 bits: gradients may differ by less than that would round off.
     previous_grad,
     *,
     betas: tuple[eo.Beta, eo.Beta, eo.Beta] = (0.98, 0.92, 0.99),

@@ -8,7 +8,15 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def adopt(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.9999), eps=1e-6, step):
+def adopt(
+    grad,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    *,
+    betas=(0.9, 0.9999),
+    eps=1e-6,
+    step,
+):
     """Return the average of the clipped, normalized gradients; the first step only measures."""
     beta1, beta2 = betas
     if step == 1:

@@ -9,7 +9,15 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def cautious_adam(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-8, step):
+def cautious_adam(
+    grad,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    step,
+):
     """Return Adam's update where it has the gradient's sign, and 0 elsewhere."""
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)

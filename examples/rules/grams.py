@@ -8,7 +8,15 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def grams(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-6, step):
+def grams(
+    grad,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    step,
+):
     """Return the absolute value of Adam's update with the gradient's sign."""
     beta1, beta2 = betas
     exp_avg += (1 - beta1) * (grad - exp_avg)

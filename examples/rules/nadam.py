@@ -11,8 +11,8 @@ import emerging_optimizers as eo
 @eo.rule
 def nadam(
     grad,
-    exp_avg,
-    exp_avg_sq,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
     *,
     betas=(0.9, 0.999),
     eps=1e-8,

@@ -8,7 +8,7 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def nesterov_sgd(grad, buffer, *, momentum: eo.Beta = 0.9, nesterov: bool = True):
+def nesterov_sgd(grad, buffer: eo.SignedState, *, momentum: eo.Beta = 0.9, nesterov: bool = True):
     """Return the accumulated gradients, with Nesterov momentum one step ahead."""
     buffer.mul_(momentum).add_(grad)
     if nesterov:

@@ -11,7 +11,15 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def radam(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-8, step):
+def radam(
+    grad,
+    exp_avg: eo.SignedState,
+    exp_avg_sq: eo.UnsignedState,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    step,
+):
     """Return Adam's update times the rectification, or the average alone in early steps."""
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)

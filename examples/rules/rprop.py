@@ -11,7 +11,15 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def rprop(grad, previous_grad, step_size, *, etas=(0.5, 1.2), limits=(1e-4, 5e3), step):
+def rprop(
+    grad,
+    previous_grad: eo.SignedState,
+    step_size: eo.UnsignedState,
+    *,
+    etas=(0.5, 1.2),
+    limits=(1e-4, 5e3),
+    step,
+):
     """Return the gradient's sign times the step size; 0 where the sign has changed."""
     if step == 1:
         step_size = step_size + 1

@@ -8,7 +8,7 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def tiger(grad, exp_avg, *, beta: eo.Beta = 0.965):
+def tiger(grad, exp_avg: eo.SignedState, *, beta: eo.Beta = 0.965):
     """Return the sign of the average of the gradients."""
     exp_avg.mul_(beta).add_(grad, alpha=1 - beta)
     return exp_avg.sign()

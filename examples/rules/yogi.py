@@ -10,7 +10,9 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def yogi(grad, exp_avg, exp_avg_sq, *, betas=(0.9, 0.999), eps=1e-3):
+def yogi(
+    grad, exp_avg: eo.SignedState, exp_avg_sq: eo.UnsignedState, *, betas=(0.9, 0.999), eps=1e-3
+):
     """Return the average of the gradients over the root of Yogi's second moment."""
     beta1, beta2 = betas
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad

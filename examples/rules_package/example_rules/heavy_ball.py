@@ -4,7 +4,7 @@ import emerging_optimizers as eo
 
 
 @eo.rule
-def heavy_ball(grad, velocity, *, momentum: eo.Beta = 0.9):
+def heavy_ball(grad, velocity: eo.SignedState, *, momentum: eo.Beta = 0.9):
     """Return the sum of all gradients, older ones with less weight."""
     velocity.mul_(momentum).add_(grad)
     return velocity

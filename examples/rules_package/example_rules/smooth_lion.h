@@ -13,6 +13,7 @@ namespace emopt {
 struct SmoothLion {
   static constexpr const char* kName = "smooth_lion";
   static constexpr const char* kStates[] = {"exp_avg"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned};
 
   double betas[2];
   double temperature;
