@@ -53,6 +53,16 @@ def code_in(rule: GroupRule, name: str) -> Code | None:
     return dict(zip(rule.state_names, rule.rule.codes, strict=True)).get(name)
 
 
+def check_filter(function: Any) -> Any:
+    """Return a `state_dtype_filter`, if it is one."""
+    if function is not None and not callable(function):
+        raise TypeError(
+            "state_dtype_filter must be a function of a parameter's name and the parameter, not"
+            f" {type(function).__name__}"
+        )
+    return function
+
+
 def read_filter(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     """Ask for each parameter of a new group whether its states may be codes."""
     names = group.get("param_names") or [None] * len(group["params"])

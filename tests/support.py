@@ -381,7 +381,7 @@ def assert_close_to_oracle(
 
 def has_equal_bits(a: Tensor, b: Tensor) -> Tensor:
     """Where two tensors have the same bits, or both have a NaN."""
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
     bits_a, bits_b = (t.detach().contiguous().view(integer) for t in (a, b))
     return (bits_a == bits_b) | (a.isnan() & b.isnan())
 
