@@ -63,6 +63,16 @@ def names_with_codes(optimizer: BaseOptimizer, *rules: GroupRule) -> set[str]:
     }
 
 
+def check_filter(function: Any) -> Any:
+    """Return a `state_dtype_filter`, if it is one."""
+    if function is not None and not callable(function):
+        raise TypeError(
+            "state_dtype_filter must be a function of a parameter's name and the parameter, not"
+            f" {type(function).__name__}"
+        )
+    return function
+
+
 def read_filter(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     """Ask for each parameter of a new group whether its states may be codes."""
     names = group.get("param_names") or [None] * len(group["params"])

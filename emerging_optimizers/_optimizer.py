@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._base import BaseOptimizer, hook_of, members_of
 from ._checkpoint import before_load, finish_state_dict, settle
-from ._coded_states import read_filter
+from ._coded_states import check_filter, read_filter
 from ._groups import check_group, flags_of, read_group_flag
 from ._states import complete
 from ._step import run_step
@@ -120,7 +120,7 @@ class ScalarOptimizer(BaseOptimizer):
             self, params: ParamsT, hyperparameters: dict[str, Any], options: SharedOptions
         ) -> None:
             own = dict(options)
-            self._state_dtype_filter = own.pop("state_dtype_filter", None)
+            self._state_dtype_filter = check_filter(own.pop("state_dtype_filter", None))
             self._filtered = {}
             for name in own:
                 if name not in self._option_defaults:
@@ -145,12 +145,21 @@ class ScalarOptimizer(BaseOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; missing keys take the defaults."""
         if isinstance(param_group, dict):
+            if "state_dtype_filter" in param_group:
+                raise TypeError(
+                    "state_dtype_filter is an argument of the optimizer, not of a group: it is"
+                    " called for the parameters of all groups"
+                )
             where = f"param_groups[{len(self.param_groups)}]"
             check_group(self, {**self.defaults, **param_group}, where, is_new=True)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._state_dtype_filter is not None:
-            read_filter(self, group)
+            try:
+                read_filter(self, group)
+            except BaseException:
+                self.param_groups.pop()
+                raise
         for name in flags_of(self, group):
             group[name] = read_group_flag(group, name)  # numpy's are not for state dicts
         hook = hook_of(self, group)
@@ -317,3 +326,4 @@ class ScalarOptimizer(BaseOptimizer):
         """Take what was pickled, copied or loaded; of an older version, too."""
         settle(self, state)  # first, because it can fail
         super().__setstate__(state)
+        self.__dict__.setdefault("_filtered", {})
