@@ -21,7 +21,7 @@ from emerging_optimizers._codes import (
     encode,
     scale_shape,
 )
-from emerging_optimizers._rounding import random_bits, rounding_key
+from emerging_optimizers._rounding import rounding_key, state_bits
 
 pytestmark = [
     pytest.mark.on_devices("tests-states"),
@@ -317,7 +317,7 @@ def test_mean(code: Code, largest: float) -> None:
     # Positive numbers below the smallest unsigned code become that code.
     is_unbiased = (numbers >= smallest_normal / 8) | code.is_signed
     assert is_unbiased.any()
-    bits = random_bits(rounding_key(0, 3, 5), torch.arange(count * GROUP).view(count, GROUP))
+    bits = state_bits(rounding_key(0, 3, 5), torch.arange(count * GROUP).view(count, GROUP))
     for state in (0, 1):
         noise = code_noise(bits, state)
         got = decode(*encode(numbers.expand(count, GROUP), code, noise), code).double()
@@ -353,9 +353,45 @@ def test_noise() -> None:
         assert code_seed(state) == state // 2
     assert code_noise(bits, 0).dtype == torch.int32
     # Two states share the bits of an element, but not the same ones.
-    many = random_bits(rounding_key(0, 0, 1), torch.arange(100_000))
+    many = state_bits(rounding_key(0, 0, 1), torch.arange(100_000))
     pair = torch.stack([code_noise(many, 0), code_noise(many, 1)]).double()
     assert torch.corrcoef(pair)[0, 1].abs() < 5 / math.sqrt(100_000)
+
+
+@pytest.mark.once
+def test_bits_are_independent() -> None:
+    """Of elements, steps and parameters; each bit is 1 in half of the cases."""
+    count = 1 << 16
+    index = torch.arange(count)
+    keys = [rounding_key(0, position, step) for position in (0, 1) for step in (1, 2, 1000)]
+    rows = torch.stack([state_bits(key, index) for key in keys])
+    of_bits = (rows.unsqueeze(-1) >> torch.arange(32)) & 1
+    assert (of_bits.double().mean((0, 1)) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(rows.numel())
+    limit = 5 / math.sqrt(count)
+    halves = torch.cat([rows & 0xFFFF, rows >> 16]).double()
+    assert torch.corrcoef(halves).fill_diagonal_(0).abs().max() < limit
+    for distance in (1, 2, 31, 32, 4096):
+        for row in halves:
+            pair = torch.stack([row[:-distance], row[distance:]])
+            assert torch.corrcoef(pair)[0, 1].abs() < limit
+    # An element's bits over the steps, which one parameter sees.
+    steps = torch.stack([state_bits(rounding_key(0, 5, t), index[:64]) for t in range(1, 4097)])
+    series = (steps & 0xFFFF).double()
+    for distance in (1, 2, 3):
+        moved = (series[distance:] - 32767.5) * (series[:-distance] - 32767.5)
+        assert (moved.mean(0) / (65536**2 / 12)).abs().max() < 5 / math.sqrt(4096)
+    # Beyond 2^32 elements, others.
+    assert not torch.equal(state_bits(keys[0], index + 2**32), rows[0])
+
+
+@pytest.mark.once
+def test_bits_by_definition() -> None:
+    key, index = rounding_key(1, 2, 3), (5 << 32) + 77
+    low, high = key % 2**32, (key >> 32) + 0x9E3779B9 * 5
+    x = 77 ^ low
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+    x = ((x ^ (x >> 15) ^ (high % 2**32)) * 0x846CA68B) % 2**32
+    assert state_bits(key, torch.tensor([index])).tolist() == [x ^ (x >> 16)]
 
 
 def test_annotations() -> None:

@@ -56,3 +56,13 @@ inline uint32_t random_bits(uint64_t key, uint64_t index) {
   const uint64_t block = (key / kModulus + 0x9E3779B9 * (index / kModulus)) % kModulus;
   return static_cast<uint32_t>(hashed(hashed((index ^ key) % kModulus) ^ block));
 }
+
+// Those for the rounding of states.
+inline uint32_t state_bits(uint64_t key, uint64_t index) {
+  constexpr uint64_t kModulus = uint64_t{1} << 32;
+  const uint64_t block = (key / kModulus + 0x9E3779B9 * (index / kModulus)) % kModulus;
+  uint64_t x = (index ^ key) % kModulus;
+  x = (x ^ x / 65536) * 0x7FEB352D % kModulus;
+  x = (x ^ x / 32768 ^ block) * 0x846CA68B % kModulus;
+  return static_cast<uint32_t>(x ^ x / 65536);
+}

@@ -29,6 +29,13 @@ bool is_nan_code(uint8_t code) {
   return (code & ~Format::kSign) == Format::kNaN;
 }
 
+template <class Format>
+uint8_t encode_byte(float x, float reciprocal_of_scale, uint32_t noise) {
+  const uint32_t code = Format::encode(x, reciprocal_of_scale, noise);
+  CHECK(code < 256);
+  return static_cast<uint8_t>(code);
+}
+
 // ---- the definition -----------------------------------------------------------------------------
 
 template <class Format>
@@ -138,7 +145,7 @@ void check_encode() {
     check_scale<Format>(numbers, scale);
     for (const float x : numbers) {
       const uint32_t noise = any_noise(random);
-      const uint8_t code = Format::encode(x, reciprocal_of_scale(scale), noise);
+      const uint8_t code = encode_byte<Format>(x, reciprocal_of_scale(scale), noise);
       const uint32_t wanted = encoded_by_definition<Format>(x, scale, noise);
       // The sign of a NaN is not defined.
       CHECK(std::isnan(x) ? is_nan_code<Format>(code) : code == wanted);
@@ -156,7 +163,7 @@ void check_codes_stay() {
       if (std::isinf(x)) continue;  // beyond float32
       for (const uint32_t random : {0U, ~0U, 0x7fff8000U}) {
         const uint32_t noise = code_noise(0, random);
-        const uint8_t again = Format::encode(x, reciprocal_of_scale(scale), noise);
+        const uint8_t again = encode_byte<Format>(x, reciprocal_of_scale(scale), noise);
         CHECK(std::isnan(x) ? is_nan_code<Format>(again) : again == code);
       }
     }
@@ -210,8 +217,8 @@ void check_loops(cpu::Isa isa, DType dtype) {
           CHECK(coded.scales[static_cast<size_t>((offset + begin) / kGroup)] == scale);
           for (size_t i = 0; i < group.size(); ++i) {
             const size_t at = static_cast<size_t>(begin) + i;
-            const uint8_t wanted = Format::encode(group[i], reciprocal_of_scale(scale),
-                                                  code_noise(state, noise[shift + at]));
+            const uint8_t wanted = encode_byte<Format>(group[i], reciprocal_of_scale(scale),
+                                                       code_noise(state, noise[shift + at]));
             const uint8_t got = coded.codes[static_cast<size_t>(offset) + at];
             CHECK(got == wanted || (is_nan_code<Format>(got) && is_nan_code<Format>(wanted)));
           }
@@ -238,8 +245,8 @@ void check_fill_random(cpu::Isa isa) {
     const uint64_t key = rounding_key(1, 5, 17);
     for (const int64_t n : {1, 31, 32, 100, 128}) {
       std::vector<uint32_t> bits(static_cast<size_t>(n));
-      cpu::conversions<float>(isa).fill_random(bits.data(), {key, index}, n);
-      for (size_t i = 0; i < bits.size(); ++i) CHECK(bits[i] == random_bits(key, index + i));
+      cpu::conversions<float>(isa).fill_random(bits.data(), key, index, n);
+      for (size_t i = 0; i < bits.size(); ++i) CHECK(bits[i] == state_bits(key, index + i));
     }
   }
 }
@@ -301,9 +308,10 @@ struct CodedRow {
       coded[s].scales[static_cast<size_t>(begin / kGroup)] = static_cast<uint8_t>(scale);
       for (size_t i = 0; i < group.size(); ++i) {
         const size_t at = static_cast<size_t>(begin) + i;
-        const uint32_t bits = random_bits(key, first_index + at);
+        const uint32_t bits = state_bits(key, first_index + at);
         const uint32_t half = s % 2 == 0 ? bits % 65536 : bits / 65536;
-        coded[s].codes[at] = Format::encode(group[i], reciprocal_of_scale(scale), half * 16 + 8);
+        const float reciprocal = reciprocal_of_scale(scale);
+        coded[s].codes[at] = encode_byte<Format>(group[i], reciprocal, half * 16 + 8);
       }
     }
   }
