@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from emerging_optimizers import Adam, AdamW, Lion, Signum
 from emerging_optimizers._codes import code_noise, decode, encode, scale_key
 from emerging_optimizers._native import native
-from emerging_optimizers._rounding import random_bits, rounding_key
+from emerging_optimizers._rounding import state_bits, rounding_key
 
 pytestmark = pytest.mark.usefixtures("_no_other_device")
 
@@ -85,7 +85,7 @@ def codes_of(setup: Setup) -> Mapping[str, Any]:
 def expected_codes(values: Tensor, code: Any, k: int, position: int, step: int) -> Any:
     """The codes of a rule's k-th state after a step, and their scales."""
     index = torch.arange(values.numel()).view(values.shape)
-    bits = random_bits(rounding_key(k // 2, position, step), index)
+    bits = state_bits(rounding_key(k // 2, position, step), index)
     return encode(values, code, code_noise(bits, k))
 
 
