@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from emerging_optimizers import Adam, AdamW, Lion, Signum
 from emerging_optimizers._codes import code_noise, decode, encode, scale_key
 from emerging_optimizers._native import native
-from emerging_optimizers._rounding import state_bits, rounding_key
+from emerging_optimizers._rounding import rounding_key, state_bits
 
 pytestmark = pytest.mark.usefixtures("_no_other_device")
 
