@@ -112,6 +112,7 @@ bench: $(INSTALLED)  ## Measure functions, optimizers and clipping, also distrib
 	$(PY) benchmarks/bench_rules.py --json build/bench_rules.json
 	$(PY) benchmarks/bench_interpreter.py --json build/bench_interpreter.json
 	$(PY) benchmarks/bench_clipping.py --json build/bench_clipping.json
+	$(PY) benchmarks/bench_coded_states.py --json build/bench_coded_states.json
 
 # For machines without network: uses only the packages that are installed.
 # make gpu-check GPU_CHECK_ARGS="--only build,bits"

@@ -40,6 +40,16 @@ CLIPPING = {
 }
 
 
+CODED = {
+    "torchao 8-bit": "torchao's `AdamW8bit`",
+    "bitsandbytes 8-bit": "bitsandbytes' `AdamW8bit`",
+    "torch fused, float32": "`torch.optim.AdamW(fused=True)`, float32",
+    "float32": "`AdamW`, float32",
+    "8-bit, bfloat16, split masters": "`AdamW`, 8-bit, bfloat16 parameters with split masters",
+}
+CODED_SHAPES = {"gpt2": "GPT-2 small", "1000x64x64": "1000 of 64 x 64"}
+
+
 def substitutions() -> dict[str, str]:
     """Return the pieces of the page, by their names in it."""
     functions = _read("functions-cpu.json")
@@ -48,6 +58,7 @@ def substitutions() -> dict[str, str]:
     rules = _read("rules-cpu.json")
     interpreter = _read("interpreter-cpu.json")
     clipping = _read("clipping-cpu.json")
+    coded = _read("coded-states-cpu.json")
     offsets = _read("offsets-cpu.json")
     return {
         "functions_caption": _caption(functions, "functions-cpu.json"),
@@ -55,6 +66,9 @@ def substitutions() -> dict[str, str]:
         "optimizers_caption": _caption(optimizers, "optimizers-cpu.json"),
         "optimizers_table": _ratios(_of_adam(optimizers), OPTIMIZERS),
         "optimizers_missed": _missed(optimizers["targets"]),
+        "coded_caption": _caption(coded, "coded-states-cpu.json"),
+        "coded_table": _coded(coded["figures"]),
+        "coded_missed": _missed(coded["targets"]),
         "clipping_caption": _caption(clipping, "clipping-cpu.json"),
         "clipping_table": _ratios(clipping["figures"], CLIPPING),
         "offsets_caption": _caption(offsets, "offsets-cpu.json"),
@@ -122,6 +136,20 @@ def _ratios(figures: list[dict[str, Any]], contenders: dict[str, str]) -> str:
         for name, title in contenders.items()
     ]
     return _table(["", *columns.values()], rows)
+
+
+def _coded(figures: list[dict[str, Any]]) -> str:
+    """Return a table of how many times as long as with 8-bit states a step takes."""
+    times = {
+        (f["contender"], f["shape"]): _round(f["times_8bit"]["median"])
+        for f in figures
+        if f["times_8bit"] is not None
+    }
+    rows = [
+        [title, *(times.get((name, shape), "") for shape in CODED_SHAPES)]
+        for name, title in CODED.items()
+    ]
+    return _table(["", *CODED_SHAPES.values()], rows)
 
 
 def _offsets(figures: list[dict[str, Any]]) -> str:
