@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _coded_states
 from ._base import BaseOptimizer, members_of
-from ._coded_states import convert
 from ._counters import check_complete, check_count, is_absent, new_counter, split_counters
 from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
@@ -141,6 +141,7 @@ def _check_state(optimizer: BaseOptimizer, member: Member, saved: dict[str, Any]
         for name in member.rule.state_names:
             if not is_absent(state.get(name)):
                 check_tensor(member, name, is_loaded=True)
+                _coded_states.check_not_cast(optimizer, saved, member, name)
         if has_master(group, member.param) and not is_absent(state.get(MASTER)):
             check_tensor(member, MASTER, is_loaded=True)
             check_not_cast(saved, member)
@@ -229,7 +230,7 @@ def _settle_state(
                 dtype = None  # codes
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if is_loaded:
-        convert(optimizer, group, param, state)
+        _coded_states.convert(optimizer, group, param, state)
     if not has_master(group, param):
         state.pop(MASTER, None)  # no step would update it
         master = optimizer._new_master(group, param)

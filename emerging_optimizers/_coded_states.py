@@ -14,6 +14,7 @@ from ._members import Member, find_param
 from ._rounding import rounding_key, state_bits, store
 from ._rule import GroupRule
 from ._sharding import ShardPlace, shard_place
+from ._values import read
 from ._weights import local_shard
 
 EIGHT_BIT = "8bit"
@@ -181,6 +182,37 @@ def noise_of(member: Member, state: int, position: int, step: int) -> Tensor:
     index = torch.arange(local.numel(), dtype=torch.int64, device=local.device)
     bits = state_bits(key, index.add_(place.first_index).view(local.shape))
     return code_noise(bits, state)
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def check_not_cast(
+    optimizer: BaseOptimizer, saved: Mapping[str, Any], member: Member, name: str
+) -> None:
+    """Raise for a loaded state whose values are codes.
+
+    ``torch.distributed.checkpoint`` casts what it loads, without a word.
+
+    Args:
+        optimizer: The optimizer.
+        saved: The group that was saved.
+        member: The parameter, with its loaded state.
+        name: The state's key.
+    """
+    value = member.state[name]
+    if option_of({"state_dtype": None, **saved}, name) != EIGHT_BIT or not (
+        value.is_floating_point() and has_groups(optimizer, member.param)
+    ):
+        return
+    values = local_shard(value).float()
+    # No averages are like that.
+    is_cast = (values == values.clamp(0, 255).round()).all() & (values > 1).any()
+    if read(is_cast, 0.0):
+        raise ValueError(
+            f"state {name!r} has 8-bit codes that were cast to {value.dtype}: load with"
+            ' state_dtype="8bit", as they were saved, and pass the state dict of that optimizer'
+        )
 
 
 # ---- converting ----------------------------------------------------------------------------------

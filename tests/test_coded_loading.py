@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,12 @@ import torch
 from optimizers import SETUPS, Setup, assert_same, contents, make_params, run, set_grads
 from support import assert_equal_bits
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from emerging_optimizers import AdamW, Lion, ScalarOptimizer
 from emerging_optimizers._codes import E4M3, UE5M3, decode, scale_key
@@ -514,3 +521,54 @@ def test_scales_in_a_gradient(fused: bool | None) -> None:
     with pytest.raises(ValueError, match=r"'exp_avg_scale' of .* shares memory with the gradient"):
         optimizer.step()
     assert_same(contents(optimizer), before)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_cast_codes_are_refused(is_flat: bool, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """What `torch.distributed.checkpoint` makes of codes, if it loads them as numbers."""
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    models = [nn.Linear(128, 40) for _ in range(3)]
+    saved, wide, coded = (
+        AdamW(model.parameters(), lr=0.01, state_dtype=state_dtype)
+        for model, state_dtype in zip(models, ("8bit", dtype, "8bit"), strict=True)
+    )
+    run(saved, list(models[0].parameters()), [1, 2, 3])
+    saved.zero_grad()
+    checkpoint.save(
+        get_optimizer_state_dict(models[0], saved, options=options), checkpoint_id=tmp_path
+    )
+    for model, other in zip(models[1:], (wide, coded), strict=True):
+        model.load_state_dict(models[0].state_dict())
+        loaded = get_optimizer_state_dict(model, other, options=options)
+        checkpoint.load(loaded, checkpoint_id=tmp_path)
+        if other is wide:
+            before = copy.deepcopy(other.state_dict())
+            with pytest.raises(ValueError, match=r"'exp_avg' has 8-bit codes that were cast to"):
+                set_optimizer_state_dict(model, other, loaded, options=options)
+            assert_same(list(tensors_in(other.state_dict())), list(tensors_in(before)))
+        else:
+            set_optimizer_state_dict(model, other, loaded, options=options)
+    # As the error says.
+    wide.load_state_dict(copy.deepcopy(coded.state_dict()))
+    for key in KEYS:
+        param, other_param = models[0].weight, models[1].weight
+        wanted = decode(saved.state[param][key], saved.state[param][scale_key(key)], CODES[key])
+        assert_equal_bits(wide.state[other_param][key], wanted.to(dtype or F32), key)
+
+
+def tensors_in(saved: dict[str, Any]) -> list[Tensor]:
+    return [v for state in saved["state"].values() for v in state.values()]
+
+
+def test_whole_numbers_are_no_codes() -> None:
+    """Float32 states of an optimizer that had 8-bit states before may have any value."""
+    optimizer, params = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for value in (0.0, 1.0, 300.0, 2.5):
+        saved["state"][0]["exp_avg"] = torch.full_like(params[0], value)
+        other = AdamW(params)
+        other.load_state_dict(copy.deepcopy(saved))
+        assert (other.state[params[0]]["exp_avg"] == value).all()
