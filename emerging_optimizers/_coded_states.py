@@ -13,7 +13,7 @@ from ._dtensor import is_dtensor
 from ._members import Member, find_param
 from ._rounding import rounding_key, state_bits, store
 from ._rule import GroupRule
-from ._sharding import ShardPlace, shard_place
+from ._sharding import StatePlace, state_place
 from ._values import read
 from ._weights import local_shard
 
@@ -177,9 +177,13 @@ def noise_of(member: Member, state: int, position: int, step: int) -> Tensor:
         step: The parameter's step number.
     """
     local = local_shard(member.param)
-    place = shard_place(member.param) if is_dtensor(member.param) else ShardPlace(0, 0)
+    place = StatePlace(0, 0, 0, 0)
+    if is_dtensor(member.param):
+        place = state_place(member.param)
     key = rounding_key(code_seed(state), place.number << 32 | position, step)
     index = torch.arange(local.numel(), dtype=torch.int64, device=local.device)
+    if place.width:
+        index = index // place.width * place.stride + index % place.width
     bits = state_bits(key, index.add_(place.first_index).view(local.shape))
     return code_noise(bits, state)
 

@@ -21,6 +21,22 @@ class ShardPlace(NamedTuple):
     first_index: int
 
 
+class StatePlace(NamedTuple):
+    """The same for 8-bit states, whose groups of elements lie in rows.
+
+    Args:
+        number: 0 if the shard is contiguous in its parameter or a block of a matrix; else as above.
+        first_index: The index of the shard's first element, unless the number is 1 or more.
+        width: The length of a block's rows; 0 if the shard is no block.
+        stride: The length of the parameter's rows, if the shard is a block.
+    """
+
+    number: int
+    first_index: int
+    width: int
+    stride: int
+
+
 def shard_place(param: Any) -> ShardPlace:
     """Return the place of this process's shard of a DTensor; it is the same for each replica."""
     local = param.to_local()
@@ -38,6 +54,24 @@ def shard_place(param: Any) -> ShardPlace:
     )
     # Complex numbers are updated as pairs of real ones.
     return place._replace(first_index=2 * place.first_index) if param.is_complex() else place
+
+
+def state_place(param: Any) -> StatePlace:
+    """Return the place of this process's shard of a DTensor with 8-bit states."""
+    number, first_index = shard_place(param)
+    local = param.to_local()
+    first = None
+    if number != 0 and param.is_contiguous() and local.is_contiguous():
+        first = _first_index_of_block(
+            tuple(param.shape),
+            tuple(local.shape),
+            tuple(param.device_mesh.shape),
+            tuple(param.device_mesh.get_coordinate()),
+            tuple(param.placements),
+        )
+    if first is None:
+        return StatePlace(number, first_index, 0, 0)
+    return StatePlace(0, first, local.shape[-1], param.shape[-1])
 
 
 @functools.cache
@@ -70,16 +104,9 @@ def _first_index(
     placements: Sequence[Any],
 ) -> int | None:
     """Return the index of a shard's first element in the parameter; None if it has gaps there."""
-    ranges = [[range(size)] for size in shape]
-    for placement, size, at in zip(placements, mesh_shape, coordinate, strict=True):
-        if placement.is_replicate():
-            continue
-        dim = getattr(placement, "dim", None)
-        if dim is None:
-            return None
-        # The strided placement of FSDP2 with tensor parallelism shards each of several pieces.
-        pieces = _chunks(ranges[dim], getattr(placement, "split_factor", 1))
-        ranges[dim] = [r for piece in pieces for r in _chunks(piece, size)[at]]
+    ranges = _ranges(shape, mesh_shape, coordinate, placements)
+    if ranges is None:
+        return None
     if [sum(map(len, r)) for r in ranges] != list(local_shape):
         return None  # an unknown kind of placement
     order = sorted(range(len(shape)), key=lambda dim: -strides[dim])
@@ -96,6 +123,47 @@ def _first_index(
     for dim in order:
         first = first * shape[dim] + ranges[dim][0].start
     return first
+
+
+@functools.cache
+def _first_index_of_block(
+    shape: tuple[int, ...],
+    local_shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+) -> int | None:
+    """Return the index of the first element, if only the first and the last dimension are cut."""
+    ranges = _ranges(shape, mesh_shape, coordinate, placements)
+    if ranges is None or [sum(map(len, r)) for r in ranges] != list(local_shape):
+        return None
+    has_gaps = any(a.stop != b.start for pieces in ranges for a, b in pairwise(pieces))
+    if has_gaps or shape[1:-1] != local_shape[1:-1]:
+        return None
+    first = 0
+    for size, pieces in zip(shape, ranges, strict=True):
+        first = first * size + pieces[0].start
+    return first
+
+
+def _ranges(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Any],
+) -> list[list[range]] | None:
+    """Return the indices that a shard has, by dimension; None for an unknown kind of placement."""
+    ranges = [[range(size)] for size in shape]
+    for placement, size, at in zip(placements, mesh_shape, coordinate, strict=True):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if dim is None:
+            return None
+        # The strided placement of FSDP2 with tensor parallelism shards each of several pieces.
+        pieces = _chunks(ranges[dim], getattr(placement, "split_factor", 1))
+        ranges[dim] = [r for piece in pieces for r in _chunks(piece, size)[at]]
+    return ranges
 
 
 def _chunks(ranges: Sequence[range], count: int) -> list[list[range]]:

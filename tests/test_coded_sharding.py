@@ -21,6 +21,11 @@ def test_other_placements(tmp_path: Path) -> None:
     launch("coded_workers.place_otherwise", 2, tmp_path)
 
 
+@needs_native
+def test_blocks(tmp_path: Path) -> None:
+    launch("coded_workers.place_blocks", 4, tmp_path)
+
+
 def test_checkpoints_of_other_world_sizes(tmp_path: Path) -> None:
     launch("coded_workers.save_checkpoints", 4, tmp_path)
     for world_size in (2, 1):

@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 namespace emopt {
@@ -166,6 +167,13 @@ inline std::pair<uint64_t, uint64_t> shard_place(PyObject* tensor) {
   static const auto* const function =
       new py::object(py::module_::import("emerging_optimizers._sharding").attr("shard_place"));
   return (*function)(py::handle(tensor)).cast<std::pair<uint64_t, uint64_t>>();
+}
+
+// The same for 8-bit states, and a block's width and stride (operands.h).
+inline std::tuple<uint64_t, uint64_t, int64_t, int64_t> state_place(PyObject* tensor) {
+  static const auto* const function =
+      new py::object(py::module_::import("emerging_optimizers._sharding").attr("state_place"));
+  return (*function)(py::handle(tensor)).cast<std::tuple<uint64_t, uint64_t, int64_t, int64_t>>();
 }
 
 }  // namespace emopt

@@ -187,7 +187,14 @@ class RowCollector {
       }
     }
     if (is_split && row.device != kHost && row.compute == DType::kFloat64) return false;
-    if (c.is_distributed && (options_.epilogue.is_stochastic || row.extras != nullptr)) {
+    if (row.extras != nullptr) {
+      row.extras->place = {row.position, 0, 0, 0};
+      if (c.is_distributed) {
+        const auto [shard, first_index, width, stride] = state_place(c.param);
+        row.extras->place = {row.position | shard << 32, first_index, width, stride};
+      }
+    }
+    if (c.is_distributed && options_.epilogue.is_stochastic) {
       const auto [shard, first_index] = shard_place(c.param);
       row.position |= shard << 32;
       row.first_index = first_index;

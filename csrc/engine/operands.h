@@ -46,11 +46,20 @@ EMOPT_FN bool is_stored(int k, const EpilogueAt& epilogue) {
 
 inline constexpr int8_t kHost = -1;  // a device index
 
+// What the random bits of states depend on: the parameter's position, plus 2^32 times its shard's
+// number; and the elements' indices. The row is a block of a matrix if `width` is not 0: `width`
+// elements are consecutive, and the next ones `stride` after them.
+struct StatePlace {
+  uint64_t position, first_index;
+  int64_t width, stride;
+};
+
 // What few rows have: the rule's scalar states, on the device of the counter, and the scales of
 // states that are stored as codes. Null where there is none. (The pointers are on the host.)
 struct RowExtras {
   float* scalars[kMaxScalarStates];
   uint8_t* scales[kMaxStates];
+  StatePlace place;
 };
 
 template <int kOperands>

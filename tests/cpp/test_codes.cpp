@@ -286,20 +286,19 @@ struct CodedRow {
     make_variance_positive<Rule>(operands);
     for (size_t s = 0; s < kStates; ++s) {
       if (!is_coded[s]) continue;
-      encode(s, 9, 9, 0);
+      encode(s, {9, 0, 0, 0}, 9);
       decode(s);
     }
   }
 
   // Codes of a state's expected numbers.
-  void encode(size_t s, uint64_t position, uint64_t step, uint64_t first_index) {
-    is_signed[s] ? encode_as<E4M3>(s, position, step, first_index)
-                 : encode_as<UE5M3>(s, position, step, first_index);
+  void encode(size_t s, const StatePlace& place, uint64_t step) {
+    is_signed[s] ? encode_as<E4M3>(s, place, step) : encode_as<UE5M3>(s, place, step);
   }
   template <class Format>
-  void encode_as(size_t s, uint64_t position, uint64_t step, uint64_t first_index) {
+  void encode_as(size_t s, const StatePlace& place, uint64_t step) {
     const Buffer& values = operands[kFirstState + s];
-    const uint64_t key = rounding_key(s / 2, position, step);
+    const uint64_t key = rounding_key(s / 2, place.position, step);
     for (int64_t begin = 0; begin < values.numel(); begin += kGroup) {
       std::vector<float> group;
       for (int64_t i = begin; i < std::min(begin + kGroup, values.numel()); ++i) {
@@ -309,7 +308,12 @@ struct CodedRow {
       coded[s].scales[static_cast<size_t>(begin / kGroup)] = static_cast<uint8_t>(scale);
       for (size_t i = 0; i < group.size(); ++i) {
         const size_t at = static_cast<size_t>(begin) + i;
-        const uint32_t bits = state_bits(key, first_index + at);
+        uint64_t index = at;
+        if (place.width != 0) {
+          const auto width = static_cast<uint64_t>(place.width);
+          index = at / width * static_cast<uint64_t>(place.stride) + at % width;
+        }
+        const uint32_t bits = state_bits(key, place.first_index + index);
         const uint32_t half = s % 2 == 0 ? bits % 65536 : bits / 65536;
         const float reciprocal = reciprocal_of_scale(scale);
         coded[s].codes[at] = encode_byte<Format>(group[i], reciprocal, half * 16 + 8);
@@ -354,8 +358,15 @@ void check_coded_sweep(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) 
     for (size_t r = 0; r < rows.size(); ++r) {
       const double scale = r % 2 == 0 ? 1.0 : 0.3;
       auto row = rows[r].coded_row(scale);
-      row.position = r % 3 == 0 ? uint64_t{r} << 32 | 5 : 7 * r;
-      row.first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
+      row.position = 3 * r;  // of the weight's bits
+      row.first_index = 5 * r;
+      StatePlace& place = rows[r].extras.place;
+      place.position = r % 3 == 0 ? uint64_t{r} << 32 | 5 : 7 * r;
+      place.first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
+      if (random() % 2 == 0) {
+        place.width = kGroup << random() % 4;
+        place.stride = place.width + kGroup * static_cast<int64_t>(random() % 9);
+      }
       table.append(row);
       auto plain = expected[r].row(scale);
       plain.position = row.position;
@@ -363,7 +374,7 @@ void check_coded_sweep(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) 
       plain.compute = row.compute;
       apply_by_hand(rule, 3, epilogue, plain, expected[r].operands);
       for (size_t s = 0; s < kStates; ++s) {
-        if (rows[r].is_coded[s]) expected[r].encode(s, row.position, 3, row.first_index);
+        if (rows[r].is_coded[s]) expected[r].encode(s, place, 3);
       }
     }
     std::vector<int64_t> cuts{0, table.numel};

@@ -1,5 +1,7 @@
 #include "driver.h"
 
+#include <algorithm>
+
 namespace emopt::cpu {
 
 namespace {
@@ -50,8 +52,7 @@ class TileRandom {
  public:
   template <int kOperands>
   TileRandom(const Row<kOperands>& row, double step)
-      : position_(row.position),
-        first_index_(row.first_index),
+      : place_(row.extras != nullptr ? row.extras->place : StatePlace{}),
         step_(static_cast<uint64_t>(static_cast<int64_t>(step))) {}
 
   // Those of one state, which the next one may share.
@@ -59,8 +60,18 @@ class TileRandom {
   const uint32_t* of(int state, int64_t offset, int64_t n, const Conversions<Real>& convert) {
     const uint64_t seed = code_seed(state);
     if (seed != seed_ || offset != offset_) {
-      const uint64_t key = rounding_key(seed, position_, step_);
-      convert.fill_random(bits_, key, first_index_ + static_cast<uint64_t>(offset), n);
+      const uint64_t key = rounding_key(seed, place_.position, step_);
+      for (int64_t i = 0, count = 0; i < n; i += count) {
+        int64_t index = offset + i;
+        count = n - i;
+        if (place_.width != 0) {
+          const int64_t column = index % place_.width;
+          count = std::min(count, place_.width - column);
+          index = index / place_.width * place_.stride + column;
+        }
+        convert.fill_random(bits_ + i, key, place_.first_index + static_cast<uint64_t>(index),
+                            count);
+      }
       seed_ = seed;
       offset_ = offset;
     }
@@ -68,7 +79,8 @@ class TileRandom {
   }
 
  private:
-  uint64_t position_, first_index_, step_;
+  StatePlace place_;
+  uint64_t step_;
   uint64_t seed_ = 0;
   int64_t offset_ = -1;
   alignas(64) uint32_t bits_[kTile];
