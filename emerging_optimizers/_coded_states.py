@@ -1,5 +1,6 @@
 """States that are stored as 8-bit codes, each with its scales as a second tensor beside it."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -117,13 +118,18 @@ def new_codes(param: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_groups(codes: Tensor) -> None:
-    """Raise for a shard that cuts a group."""
-    local = local_shard(codes)
-    if is_dtensor(codes) and local.numel() != 0 and local.shape[-1] % GROUP:
+    """Raise for a DTensor whose shards cut groups; on all processes, if on any."""
+    if not is_dtensor(codes):
+        return
+    length = codes.shape[-1]
+    for placement, size in zip(codes.placements, codes.device_mesh.shape, strict=True):  # type: ignore[attr-defined]
+        if getattr(placement, "dim", None) == codes.dim() - 1:
+            length = math.ceil(length / size)
+    if length % GROUP:
         raise ValueError(
-            f"its shard on this process has shape {tuple(local.shape)}, which cuts a group of"
-            f" {GROUP} elements that share a scale: shard another dimension, or exclude the"
-            " parameter by state_dtype_filter"
+            f"its last dimension is sharded in pieces of {length}, which cuts a group of {GROUP}"
+            " elements that share a scale: shard another dimension, or exclude the parameter by"
+            " state_dtype_filter"
         )
 
 

@@ -283,8 +283,8 @@ def _check_state_dtype(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> No
             )
         if dtype is None:
             continue
-        if dtype == EIGHT_BIT:
-            _check_allows_codes(optimizer, group, None if option == EIGHT_BIT else key)
+        if isinstance(dtype, str) and dtype == EIGHT_BIT:
+            _check_allows_codes(optimizer, group, None if option is dtype else key)
             continue
         if not isinstance(dtype, torch.dtype):
             raise TypeError(

@@ -201,7 +201,7 @@ def columns_that_cut_groups(mesh: Any, fused: bool | None) -> None:
     options: dict[str, Any] = {"lr": 0.01, "fused": fused, "state_dtype": "8bit"}
     optimizer = AdamW(named, **options)
     text = (
-        "param_groups[0]['params'][1] ('cut'): its shard on this process has shape (64, 48), which"
+        "param_groups[0]['params'][1] ('cut'): its last dimension is sharded in pieces of 48, which"
         " cuts a group of 32 elements that share a scale: shard another dimension, or exclude the"
         " parameter by state_dtype_filter"
     )

@@ -107,8 +107,16 @@ ROWS: Rows = {
     ],
     "state_dtype": [
         (torch.float64, ValueError, "Invalid state_dtype: torch.float64; expected torch.float32"),
-        ("bfloat16", TypeError, "state_dtype must be a dtype, a dict of them or None, not str"),
-        (np.array([1, 2]), TypeError, "state_dtype must be a dtype, a dict of them or None, not"),
+        (
+            "bfloat16",
+            TypeError,
+            'state_dtype must be a dtype, "8bit", a dict of them or None, not str',
+        ),
+        (
+            np.array([1, 2]),
+            TypeError,
+            'state_dtype must be a dtype, "8bit", a dict of them or None, not',
+        ),
     ],
     "eps": [
         (torch.tensor(0.1, device="meta"), TypeError, "eps must be a number, not Tensor"),
@@ -184,7 +192,7 @@ def rows_of(optimizer: ScalarOptimizer) -> list[tuple[str, Any, type[Exception],
     keys = [key for key in rows if key in group and key not in ignored]
     found = [(key, *row) for key in keys for row in rows[key]]
     for first in optimizer._state_names[:1]:
-        dtype = "state_dtype must be a dtype, a dict of them or None, not int (16)"
+        dtype = 'state_dtype must be a dtype, "8bit", a dict of them or None, not int (16)'
         found += [
             ("state_dtype", {first: torch.int8}, ValueError, "Invalid state_dtype: torch.int8; "),
             ("state_dtype", {first: 16}, TypeError, dtype),
