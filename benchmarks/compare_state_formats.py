@@ -25,92 +25,18 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from harness import Verdict, describe_run, format_table, one_thread, report_targets, write_json
 from torch import Tensor
 
-GROUP = 32
+from emerging_optimizers._codes import E4M3, GROUP, UE5M3, Code, decode, encode
+
 BLOCK = 256  # of the dynamic map
+DROPPED = 20  # bits of a float32's mantissa that a code lacks
 BETA1, EPS = 0.9, 1e-8
 NEIGHBOURS = (1, 1_000, 10_000)
-
-# ---- 8-bit floats --------------------------------------------------------------------------------
-
-_MANTISSA_BITS = 3
-_DROPPED = 23 - _MANTISSA_BITS  # bits of a float32's mantissa
-HALF = 1 << (_DROPPED - 1)  # added before dropping bits, it rounds to nearest
-
-
-@dataclass(frozen=True)
-class Float8:
-    """An 8-bit float with 3 bits of mantissa and subnormals; a group shares a power of two.
-
-    Attributes:
-        bias: Of the exponent.
-        is_signed: Whether a bit is spent on the sign.
-    """
-
-    bias: int
-    is_signed: bool
-
-    @property
-    def nan(self) -> int:
-        """The largest code, apart from the sign: the one of NaN."""
-        return 0x7F if self.is_signed else 0xFF
-
-    @property
-    def smallest_normal(self) -> float:
-        """The smallest number with 3 bits after the leading one."""
-        return 2.0 ** (1 - self.bias)
-
-    @cached_property
-    def values(self) -> Tensor:
-        """The numbers of all 256 codes."""
-        codes = torch.arange(256)
-        magnitude = codes & self.nan
-        exponent, mantissa = magnitude >> _MANTISSA_BITS, magnitude & 7
-        # A subnormal has the exponent of the smallest normal number, and no leading one.
-        significand = mantissa / 8 + (exponent > 0)
-        values = torch.ldexp(significand, exponent.clamp(min=1) - self.bias)
-        values[magnitude == self.nan] = math.nan
-        return torch.where(codes > self.nan, -values, values)
-
-    def scale(self, values: Tensor) -> Tensor:
-        """Return the bytes s of each group's factor 2^(s - 127).
-
-        The largest number becomes at most 1.75 times the largest power of two, the largest code
-        that is not NaN, and does so when rounded, too.
-        """
-        magnitude = torch.where(values.isfinite(), values.abs(), 0.0)
-        largest = magnitude.amax(-1, keepdim=True).view(torch.int32)
-        top = (largest + 0x1FFFFF) >> 23
-        return (top - (self.bias + 1)).clamp_(min=1)
-
-    def encode(self, values: Tensor, scale: Tensor, noise: Tensor | int) -> Tensor:
-        """Return the codes of numbers, with `noise` added to the bits that are dropped."""
-        magnitude = values.abs() * ((254 - scale) << 23).view(torch.float32)
-        is_small = magnitude < self.smallest_normal
-        # The sum's bits after the leading one are the multiple of the smallest subnormal.
-        magnitude = torch.where(is_small, magnitude + self.smallest_normal, magnitude)
-        codes = (magnitude.view(torch.int32) + noise) >> _DROPPED
-        codes -= (127 - self.bias) << _MANTISSA_BITS
-        codes -= is_small.int() << _MANTISSA_BITS
-        codes = torch.where(values.isfinite(), codes, self.nan)
-        if self.is_signed:
-            return codes | (values.signbit().int() << 7)
-        # A second moment of 0 would be divided by.
-        return torch.where(values > 0, codes.clamp(min=1), codes)
-
-    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Return the numbers of codes, which float32 represents exactly."""
-        return self.values[codes] * (scale << 23).view(torch.float32)
-
-
-E4M3 = Float8(bias=7, is_signed=True)  # torch.float8_e4m3fn
-E5M3 = Float8(bias=15, is_signed=False)
 
 # ---- formats -------------------------------------------------------------------------------------
 
@@ -124,7 +50,7 @@ class Format:
 
 
 class SmallFloats(Format):
-    """E4M3 for exp_avg and E5M3 for exp_avg_sq, in groups of 32.
+    """The package's codes: E4M3 for exp_avg and unsigned E5M3 for exp_avg_sq, in groups of 32.
 
     Args:
         random_bits: What stochastic rounding adds; with 0, numbers are rounded to nearest.
@@ -142,21 +68,20 @@ class SmallFloats(Format):
         first = self._stored(E4M3, exp_avg, noise)
         if not self._is_shared:
             noise = self._noise(exp_avg_sq)
-        return first, self._stored(E5M3, exp_avg_sq, noise)
+        return first, self._stored(UE5M3, exp_avg_sq, noise)
 
-    def _noise(self, like: Tensor) -> Tensor | int:
+    def _noise(self, like: Tensor) -> Tensor | None:
         if self._random_bits == 0:
-            return HALF
-        missing = _DROPPED - self._random_bits
+            return None
+        missing = DROPPED - self._random_bits
         shape, limit = like.shape, 1 << self._random_bits
         noise = torch.randint(limit, shape, dtype=torch.int32, generator=self._generator)
         # The middle of what the missing bits might be.
         return (noise << missing) + ((1 << missing) >> 1)
 
     @staticmethod
-    def _stored(code: Float8, values: Tensor, noise: Tensor | int) -> Tensor:
-        scale = code.scale(values)
-        return code.decode(code.encode(values, scale, noise), scale)
+    def _stored(code: Code, values: Tensor, noise: Tensor | None) -> Tensor:
+        return decode(*encode(values, code, noise), code)
 
 
 class SquareRoots(Format):

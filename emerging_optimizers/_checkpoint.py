@@ -11,7 +11,7 @@ from ._base import BaseOptimizer, members_of
 from ._counters import check_complete, check_count, is_absent, new_counter, split_counters
 from ._groups import check_group, restore_flags
 from ._hyperparameters import as_saved
-from ._members import Member, blame
+from ._members import Member, blame, find_param
 from ._rule import GroupRule
 from ._scalar_states import as_float32
 from ._states import check_scalar_state, check_tensor, dtype_of
@@ -230,7 +230,10 @@ def _settle_state(
                 dtype = None  # codes
             state[name] = value.tensor.to(param.device, dtype or value.tensor.dtype)
     if is_loaded:
-        _coded_states.convert(optimizer, group, param, state)
+        try:
+            _coded_states.convert(optimizer, group, param, state)
+        except ValueError as error:
+            raise blame(error, f"the loaded state of {find_param(optimizer, param)}") from None
     if not has_master(group, param):
         state.pop(MASTER, None)  # no step would update it
         master = optimizer._new_master(group, param)

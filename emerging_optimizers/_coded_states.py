@@ -11,6 +11,7 @@ from torch import Tensor
 from ._base import BaseOptimizer
 from ._codes import GROUP, Code, code_noise, code_seed, decode, encode, scale_key, scale_shape
 from ._dtensor import is_dtensor
+from ._hyperparameters import is_flag
 from ._members import Member, find_param
 from ._rounding import rounding_key, state_bits, store
 from ._rule import GroupRule
@@ -78,8 +79,13 @@ def check_filter(function: Any) -> Any:
 def read_filter(optimizer: BaseOptimizer, group: Mapping[str, Any]) -> None:
     """Ask for each parameter of a new group whether its states may be codes."""
     names = group.get("param_names") or [None] * len(group["params"])
-    for name, param in zip(names, group["params"], strict=True):
-        _ask(optimizer, name, param)
+    before = dict(optimizer._filtered)
+    try:
+        for name, param in zip(names, group["params"], strict=True):
+            _ask(optimizer, name, param)
+    except BaseException:
+        optimizer._filtered = before
+        raise
 
 
 def _passes(optimizer: BaseOptimizer, param: Tensor) -> bool:
@@ -94,13 +100,13 @@ def _ask(optimizer: BaseOptimizer, name: str | None, param: Tensor) -> bool:
     if function is None:
         return True
     result = function(name, param)
-    if not isinstance(result, bool):
+    if not is_flag(result):  # numpy's, too
         raise TypeError(
             f"state_dtype_filter returned {type(result).__name__} for"
             f" {find_param(optimizer, param) if name is None else repr(name)}; expected a bool"
         )
-    optimizer._filtered[param] = result
-    return result
+    optimizer._filtered[param] = bool(result)
+    return optimizer._filtered[param]
 
 
 # ---- new ones ------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class ScalarOptimizer(BaseOptimizer):
             two dimensions, or a last dimension that is no multiple of 32; those of float64
             parameters stay float64.
         state_dtype_filter: Called with a parameter's name (None if it has none) and the parameter,
-            when its group is added. Returns whether its states may be 8-bit codes.
+            when its group is added. Returns whether its states may be 8-bit codes. Copies and
+            pickles keep the answers, but not the function.
         master_weights: True: keep a float32 master weight of each bfloat16 or float16 parameter in
             its state, as ``master_param``. Updates apply to the master; the parameter is the
             master, rounded. A master starts with the parameter's value at its first step; values

@@ -118,6 +118,7 @@ def place_otherwise(rank: int, folder: Path) -> None:
         blocks(line, lambda param: [Shard(param.dim() - 1)], fused)
         gaps(line, fused)
         columns_that_cut_groups(line, fused)
+        scales_placed_otherwise(line, fused)
 
 
 def place_blocks(rank: int, folder: Path) -> None:
@@ -225,7 +226,32 @@ def columns_that_cut_groups(mesh: Any, fused: bool | None) -> None:
     saved["state"][0] = state
     with pytest.raises(ValueError, match="cuts a group of 32 elements"):
         refusing.load_state_dict(saved)
+    # Nor can numbers be loaded that would have to be cut.
+    for name in ("exp_avg", "exp_avg_sq"):
+        del state[scale_key(name)]
+        state[name] = torch.zeros_like(params[0], requires_grad=False)
+    start = (
+        r"^the loaded state of param_groups\[0\]\['params'\]\[0\]: its last dimension is sharded"
+    )
+    with pytest.raises(ValueError, match=start):
+        refusing.load_state_dict(saved)
     assert not refusing.state
+
+
+def scales_placed_otherwise(mesh: Any, fused: bool | None) -> None:
+    (whole,) = make_params([(64, 64)])
+    param = placed(whole, mesh, [Shard(0)])
+    optimizer = AdamW([param], fused=fused, state_dtype="8bit")
+    step_alike(optimizer, [param], [1])
+    state = optimizer.state[param]
+    scales = state["exp_avg_scale"].to_local()
+    state["exp_avg_scale"] = DTensor.from_local(
+        scales, mesh, [Replicate()], run_check=False, shape=torch.Size((64, 2)), stride=(2, 1)
+    )
+    before = full(param).clone()
+    with pytest.raises(ValueError, match="state 'exp_avg_scale' is not placed as the parameter is"):
+        step_alike(optimizer, [param], [2])
+    assert_equal_bits(full(param), before, "parameter")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optimizers import SETUPS, Setup, assert_same, contents, make_params, run, set_grads
@@ -163,7 +164,7 @@ def test_answers_that_are_not_bools(answer: Any) -> None:
         text = f"^state_dtype_filter returned {kind} for {name}; expected a bool$"
         with pytest.raises(TypeError, match=text):
             AdamW(named, state_dtype_filter=lambda name, param: answer, **EIGHT_BIT)
-    # A group that is refused is not added.
+    # A group that is refused is not added, nor are answers kept.
     optimizer = AdamW(
         params[:1],
         state_dtype_filter=lambda name, param: True if param is params[0] else answer,
@@ -172,7 +173,17 @@ def test_answers_that_are_not_bools(answer: Any) -> None:
     with pytest.raises(TypeError, match="expected a bool"):
         optimizer.add_param_group({"params": params[1:]})
     assert len(optimizer.param_groups) == 1
+    assert list(optimizer._filtered) == params[:1]
     run(optimizer, params[:1], [1])
+
+
+def test_answers_of_numpy() -> None:
+    params = make_params([(128, 32)] * 2)
+    optimizer = AdamW(
+        params, state_dtype_filter=lambda name, param: np.bool_(param is params[0]), **EIGHT_BIT
+    )
+    run(optimizer, params, [1])
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [U8, F32]
 
 
 def test_filters_that_are_refused() -> None:

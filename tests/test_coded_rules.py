@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.once, pytest.mark.usefixtures("_no_other_device")]
 
 SHAPE = (64, 64)
 # The states of the gallery that stay as they are.
-WIDE = {"adan": ["previous_grad"]}
+WIDE = {"adabelief": ["exp_avg"], "adan": ["previous_grad"]}
 CODES = '  static constexpr const char* kStates[] = {"exp_avg"};\n'
 CODED_BLEND = BLEND.replace(
     CODES, CODES + "  static constexpr StateCode kStateCodes[] = {StateCode::kSigned};\n"
@@ -249,13 +249,19 @@ def test_gallery_steps(rule: GalleryRule) -> None:
 
 @needs_native
 @every_coded_rule
-def test_gallery_updates_are_as_large_as_those_of_float32(rule: GalleryRule) -> None:
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1.06, 0.01)], ids=str)
+def test_gallery_updates_are_as_large_as_those_of_float32(
+    rule: GalleryRule, mean: float, deviation: float
+) -> None:
+    """Also for gradients that hardly vary, and lie between two codes."""
+
     def update_size(state_dtype: Any) -> float:
         optimizer = rule.optimizer([new_param()], lr=1.0, weight_decay=0.0, state_dtype=state_dtype)
         (param,) = optimizer.param_groups[0]["params"]
         total = 0.0
         for step in range(1, 201):
-            take_steps(optimizer, step)
+            param.grad = grad_of(step).mul_(deviation).add_(mean)
+            optimizer.step()
             total += param.detach().double().square().mean().item()
             with torch.no_grad():
                 param.zero_()

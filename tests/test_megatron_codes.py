@@ -101,13 +101,24 @@ def test_setting_states_rounds_to_nearest() -> None:
             assert_equal_bits(optimizer.get_unscaled_state(param, name), found, name)
 
 
-def test_codes_are_not_set_from_codes() -> None:
-    optimizer = make_and_run(megatron.FusedAdam, range(1, 2))
+@pytest.mark.parametrize("dtype", [U8, F32])
+@pytest.mark.parametrize("given", [U8, torch.int16])
+def test_states_are_not_set_from_codes(dtype: torch.dtype, given: torch.dtype) -> None:
+    optimizer = make_and_run(megatron.FusedAdam, range(1, 2), exp_avg_dtype=dtype)
     param = optimizer.param_groups[0]["params"][2]
     before = optimizer.state[param]["exp_avg"].clone()
-    with pytest.raises(TypeError, match="'exp_avg' is stored as 8-bit codes, which are set"):
-        optimizer.set_scaled_state(param, "exp_avg", before)
+    message = rf"'exp_avg' is set from numbers, not from dtype {given}: pass"
+    with pytest.raises(TypeError, match=message):
+        optimizer.set_scaled_state(param, "exp_avg", torch.ones(param.shape, dtype=given))
     assert torch.equal(optimizer.state[param]["exp_avg"], before)
+
+
+def test_scales_that_are_set_first_have_no_effect() -> None:
+    (param,) = make_params(sizes=(64,))
+    optimizer = megatron.FusedAdam([param], **CODED)
+    optimizer.set_scaled_state(param, scale_key("exp_avg"), torch.full((2,), 77, dtype=U8))
+    assert not optimizer.state[param][scale_key("exp_avg")].any()
+    assert not optimizer.get_unscaled_state(param, "exp_avg").any()
 
 
 @every_class

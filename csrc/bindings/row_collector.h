@@ -127,6 +127,7 @@ class RowCollector {
       return is_contiguous ? tensor.is_contiguous() : same_strides(tensor, param);
     };
     uintptr_t others = 0;  // nonzero if anything else may refer to the memory; branch-free
+    scales_.clear();
     RowOf row;
     row.device = param.is_cuda() ? param.get_device() : kHost;
     row.position = position_of(c);
@@ -244,6 +245,10 @@ class RowCollector {
       if (k == kGrad || (k == kWeight && c.operands[k] == c.operands[kUpdate])) continue;
       collected_.rows.add_modified(*c.operands[k]);
     }
+    for (const auto& [scales, object] : scales_) {
+      collected_.rows.add_modified(*scales);
+      if (c.is_distributed) collected_.rows.add_modified_dtensor(THPVariable_Unpack(object));
+    }
     if (c.is_distributed) {
       collected_.rows.add_modified_dtensor(THPVariable_Unpack(c.param));
       for (PyObject* const object : c.state_objects) {
@@ -284,8 +289,9 @@ class RowCollector {
     if (object == nullptr || !is_tensor(object)) return false;
     const at::Tensor* scales = &THPVariable_Unpack(object);
     if (c.is_distributed) {
-      const std::optional<DTensorView> part = DTensorView::from(object);
-      if (!part) return false;
+      std::optional<DTensorView> part = DTensorView::from(object),
+                                 param = DTensorView::from(c.param);
+      if (!part || !param || !part->is_placed_as(*param)) return false;
       collected_.owned.push_back(THPVariable_Unpack(part->local().ptr()));
       scales = &collected_.owned.back();
     }
@@ -299,8 +305,7 @@ class RowCollector {
     extras_of(row).scales[state] = static_cast<uint8_t*>(memory);
     others |= Py_REFCNT(object) != 1;
     others |= other_owners(*scales, deleter_) | other_users(*scales);
-    collected_.rows.add_modified(*scales);
-    if (c.is_distributed) collected_.rows.add_modified_dtensor(THPVariable_Unpack(object));
+    scales_.emplace_back(scales, object);
     return true;
   }
 
@@ -375,6 +380,8 @@ class RowCollector {
   const GroupOptions& options_;
   const StepScalars& scalars_;
   const StateCodes& codes_;
+  // The scales of the row that is being added: this process's part, and the state.
+  c10::SmallVector<std::pair<const at::Tensor*, PyObject*>, kMaxStates> scales_;
   bool adds_idle_, with_python_;
   bool needs_python_ = false;
   c10::DeleterFnPtr deleter_;

@@ -211,18 +211,19 @@ class MegatronMixin(ScalarOptimizer):
         Raises:
             KeyError: The optimizer has no such state.
             ValueError: A tensor of another shape.
-            TypeError: A master for a remainder, or a remainder for a master.
+            TypeError: A master for a remainder, a remainder for a master, or integers for an
+                average, such as 8-bit codes.
         """
         if not isinstance(unscaled_state, Tensor):
-            return
-        suffix = scale_key("")
-        if state_name.endswith(suffix) and self._code_in(param, state_name[: -len(suffix)]):
             return
         state = self.state.get(param, {})
         if state_name not in state:
             state = self._complete(*self._place_of(param))
         if state_name not in state:
             raise KeyError(f"{type(self).__name__} has no state {state_name!r}")
+        coded = [name for name in state if self._code_in(param, name)]
+        if state_name in map(scale_key, coded):
+            return
         value: Tensor = state[state_name]
         if unscaled_state.shape != value.shape:
             raise ValueError(
@@ -235,23 +236,25 @@ class MegatronMixin(ScalarOptimizer):
             is_exact = (as_integer.to(unscaled_state.dtype) == unscaled_state).all()
             if read(is_exact, 1):
                 unscaled_state = as_integer
-        if (value.dtype == torch.int16) != (unscaled_state.dtype == torch.int16):
+        is_master = state_name == MASTER
+        if is_master and (value.dtype == torch.int16) != (unscaled_state.dtype == torch.int16):
             stored = "int16 remainders" if value.dtype == torch.int16 else "float32 masters"
             raise TypeError(
                 f"{find_param(self, param)}: a master_param has dtype {unscaled_state.dtype}, but"
                 f" this optimizer stores {stored}: set master_weights and store_param_remainders"
                 " as they were when the state was saved"
             )
+        if state_name in self._all_state_names and not unscaled_state.is_floating_point():
+            raise TypeError(
+                f"{find_param(self, param)}: {state_name!r} is set from numbers, not from dtype"
+                f" {unscaled_state.dtype}: pass what get_unscaled_state returns without"
+                " skip_unscale"
+            )
         code = self._code_in(param, state_name)
         if code is None:
             store(value, unscaled_state)
-        elif unscaled_state.is_floating_point():
-            set_coded(state, state_name, code, unscaled_state)
         else:
-            raise TypeError(
-                f"{find_param(self, param)}: {state_name!r} is stored as 8-bit codes, which are set"
-                f" from numbers, not from dtype {unscaled_state.dtype}"
-            )
+            set_coded(state, state_name, code, unscaled_state)
 
     def _code_in(self, param: Tensor, state_name: str) -> Code | None:
         """Return the format of a parameter's state, if it is stored as codes."""

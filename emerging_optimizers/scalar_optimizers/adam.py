@@ -31,11 +31,12 @@ def _adam(
     return _normalize(grad, exp_avg, exp_avg_sq, betas, correct_bias, use_nesterov, step, eps)
 
 
+# The largest of averages that fluctuate grows with the number of steps, so they are not 8-bit.
 def _amsgrad(
     grad: Tensor,
     exp_avg: SignedState,
-    exp_avg_sq: UnsignedState,
-    max_exp_avg_sq: UnsignedState,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor,
     betas: tuple[Beta, Beta],
     correct_bias: bool,
     use_nesterov: bool,

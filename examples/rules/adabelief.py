@@ -12,7 +12,7 @@ import emerging_optimizers as eo
 @eo.rule
 def adabelief(
     grad: Tensor,
-    exp_avg: eo.SignedState,
+    exp_avg: Tensor,  # not in 8 bits: rounding it would add to the variance about it
     exp_avg_var: eo.UnsignedState,
     *,
     betas: tuple[eo.Beta, eo.Beta] = (0.9, 0.999),
