@@ -61,5 +61,7 @@ inline constexpr int kNumScalarStates<cuda::PaddedRule<Rule>> = kNumScalarStates
 
 template <class Rule>
 inline constexpr const StateCode* kStateCodesOf<cuda::PaddedRule<Rule>> = kStateCodesOf<Rule>;
+template <class Rule>
+inline constexpr bool kHasStateCodes<cuda::PaddedRule<Rule>> = kHasStateCodes<Rule>;
 
 }  // namespace emopt
