@@ -40,8 +40,9 @@ pytestmark = [
 
 _LAPROP = next((setup for setup in SETUPS if setup.cls is LaProp), SETUPS[0])
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling.
-SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70))
+# Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling. The
+# states of the last one may be 8-bit.
+SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70), (135, 32))
 
 
 @dataclass
@@ -98,6 +99,7 @@ def counters(optimizer: ScalarOptimizer) -> list[Tensor]:
 
 # ---- the CPU's bits ------------------------------------------------------------------------------
 
+EIGHT_BIT: dict[str, Any] = {"state_dtype": "8bit"}
 # The options that decide how parameters and states are stored.
 STORAGE: dict[str, tuple[torch.dtype, Callable[[tuple[str, ...]], dict[str, Any]]]] = {
     "float32": (F32, lambda _: {}),
@@ -112,21 +114,36 @@ STORAGE: dict[str, tuple[torch.dtype, Callable[[tuple[str, ...]], dict[str, Any]
     "float16, masters": (F16, lambda _: {"master_weights": True}),
     "bfloat16, stochastic": (BF16, lambda _: {"stochastic_rounding": True, "state_dtype": F32}),
     "float16, stochastic": (F16, lambda _: {"stochastic_rounding": True}),
+    "8-bit": (F32, lambda _: EIGHT_BIT),
+    "bfloat16, split, 8-bit": (BF16, lambda _: {"master_weights": "split", **EIGHT_BIT}),
+    "bfloat16, stochastic, 8-bit": (BF16, lambda _: {"stochastic_rounding": True, **EIGHT_BIT}),
 }
+
+
+def may_be_coded(setup: Setup) -> bool:
+    """Whether any of the states may be 8-bit."""
+    return any(setup.rule.implementation.codes)
+
+
 every_storage = pytest.mark.parametrize("storage", STORAGE)
 # One for each path through a launch.
-every_way = pytest.mark.parametrize("storage", ["float32", "mixed states", "bfloat16, stochastic"])
+every_way = pytest.mark.parametrize(
+    "storage", ["float32", "mixed states", "bfloat16, stochastic", "8-bit"]
+)
 every_case = pytest.mark.parametrize(
     ("setup", "storage"),
     [
         pytest.param(setup, storage, id=f"{setup}-{storage}")
         for setup in (*SETUPS, *VARIANTS)
         for storage in STORAGE
+        if "8-bit" not in storage or may_be_coded(setup)
     ],
 )
 
 
 def make_run(setup: Setup, storage: str, **options: Any) -> Run:
+    if "8-bit" in storage and not may_be_coded(setup):
+        pytest.skip("no state may be 8-bit")
     dtype, stored = STORAGE[storage]
     # So large that a wrong learning rate or decay shows even in half precision.
     return Run(setup, dtype, {"lr": 0.02, "fused": True, **stored(setup.states), **options})

@@ -45,12 +45,12 @@ SIZES = (3, 0, 130, 5000)
 def fresh(rule: UserRule) -> UserRule:
     """Return a rule of the same function without kernels."""
     twin = eo.rule(rule.formula)
-    twin._code = code = NativeCode(twin._program, twin.source)
+    twin._code = code = NativeCode(twin._program, twin.source, any(twin.codes))
     twin._bind(code.handle, code.eager, USER_NAMESPACE, code.stem)
     return twin
 
 
-def make(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
+def make(sizes: Sequence[Any], dtype: torch.dtype, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, dtype=torch.float64, generator=generator).to(dtype) for size in sizes]
 
@@ -222,6 +222,35 @@ def test_optimizer(options: dict[str, Any], only_kernels: Callable[[], None]) ->
 
     wanted = run("cpu", ADOPT.optimizer, lambda: None)
     assert_same([t.detach() for t in run("cuda", Twin, only_kernels)], wanted, "result")
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", ["adopt", "adan"])
+def test_8_bit_states(name: str, only_kernels: Callable[[], None]) -> None:
+    """Some of Adan's states are wide. More parameters than a small launch has room for."""
+    rule = GALLERY_RULES[name].rule
+    shapes = [(130, 64), (3, 4), *[(128, 32)] * 40]
+
+    def run(device: str, rule: UserRule) -> list[Tensor]:
+        class Trained(eo.ScalarOptimizer, rule=rule):  # type: ignore[call-arg]
+            pass
+
+        params = [Parameter(value) for value in to(make(shapes, torch.float32, 0), device)]
+        optimizer = Trained(params, lr=0.01, weight_decay=0.1, state_dtype="8bit")
+        for step in range(3):
+            for param, grad in zip(params, make(shapes, torch.float32, step), strict=True):
+                param.grad = grad.to(device)
+            optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        assert {s[rule.states[0]].dtype for s in states} == {torch.uint8, torch.float32}
+        kept = [v for s in states for key, v in s.items() if key != "step"]
+        return [*(param.detach() for param in params), *kept]
+
+    wanted = run("cpu", interpreted(rule))
+    twin = fresh(rule)
+    run("cuda", twin)
+    only_kernels()
+    assert_same(run("cuda", twin), wanted, "result")
 
 
 @pytest.mark.usefixtures("at_once")
