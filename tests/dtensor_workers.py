@@ -1,5 +1,6 @@
 """Workers of the tests of the functions and optimizers on DTensors."""
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -132,6 +133,7 @@ def update_dtensors(rank: int, folder: Path) -> None:
     pass_steps_their_numbers()
     normalize_halved_masters()
     split_masters()
+    scale_masters()
 
 
 def check_updates(
@@ -339,6 +341,44 @@ def split_masters() -> None:
                     if whole.dtype == int16:
                         whole = megatron.merge_master(part(p), whole)
                     assert_equal_bits(whole, expected, str((setup, fused)))
+
+
+def scale_masters() -> None:
+    """A float16 master of a DTensor has a scale per shard; one process has an empty shard."""
+    options: dict[str, Any] = {
+        "lr": 0.1,
+        "master_weights": True,
+        "master_weight_dtype": torch.float16,
+    }
+    for fused in (None, False):
+        wholes = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (5, 1)]
+        params = [place(whole.bfloat16(), meshes()[0], [Shard(0)]) for whole in wholes]
+        shards = [part(param).clone() for param in params]
+        optimizers = [
+            megatron.FusedAdam([{"params": tensors, "fused": fused}], **options)
+            for tensors in (params, shards)
+        ]
+        for step in range(3):
+            for param, shard in zip(params, shards, strict=True):
+                param.grad = place(param.full_tensor() * step, meshes()[0], [Shard(0)])
+                shard.grad = part(param.grad).clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        for optimizer in optimizers:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for param, shard in zip(params, shards, strict=True):
+            assert_equal_bits(part(param), shard, "parameter")
+            stored = optimizers[0].state[param]["master_param"]
+            assert stored.dtype == torch.float16
+            assert stored.placements == param.placements
+            assert_equal_bits(part(stored), optimizers[1].state[shard]["master_param"], "stored")
+            masters = [
+                optimizer.get_unscaled_state(p, "master_param")
+                for optimizer, p in zip(optimizers, (param, shard), strict=True)
+            ]
+            assert_equal_bits(part(masters[0]), masters[1], "master")
+            optimizers[0].set_scaled_state(param, "master_param", masters[0])
+            assert_equal_bits(part(stored), optimizers[1].state[shard]["master_param"], "set")
 
 
 def tell_autograd_of_steps() -> None:

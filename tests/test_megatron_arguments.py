@@ -123,7 +123,7 @@ def test_unsupported_dtypes_are_named(name: str, dtype: torch.dtype) -> None:
         FusedAdam(make_params(), **{name: dtype})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
 def test_narrow_masters_are_rejected(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"^master_weight_dtype={dtype} is not supported"):
         FusedAdam(make_params(), master_weights=True, master_weight_dtype=dtype)

@@ -128,16 +128,19 @@ def test_hybrid_device_optimizer(core: Any, overlap: bool, device: str) -> None:
         assert state["step"].item() == 3
 
 
+@pytest.mark.parametrize("modes", ["MODES", "FLOAT16_MASTERS"])
 @pytest.mark.parametrize(
     "kind",
     # Megatron-Core 0.16 no longer supports "fully_sharded_model_space": its tensors raise an error.
     ["fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter"],
 )
 @where
-def test_distributed_optimizer(core: Any, kind: str, device: str, tmp_path: Path) -> None:
+def test_distributed_optimizer(
+    core: Any, kind: str, modes: str, device: str, tmp_path: Path
+) -> None:
     """With each checkpoint format; another test below reshards."""
-    core.save(tmp_path, kind)
-    core.resume(tmp_path, kind)
+    core.save(tmp_path, kind, getattr(core, modes))
+    core.resume(tmp_path, kind, getattr(core, modes))
 
 
 @where

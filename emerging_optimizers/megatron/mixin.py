@@ -19,17 +19,17 @@ from .._coded_states import (
 )
 from .._codes import Code, scale_key
 from .._groups import STATE_DTYPES
-from .._hyperparameters import read_optional_flag
+from .._hyperparameters import read_flag, read_optional_flag
 from .._members import find_param
-from .._optimizer import MasterWeights, ScalarOptimizer
+from .._optimizer import MasterWeights
 from .._rounding import store
 from .._states import complete
 from .._values import read
 from .._weights import MASTER, is_split
-from . import group_steps
+from . import group_steps, scaled_masters
 
 
-class MegatronMixin(ScalarOptimizer):
+class MegatronMixin(scaled_masters.ScaledMasters):
     """What Megatron-Core expects of an optimizer beyond ``torch.optim``.
 
     Megatron-Core's distributed optimizer gives each process a shard of a flat buffer. The
@@ -50,10 +50,11 @@ class MegatronMixin(ScalarOptimizer):
         params: Parameters, named parameters or parameter groups, as for any ``torch.optim``
             optimizer.
         *arguments: Positional arguments of the rule's optimizer.
-        master_weights: Keep a float32 master weight of each bfloat16 or float16 parameter in its
-            state, as ``master_param``. A float32 parameter is its own master. "split" is the same
-            as True with `store_param_remainders`.
-        master_weight_dtype: Only ``torch.float32`` is supported.
+        master_weights: Keep a master weight of each bfloat16 or float16 parameter in its state, as
+            ``master_param``. A float32 parameter is its own master. "split" is the same as True
+            with `store_param_remainders`.
+        master_weight_dtype: ``torch.float32``, or ``torch.float16``: then each master has a scale,
+            and a step makes temporary float32 masters.
         exp_avg_dtype: The dtype of ``exp_avg`` (and ``exp_avg_slow`` or ``grad_avg``):
             ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or ``torch.uint8``. Float16
             states are not scaled. With ``torch.uint8``, states are 8-bit codes, of which 32 share a
@@ -65,7 +66,8 @@ class MegatronMixin(ScalarOptimizer):
         use_decoupled_grad: Read gradients, of any floating-point dtype, from
             ``param.decoupled_grad`` instead of ``param.grad``.
         store_param_remainders: Store as ``master_param`` of a bfloat16 parameter only the int16
-            remainder that :func:`split_master` leaves. No effect without `master_weights`.
+            remainder that :func:`split_master` leaves. No effect without `master_weights`, and on
+            float16 masters.
         set_grad_none: Deprecated. The default of ``zero_grad``'s argument.
         **options: Keyword arguments of the rule's optimizer, including `maximize`, `fused` and
             `capturable` of :class:`~emerging_optimizers.scalar_optimizers.ScalarOptimizer`. As in
@@ -73,7 +75,8 @@ class MegatronMixin(ScalarOptimizer):
             ``GradScaler``'s scale and ``found_inf``.
 
     Raises:
-        ValueError: A dtype that is not supported, or a hyperparameter out of range.
+        ValueError: A dtype that is not supported, a hyperparameter out of range, or float16 masters
+            with `capturable` or ``master_weights="split"``.
     """
 
     _makes_all_states = True
@@ -100,10 +103,14 @@ class MegatronMixin(ScalarOptimizer):
         set_grad_none: bool | None = None,
         **options: Any,
     ) -> None:
-        _check_dtype("master_weight_dtype", master_weight_dtype, (torch.float32,))
+        _check_dtype("master_weight_dtype", master_weight_dtype, (torch.float32, torch.float16))
         _check_dtype("exp_avg_dtype", exp_avg_dtype, (*STATE_DTYPES, torch.uint8))
         _check_dtype("exp_avg_sq_dtype", exp_avg_sq_dtype, (*STATE_DTYPES, torch.uint8))
         read_optional_flag("set_grad_none", set_grad_none)
+        if master_weight_dtype == torch.float16:
+            self._master_scales = {}
+            read_flag("store_param_remainders", store_param_remainders)
+            store_param_remainders = False  # Megatron-Core's default is True
         rule_init: Any = super().__init__
         rule_init(
             params,
@@ -171,7 +178,8 @@ class MegatronMixin(ScalarOptimizer):
     ) -> Tensor:
         """Return one of a parameter's states as float32; what holds no numbers as it is.
 
-        That is a counter, a remainder, or the scales of 8-bit codes.
+        That is a counter, a remainder, or the scales of 8-bit codes. A float16 master is multiplied
+        by its scale.
 
         Args:
             param: One of the optimizer's parameters.
@@ -180,6 +188,8 @@ class MegatronMixin(ScalarOptimizer):
 
         Raises:
             KeyError: The parameter has no such state.
+            ValueError: A float16 master whose scale is unknown, since its state was another
+                parameter's.
         """
         state = self.state.get(param, {})
         if state_name not in state:
@@ -190,6 +200,8 @@ class MegatronMixin(ScalarOptimizer):
         if state_name == MASTER and param.dtype == torch.float32:
             return param.detach()
         value: Tensor = state[state_name]
+        if not skip_unscale and scaled_masters.is_scaled(self, param, state_name):
+            return scaled_masters.read_master(self, param)
         code = self._code_in(param, state_name)
         if code is not None and not skip_unscale:
             return decoded(state, state_name, code)
@@ -204,15 +216,16 @@ class MegatronMixin(ScalarOptimizer):
             state_name: The state's key. If the parameter does not have the state yet, its missing
                 states are created.
             unscaled_state: What ``get_unscaled_state`` returned. 8-bit codes are set from numbers,
-                rounded to nearest; setting their scales has no effect. A remainder may also be
-                float32; a master is refused where a remainder is stored, and vice versa. Anything
-                but a tensor is ignored: Megatron-Core 0.16 passes its padding flags, too.
+                rounded to nearest; setting their scales has no effect. A float16 master is set from
+                float32, which determines its scale. A remainder may also be float32; a master is
+                refused where a remainder is stored, and vice versa. Anything but a tensor is
+                ignored: Megatron-Core 0.16 passes its padding flags, too.
 
         Raises:
             KeyError: The optimizer has no such state.
             ValueError: A tensor of another shape.
-            TypeError: A master for a remainder, a remainder for a master, or integers for an
-                average, such as 8-bit codes.
+            TypeError: A master for a remainder, a remainder for a master, another dtype than
+                float32 for a float16 master, or integers for an average, such as 8-bit codes.
         """
         if not isinstance(unscaled_state, Tensor):
             return
@@ -230,6 +243,8 @@ class MegatronMixin(ScalarOptimizer):
                 f"{find_param(self, param)}: {state_name!r} has shape"
                 f" {tuple(unscaled_state.shape)}; expected {tuple(value.shape)}"
             )
+        if scaled_masters.is_scaled(self, param, state_name):
+            return scaled_masters.set_master(self, param, unscaled_state)
         if value.dtype == torch.int16 and unscaled_state.is_floating_point():
             # Megatron's fully reshardable checkpoints hold all states as float32.
             as_integer = unscaled_state.to(torch.int16)
@@ -266,6 +281,7 @@ class MegatronMixin(ScalarOptimizer):
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
         """Create the missing states of a group's parameters, with or without a gradient."""
         super()._init_group(group, skip_non_grad_params)
+        scaled_masters.store_masters(self)
 
     def _place_of(self, param: Tensor) -> tuple[dict[str, Any], int]:
         for group in self.param_groups:
@@ -277,7 +293,9 @@ class MegatronMixin(ScalarOptimizer):
     def _complete(self, group: dict[str, Any], index: int) -> dict[str, Any]:
         """Create a parameter's missing states; return its state."""
         (member,) = members_of(self, group, [index])
-        return complete(self, member).state
+        state = complete(self, member).state
+        scaled_masters.store_master(self, group, member.param)
+        return state
 
     # ---- gradients -------------------------------------------------------------------------------
 
@@ -324,7 +342,11 @@ class MegatronMixin(ScalarOptimizer):
         before = [(group, group.get("step", _ABSENT)) for group in self.param_groups]
         try:
             group_steps.read_steps(self, getattr(self, "found_inf", None))
-            found_inf = super()._step(grad_multiplier, max_norm)
+            if self._master_scales is None:
+                found_inf = super()._step(grad_multiplier, max_norm)
+            else:
+                with scaled_masters.as_float32(self):
+                    found_inf = super()._step(grad_multiplier, max_norm)
         except Exception:
             for group, step in before:
                 group["step"] = step
@@ -353,7 +375,7 @@ class MegatronMixin(ScalarOptimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 state = saved["state"].get(key, {})
                 if MASTER in state:
-                    state[MASTER] = self.get_unscaled_state(param, MASTER, skip_unscale=True)
+                    state[MASTER] = self.get_unscaled_state(param, MASTER)
 
 
 _ABSENT = object()

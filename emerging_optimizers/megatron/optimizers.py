@@ -30,9 +30,9 @@ class FusedAdam(MegatronMixin, rules.Adam):
 
     Differences from TransformerEngine's: with ``torch.uint8``, states are 8-bit codes of which 32
     share a scale, where TransformerEngine's have one scale a tensor. Float16 averages are stored
-    unscaled, and float16 masters are not supported. Each parameter's state has a
-    counter ``step``, which TransformerEngine's ``load_state_dict`` does not accept: remove it from
-    a checkpoint first. TransformerEngine's checkpoints load here as they are.
+    unscaled. Each parameter's state has a counter ``step``, which TransformerEngine's
+    ``load_state_dict`` does not accept: remove it from a checkpoint first. TransformerEngine's
+    checkpoints load here as they are.
 
     Args:
         params: {params}
@@ -46,9 +46,8 @@ class FusedAdam(MegatronMixin, rules.Adam):
         adam_w_mode: Decoupled weight decay. False: weight decay is added to the gradient.
         capturable: Keep step counters, and learning rates as tensors, on the parameters' devices,
             so that CUDA graphs can capture the step.
-        master_weights: Keep float32 master weights; see :class:`MegatronMixin`, also for the
-            following.
-        master_weight_dtype: The dtype of masters.
+        master_weights: Keep master weights; see :class:`MegatronMixin`, also for the following.
+        master_weight_dtype: The dtype of masters, float32 or float16.
         exp_avg_dtype: The dtype of ``exp_avg``.
         exp_avg_sq_dtype: The dtype of ``exp_avg_sq``.
         use_decoupled_grad: Read gradients from ``param.decoupled_grad``.
