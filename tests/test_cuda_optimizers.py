@@ -40,8 +40,8 @@ pytestmark = [
 
 _LAPROP = next((setup for setup in SETUPS if setup.cls is LaProp), SETUPS[0])
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling. The
-# states of the last one may be 8-bit.
+# Smaller than a vector, empty, larger than a tile and than a chunk; matrices, for shape scaling.
+# The states of the last one may be 8-bit.
 SHAPES = ((3, 4), (1, 1), (0, 3), (19, 131), (131, 70), (135, 32))
 
 
