@@ -130,25 +130,22 @@ struct HeldOperands {
   EMOPT_FN void store(const Launch& launch, const Setup<Launch>& setup, const Place<Launch>& place,
                       const Results& results) {
     const uint32_t row = place.chunk.row;
-    uint32_t random[kHeld];  // of two states that are stored as codes, see code_noise()
+    uint64_t in_param = 0;  // the first element's index, for the random bits of codes
+    if constexpr (Launch::kHasCodes) {
+      in_param = launch.codes[row].place.index_of(place.chunk.begin + place.first());
+    }
     EMOPT_UNROLL
     for (int k = 0; k < kOperands; ++k) {
       if (!is_written<Epilogue, kOperands>(k, launch.data[k][row], launch.data[kUpdate][row])) {
         continue;
       }
       if (!is_stored<Epilogue, kOperands>(k, setup.constants.epilogue)) continue;
-      if constexpr (Launch::kHasCodes) {
-        const int state = k - kFirstState;
-        if (state >= 0 && k < kFirstWeight && state % 2 == 0) {
-          fill_random(random, launch, setup, place, state);
-        }
-      }
       with_type_of<Launch>(k, launch.dtype[k], [&](auto type) {
         using Stored = decltype(type);
         Packet<sizeof(Stored)> rounded;
         if constexpr (kIsCode<Stored>) {
           const uint32_t scale = Stored::Format::scale_for(results.ranks[k]);
-          encode<typename Stored::Format>(rounded, results.values[k], scale, random,
+          encode<typename Stored::Format>(rounded, results.values[k], scale, setup, in_param,
                                           k - kFirstState);
           if (place.thread % kGroupThreads == 0) {
             *scale_at(launch, k, place) = static_cast<uint8_t>(scale);
@@ -274,25 +271,16 @@ struct HeldOperands {
     }
   }
 
-  // The random bits of state `state` and the next one. A thread's elements are consecutive in the
-  // parameter, too, and the high 32 bits of their indices are the same.
-  EMOPT_FN static void fill_random(uint32_t (&random)[kHeld], const Launch& launch,
-                                   const Setup<Launch>& setup, const Place<Launch>& place,
-                                   int state) {
-    const StatePlace& in_param = launch.codes[place.chunk.row].place;
-    const uint64_t index = in_param.index_of(place.chunk.begin + place.first());
-    const StateBits bits(setup.code_keys[state / 2], index);
-    EMOPT_UNROLL
-    for (uint32_t i = 0; i < kHeld; ++i) random[i] = bits(i);
-  }
-
+  // A thread's elements are consecutive in the parameter, too, and the high 32 bits of their
+  // indices are the same.
   template <class Format>
   EMOPT_FN static void encode(Packet<1>& packet, const Real (&values)[kHeld], uint32_t scale,
-                              const uint32_t (&random)[kHeld], int state) {
+                              const Setup<Launch>& setup, uint64_t index, int state) {
+    const StateBits random(setup.code_keys[state / 2], index);
     const float reciprocal = reciprocal_of_scale(scale);
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
-      const uint32_t code = Format::encode(values[i], reciprocal, code_noise(state, random[i]));
+      const uint32_t code = Format::encode(values[i], reciprocal, code_noise(state, random(i)));
       packet.put(i, static_cast<uint8_t>(code));
     }
   }
