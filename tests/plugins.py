@@ -19,15 +19,16 @@ CSRC = _TESTS.parent / "csrc"
 IS_EMULATED = native is not None and native.__name__ == "emulated_cuda"
 _KERNELS = """
 #include "enqueue_on_host.h"
-#define EMOPT_CUDA_WITH(Rule, Epilogue, Real)                                                 \\
-  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::Epilogue, Real>(                 \\
+#define EMOPT_CUDA_WITH(Rule, ...)                                                            \\
+  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::__VA_ARGS__>(                    \\
       const emopt::RuleInstance&, const emopt::HostOrDeviceScalar&, const void*,              \\
       const void* const*, size_t, const emopt::cuda::Chip&, void*);
 #define EMOPT_CUDA_RULE(Rule)                \\
   EMOPT_CUDA_WITH(Rule, StoreUpdate, float)  \\
   EMOPT_CUDA_WITH(Rule, StoreUpdate, double) \\
   EMOPT_CUDA_WITH(Rule, ApplyUpdate, float)  \\
-  EMOPT_CUDA_WITH(Rule, ApplyUpdate, double)
+  EMOPT_CUDA_WITH(Rule, ApplyUpdate, double) \\
+  EMOPT_CUDA_WITH(Rule, ApplyUpdate, float, true)
 """
 
 

@@ -27,7 +27,7 @@ from emerging_optimizers._codes import code_noise, decode, encode, scale_key
 from emerging_optimizers._native import native
 from emerging_optimizers._rounding import rounding_key, state_bits
 
-pytestmark = pytest.mark.usefixtures("_no_other_device")
+pytestmark = pytest.mark.on_devices("tests-states")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 EIGHT_BIT: dict[str, Any] = {"state_dtype": "8bit"}
@@ -84,7 +84,7 @@ def codes_of(setup: Setup) -> Mapping[str, Any]:
 
 def expected_codes(values: Tensor, code: Any, k: int, position: int, step: int) -> Any:
     """The codes of a rule's k-th state after a step, and their scales."""
-    index = torch.arange(values.numel()).view(values.shape)
+    index = torch.arange(values.numel(), device=values.device).view(values.shape)
     bits = state_bits(rounding_key(k // 2, position, step), index)
     return encode(values, code, code_noise(bits, k))
 
@@ -411,6 +411,7 @@ def test_skipped_steps(fused: bool | None) -> None:
     assert_same(contents(optimizer), contents(other))
 
 
+@pytest.mark.usefixtures("_no_other_device")
 @pytest.mark.parametrize("fused", [None, False, True], ids=str)
 def test_grad_scaler(fused: bool | None) -> None:
     optimizer, params = pair(fused)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 BLOCKS = "#define EMOPT_BLOCKS 4"
-LAST = "    held.step_and_store(launch, setup, place);\n"
+LAST = "    held.store(launch, setup, place, results);\n"
 RETURN = "  if (setup.is_skipped || !next.has_any()) return;\n"
 SHARED = "      const uint32_t i = threadIdx.x;\n"
 # For each fault: the file, the text to replace, its replacement, and the expected finding. Faults
@@ -46,9 +46,8 @@ FAULTS = {
         ),
         (
             f"{ENGINE}/vectors.h",
-            "      Word word = 0;\n"
-            "      if (i * kThreads < remaining) word = from[i * kThreads];\n",
-            "      const Word word = i * kThreads < remaining ? from[i * kThreads] : Bits{0};\n",
+            "      Word word = 0;\n      if (i * kStride < remaining) word = from[i * kStride];\n",
+            "      const Word word = i * kStride < remaining ? from[i * kStride] : Bits{0};\n",
             r"LOP3 of .*: waits for a single element",
         ),
     ),
@@ -84,7 +83,7 @@ FAULTS = {
     "registers, not all loads first, a longer loop": (
         (f"{ENGINE}/tuning.h", BLOCKS, BLOCKS.replace("4", "3"), r"registers, more than 80"),
         (
-            f"{ENGINE}/chunk.h",
+            f"{ENGINE}/held.h",
             "        packets[k].load_vectors(",
             "        if (k != kGrad) packets[k].load_vectors(",
             r"\[7, 7\] loads of vectors in a row, not 9",

@@ -25,7 +25,7 @@ from emerging_optimizers import _build_cache, _step
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._operators import USER_NAMESPACE
 from emerging_optimizers._user_rules import UserRule, background, cuda_kernels, runtime_kernels
-from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel
+from emerging_optimizers._user_rules.cuda_kernels import KERNELS, WITH_CODES, Kernel
 from emerging_optimizers._user_rules.native_code import NativeCode
 from emerging_optimizers._user_rules.runtime_kernels import RuntimeKernels
 
@@ -378,7 +378,7 @@ def test_compile_builds_all(monkeypatch: pytest.MonkeyPatch) -> None:
     rule.compile("cuda")
     last = torch.cuda.device_count() - 1
     rule.compile(f"cuda:{last}")
-    wanted = {(device, kernel) for device in (0, last) for kernel in KERNELS}
+    wanted = {(device, kernel) for device in (0, last) for kernel in [*KERNELS, *WITH_CODES]}
     assert set(built) == wanted
     with pytest.raises(RuntimeError, match="cannot be compiled: there are no kernels for xpu"):
         rule.compile("xpu")

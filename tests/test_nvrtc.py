@@ -21,7 +21,7 @@ from support import run_python
 from emerging_optimizers import _build, _build_cache, _library
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._user_rules import cuda_compiler, nvcc, nvrtc
-from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel, cubin_for
+from emerging_optimizers._user_rules.cuda_kernels import KERNELS, Kernel, cubin_for, kernels_of
 from emerging_optimizers._user_rules.user_rule import UserRule
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "rules"
@@ -144,6 +144,9 @@ def test_names() -> None:
     assert APPLY.symbol("adopt") == "emopt_adopt_ApplyUpdate_float_small"
     setup = APPLY._replace(is_large=True, needs_setup=True)
     assert setup.symbol("adopt") == "emopt_adopt_ApplyUpdate_float_large_setup"
+    symbols = [kernel.symbol("adopt") for kernel in kernels_of(has_codes=True, has_scalars=True)]
+    assert len(set(symbols)) == 15
+    assert symbols[12] == "emopt_adopt_ApplyUpdate_float_small_setup_codes"
 
 
 @needs_nvrtc

@@ -99,7 +99,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def kernels() -> RuntimeKernels:
-    return RuntimeKernels("adopt", "text", object(), has_scalars=False)
+    return RuntimeKernels("adopt", "text", object(), KERNELS)
 
 
 def run(tasks: list[Callable[[], None]]) -> None:

@@ -35,6 +35,7 @@ INSTRUCTIONS = {
     ("ApplyUpdate", "float64", False): 425,
     ("ApplyUpdate", "float64", True): 550,
 }
+INSTRUCTIONS_WITH_CODES = 700
 INSTRUCTIONS_OF_USERS = 1.1  # times as many for rules written in Python, which may be longer
 # A floating-point operation in PTX.
 _OPERATION = re.compile(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s")
@@ -135,6 +136,12 @@ def read_disassembly(sources: Sources, disassembly: str) -> dict[Kernel, Code]:
     return kernels
 
 
+def is_vector_of_codes(kernel: Kernel, one: Instruction) -> bool:
+    """Whether an access may be to the four bytes of a thread, and is not half of a vector."""
+    is_word = one.modifiers == ["E"]
+    return kernel.has_codes and is_word and not re.search(r"\+0x[0-9a-f]*4\]", one.operands)
+
+
 def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
     """Find memory accesses other than vectors that fill sectors and the few known exceptions."""
     wrong: Counter[str] = Counter()
@@ -150,7 +157,9 @@ def check_accesses(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]
             # Of a 2-byte type, a thread holds 64 bits in all. An access 8 bytes after another one
             # is a vector that was split in two, and covers half of each sector.
             is_half = "64" in one.modifiers and re.search(r"\+0x[0-9a-f]*8\]", one.operands)
-            if is_half or not {"64", "128"} & set(one.modifiers):
+            if is_half or not (
+                {"64", "128"} & set(one.modifiers) or is_vector_of_codes(kernel, one)
+            ):
                 wrong[f"{what}, less than a vector"] += 1
         elif not sources.may_access(one.name, one.places):
             wrong[f"{what}, outside of the few places for single elements"] += 1
@@ -168,10 +177,12 @@ def check_order(sources: Sources, kernel: Kernel, code: Code) -> Counter[str]:
             is_run = True
         elif one.name == "STG" or (one.name == "MUFU" and one.is_in(sources.step)):
             is_run = False
-    # One for each type size of each operand that is read, and one for parameters of split masters.
+    # One for each type size of each operand that is read, also of codes, and one for parameters of
+    # split masters.
     operands = sources.operands[kernel] - 1
     may_be_split = kernel.epilogue == "ApplyUpdate" and kernel.real == "float32"
     wanted = operands * (2 if kernel.real == "float32" else 4) + may_be_split
+    wanted += sources.num_codes.get(kernel, 0)
     if not runs or any(run != wanted for run in runs):
         wrong[f"{runs} loads of vectors in a row, not {wanted}: some wait for a result"] += 1
     for one in code.instructions:
@@ -226,6 +237,8 @@ def check_code(sources: Sources, disassembly: str) -> tuple[dict[Kernel, int], l
         if kernel in sources.operands:
             wrong += check_order(sources, kernel, code)
             per_operand = INSTRUCTIONS[kernel.epilogue, kernel.real, kernel.needs_setup]
+            if kernel.has_codes:
+                per_operand = INSTRUCTIONS_WITH_CODES
             if kernel.is_users:
                 per_operand = int(per_operand * INSTRUCTIONS_OF_USERS)
             allowed = per_operand * sources.operands[kernel]

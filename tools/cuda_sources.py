@@ -24,6 +24,7 @@ class Kernel(NamedTuple):
     real: str = ""
     launch_bytes: int = 0
     needs_setup: bool = False
+    has_codes: bool = False
 
     @property
     def is_users(self) -> bool:
@@ -31,7 +32,7 @@ class Kernel(NamedTuple):
         return self.epilogue != "" and self.launch_bytes == 0
 
     def __str__(self) -> str:
-        setup = "setup" if self.needs_setup else ""
+        setup = "codes" if self.has_codes else "setup" if self.needs_setup else ""
         parts = (self.rule, self.epilogue, self.real, self.launch_bytes or "", setup)
         return " ".join(str(part) for part in parts if part)
 
@@ -50,14 +51,18 @@ def kernel_of(symbol: str) -> Kernel | None:
         return ADD_TENSORS
     if norm := re.search(r"(sum_blocks|sum_tensors)I\w*10NormLaunchILm(\d+)E", symbol):
         return Kernel(norm[1], launch_bytes=int(norm[2]))
-    if user := re.search(r"emopt_(\w+?)_(\w+Update)_(float|double)_small(_setup)?$", symbol):
-        return Kernel(user[1], user[2], _REALS[user[3]], needs_setup=user[4] is not None)
+    pattern = r"emopt_(\w+?)_(\w+Update)_(float|double)_small(_setup)?(_codes)?$"
+    if user := re.search(pattern, symbol):
+        setup, codes = (user[i] is not None for i in (4, 5))
+        return Kernel(user[1], user[2], _REALS[user[3]], 0, setup, codes)
     if user := re.search(r"emopt_(\w+)_Advance$", symbol):
         return Kernel(user[1], "Advance")
-    found = re.search(r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)EEELb([01])", symbol)
+    pattern = r"LaunchINS_\d+(\w+?)ENS_\d+(\w+?)E([fd])Lm(\d+)ELb([01])EEELb([01])"
+    found = re.search(pattern, symbol)
     if found is None:
         return None
-    return Kernel(found[1], found[2], _REALS[found[3]], int(found[4]), found[5] == "1")
+    codes, setup = (found[i] == "1" for i in (5, 6))
+    return Kernel(found[1], found[2], _REALS[found[3]], int(found[4]), setup, codes)
 
 
 class Sources:
@@ -83,35 +88,42 @@ class Sources:
         )
         # The operands of a row of each kernel: the update, the gradient, the states, and those that
         # the epilogue adds.
-        self.operands = {}
+        self.operands: dict[Kernel, int] = {}
+        self.num_codes: dict[Kernel, int] = {}  # of the states that may be stored as codes
         instances = (("float32", small), ("float32", large), ("float64", small))
         for stem in self.stems:
-            pattern = r"^struct (\w+)[ :\w]* \{.*?kStates\[\] = \{(.*?)\}"
+            pattern = (
+                r"^struct (\w+)[ :\w]* \{.*?kStates\[\] = \{(.*?)\};"
+                r"(?:\n  static constexpr StateCode kStateCodes\[\] = \{(.*?)\};)?"
+            )
             text = (self.csrc / "rules" / f"{stem}.h").read_text()
-            for rule, states in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+            for rule, states, codes in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
                 for (name, added), instance, needs_setup in itertools.product(
                     self.epilogues.items(), instances, (False, True)
                 ):
                     count = 2 + states.count('"') // 2 + int(added)
                     self.operands[Kernel(rule, name, *instance, needs_setup)] = count
+                self._expect_codes(rule, states.count('"') // 2, codes.count("igned"), sizes)
         # The kernels of norms.
         self.norms = {Kernel(name, launch_bytes=n) for name in _SUMS for n in sizes} | {ADD_TENSORS}
         # Those that advance users' scalar states.
         self.advance_scalars: set[Kernel] = set()
         # The only places that access global memory: vectors of a tile, and the single elements next
         # to them. Found by the callers' lines, because nvcc misattributes some lines of vectors.h.
-        chunk = "engine/cuda/chunk.h"
-        self.vectors = self.lines_with(chunk, r"\.(load|store)_vectors\(")
-        self.singles = self.lines_with(chunk, r"\.(load|store)_singles\(")
+        chunk, held = "engine/cuda/chunk.h", "engine/cuda/held.h"
+        self.vectors = self.lines_with(held, r"\.(load|store)_vectors\(")
+        self.singles = self.lines_with(held, r"(load|store)_singles<")
+        # The scales of groups: a byte for the threads of each.
+        self.scales = self.lines_with(held, r"\*scale_at\(")
         self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
         self.singles |= self.loads_of_singles
         # Each counter and scalar, once per block, before its loop. NVRTC may merge reads of
         # scalars, which then have no caller.
         self.advance = self.function(chunk, "advance_counters")
         self.advance |= self.function(chunk, "advance_scalars")
-        self.scalars = self.function(chunk, "read_scalar")
+        self.scalars = self.function("engine/cuda/setup.h", "read_scalar")
         self.scalars |= self.function("engine/host_or_device_scalar.h", "read")
-        self.step = self.function(chunk, "step_and_store")
+        self.step = self.function(held, "step") | self.function(held, "store")
         # A norm's gradients, and the sums of blocks and tensors. nvcc gives some stores of a
         # sum the line of the last addition.
         self.grads = self.function("engine/cuda/norm_work.h", "sum_of_lane")
@@ -119,15 +131,23 @@ class Sources:
         found = re.search(r"kNormLoads = (\d+)", tuning)
         self.norm_loads = int(found[1]) if found else 0
 
-    def add_user_rule(self, name: str, num_states: int, has_scalars: bool) -> None:
+    def _expect_codes(self, rule: str, states: int, codes: int, sizes: Sequence[int]) -> None:
+        """Expect the kernels of a rule's states that are stored as codes, if any may be."""
+        for size in sizes if codes else ():
+            kernel = Kernel(rule, "ApplyUpdate", "float32", size, True, True)
+            self.operands[kernel] = 2 + states + int(self.epilogues["ApplyUpdate"])
+            self.num_codes[kernel] = codes
+
+    def add_user_rule(self, name: str, states: int, codes: int, has_scalars: bool) -> None:
         """Expect a user's rule, whose kernels NVRTC compiles."""
+        self._expect_codes(name, states, codes, [0])
         if has_scalars:
             self.advance_scalars.add(Kernel(name, "Advance"))
         for (epilogue, added), real, needs_setup in itertools.product(
             self.epilogues.items(), ("float32", "float64"), (False, True)
         ):
             kernel = Kernel(name, epilogue, real, needs_setup=needs_setup)
-            self.operands[kernel] = 2 + num_states + int(added)
+            self.operands[kernel] = 2 + states + int(added)
 
     def may_access(self, instruction: str, places: list[str]) -> bool:
         """Whether this instruction may access a single element at these places."""
@@ -135,7 +155,7 @@ class Sources:
             return False
         if not self.singles.isdisjoint(places) or not self.advance.isdisjoint(places):
             return True
-        if not self.sums.isdisjoint(places):
+        if not (self.sums | self.scales).isdisjoint(places):
             return True
         return instruction == "LDG" and not (self.scalars | self.grads).isdisjoint(places)
 

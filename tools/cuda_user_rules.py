@@ -14,10 +14,9 @@ from cuda_sources import Sources
 from emerging_optimizers._build_cache import BuildError
 from emerging_optimizers._user_rules.cuda_compiler import compile_by_nvrtc
 from emerging_optimizers._user_rules.cuda_kernels import (
-    ADVANCE,
-    KERNELS,
     Kernel,
     kernel_options,
+    kernels_of,
 )
 
 # Of examples/rules: with two formulas, one of which leaves weights as they are; with four states;
@@ -51,9 +50,9 @@ def compile_user_rules(
     """Compile the kernels for small launches; those for large ones have the same code."""
     jobs = [
         (text, kernel, architecture)
-        for text, has_scalars in _texts(sources, rules, out)
-        for kernel, architecture in itertools.product([*KERNELS, ADVANCE], architectures)
-        if not kernel.is_large and (kernel != ADVANCE or has_scalars)
+        for text, kernels in _texts(sources, rules, out)
+        for kernel, architecture in itertools.product(kernels, architectures)
+        if not kernel.is_large
     ]
 
     def compile_one(job: tuple[Path, Kernel, str]) -> Unit:
@@ -74,17 +73,19 @@ def compile_user_rules(
         sys.exit(f"cuda-check: does not compile\n{error.output.decode()}")
 
 
-def _texts(sources: Sources, rules: Sequence[str], out: Path) -> Iterator[tuple[Path, bool]]:
+def _texts(
+    sources: Sources, rules: Sequence[str], out: Path
+) -> Iterator[tuple[Path, list[Kernel]]]:
     """Write the C++ texts of rules, and expect their kernels.
 
     Yields:
-        The text's path, and whether the rule has scalar states.
+        The text's path, and the rule's kernels.
     """
     sys.path.insert(0, str(_EXAMPLES))
     for name in rules:
         rule = getattr(importlib.import_module(name), name)
-        has_scalars = bool(rule.scalar_states)
-        sources.add_user_rule(name, len(rule.states), has_scalars)
+        codes, has_scalars = [code for code in rule.codes if code], bool(rule.scalar_states)
+        sources.add_user_rule(name, len(rule.states), len(codes), has_scalars)
         text = out / f"{name}.cpp"
         text.write_text(rule.source)
-        yield text, has_scalars
+        yield text, kernels_of(has_codes=bool(codes), has_scalars=has_scalars)

@@ -61,6 +61,11 @@ StateCoding read_code(py::handle item) {
   return {pair[1].ptr() == Py_True ? DType::kE4M3 : DType::kUE5M3, pair[0].ptr()};
 }
 
+StateCode kind_of(const StateCoding& code) {
+  if (code.scale_key == nullptr) return StateCode::kNone;
+  return code.dtype == DType::kE4M3 ? StateCode::kSigned : StateCode::kUnsigned;
+}
+
 void add_step(Steps& steps, py::handle group, const py::tuple& rule, uint32_t first_position,
               uint64_t seed, StepScalars& scalars, py::tuple grads) {
   const auto* registered =
@@ -83,6 +88,9 @@ void add_step(Steps& steps, py::handle group, const py::tuple& rule, uint32_t fi
     for (size_t i = 0; i < names.size(); ++i) {
       names[i] = state_names[i].ptr();
       state_codes[i] = read_code(codes[i]);
+      TORCH_INTERNAL_ASSERT(
+          info.state_codes == nullptr || kind_of(state_codes[i]) == info.state_codes[i], info.name,
+          " declares other codes");
     }
     typename Step::ScalarNames scalar_keys;
     for (const py::handle name : scalar_names) scalar_keys.push_back(name.ptr());

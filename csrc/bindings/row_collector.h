@@ -187,7 +187,8 @@ class RowCollector {
         row.compute = DType::kFloat64;
       }
     }
-    if (is_split && row.device != kHost && row.compute == DType::kFloat64) return false;
+    const bool needs_float32 = is_split || !scales_.empty();
+    if (needs_float32 && row.device != kHost && row.compute == DType::kFloat64) return false;
     if (row.extras != nullptr) {
       row.extras->place = {row.position, 0, 0, 0};
       if (c.is_distributed) {
@@ -284,7 +285,7 @@ class RowCollector {
   // Adds the scales of a state that is stored as codes.
   bool add_scales(const CandidateOf& c, size_t state, RowOf& row, uintptr_t& others) {
     const StateCoding& code = codes_[state];
-    if (code.scale_key == nullptr || row.device != kHost || !may_allocate()) return false;
+    if (code.scale_key == nullptr || !may_allocate()) return false;
     PyObject* const object = find_item(c.state, code.scale_key);
     if (object == nullptr || !is_tensor(object)) return false;
     const at::Tensor* scales = &THPVariable_Unpack(object);
@@ -297,7 +298,7 @@ class RowCollector {
     }
     const at::Tensor& codes = *c.operands[kFirstState + state];
     if (!is_plain(*scales) || scales->scalar_type() != at::kByte ||
-        !are_scales_of(*scales, codes)) {
+        scales->device() != codes.device() || !are_scales_of(*scales, codes)) {
       return false;
     }
     void* const memory = memory_of(*scales, code.dtype, true);
@@ -333,8 +334,10 @@ class RowCollector {
     // Ask for both, so that both are built if they are missing.
     const bool can_advance = !counts_on_device || has_advance_kernel(*rule_.info, row.device);
     const bool can_sweep =
-        has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
-                                counts_on_device || needs_device() || is_stochastic);
+        scales_.empty()
+            ? has_kernel<ApplyUpdate>(*rule_.info, row.device, row.compute == DType::kFloat64,
+                                      counts_on_device || needs_device() || is_stochastic)
+            : has_kernel_for_codes(*rule_.info, row.device);
     return can_advance && can_sweep;
   }
 

@@ -20,14 +20,16 @@ static_assert(StoreUpdate::kIndex == 0 && ApplyUpdate::kIndex == 1);
 static_assert(cuda::KernelKey::advance().epilogue == 2);
 
 cuda::KernelKey key_of(const KernelName& kernel) {
-  const auto& [epilogue, real, is_large, needs_setup] = kernel;
+  const auto& [epilogue, real, is_large, needs_setup, has_codes] = kernel;
   const auto* const found = std::find(std::begin(kEpilogues), std::end(kEpilogues), epilogue);
   TORCH_INTERNAL_ASSERT(found != std::end(kEpilogues), epilogue);
-  return {static_cast<int>(found - kEpilogues), real == kReals[1] ? 1 : 0, is_large, needs_setup};
+  return {static_cast<int>(found - kEpilogues), real == kReals[1] ? 1 : 0, is_large, needs_setup,
+          has_codes};
 }
 
 KernelName name_of(const cuda::KernelKey& key) {
-  return {kEpilogues[key.epilogue], kReals[key.precision], key.is_large, key.needs_setup};
+  return {kEpilogues[key.epilogue], kReals[key.precision], key.is_large, key.needs_setup,
+          key.has_codes};
 }
 
 }  // namespace

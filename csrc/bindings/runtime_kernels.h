@@ -34,6 +34,17 @@ bool has_kernel([[maybe_unused]] const RuleInfo& info, [[maybe_unused]] c10::Dev
   return true;
 }
 
+// The same for a row that has codes. False of a rule without such kernels.
+inline bool has_kernel_for_codes([[maybe_unused]] const RuleInfo& info,
+                                 [[maybe_unused]] c10::DeviceIndex device) {
+#if EMOPT_CUDA
+  if (has_runtime_kernels(info)) {
+    return info.program->kernels->has(device, cuda::KernelKey::codes(false));
+  }
+#endif
+  return info.enqueue_codes != nullptr;
+}
+
 // The same for the kernel that advances scalar states. True of a rule without any.
 inline bool has_advance_kernel([[maybe_unused]] const RuleInfo& info,
                                [[maybe_unused]] c10::DeviceIndex device) {
@@ -47,8 +58,8 @@ inline bool has_advance_kernel([[maybe_unused]] const RuleInfo& info,
 
 #if EMOPT_CUDA
 // A kernel as Python names it (_user_rules/cuda_kernels.py): the epilogue, the arithmetic type,
-// whether its launches are large, and whether they need a setup.
-using KernelName = std::tuple<std::string, std::string, bool, bool>;
+// whether its launches are large, whether they need a setup, and whether states may be codes.
+using KernelName = std::tuple<std::string, std::string, bool, bool, bool>;
 
 // Loads a kernel's machine code on a device. `symbol` is its name there.
 void attach_kernel(const RuleInfo& info, c10::DeviceIndex device, const KernelName& kernel,

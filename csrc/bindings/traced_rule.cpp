@@ -240,6 +240,7 @@ const RuleInfo* interpreted(const TracedRule& traced) {
           cuda::erased_enqueue(info.num_states, num_scalars != 0, epilogue, precision);
     }
   }
+  info.enqueue_codes = cuda::erased_enqueue_codes(info.num_states, num_scalars != 0);
   if (num_scalars != 0) info.enqueue_advance = &cuda::erased_enqueue_advance;
 #endif
   info.program = &rule->program;

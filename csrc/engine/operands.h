@@ -52,10 +52,17 @@ inline constexpr int8_t kHost = -1;  // a device index
 struct StatePlace {
   uint64_t position, first_index;
   int64_t width, stride;
+
+  // The index of the row's i-th element.
+  EMOPT_FN uint64_t index_of(int64_t i) const {
+    if (width != 0) i = i / width * stride + i % width;
+    return first_index + static_cast<uint64_t>(i);
+  }
 };
 
 // What few rows have: the rule's scalar states, on the device of the counter, and the scales of
-// states that are stored as codes. Null where there is none. (The pointers are on the host.)
+// states that are stored as codes, on that of the row. Null where there is none. (The pointers are
+// on the host.)
 struct RowExtras {
   float* scalars[kMaxScalarStates];
   uint8_t* scales[kMaxStates];
@@ -81,6 +88,12 @@ struct Row {
   // Null if the rule has no scalar states.
   float* const* scalars() const {
     return extras != nullptr && extras->scalars[0] != nullptr ? extras->scalars : nullptr;
+  }
+
+  bool has_codes() const {
+    bool result = false;
+    for (const DType each : dtype) result |= is_code(each);
+    return result;
   }
 };
 

@@ -89,6 +89,7 @@ struct RuleInfo {
   bool (*keeps_weight[kNumPrecisions])(const void* constants);  // null if no step does
   ElementLoop loops[kNumIsas][kNumEpilogues][kNumPrecisions];   // null if not compiled
   EnqueueRows enqueue[kNumEpilogues][kNumPrecisions];           // null without CUDA
+  EnqueueRows enqueue_codes;       // of rows with codes; null without CUDA, or if no state may be
   EnqueueAdvance enqueue_advance;  // null without CUDA, or without scalar states
 
   // Of a rule that is interpreted, else null: what it computes (program.h), and where its compiled
@@ -113,9 +114,11 @@ struct RuleInfo {
   // A rule in a separate library may have none.
   bool has_cuda_kernels() const { return EMOPT_CUDA && enqueue[0][0] != nullptr; }
 
-  template <class Epilogue>
-  EnqueueRows enqueue_of(DType compute) const {
-    return enqueue[Epilogue::kIndex][compute == DType::kFloat64 ? 1 : 0];
+  // `row` is the first of those that are enqueued together.
+  template <class Epilogue, int kOperands>
+  EnqueueRows enqueue_of(const Row<kOperands>& row) const {
+    if (row.has_codes()) return enqueue_codes;
+    return enqueue[Epilogue::kIndex][row.compute == DType::kFloat64 ? 1 : 0];
   }
 };
 

@@ -20,6 +20,33 @@ template <class Rule>
 inline constexpr int kNumStates<Rule, std::void_t<decltype(Rule::kStates)>> =
     static_cast<int>(std::size(Rule::kStates));
 
+// How each state may be stored; null if none may be stored as codes.
+template <class Rule, class = void>
+inline constexpr const StateCode* kStateCodesOf = nullptr;
+template <class Rule>
+inline constexpr const StateCode* kStateCodesOf<Rule, std::void_t<decltype(Rule::kStateCodes)>> =
+    Rule::kStateCodes;
+// Whether that is not null, which is no constant under sanitizers.
+template <class Rule, class = void>
+inline constexpr bool kHasStateCodes = false;
+template <class Rule>
+inline constexpr bool kHasStateCodes<Rule, std::void_t<decltype(Rule::kStateCodes)>> = true;
+
+// Bit i: whether state i may be stored so. (Device code cannot read an array of the host's.)
+template <class Rule>
+constexpr uint32_t states_with(StateCode code) {
+  uint32_t result = 0;
+  if constexpr (kHasStateCodes<Rule>) {
+    for (int i = 0; i < kNumStates<Rule>; ++i) {
+      result |= static_cast<uint32_t>(kStateCodesOf<Rule>[i] == code) << i;
+    }
+  }
+  return result;
+}
+template <class Rule>
+inline constexpr bool kMayHaveCodes =
+    (states_with<Rule>(StateCode::kSigned) | states_with<Rule>(StateCode::kUnsigned)) != 0;
+
 inline constexpr int kMaxScalarStates = 4;
 
 template <class Rule, class = void>

@@ -75,12 +75,6 @@ inline constexpr const char* const* kStatesOf<Rule, std::void_t<decltype(Rule::k
     Rule::kStates;
 
 template <class Rule, class = void>
-inline constexpr const StateCode* kStateCodesOf = nullptr;
-template <class Rule>
-inline constexpr const StateCode* kStateCodesOf<Rule, std::void_t<decltype(Rule::kStateCodes)>> =
-    Rule::kStateCodes;
-
-template <class Rule, class = void>
 inline constexpr int kLowestStep = 0;
 template <class Rule>
 inline constexpr int kLowestStep<Rule, std::void_t<decltype(Rule::kLowestStep)>> =
@@ -156,6 +150,14 @@ constexpr EnqueueRows enqueue_rows() {
 #endif
 }
 
+template <class Rule>
+constexpr EnqueueRows enqueue_codes() {
+#if EMOPT_CUDA
+  if constexpr (kMayHaveCodes<Rule>) return &cuda::enqueue_rows<Rule, ApplyUpdate, float, true>;
+#endif
+  return nullptr;
+}
+
 #define EMOPT_LOOPS_WITH(isa, Epilogue) \
   {&cpu::isa::element_loop<Rule, Epilogue, float>, &cpu::isa::element_loop<Rule, Epilogue, double>}
 #define EMOPT_LOOPS(isa) {EMOPT_LOOPS_WITH(isa, StoreUpdate), EMOPT_LOOPS_WITH(isa, ApplyUpdate)}
@@ -213,6 +215,7 @@ RuleInfo make_info() {
       },
       {{enqueue_rows<Rule, StoreUpdate, float>(), enqueue_rows<Rule, StoreUpdate, double>()},
        {enqueue_rows<Rule, ApplyUpdate, float>(), enqueue_rows<Rule, ApplyUpdate, double>()}},
+      enqueue_codes<Rule>(),
       nullptr,
       nullptr,
       nullptr,

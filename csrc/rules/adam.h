@@ -9,6 +9,7 @@ namespace emopt {
 struct Adam {
   static constexpr const char* kName = "adam";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kUnsigned};
 
   double betas[2];
   bool correct_bias;
@@ -63,6 +64,8 @@ struct Adam {
 struct AMSGrad : Adam {
   static constexpr const char* kName = "amsgrad";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kNone,
+                                              StateCode::kNone};
 
   template <class Real>
   struct Step : Adam::Step<Real> {

@@ -9,6 +9,8 @@ namespace emopt {
 struct AdEMAMix {
   static constexpr const char* kName = "ademamix";
   static constexpr const char* kStates[] = {"exp_avg_fast", "exp_avg_slow", "exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kSigned,
+                                              StateCode::kUnsigned};
 
   int64_t num_beta_slow_warmup_steps;
   int64_t num_alpha_warmup_steps;

@@ -8,6 +8,7 @@ namespace emopt {
 struct LaProp {
   static constexpr const char* kName = "laprop";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kUnsigned};
 
   bool correct_bias;
   double betas[2];

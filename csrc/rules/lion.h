@@ -8,6 +8,7 @@ namespace emopt {
 struct Lion {
   static constexpr const char* kName = "lion";
   static constexpr const char* kStates[] = {"exp_avg"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned};
 
   double momentum_beta;
   double momentum_beta2;

@@ -11,6 +11,7 @@ namespace emopt {
 struct MAdam {
   static constexpr const char* kName = "madam";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq_scaled"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kUnsigned};
 
   double betas[2];
   bool correct_bias;

@@ -10,6 +10,7 @@ namespace emopt {
 struct RMSprop {
   static constexpr const char* kName = "rmsprop";
   static constexpr const char* kStates[] = {"exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kUnsigned};
 
   double alpha;
   double eps;
@@ -48,6 +49,7 @@ struct RMSprop {
 struct RMSpropCentered : RMSprop {
   static constexpr const char* kName = "rmsprop_centered";
   static constexpr const char* kStates[] = {"exp_avg_sq", "grad_avg"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kNone, StateCode::kNone};
 
   template <class Real>
   struct Step : RMSprop::Step<Real> {
@@ -62,6 +64,7 @@ struct RMSpropCentered : RMSprop {
 struct RMSpropMomentum : RMSprop {
   static constexpr const char* kName = "rmsprop_momentum";
   static constexpr const char* kStates[] = {"exp_avg_sq", "momentum_buffer"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kUnsigned, StateCode::kSigned};
 
   double momentum;
 
@@ -91,6 +94,8 @@ struct RMSpropMomentum : RMSprop {
 struct RMSpropCenteredMomentum : RMSpropMomentum {
   static constexpr const char* kName = "rmsprop_centered_momentum";
   static constexpr const char* kStates[] = {"exp_avg_sq", "grad_avg", "momentum_buffer"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kNone, StateCode::kNone,
+                                              StateCode::kSigned};
 
   template <class Real>
   struct Step : RMSpropMomentum::Step<Real> {

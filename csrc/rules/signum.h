@@ -9,6 +9,7 @@ namespace emopt {
 struct Signum {
   static constexpr const char* kName = "signum";
   static constexpr const char* kStates[] = {"exp_avg"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned};
 
   double momentum_beta;
   bool correct_bias;

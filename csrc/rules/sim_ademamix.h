@@ -10,6 +10,7 @@ namespace emopt {
 struct SimplifiedAdEMAMix {
   static constexpr const char* kName = "sim_ademamix";
   static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kUnsigned};
 
   int64_t num_beta_fast_warmup_steps;
   double min_beta_fast;

@@ -30,12 +30,14 @@ class Kernel(NamedTuple):
         real: The arithmetic type: "float" or "double".
         is_large: Whether the arguments take more than 4096 bytes.
         needs_setup: Whether blocks compute the constants, from numbers on the device.
+        has_codes: Whether states may be stored as 8-bit codes.
     """
 
     epilogue: str
     real: str
     is_large: bool
     needs_setup: bool
+    has_codes: bool = False
 
     def symbol(self, rule: str) -> str:
         """Return the name of a rule's kernel in the machine code, which profilers show."""
@@ -43,7 +45,8 @@ class Kernel(NamedTuple):
             return f"emopt_{rule}_Advance"
         size = "large" if self.is_large else "small"
         setup = "_setup" if self.needs_setup else ""
-        return f"emopt_{rule}_{self.epilogue}_{self.real}_{size}{setup}"
+        codes = "_codes" if self.has_codes else ""
+        return f"emopt_{rule}_{self.epilogue}_{self.real}_{size}{setup}{codes}"
 
 
 # Large launches are not compiled for float64 (engine/cuda/plan.h).
@@ -57,8 +60,24 @@ KERNELS = [
 ]
 
 
+# Only of rules whose states may be stored as codes.
+WITH_CODES = [
+    Kernel("ApplyUpdate", "float", is_large, needs_setup=True, has_codes=True)
+    for is_large in (False, True)
+]
+
 # Only of rules with scalar states.
 ADVANCE = Kernel("Advance", "float", is_large=False, needs_setup=False)
+
+
+def kernels_of(*, has_codes: bool, has_scalars: bool) -> list[Kernel]:
+    """Return the kernels of a rule.
+
+    Args:
+        has_codes: Whether any of its states may be stored as 8-bit codes.
+        has_scalars: Whether it has scalar states.
+    """
+    return [*KERNELS, *(WITH_CODES if has_codes else []), *([ADVANCE] if has_scalars else [])]
 
 
 def check_compiler() -> None:
@@ -156,6 +175,7 @@ def kernel_options(rule: str, kernel: Kernel, architecture: int) -> list[str]:
             f"-DEMOPT_REAL={kernel.real}",
             f"-DEMOPT_LAUNCH={'kLargeLaunch' if kernel.is_large else 'kSmallLaunch'}",
             f"-DEMOPT_NEEDS_SETUP={int(kernel.needs_setup)}",
+            f"-DEMOPT_HAS_CODES={int(kernel.has_codes)}",
         ]
     return [
         f"--gpu-architecture=sm_{architecture}",

@@ -4,12 +4,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from .._codes import E4M3, UE5M3
 from .._hyperparameters import Beta, Hyperparameter, NonNegative
 from .expressions import Code, bare, count_uses, literal
 from .graph import Case, Node, RuleError
 from .tracer import MAX_CASES, Trace
 
 DOMAINS = {Beta: "kBeta", NonNegative: "kNonNegative", float: "kAny", int: "kInteger"}
+_STATE_CODES = {
+    None: "StateCode::kNone",
+    E4M3: "StateCode::kSigned",
+    UE5M3: "StateCode::kUnsigned",
+}
 # Names that the struct uses, and reserved words of C++ that are names in Python.
 _TAKEN = frozenset(
     re.findall(
@@ -117,6 +123,9 @@ class Emitter:
         if signature.states:
             quoted = ", ".join(f'"{state}"' for state in signature.states)
             lines.append(f"  static constexpr const char* kStates[] = {{{quoted}}};")
+        if any(signature.codes):
+            listed = ", ".join(_STATE_CODES[code] for code in signature.codes)
+            lines.append(f"  static constexpr StateCode kStateCodes[] = {{{listed}}};")
         if signature.scalar_states:
             listed = ", ".join(
                 f'{{"{name}", {literal(first)}}}' for name, first in signature.scalar_states.items()

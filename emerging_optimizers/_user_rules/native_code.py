@@ -16,6 +16,7 @@ from .._operators import USER_NAMESPACE, unused_stem
 from . import background, shipped
 from .assembler import Program
 from .build import library_for, product_for
+from .cuda_kernels import kernels_of
 from .emitter import struct_name
 from .library import THEN
 from .runtime_kernels import RuntimeKernels
@@ -38,18 +39,19 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def native_code(program: Program, source: str, module: str) -> "NativeCode":
+def native_code(program: Program, source: str, has_codes: bool, module: str) -> "NativeCode":
     """Return the native code of a rule.
 
     Args:
         program: The rule's programs.
         source: Its C++ text.
+        has_codes: Whether any of its states may be stored as 8-bit codes.
         module: The module that defines it, whose package may have its library.
     """
     with _LOCK:
         found = _CODES.get(source)
         if found is None:
-            found = _CODES[source] = NativeCode(program, source, module)
+            found = _CODES[source] = NativeCode(program, source, has_codes, module)
         return found
 
 
@@ -65,7 +67,7 @@ class NativeCode:
         why_not: Why it cannot be compiled, as far as that is known.
     """
 
-    def __init__(self, program: Program, source: str, module: str = "") -> None:
+    def __init__(self, program: Program, source: str, has_codes: bool, module: str = "") -> None:
         native: Any = _native.native
         self._name = program.name
         self._source = source
@@ -74,9 +76,8 @@ class NativeCode:
         self.handle: Any
         self.eager: Callable[..., Any]
         self.handle, self.eager = native._interpret_rule(USER_NAMESPACE, self.stem, *program)
-        self.kernels = RuntimeKernels(
-            program.name, source, self.handle, has_scalars=bool(program.scalar_states)
-        )
+        kernels = kernels_of(has_codes=has_codes, has_scalars=bool(program.scalar_states))
+        self.kernels = RuntimeKernels(program.name, source, self.handle, kernels)
         self.is_compiled = False
         self.why_not: str | None = None
         self._is_started = False

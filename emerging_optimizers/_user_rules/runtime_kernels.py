@@ -11,7 +11,7 @@ import torch
 from .. import _build_cache, _native
 from .._build_cache import BuildError
 from . import background, cuda_kernels, nvrtc
-from .cuda_kernels import ADVANCE, KERNELS, Kernel
+from .cuda_kernels import Kernel
 
 
 def are_possible() -> bool:
@@ -26,17 +26,17 @@ class RuntimeKernels:
         rule: The rule's name.
         source: Its C++ text.
         handle: The compiled module's handle of the rule.
-        has_scalars: Whether it has scalar states.
+        kernels: All that it has.
 
     Attributes:
         why_not: Why some of them cannot be built; None as far as that is not known.
     """
 
-    def __init__(self, rule: str, source: str, handle: Any, has_scalars: bool) -> None:
+    def __init__(self, rule: str, source: str, handle: Any, kernels: list[Kernel]) -> None:
         self._rule = rule
         self._source = source
         self._handle = handle
-        self._has_scalars = has_scalars
+        self._kernels = kernels
         self.why_not: str | None = None
         self._lock = threading.Lock()
         self._asked: set[tuple[int, Kernel]] = set()
@@ -103,8 +103,7 @@ class RuntimeKernels:
                 f"the rule {self._rule} cannot be compiled: there is no device cuda:{index}"
                 f" (torch.cuda.device_count() is {count}); name another one"
             )
-        kernels = [*KERNELS, ADVANCE] if self._has_scalars else KERNELS
-        self._build_now((index, kernel) for kernel in kernels)
+        self._build_now((index, kernel) for kernel in self._kernels)
 
     def _take_missing(self) -> list[tuple[int, Kernel]]:
         """Return the kernels that were missing since the last call."""
@@ -116,7 +115,7 @@ class RuntimeKernels:
             small = Kernel(*names)
             # The large one is for calls with many tensors, which it makes faster.
             for kernel in (small, small._replace(is_large=True)):
-                if kernel in KERNELS or kernel == ADVANCE:
+                if kernel in self._kernels:
                     found.append((device, kernel))
         return found
 

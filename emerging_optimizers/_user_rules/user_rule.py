@@ -178,7 +178,7 @@ class UserRule(Rule):
     def _native_code(self) -> NativeCode | None:
         """Return the rule's native code; None if there are no native kernels."""
         if self._code is None and _native.native is not None:
-            self._code = native_code(self._program, self.source, self.place[0])
+            self._code = native_code(self._program, self.source, any(self.codes), self.place[0])
             self._is_only_on_gpus = True
         return self._code
 
@@ -189,7 +189,7 @@ class UserRule(Rule):
     def _interpreted(self) -> "UserRule":
         """Return a rule of the same function that is never compiled, for tests."""
         twin = UserRule(self.formula)
-        twin._code = NativeCode(self._program, self.source)
+        twin._code = NativeCode(self._program, self.source, any(self.codes))
         twin._bind_to(twin._code)
         return twin
 

@@ -7,15 +7,16 @@
 
 namespace emopt::cuda {
 
-#define EMOPT_INSTANTIATE_WITH(Rule, Epilogue, Real)                                              \
-  template int enqueue_rows<Rule, Epilogue, Real>(const RuleInstance&, const HostOrDeviceScalar&, \
-                                                  const void*, const void* const*, size_t,        \
-                                                  const Chip&, void*);
+#define EMOPT_INSTANTIATE_WITH(Rule, ...)                                                      \
+  template int enqueue_rows<Rule, __VA_ARGS__>(const RuleInstance&, const HostOrDeviceScalar&, \
+                                               const void*, const void* const*, size_t,        \
+                                               const Chip&, void*);
 #define EMOPT_INSTANTIATE(Rule)                     \
   EMOPT_INSTANTIATE_WITH(Rule, StoreUpdate, float)  \
   EMOPT_INSTANTIATE_WITH(Rule, StoreUpdate, double) \
   EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, float)  \
-  EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, double)
+  EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, double) \
+  EMOPT_INSTANTIATE_WITH(Rule, ApplyUpdate, float, true)
 EMOPT_FOR_EACH_RULE(EMOPT_INSTANTIATE)
 #undef EMOPT_INSTANTIATE
 #undef EMOPT_INSTANTIATE_WITH
@@ -25,7 +26,7 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Epilogue& epilogue,
                       const Table<kNumOperands<kStates, Epilogue>>& table) {
   const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
-    const EnqueueRows enqueue = rule.info->enqueue_of<Epilogue>(row.compute);
+    const EnqueueRows enqueue = rule.info->enqueue_of<Epilogue>(row);
     enqueue(rule, step, &epilogue, rows, num_rows, {2, true}, nullptr);
   };
   const auto enqueue_advance = [](int8_t, const Advance& advance) { run_on_host(advance); };

@@ -20,7 +20,13 @@ void for_each_launch(const Rule& rule, const emopt::HostOrDeviceScalar& step,
       run(row.device, launch, num_blocks);
       return true;
     };
-    if (row.compute == emopt::DType::kFloat64) {
+    if (row.has_codes()) {
+      if constexpr (emopt::kMayHaveCodes<Rule> && Epilogue::kOperands != 0) {
+        plan_rows<Rule, Epilogue, float, true>(rule, step, epilogue, rows, num_rows, chip, enqueue);
+      } else {
+        CHECK(!"no state may be stored as codes");
+      }
+    } else if (row.compute == emopt::DType::kFloat64) {
       plan_rows<Rule, Epilogue, double>(rule, step, epilogue, rows, num_rows, chip, enqueue);
     } else {
       plan_rows<Rule, Epilogue, float>(rule, step, epilogue, rows, num_rows, chip, enqueue);

@@ -14,10 +14,12 @@
 template <class Rule, class Erased>
 struct LaunchInKernel;
 
-template <class Rule, int kStates, uint32_t kSlots, class Epilogue, class Real, size_t kBytes>
-struct LaunchInKernel<
-    Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue, Real, kBytes>> {
-  using Type = emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes>;
+template <class Rule, int kStates, uint32_t kSlots, class Epilogue, class Real, size_t kBytes,
+          bool kHasCodes>
+struct LaunchInKernel<Rule, emopt::cuda::Launch<emopt::cuda::ErasedRule<kStates, kSlots>, Epilogue,
+                                                Real, kBytes, kHasCodes>> {
+  using Type =
+      emopt::cuda::Launch<emopt::cuda::PaddedRule<Rule>, Epilogue, Real, kBytes, kHasCodes>;
 };
 
 template <class Rule, int kStates, uint32_t kSlots>

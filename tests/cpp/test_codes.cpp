@@ -11,6 +11,7 @@
 
 #include "cases.h"
 #include "check.h"
+#include "coded_rows.h"
 #include "engine/codes.h"
 #include "engine/cpu/conversions.h"
 #include "engine/cpu/driver.h"
@@ -27,13 +28,6 @@ constexpr int kBiasOf = Format::kSign != 0 ? 7 : 15;
 template <class Format>
 bool is_nan_code(uint8_t code) {
   return (code & ~Format::kSign) == Format::kNaN;
-}
-
-template <class Format>
-uint8_t encode_byte(float x, float reciprocal_of_scale, uint32_t noise) {
-  const uint32_t code = Format::encode(x, reciprocal_of_scale, noise);
-  CHECK(code < 256);
-  return static_cast<uint8_t>(code);
 }
 
 // ---- the definition -----------------------------------------------------------------------------
@@ -115,13 +109,6 @@ uint32_t any_noise(std::mt19937_64& random) {
 }
 
 template <class Format>
-uint32_t scale_of_group(const std::vector<float>& numbers) {
-  int32_t largest = Format::kLowestRank;
-  for (const float x : numbers) largest = std::max(largest, Format::rank_of(x));
-  return Format::scale_for(largest);
-}
-
-template <class Format>
 void check_scale(const std::vector<float>& numbers, uint32_t scale) {
   double largest = 0.0;
   for (const float x : numbers) {
@@ -171,15 +158,6 @@ void check_codes_stay() {
 }
 
 // ---- the loops ----------------------------------------------------------------------------------
-
-// Codes and scales from the start of a buffer of the right size, so that AddressSanitizer reports
-// what is written beyond.
-struct Coded {
-  std::vector<uint8_t> codes, scales;
-  explicit Coded(int64_t numel)
-      : codes(static_cast<size_t>(numel), 0xa5),
-        scales(static_cast<size_t>(num_groups(numel)), 0xa5) {}
-};
 
 template <class Format, class Real>
 void check_loops(cpu::Isa isa, DType dtype) {
@@ -254,129 +232,19 @@ void check_fill_random(cpu::Isa isa) {
 
 // ---- sweeps -------------------------------------------------------------------------------------
 
-// A row some of whose states are codes, and the same one with float32 states that the test encodes.
-template <class Rule>
-struct CodedRow {
-  static constexpr int kOperands = kNumOperandsOf<Rule, ApplyUpdate>;
-  static constexpr int kStates = kNumStates<Rule>;
-
-  std::vector<Buffer> operands;  // of a state that is coded: its expected numbers
-  std::vector<Coded> coded;      // for each state
-  std::vector<bool> is_coded, is_signed;
-  RowExtras extras{};
-
-  static std::vector<Buffer> random_operands(int64_t numel, std::mt19937_64& random) {
-    std::vector<Buffer> all;
-    const bool is_uniform = random() % 2 == 0;
-    const DType type = kTypes[random() % 4];
-    for (size_t k = random_num_operands<Rule, ApplyUpdate>(random); k > 0; --k) {
-      all.emplace_back(is_uniform ? type : kTypes[random() % 4], numel, random() % 5, random);
-    }
-    if (all.size() == num_with_master<Rule, ApplyUpdate>() && random() % 3 == 0) split(all, random);
-    return all;
-  }
-
-  CodedRow(int64_t numel, std::mt19937_64& random) : operands(random_operands(numel, random)) {
-    for (size_t s = 0; s < kStates; ++s) {
-      coded.emplace_back(numel);
-      is_coded.push_back(random() % 4 != 0);
-      is_signed.push_back(std::strstr(Rule::kStates[s], "sq") == nullptr);
-      if (is_coded[s]) operands[kFirstState + s] = Buffer(DType::kFloat32, numel, 0, random);
-    }
-    make_variance_positive<Rule>(operands);
-    for (size_t s = 0; s < kStates; ++s) {
-      if (!is_coded[s]) continue;
-      encode(s, {9, 0, 0, 0}, 9);
-      decode(s);
-    }
-  }
-
-  // Codes of a state's expected numbers.
-  void encode(size_t s, const StatePlace& place, uint64_t step) {
-    is_signed[s] ? encode_as<E4M3>(s, place, step) : encode_as<UE5M3>(s, place, step);
-  }
-  template <class Format>
-  void encode_as(size_t s, const StatePlace& place, uint64_t step) {
-    const Buffer& values = operands[kFirstState + s];
-    const uint64_t key = rounding_key(s / 2, place.position, step);
-    for (int64_t begin = 0; begin < values.numel(); begin += kGroup) {
-      std::vector<float> group;
-      for (int64_t i = begin; i < std::min(begin + kGroup, values.numel()); ++i) {
-        group.push_back(static_cast<float>(values.get(i)));
-      }
-      const uint32_t scale = scale_of_group<Format>(group);
-      coded[s].scales[static_cast<size_t>(begin / kGroup)] = static_cast<uint8_t>(scale);
-      for (size_t i = 0; i < group.size(); ++i) {
-        const size_t at = static_cast<size_t>(begin) + i;
-        uint64_t index = at;
-        if (place.width != 0) {
-          const auto width = static_cast<uint64_t>(place.width);
-          index = at / width * static_cast<uint64_t>(place.stride) + at % width;
-        }
-        const uint32_t bits = state_bits(key, place.first_index + index);
-        const uint32_t half = s % 2 == 0 ? bits % 65536 : bits / 65536;
-        const float reciprocal = reciprocal_of_scale(scale);
-        coded[s].codes[at] = encode_byte<Format>(group[i], reciprocal, half * 16 + 8);
-      }
-    }
-  }
-  void decode(size_t s) {
-    for (size_t i = 0; i < coded[s].codes.size(); ++i) {
-      const uint8_t code = coded[s].codes[i];
-      const float scale = scale_of(coded[s].scales[i / kGroup]);
-      const float value = is_signed[s] ? E4M3::decode(code, scale) : UE5M3::decode(code, scale);
-      operands[kFirstState + s].put(static_cast<int64_t>(i), value);
-    }
-  }
-
-  Row<kOperands> row(double scale) { return row_of<kOperands>(operands, scale); }
-  // The row that the engine sweeps.
-  Row<kOperands> coded_row(double scale) {
-    auto result = row(scale);
-    for (size_t s = 0; s < kStates; ++s) {
-      if (!is_coded[s]) continue;
-      result.data[kFirstState + s] = coded[s].codes.data();
-      result.dtype[kFirstState + s] = is_signed[s] ? DType::kE4M3 : DType::kUE5M3;
-      extras.scales[s] = coded[s].scales.data();
-      result.extras = &extras;
-    }
-    return result;
-  }
-};
-
 template <class Rule>
 void check_coded_sweep(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) {
-  constexpr int kStates = kNumStates<Rule>;
-  if constexpr (kStates > 0) {
+  if constexpr (kMayHaveCodes<Rule>) {
     const auto epilogue = random_epilogue<ApplyUpdate>(random);
-    std::vector<CodedRow<Rule>> rows, expected;
+    CodedRows<Rule> rows;
+    size_t r = 0;
     for (const int64_t numel : {0, 1, 32, 33, 100, 128, 129, 320, 1000}) {
-      rows.emplace_back(numel, random);
+      // The high 32 bits of an index change at the first element, at a later one, or not at all.
+      const uint64_t first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
+      rows.add(CodedRow<Rule>(numel, kTypes, 4, random),
+               rows.random_place(r++, first_index, random), rule, 3, epilogue);
     }
-    expected = rows;
-    Table<CodedRow<Rule>::kOperands> table;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const double scale = r % 2 == 0 ? 1.0 : 0.3;
-      auto row = rows[r].coded_row(scale);
-      row.position = 3 * r;  // of the weight's bits
-      row.first_index = 5 * r;
-      StatePlace& place = rows[r].extras.place;
-      place.position = r % 3 == 0 ? uint64_t{r} << 32 | 5 : 7 * r;
-      place.first_index = r == 0 ? 0 : (uint64_t{r} << 32) - 1 - 50 * (r - 1);
-      if (random() % 2 == 0) {
-        place.width = kGroup << random() % 4;
-        place.stride = place.width + kGroup * static_cast<int64_t>(random() % 9);
-      }
-      table.append(row);
-      auto plain = expected[r].row(scale);
-      plain.position = row.position;
-      plain.first_index = row.first_index;
-      plain.compute = row.compute;
-      apply_by_hand(rule, 3, epilogue, plain, expected[r].operands);
-      for (size_t s = 0; s < kStates; ++s) {
-        if (rows[r].is_coded[s]) expected[r].encode(s, place, 3);
-      }
-    }
+    const auto& table = rows.table;
     std::vector<int64_t> cuts{0, table.numel};
     for (uint64_t extra = random() % 4; extra > 0; --extra) {
       cuts.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(table.numel)));
@@ -384,20 +252,10 @@ void check_coded_sweep(const Rule& rule, cpu::Isa isa, std::mt19937_64& random) 
     std::sort(cuts.begin(), cuts.end());
     const cpu::Setup<ApplyUpdate> setup(instance_of(rule), 3, epilogue, isa, table.any_float64);
     for (size_t share = 0; share + 1 < cuts.size(); ++share) {
-      cpu::sweep_between<kStates>(setup, table, place_of(table, cuts[share], cpu::kTile),
-                                  place_of(table, cuts[share + 1], cpu::kTile));
+      cpu::sweep_between<kNumStates<Rule>>(setup, table, place_of(table, cuts[share], cpu::kTile),
+                                           place_of(table, cuts[share + 1], cpu::kTile));
     }
-    for (size_t r = 0; r < rows.size(); ++r) {
-      for (size_t s = 0; s < kStates; ++s) {
-        if (!rows[r].is_coded[s]) continue;
-        CHECK(rows[r].coded[s].codes == expected[r].coded[s].codes);
-        CHECK(rows[r].coded[s].scales == expected[r].coded[s].scales);
-        rows[r].operands[kFirstState + s] = expected[r].operands[kFirstState + s];
-      }
-      for (size_t k = 0; k < rows[r].operands.size(); ++k) {
-        CHECK(rows[r].operands[k].bytes == expected[r].operands[k].bytes);
-      }
-    }
+    rows.check();
   }
 }
 

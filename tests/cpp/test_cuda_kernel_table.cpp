@@ -10,7 +10,7 @@ namespace {
 
 bool is_same(KernelKey a, KernelKey b) {
   return a.epilogue == b.epilogue && a.precision == b.precision && a.is_large == b.is_large &&
-         a.needs_setup == b.needs_setup;
+         a.needs_setup == b.needs_setup && a.has_codes == b.has_codes;
 }
 
 void check_keys() {
@@ -27,9 +27,11 @@ void check_keys() {
       }
     }
   }
-  const KernelKey advance = KernelKey::advance();
-  CHECK(is_same(KernelKey::at(advance.index()), advance));
-  indices.insert(advance.index());
+  for (const KernelKey key :
+       {KernelKey::advance(), KernelKey::codes(false), KernelKey::codes(true)}) {
+    CHECK(is_same(KernelKey::at(key.index()), key));
+    indices.insert(key.index());
+  }
   CHECK(indices.size() == KernelKey::kCount);
 }
 
@@ -68,6 +70,12 @@ void check_large(KernelTable& table) {
   CHECK(!has_large());
   table.add(5, {0, 0, true, true}, &kernel);
   CHECK(has_large());
+  // With codes, there is one of each.
+  const auto has_large_codes = [&] { return table.has_large(5, KernelKey::codes(false)); };
+  table.add(5, KernelKey::codes(false), &kernel);
+  CHECK(!has_large_codes());
+  table.add(5, KernelKey::codes(true), &kernel);
+  CHECK(has_large_codes());
 }
 
 }  // namespace

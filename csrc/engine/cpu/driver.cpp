@@ -62,15 +62,10 @@ class TileRandom {
     if (seed != seed_ || offset != offset_) {
       const uint64_t key = rounding_key(seed, place_.position, step_);
       for (int64_t i = 0, count = 0; i < n; i += count) {
-        int64_t index = offset + i;
+        const int64_t at = offset + i;
         count = n - i;
-        if (place_.width != 0) {
-          const int64_t column = index % place_.width;
-          count = std::min(count, place_.width - column);
-          index = index / place_.width * place_.stride + column;
-        }
-        convert.fill_random(bits_ + i, key, place_.first_index + static_cast<uint64_t>(index),
-                            count);
+        if (place_.width != 0) count = std::min(count, place_.width - at % place_.width);
+        convert.fill_random(bits_ + i, key, place_.index_of(at), count);
       }
       seed_ = seed;
       offset_ = offset;

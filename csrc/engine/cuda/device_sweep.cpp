@@ -14,7 +14,7 @@ void sweep_on_devices(const RuleInstance& rule, const HostOrDeviceScalar& step,
                       const Epilogue& epilogue,
                       const Table<kNumOperands<kStates, Epilogue>>& table) {
   const auto enqueue_key = [&](const auto& row, const void* const* rows, size_t num_rows) {
-    const EnqueueRows enqueue_rows = rule.info->enqueue_of<Epilogue>(row.compute);
+    const EnqueueRows enqueue_rows = rule.info->enqueue_of<Epilogue>(row);
     const c10::cuda::CUDAGuard guard(row.device);
     const int error = enqueue_rows(rule, step, &epilogue, rows, num_rows, chip_of(row.device),
                                    c10::cuda::getCurrentCUDAStream().stream());

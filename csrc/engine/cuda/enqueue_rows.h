@@ -18,8 +18,9 @@ struct Chip {
   bool takes_large_launches;  // the driver allows more than 4096 bytes of arguments
 };
 
-// An EnqueueRows. Compiled by nvcc in the rule's unit.
-template <class Rule, class Epilogue, class Real>
+// An EnqueueRows, of rows whose states may be stored as codes (`kHasCodes`) or not. Compiled by
+// nvcc in the rule's unit.
+template <class Rule, class Epilogue, class Real, bool kHasCodes = false>
 int enqueue_rows(const RuleInstance& rule, const HostOrDeviceScalar& step, const void* epilogue,
                  const void* const* rows, size_t num_rows, const Chip& chip, void* stream);
 

@@ -24,33 +24,39 @@ cudaError_t enqueue(const Launch& launch, uint32_t num_blocks, cudaStream_t stre
   static_assert(std::is_trivially_copyable_v<Launch> && sizeof(Launch) <= Launch::kBytes);
   // Not <<<>>>, which copies the arguments and reports errors only through cudaGetLastError().
   void* arguments[] = {const_cast<Launch*>(&launch)};
-  const auto kernel = launch.needs_setup ? &sweep<Launch, true> : &sweep<Launch, false>;
+  auto kernel = &sweep<Launch, true>;
+  if constexpr (!Launch::kHasCodes) {  // which need a setup
+    if (!launch.needs_setup) kernel = &sweep<Launch, false>;
+  }
   return cudaLaunchKernel(kernel, num_blocks, kThreads, arguments, 0, stream);
 }
 
-template <class Rule, class Epilogue, class Real>
+template <class Rule, class Epilogue, class Real, bool kHasCodes>
 int enqueue_rows(const RuleInstance& rule, const HostOrDeviceScalar& step, const void* epilogue,
                  const void* const* rows, size_t num_rows, const Chip& chip, void* stream) {
   cudaError_t error = cudaSuccess;
-  const auto enqueue_launch = [&](const auto& launch, uint32_t num_blocks) {
-    error = enqueue(launch, num_blocks, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess;
-  };
-  plan_rows<Rule, Epilogue, Real>(*reinterpret_cast<const Rule*>(rule.bytes), step,
-                                  *static_cast<const Epilogue*>(epilogue), rows, num_rows, chip,
-                                  enqueue_launch);
+  if constexpr (!kHasCodes || kMayHaveCodes<Rule>) {
+    const auto enqueue_launch = [&](const auto& launch, uint32_t num_blocks) {
+      error = enqueue(launch, num_blocks, static_cast<cudaStream_t>(stream));
+      return error == cudaSuccess;
+    };
+    plan_rows<Rule, Epilogue, Real, kHasCodes>(*reinterpret_cast<const Rule*>(rule.bytes), step,
+                                               *static_cast<const Epilogue*>(epilogue), rows,
+                                               num_rows, chip, enqueue_launch);
+  }
   return static_cast<int>(error);
 }
 
 }  // namespace emopt::cuda
 
-#define EMOPT_CUDA_RULE_WITH(Rule, Epilogue, Real)                               \
-  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::Epilogue, Real>(    \
+#define EMOPT_CUDA_RULE_WITH(Rule, ...)                                          \
+  template int emopt::cuda::enqueue_rows<emopt::Rule, emopt::__VA_ARGS__>(       \
       const emopt::RuleInstance&, const emopt::HostOrDeviceScalar&, const void*, \
       const void* const*, size_t, const emopt::cuda::Chip&, void*);
 #define EMOPT_CUDA_RULE(Rule)                     \
   EMOPT_CUDA_RULE_WITH(Rule, StoreUpdate, float)  \
   EMOPT_CUDA_RULE_WITH(Rule, StoreUpdate, double) \
   EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, float)  \
-  EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, double)
+  EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, double) \
+  EMOPT_CUDA_RULE_WITH(Rule, ApplyUpdate, float, true)
 #endif

@@ -18,16 +18,21 @@ struct KernelKey {
   int precision;  // by kPrecision<Real>
   bool is_large;
   bool needs_setup;
+  bool has_codes = false;  // ApplyUpdate in float32, which needs a setup
 
   static constexpr KernelKey advance() { return {kNumEpilogues, 0, false, false}; }
+  static constexpr KernelKey codes(bool is_large) { return {1, 0, is_large, true, true}; }
 
-  static constexpr size_t kCount = size_t{kNumEpilogues} * kNumPrecisions * 4 + 1;
+  static constexpr size_t kCodes = size_t{kNumEpilogues} * kNumPrecisions * 4 + 1;
+  static constexpr size_t kCount = kCodes + 2;
 
   constexpr size_t index() const {
+    if (has_codes) return kCodes + is_large;
     const int index = ((epilogue * kNumPrecisions + precision) * 2 + is_large) * 2 + needs_setup;
     return static_cast<size_t>(index);
   }
   static constexpr KernelKey at(size_t index) {
+    if (index >= kCodes) return codes(index != kCodes);
     return {static_cast<int>(index / (4 * kNumPrecisions)),
             static_cast<int>(index / 4 % kNumPrecisions), (index & 2) != 0, (index & 1) != 0};
   }

@@ -27,11 +27,12 @@ struct Constants {
 template <class Rule>
 inline constexpr uint32_t kScalarSlots = static_cast<uint32_t>(kNumScalarStates<Rule>);
 
-template <class Rule_, class Epilogue_, class Real_>
+template <class Rule_, class Epilogue_, class Real_, bool kHasCodes_>
 struct LaunchHead {
   using Rule = Rule_;
   using Epilogue = Epilogue_;
   using Real = Real_;
+  static constexpr bool kHasCodes = kHasCodes_;  // whether states may be stored as codes
   static constexpr int kOperands = kNumOperands<kNumStates<Rule>, Epilogue>;
   // Split masters need float32 arithmetic: no float64 gradients or states.
   static constexpr bool kMayBeSplit = Epilogue::kOperands > 0 && sizeof(Real) == sizeof(float);
@@ -41,7 +42,7 @@ struct LaunchHead {
 
   // Blocks that a multiprocessor holds at once.
   static constexpr uint32_t num_blocks(bool needs_setup) {
-    const int blocks = kBlocks - (needs_setup ? 1 : 0) - (kOperands > 5 ? 1 : 0);
+    const int blocks = kBlocks - needs_setup - (kOperands > 5);
     const int fitting = sizeof(Real) == sizeof(float) ? blocks : blocks / 2;
     return static_cast<uint32_t>(fitting > 1 ? fitting : 1);
   }
@@ -80,26 +81,38 @@ struct RowStepAndScalars : RowStep {
 template <>
 struct RowStepAndScalars<0> : RowStep {};
 
+// A row's scales, null where a state is not stored as codes, and what their random bits depend on.
+template <int kStates, bool kHasCodes>
+struct RowCodes {
+  uint8_t* scales[kStates];
+  StatePlace place;
+};
+template <int kStates>
+struct RowCodes<kStates, false> {};
+
 // Up to `kCapacity` rows of the same dtypes on one device, in at most `kBytes` bytes. A row is cut
 // into chunks, counted from its first element; each block sweeps one.
-template <class Rule_, class Epilogue_, class Real_, size_t kBytes_>
-struct Launch : LaunchHead<Rule_, Epilogue_, Real_> {
-  using Head = LaunchHead<Rule_, Epilogue_, Real_>;
+template <class Rule_, class Epilogue_, class Real_, size_t kBytes_, bool kHasCodes_ = false>
+struct Launch : LaunchHead<Rule_, Epilogue_, Real_, kHasCodes_> {
+  using Head = LaunchHead<Rule_, Epilogue_, Real_, kHasCodes_>;
   using Head::kOperands;
   using typename Head::Epilogue;
   using typename Head::Real;
   static constexpr size_t kBytes = kBytes_;
 
+  using RowCodesOf = RowCodes<kNumStates<Rule_>, kHasCodes_>;
   using RowStepOf = RowStepAndScalars<kScalarSlots<Rule_>>;
   static constexpr bool kHasSteps = Epilogue::kHasRowSteps || kScalarSlots<Rule_> != 0;
   static constexpr size_t kRowBytes = kOperands * sizeof(void*) + sizeof(int64_t) + sizeof(Real) +
-                                      sizeof(uint32_t) + 1 + (kHasSteps ? sizeof(RowStepOf) : 0);
+                                      sizeof(uint32_t) + 1 + (kHasSteps ? sizeof(RowStepOf) : 0) +
+                                      (kHasCodes_ ? sizeof(RowCodesOf) : 0);
   static constexpr uint32_t kCapacity = static_cast<uint32_t>(
       (kBytes - sizeof(Head) - sizeof(RowStepOf) - 4 * alignof(void*)) / kRowBytes);
 
   void* data[kOperands][kCapacity];
   int64_t numel[kCapacity];
   RowStepOf steps[kHasSteps ? kCapacity : 1];
+  RowCodesOf codes[kHasCodes_ ? kCapacity : 1];
   Real scale[kCapacity];
   uint32_t first_block[kCapacity];
   uint8_t peel[kCapacity];  // see peel_of()

@@ -59,4 +59,9 @@ inline constexpr int kNumStates<cuda::PaddedRule<Rule>> = kNumStates<Rule>;
 template <class Rule>
 inline constexpr int kNumScalarStates<cuda::PaddedRule<Rule>> = kNumScalarStates<Rule>;
 
+template <class Rule>
+inline constexpr const StateCode* kStateCodesOf<cuda::PaddedRule<Rule>> = kStateCodesOf<Rule>;
+template <class Rule>
+inline constexpr bool kHasStateCodes<cuda::PaddedRule<Rule>> = kHasStateCodes<Rule>;
+
 }  // namespace emopt

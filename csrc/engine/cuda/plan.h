@@ -103,7 +103,8 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
   Launch launch(rule, step, epilogue, row_at(0).dtype);
   launch.needs_setup =
       step.is_on_device() || epilogue.is_on_device() ||
-      (epilogue.is_stochastic && can_round_stochastically(row_at(0).dtype[kUpdate]));
+      (epilogue.is_stochastic && can_round_stochastically(row_at(0).dtype[kUpdate])) ||
+      Launch::kHasCodes;
   const size_t most = std::min<size_t>(num_rows, Launch::kCapacity);
   int64_t total = 0;
   for (size_t i = 0; i < most; ++i) {
@@ -124,6 +125,12 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
     launch.scale[r] = static_cast<Real>(row.scale);
     launch.first_block[r] = static_cast<uint32_t>(blocks);
     launch.peel[r] = peel_of(row.data, row.dtype, kOperands);
+    if constexpr (Launch::kHasCodes) {
+      if (launch.peel[r] != 0) launch.peel[r] = kNoPhase;  // vectors do not straddle groups
+      auto& codes = launch.codes[r];
+      std::copy_n(row.extras->scales, std::size(codes.scales), codes.scales);
+      codes.place = row.extras->place;
+    }
     if constexpr (Launch::Epilogue::kHasRowSteps) {
       static_cast<RowStep&>(launch.steps[r]) = {row.step, row.position, row.first_index};
     }
@@ -139,13 +146,13 @@ size_t fill_and_enqueue(const typename Launch::Rule& rule, const HostOrDeviceSca
 }
 
 // Passes the rows of a key to `enqueue`, in as few launches as possible, until it returns false.
-template <class Rule, class Epilogue, class Real, class Enqueue>
+template <class Rule, class Epilogue, class Real, bool kHasCodes = false, class Enqueue>
 void plan_rows(const Rule& rule, const HostOrDeviceScalar& step, const Epilogue& epilogue,
                const void* const* rows, size_t num_rows, const Chip& chip, Enqueue enqueue) {
-  using Small = Launch<Rule, Epilogue, Real, kSmallLaunch>;
+  using Small = Launch<Rule, Epilogue, Real, kSmallLaunch, kHasCodes>;
   // Large launches are not worth compiling for float64: such tensors are rarely many.
-  using Large =
-      Launch<Rule, Epilogue, Real, sizeof(Real) == sizeof(float) ? kLargeLaunch : kSmallLaunch>;
+  constexpr bool kIsFloat = sizeof(Real) == sizeof(float);
+  using Large = Launch<Rule, Epilogue, Real, kIsFloat ? kLargeLaunch : kSmallLaunch, kHasCodes>;
   while (num_rows != 0) {
     const bool is_large = chip.takes_large_launches && num_rows > Small::kCapacity;
     const auto fill =

@@ -7,12 +7,31 @@
 
 namespace emopt::cuda {
 
+// Makes the ranks of a thread's elements those of their groups.
+template <class Launch>
+__device__ __forceinline__ void share_ranks(const Launch& launch,
+                                            int32_t (&ranks)[Launch::kOperands]) {
+  constexpr uint32_t kInGroup = (1u << kGroupThreads) - 1u;
+  const uint32_t group = kInGroup << (threadIdx.x % 32 / kGroupThreads * kGroupThreads);
+  EMOPT_UNROLL
+  for (int k = kFirstState; k < Launch::kOperands; ++k) {
+    with_code_of<Launch>(k, launch.dtype[k], [&](auto) {
+      EMOPT_UNROLL
+      for (uint32_t distance = 1; distance < kGroupThreads; distance *= 2) {
+        const int32_t other = __shfl_xor_sync(group, ranks[k], distance);
+        if (other > ranks[k]) ranks[k] = other;
+      }
+    });
+  }
+}
+
 // Two kernels. If the host knows all scalars, instructions read the constants from the kernel's
 // arguments, which takes no registers. Otherwise each block reads the scalars and computes the
 // constants.
 template <class Launch, bool kNeedsSetup>
 __device__ __forceinline__ void sweep_block(const Launch& launch) {
-  sweep_chunk(launch, blockIdx.x, threadIdx.x, [&](uint32_t row) {
+  const auto share = [&](auto& ranks) { share_ranks(launch, ranks); };
+  const auto prepare = [&](uint32_t row) {
     if constexpr (kNeedsSetup) {
       __shared__ double scalars[Launch::kScalars];
       __shared__ alignas(Setup<Launch>) unsigned char setup[sizeof(Setup<Launch>)];
@@ -35,7 +54,8 @@ __device__ __forceinline__ void sweep_block(const Launch& launch) {
     } else {
       return [&launch] { return Setup<Launch>(launch); };
     }
-  });
+  };
+  sweep_chunk(launch, blockIdx.x, threadIdx.x, prepare, share);
 }
 
 template <class Launch, bool kNeedsSetup>

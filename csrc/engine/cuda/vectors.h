@@ -15,11 +15,16 @@ struct [[gnu::may_alias]] Vector {
   alignas(kBytes) uint32_t words[kBytes / 4];
 };
 
+#if defined(__CUDA_ARCH__) && EMOPT_STREAMING
+template <class Vector>
+using NativeOf = std::conditional_t<sizeof(Vector) == 16, uint4,
+                                    std::conditional_t<sizeof(Vector) == 8, uint2, unsigned int>>;
+#endif
+
 template <class Vector>
 EMOPT_FN Vector load_from(const Vector* from) {
 #if defined(__CUDA_ARCH__) && EMOPT_STREAMING
-  using Native = std::conditional_t<sizeof(Vector) == 16, uint4, uint2>;
-  return bit_cast<Vector>(__ldcs(reinterpret_cast<const Native*>(from)));
+  return bit_cast<Vector>(__ldcs(reinterpret_cast<const NativeOf<Vector>*>(from)));
 #endif
   return *from;
 }
@@ -27,14 +32,15 @@ EMOPT_FN Vector load_from(const Vector* from) {
 template <class Vector>
 EMOPT_FN void store_to(Vector* to, const Vector& vector) {
 #if defined(__CUDA_ARCH__) && EMOPT_STREAMING
-  using Native = std::conditional_t<sizeof(Vector) == 16, uint4, uint2>;
+  using Native = NativeOf<Vector>;
   return __stcs(reinterpret_cast<Native*>(to), bit_cast<Native>(vector));
 #endif
   *to = vector;
 }
 
 template <class Stored>
-using BitsOf = std::conditional_t<sizeof(Stored) == 2, uint16_t,
+using BitsOf = std::conditional_t<sizeof(Stored) <= 2,
+                                  std::conditional_t<sizeof(Stored) == 1, uint8_t, uint16_t>,
                                   std::conditional_t<sizeof(Stored) == 4, uint32_t, uint64_t>>;
 
 // kHeld elements of kSize bytes each, as stored in memory.
@@ -79,30 +85,39 @@ struct Packet {
     }
   }
 
-  // Loads every kThreads-th of the first `remaining` elements, each 16-bit element into a word.
-  // Packing two into a word, or widening after the selection, would make the next operand's loads
-  // wait for this one's; pack_words() does that later.
-  template <class Bits>
+  // Loads every kStride-th of the first `remaining` elements, each 8- or 16-bit element into a
+  // word. Packing several into a word, or widening after the selection, would make the next
+  // operand's loads wait for this one's; pack_words() does that later.
+  template <uint32_t kStride, class Bits>
   EMOPT_FN void load_singles(const Bits* from, uint32_t remaining) {
-    using Word = std::conditional_t<sizeof(Bits) == 2, uint32_t, Bits>;
+    using Word = std::conditional_t<(sizeof(Bits) < 4), uint32_t, Bits>;
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
       Word word = 0;
-      if (i * kThreads < remaining) word = from[i * kThreads];
+      if (i * kStride < remaining) word = from[i * kStride];
       put(i, word);
     }
   }
 
+  template <class Bits>
   EMOPT_FN void pack_words() {
+    constexpr uint32_t kCount = kHeld * sizeof(Bits) / 4;
     EMOPT_UNROLL
-    for (uint32_t i = 0; i < kHeld / 2; ++i) words[i] = words[2 * i] | words[2 * i + 1] << 16;
+    for (uint32_t w = 0; w < kCount; ++w) {
+      if constexpr (sizeof(Bits) == 2) {
+        words[w] = words[2 * w] | words[2 * w + 1] << 16;
+      } else {
+        words[w] =
+            words[4 * w] | words[4 * w + 1] << 8 | words[4 * w + 2] << 16 | words[4 * w + 3] << 24;
+      }
+    }
   }
 
-  template <class Bits>
+  template <uint32_t kStride, class Bits>
   EMOPT_FN void store_singles(Bits* to, uint32_t remaining) const {
     EMOPT_UNROLL
     for (uint32_t i = 0; i < kHeld; ++i) {
-      if (i * kThreads < remaining) to[i * kThreads] = get<Bits>(i);
+      if (i * kStride < remaining) to[i * kStride] = get<Bits>(i);
     }
   }
 };

@@ -19,7 +19,8 @@
 #else
 #define EMOPT_RULE(Rule)                                                                   \
   namespace emopt::cuda {                                                                  \
-  using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
+  using KernelLaunch =                                                                     \
+      Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH, EMOPT_HAS_CODES>; \
   }                                                                                        \
   extern "C" void EMOPT_KERNEL(const void* argument, uint32_t num_blocks) {                \
     const auto& launch = *static_cast<const emopt::cuda::KernelLaunch*>(argument);         \

@@ -17,7 +17,8 @@
 #else
 #define EMOPT_RULE(Rule)                                                                   \
   namespace emopt::cuda {                                                                  \
-  using KernelLaunch = Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH>; \
+  using KernelLaunch =                                                                     \
+      Launch<PaddedRule<Rule>, EMOPT_EPILOGUE, EMOPT_REAL, EMOPT_LAUNCH, EMOPT_HAS_CODES>; \
   }                                                                                        \
   extern "C" __global__ void __launch_bounds__(                                            \
       emopt::cuda::kThreads, emopt::cuda::KernelLaunch::num_blocks(EMOPT_NEEDS_SETUP))     \
