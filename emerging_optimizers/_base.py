@@ -141,6 +141,14 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Return a saved group, which may be another optimizer's, with this optimizer's keys."""
         return saved
 
+    def _translate_state(self, group: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a loaded state of one of a group's parameters, as this optimizer can read it."""
+        return saved
+
+    def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a complete state as the mapping that the optimizer stores."""
+        return state
+
 
 def _complete_class(cls: type[BaseOptimizer], rule: Any, defaults: Mapping[str, Any]) -> None:
     """Give a class a user's rule, or other defaults than its base has."""

@@ -95,6 +95,8 @@ def before_load(optimizer: BaseOptimizer, state_dict: dict[str, Any]) -> dict[st
         for key, member in zip(new["params"], members_of(optimizer, full), strict=True):
             if key in states:
                 states[key] = _without_empty_counter(states[key], member.param)
+                if isinstance(states[key], dict):
+                    states[key] = optimizer._translate_state(full, states[key])
                 _check_state(optimizer, member._replace(state=states[key]), saved)
     hidden = {
         key: {k: Saved(v) if isinstance(v, Tensor) else v for k, v in values.items()}
@@ -180,6 +182,7 @@ def settle(optimizer: BaseOptimizer, new: dict[str, Any]) -> None:
             optimizer._counters.settle(group, rule, [states[param] for param in params])
         for param in params:
             _settle_state(optimizer, group, rule, param, states[param], is_loaded)
+            states[param] = optimizer._as_stored(states[param])
     for values in states.values():
         # States that belong to no parameter stay as saved.
         if isinstance(values, dict):

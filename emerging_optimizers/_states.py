@@ -93,7 +93,7 @@ def complete(optimizer: BaseOptimizer, member: Member) -> Member:
         master = optimizer._new_master(group, param)
         if master is not None:
             state[MASTER] = master
-    optimizer.state[param] = state
+    state = optimizer.state[param] = optimizer._as_stored(state)
     return member if state is member.state else member._replace(state=state)
 
 

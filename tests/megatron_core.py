@@ -60,6 +60,14 @@ FLOAT16_MASTERS: dict[str, dict[str, Any]] = {
     }
     for name, store in (("by default", True), ("without remainders", False))
 }
+# The 8-bit states of a shard differ from those of the parameter: its groups are others.
+CODES: dict[str, Any] = {
+    "use_precision_aware_optimizer": True,
+    "store_param_remainders": True,
+    "exp_avg_dtype": torch.uint8,
+    "exp_avg_sq_dtype": torch.uint8,
+}
+AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 class Model(MegatronModule):
@@ -161,6 +169,14 @@ def steps_of(optimizer: Any) -> set[int]:
     return {group["step"] for group in optimizer.param_groups}
 
 
+def averages(optimizer: Any) -> dict[str, list[Tensor]]:
+    """The averages of all shards on this process, as numbers."""
+    (chained,) = optimizer.chained_optimizers
+    inner = chained.optimizer
+    shards = [shard for group in inner.param_groups for shard in group["params"]]
+    return {name: [inner.get_unscaled_state(s, name).cpu() for s in shards] for name in AVERAGES}
+
+
 def sharded_state(model: Any, optimizer: Any, is_loading: bool, kind: str) -> dict[str, Any]:
     weights = model.sharded_state_dict()
     states = optimizer.sharded_state_dict(
@@ -231,3 +247,12 @@ def resume_and_save(rank: int, folder: Path) -> None:
     with in_megatron(on_host=True):
         resume(folder / "before")
         save(folder / "after")
+
+
+def reshard_codes(rank: int, folder: Path) -> None:
+    """Load 8-bit states from another number of processes, and save them."""
+    with in_megatron(on_host=True):
+        for kind in ("fully_reshardable", "dp_reshardable"):
+            model, optimizer = make_sharded(CODES)
+            read(model.module, optimizer, folder / "before" / kind, kind)
+            write(model.module, optimizer, folder / "after" / kind, kind)

@@ -1,6 +1,7 @@
 """8-bit averages in Megatron's optimizers: shards of any length, and access to single states."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -193,6 +194,67 @@ def test_resharding_keeps_states_within_the_rounding() -> None:
     param.decoupled_grad = before
     whole.step()
     assert whole.param_groups[0]["step"] == 4
+
+
+def test_iteration_skips_scales() -> None:
+    """Megatron-Core saves what it iterates over as if it had the shard's length."""
+    optimizer = make_and_run(megatron.FusedAdam, range(1, 2))
+    loaded = megatron.FusedAdam(make_params(sizes=SIZES), **CODED)
+    loaded.load_state_dict(optimizer.state_dict())
+    for other in (optimizer, loaded):
+        run(other, [2])
+    copies = (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)))
+    for other in (optimizer, loaded, *copies):
+        for param in other.param_groups[0]["params"]:
+            state = other.state[param]
+            assert sorted(state) == ["exp_avg", "exp_avg_sq", "master_param", "step"]
+            scales = state.keys() - set(state)
+            assert scales == {scale_key(name) for name in coded_names(state)}
+            assert bool(scales) == (param.shape != (5, 7))
+    for state in optimizer.state_dict()["state"].values():
+        assert type(state) is dict  # torch.load accepts no other class
+
+
+def allocated(param: Tensor) -> dict[str, Tensor]:
+    return {name: torch.full_like(param, 0xFF, dtype=U8) for name in ("exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("dtype", [U8, F32])
+def test_codes_that_were_only_allocated_load_as_zeros(dtype: torch.dtype) -> None:
+    """Megatron-Core then sets each of them."""
+    (param,) = make_params(sizes=((1000,),))
+    options = {**CODED, "exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype}
+    optimizer = megatron.FusedAdam([param], **options)
+    groups = optimizer.state_dict()["param_groups"]
+    given = allocated(param)
+    optimizer.load_state_dict({"state": {0: given}, "param_groups": groups})
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[param][name].dtype == dtype
+        assert not optimizer.get_unscaled_state(param, name).any()
+        assert (given[name] == 0xFF).all()
+        numbers = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+        optimizer.set_scaled_state(param, name, numbers)
+        found = optimizer.get_unscaled_state(param, name)
+        assert ((found - numbers).abs() <= numbers / 16 + 1e-5).all()
+
+
+def test_states_that_must_stay_wide_may_be_allocated_as_codes() -> None:
+    (param,) = make_params(sizes=((1000,),))
+    optimizer = megatron.FusedAdam([param], **CODED, amsgrad=True)
+    groups = optimizer.state_dict()["param_groups"]
+    state = {**allocated(param), "max_exp_avg_sq": torch.zeros(1000)}
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+    assert optimizer.state[param]["exp_avg"].dtype == U8
+    assert optimizer.state[param]["exp_avg_sq"].dtype == F32
+    assert not optimizer.state[param]["exp_avg_sq"].any()
+
+
+def test_saved_codes_need_their_scales() -> None:
+    optimizer = make_and_run(megatron.FusedAdam, range(1, 2))
+    saved = optimizer.state_dict()
+    del saved["state"][2]["exp_avg_scale"]
+    with pytest.raises(TypeError, match="so 'exp_avg_scale' must be a Tensor of that dtype"):
+        optimizer.load_state_dict(saved)
 
 
 def test_a_filter_sees_the_shards() -> None:

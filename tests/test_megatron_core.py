@@ -27,6 +27,12 @@ where = pytest.mark.parametrize(
     indirect=True,
 )
 
+every_kind = pytest.mark.parametrize(
+    "kind",
+    # Megatron-Core 0.16 no longer supports "fully_sharded_model_space": its tensors raise an error.
+    ["fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter"],
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _megatron() -> None:
@@ -129,11 +135,7 @@ def test_hybrid_device_optimizer(core: Any, overlap: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("modes", ["MODES", "FLOAT16_MASTERS"])
-@pytest.mark.parametrize(
-    "kind",
-    # Megatron-Core 0.16 no longer supports "fully_sharded_model_space": its tensors raise an error.
-    ["fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter"],
-)
+@every_kind
 @where
 def test_distributed_optimizer(
     core: Any, kind: str, modes: str, device: str, tmp_path: Path
@@ -178,3 +180,83 @@ def test_resharded_checkpoints(core: Any, device: str, tmp_path: Path) -> None:
     core.save(tmp_path / "before")
     launch("megatron_core.resume_and_save", 3, tmp_path)
     core.resume(tmp_path / "after")
+
+
+# ---- 8-bit states --------------------------------------------------------------------------------
+
+
+@every_kind
+@where
+def test_8bit_states_continue_with_the_same_bits(
+    core: Any, kind: str, device: str, tmp_path: Path
+) -> None:
+    """In a new optimizer, for which Megatron allocates states, and in one that has trained."""
+    expected_model, expected = core.make_sharded(core.CODES)
+    core.train(expected_model, expected, range(1, 7))
+    model, optimizer = core.make_sharded(core.CODES)
+    core.train(model, optimizer, [1, 2, 3])
+    core.write(model.module, optimizer, tmp_path / kind, kind)
+    for steps in ([], [1]):
+        other, resumed = core.make_sharded(core.CODES)
+        core.train(other, resumed, steps)
+        core.read(other.module, resumed, tmp_path / kind, kind)
+        core.train(other, resumed, [4, 5, 6])
+        assert core.steps_of(resumed) == {6}
+        for param, wanted in zip(other.parameters(), expected_model.parameters(), strict=True):
+            assert_equal_bits(param.detach(), wanted.detach(), "parameter")
+        assert_same_averages(core, resumed, expected)
+
+
+def assert_same_averages(core: Any, optimizer: Any, expected: Any) -> None:
+    found, wanted = core.averages(optimizer), core.averages(expected)
+    for name in core.AVERAGES:
+        for average, other in zip(found[name], wanted[name], strict=True):
+            assert_equal_bits(average, other, name)
+
+
+def assert_close_averages(core: Any, optimizer: Any, expected: Any, limit: float) -> None:
+    found, wanted = core.averages(optimizer), core.averages(expected)
+    for name in core.AVERAGES:
+        for average, other in zip(found[name], wanted[name], strict=True):
+            smallest = other.abs().max() / 57_344
+            assert ((average - other).abs() <= limit * other.abs() + smallest).all(), name
+
+
+@every_kind
+@where
+def test_8bit_states_are_saved_as_numbers(
+    core: Any, kind: str, device: str, tmp_path: Path
+) -> None:
+    """So checkpoints load with float32 states, and those with float32 states load as 8-bit."""
+    wide = {**core.CODES, "exp_avg_dtype": torch.float32, "exp_avg_sq_dtype": torch.float32}
+    made = {}
+    for label, options in (("codes", core.CODES), ("wide", wide)):
+        model, made[label] = core.make_sharded(options)
+        core.train(model, made[label], [1, 2, 3])
+        core.write(model.module, made[label], tmp_path / label, kind)
+    model, from_codes = core.make_sharded(wide)
+    core.read(model.module, from_codes, tmp_path / "codes", kind)
+    assert_same_averages(core, from_codes, made["codes"])
+    model, from_wide = core.make_sharded(core.CODES)
+    core.read(model.module, from_wide, tmp_path / "wide", kind)
+    assert_close_averages(core, from_wide, made["wide"], 1 / 16)
+    core.train(model, from_wide, [4])
+
+
+@pytest.mark.parametrize("device", ["host"], indirect=True)
+def test_resharded_8bit_states(core: Any, device: str, tmp_path: Path) -> None:
+    """From one process to three, whose shards have other groups, and back: rounded twice."""
+    model, optimizer = core.make_sharded(core.CODES)
+    core.train(model, optimizer, [1, 2, 3])
+    kinds = ("fully_reshardable", "dp_reshardable")
+    for kind in kinds:
+        core.write(model.module, optimizer, tmp_path / "before" / kind, kind)
+    launch("megatron_core.reshard_codes", 3, tmp_path)
+    for kind in kinds:
+        other, resumed = core.make_sharded(core.CODES)
+        core.read(other.module, resumed, tmp_path / "after" / kind, kind)
+        assert_close_averages(core, resumed, optimizer, 1 / 8)
+        for param, wanted in zip(other.parameters(), model.parameters(), strict=True):
+            assert_equal_bits(param.detach(), wanted.detach(), "parameter")
+        core.train(other, resumed, [4])
+        assert core.steps_of(resumed) == {4}

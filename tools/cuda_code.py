@@ -37,7 +37,7 @@ INSTRUCTIONS = {
     ("ApplyUpdate", "float64", False): 425,
     ("ApplyUpdate", "float64", True): 550,
 }
-INSTRUCTIONS_WITH_CODES = 580
+INSTRUCTIONS_WITH_CODES = 590
 INSTRUCTIONS_OF_USERS = 1.1  # times as many for rules written in Python, which may be longer
 # A floating-point operation in PTX.
 _OPERATION = re.compile(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s")

@@ -27,6 +27,7 @@ from .._states import complete
 from .._values import read
 from .._weights import MASTER, is_split
 from . import group_steps, scaled_masters
+from .shard_states import ShardState, fill_allocated
 
 
 class MegatronMixin(scaled_masters.ScaledMasters):
@@ -278,6 +279,10 @@ class MegatronMixin(scaled_masters.ScaledMasters):
             return None
         return code_in(self._rule_of(self._place_of(param)[0]), state_name)
 
+    def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
+        has_codes = any(is_coded(state, name) for name in state)
+        return ShardState(state) if has_codes and not isinstance(state, ShardState) else state
+
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
         """Create the missing states of a group's parameters, with or without a gradient."""
         super()._init_group(group, skip_non_grad_params)
@@ -361,6 +366,9 @@ class MegatronMixin(scaled_masters.ScaledMasters):
     def state_dict(self) -> dict[str, Any]:
         """Return the states, each with its ``step``, and the groups, each with its largest."""
         return super().state_dict()
+
+    def _translate_state(self, group: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        return fill_allocated(saved, self._rule_of(group))
 
     def _finish_state_dict(self, saved: dict[str, Any]) -> None:
         super()._finish_state_dict(saved)
