@@ -18,13 +18,14 @@ import emerging_optimizers
 _WORKERS = [
     "amp_workers",
     "clipping_workers",
+    "coded_workers",
     "distributed_workers",
     "dtensor_workers",
     "fault_workers",
     "scalar_workers",
 ]
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload([*(f"{name}_workers" for name in _WORKERS), "torch._dynamo"])
+_FORK.set_forkserver_preload([*_WORKERS, "torch._dynamo"])
 
 
 def launch(

@@ -209,7 +209,7 @@ print(json.dumps({"isa": native.active_isa(), "digests": test_coded_states.diges
 """
 
 
-@pytest.mark.once
+@pytest.mark.usefixtures("_no_other_device")
 @needs_native
 def test_instruction_sets(num_threads: None) -> None:
     assert native is not None

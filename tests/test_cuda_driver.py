@@ -32,7 +32,7 @@ for word in "$@"; do
     program=$word
 done
 cat >&2 <<END
-ptxas info : Compiling entry function '5sweepINS0_6LaunchINS_4AdamENS_11ApplyUpdateEfLm4096EEELb1EE'
+ptxas : Compiling entry function '5sweepINS0_6LaunchINS_4AdamENS_11ApplyUpdateEfLm4096ELb0EEELb1EE'
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 77 registers
 END

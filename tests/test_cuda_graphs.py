@@ -29,7 +29,7 @@ COUNT = 1000
 # Less than a vector, some vectors, and more than a tile.
 SIZES = [3000 if i % 100 == 0 else 1 + 37 * i % 300 for i in range(COUNT)]
 every_way = pytest.mark.parametrize(
-    "storage", ["float32", "bfloat16, masters", "bfloat16, stochastic"]
+    "storage", ["float32", "bfloat16, masters", "bfloat16, stochastic", "8-bit"]
 )
 
 
@@ -117,8 +117,12 @@ def _optimizer(setup: Setup, storage: str, **options: Any) -> ScalarOptimizer:
     """Return an optimizer of a thousand parameters with gradients."""
     steps = make_run(setup, storage, weight_decay=0.1, **options)
     generator = torch.Generator().manual_seed(7)
+    shapes: list[Any] = list(SIZES)
+    if "8-bit" in storage:
+        shapes[::10] = [(128, 32)] * len(shapes[::10])
     params = [
-        Parameter(torch.randn(size, generator=generator).to("cuda", steps.dtype)) for size in SIZES
+        Parameter(torch.randn(shape, generator=generator).to("cuda", steps.dtype))
+        for shape in shapes
     ]
     for param in params:
         param.grad = torch.zeros_like(param)

@@ -4,7 +4,8 @@ Without a GPU, most of it runs on emulated devices: ``pytest --device emulated``
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,6 @@ from optimizers import (
     assert_same,
     contents,
     every_optimizer,
-    every_variant,
     make_grads,
     make_params,
     run,
@@ -127,23 +127,27 @@ def may_be_coded(setup: Setup) -> bool:
 
 every_storage = pytest.mark.parametrize("storage", STORAGE)
 # One for each path through a launch.
-every_way = pytest.mark.parametrize(
-    "storage", ["float32", "mixed states", "bfloat16, stochastic", "8-bit"]
-)
-every_case = pytest.mark.parametrize(
-    ("setup", "storage"),
-    [
-        pytest.param(setup, storage, id=f"{setup}-{storage}")
-        for setup in (*SETUPS, *VARIANTS)
-        for storage in STORAGE
-        if "8-bit" not in storage or may_be_coded(setup)
-    ],
-)
+WAYS = ["float32", "mixed states", "bfloat16, stochastic", "8-bit"]
+
+
+def crossed(setups: Iterable[Setup], storages: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize a test with all pairs that are possible."""
+    return pytest.mark.parametrize(
+        ("setup", "storage"),
+        [
+            pytest.param(setup, storage, id=f"{setup}-{storage}")
+            for setup, storage in itertools.product(setups, storages)
+            if "8-bit" not in storage or may_be_coded(setup)
+        ],
+    )
+
+
+every_case = crossed([*SETUPS, *VARIANTS], STORAGE)
+every_way = crossed(SETUPS, WAYS)
+every_way_of_variants = crossed([*SETUPS, *VARIANTS], WAYS)
 
 
 def make_run(setup: Setup, storage: str, **options: Any) -> Run:
-    if "8-bit" in storage and not may_be_coded(setup):
-        pytest.skip("no state may be 8-bit")
     dtype, stored = STORAGE[storage]
     # So large that a wrong learning rate or decay shows even in half precision.
     return Run(setup, dtype, {"lr": 0.02, "fused": True, **stored(setup.states), **options})
@@ -175,7 +179,6 @@ def _cut(values: Sequence[Tensor], offset: int, device: str) -> tuple[Tensor, li
     return buffer, [p.view(value.shape) for p, value in zip(parts, values, strict=True)]
 
 
-@every_optimizer
 @every_way
 @pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (1, 2), (3, 0), (0, 5)], ids=str)
 def test_views_into_flat_buffers(setup: Setup, storage: str, offsets: tuple[int, int]) -> None:
@@ -387,8 +390,7 @@ def test_synchronisation_is_detected() -> None:
             wait()
 
 
-@every_variant
-@every_way
+@every_way_of_variants
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_synchronisation(setup: Setup, storage: str) -> None:
     there = {name: torch.tensor(number, device="cuda") for name, number in NUMBERS.items()}
@@ -469,8 +471,7 @@ def test_grad_scaler_end_to_end(setup: Setup) -> None:
 
 
 @pytest.mark.real
-@every_variant
-@every_way
+@every_way_of_variants
 def test_captured_graph(setup: Setup, storage: str) -> None:
     """A replay is the next step, with the current gradients and learning rate."""
     optimizers = [

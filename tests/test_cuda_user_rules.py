@@ -225,9 +225,12 @@ def test_optimizer(options: dict[str, Any], only_kernels: Callable[[], None]) ->
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("name", ["adopt", "adan"])
+@pytest.mark.parametrize("name", ["adopt", "adan", "nadam"])
 def test_8_bit_states(name: str, only_kernels: Callable[[], None]) -> None:
-    """Some of Adan's states are wide. More parameters than a small launch has room for."""
+    """Some of Adan's states are wide; NAdam has a scalar state.
+
+    There are more parameters than a small launch has room for.
+    """
     rule = GALLERY_RULES[name].rule
     shapes = [(130, 64), (3, 4), *[(128, 32)] * 40]
 

@@ -23,10 +23,14 @@ SIZES = [1, 2, 3, 7, 8, 9, 17, 255, 257, 2047, 2049, 4096, 5000]
 # More than fit into a launch with 4 KB of arguments: about 75 rows with two states.
 MANY = [1 + i % 9 for i in range(300)]
 
+# States that are stored as codes, and ones that are too small for that, in turn.
+CODED = [(129, 32), (3, 32), (131, 64), (2, 65, 32), (32, 1), (300, 96)]
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 STOCHASTIC: dict[str, Any] = {"stochastic_rounding": True}
 MASTERS: dict[str, Any] = {"master_weights": True}
 REMAINDERS: dict[str, Any] = {**MASTERS, "store_param_remainders": True}
+EIGHT_BIT: dict[str, Any] = {"state_dtype": "8bit"}
 
 
 def call(
@@ -52,14 +56,19 @@ def call(
 
 def step(
     cls: Callable[..., torch.optim.Optimizer],
-    sizes: Sequence[int],
+    shapes: Sequence[int | tuple[int, ...]],
     dtype: torch.dtype,
     options: dict[str, Any],
     device: str,
+    offset: int = 1,
 ) -> None:
     """Take two steps of an optimizer."""
-    buffers = [torch.ones(size + 1, dtype=dtype, device=device) for size in sizes]
-    params = [torch.nn.Parameter(buffer[1:]) for buffer in buffers]
+    sizes = [torch.Size([s] if isinstance(s, int) else s) for s in shapes]
+    buffers = [torch.ones(size.numel() + offset, dtype=dtype, device=device) for size in sizes]
+    params = [
+        torch.nn.Parameter(buffer[offset:].view(size))
+        for buffer, size in zip(buffers, sizes, strict=True)
+    ]
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = cls(params, **options)
@@ -83,7 +92,14 @@ def main(device: str) -> None:
             call(rule, MANY, dtypes, [0] * lists, device)
         for dtype, options in ((F32, {"capturable": True}), (BF16, MASTERS)):
             step(rule.optimizer, MANY, dtype, {**options, "fused": True}, device)
+        for dtype, options in ((F32, {}), (BF16, STOCHASTIC), (BF16, {"master_weights": "split"})):
+            options = {**EIGHT_BIT, **options, "fused": True}
+            step(rule.optimizer, CODED, dtype, options, device, offset=0)
+            step(rule.optimizer, CODED, dtype, {**options, "capturable": True}, device)
+        step(rule.optimizer, [(128, 32)] * 150, F32, {**EIGHT_BIT, "fused": True}, device)
     step(FusedAdam, MANY, BF16, REMAINDERS, device)
+    codes = {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.uint8}
+    step(FusedAdam, SIZES, BF16, {**REMAINDERS, **codes}, device, offset=0)
     if device == "cuda":
         torch.cuda.synchronize()
     print("swept")

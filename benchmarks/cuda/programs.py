@@ -107,11 +107,12 @@ def kernels_of(report: str) -> list[dict[str, Any]]:
     name, spilled = "", 0
     for line in report.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
-            kind = re.search(r"5sweep.*?(Apply|Store)UpdateE([fd])Lm(\d+)E+(?:Lb([01]))?", found[1])
+            pattern = r"5sweep.*?(Apply|Store)UpdateE([fd])Lm(\d+)ELb([01])EEELb([01])"
+            kind = re.search(pattern, found[1])
             name = ""
             if kind is not None:
                 real = {"f": "float32", "d": "float64"}[kind[2]]
-                numbers = " device" if kind[4] == "1" else ""
+                numbers = " codes" if kind[4] == "1" else " device" if kind[5] == "1" else ""
                 name = f"{kind[1].lower()} {real} {kind[3]}{numbers}"
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = int(found[1]) + int(found[2])

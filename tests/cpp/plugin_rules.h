@@ -30,6 +30,37 @@ struct SignDescent {
   };
 };
 
+// Averages of gradients, which drift: they do not stay 0 where gradients are 0.
+struct DriftingAverages {
+  static constexpr const char* kName = "drifting_averages";
+  static constexpr const char* kStates[] = {"first", "second", "third"};
+  static constexpr StateCode kStateCodes[] = {StateCode::kSigned, StateCode::kNone,
+                                              StateCode::kUnsigned};
+
+  double beta;
+  double drift;
+
+  static constexpr auto hyperparameters() {
+    return std::make_tuple(hyperparameter("beta", &DriftingAverages::beta, Domain::kBeta),
+                           hyperparameter("drift", &DriftingAverages::drift));
+  }
+
+  template <class Real>
+  struct Step {
+    Real beta, drift;
+
+    EMOPT_FN Step(const DriftingAverages& rule, double /*step*/)
+        : beta(static_cast<Real>(rule.beta)), drift(static_cast<Real>(rule.drift)) {}
+
+    EMOPT_FN Real operator()(Real grad, Real& first, Real& second, Real& third) const {
+      first = beta * first + drift;
+      second = beta * second + grad;
+      third = beta * third + (drift + grad * grad);
+      return first + second;
+    }
+  };
+};
+
 // The sum of five momenta.
 struct FiveMomenta {
   static constexpr const char* kName = "five_momenta";

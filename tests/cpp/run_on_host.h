@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
 #include "engine/cuda/chunk.h"
 #include "engine/cuda/launch.h"
 
@@ -29,6 +30,8 @@ void run_block_with_codes(const Launch& launch, uint32_t block, emopt::cuda::Set
     std::vector<Place<Launch>> places;
     for (uint32_t i = 0; i < kGroupThreads; ++i) places.emplace_back(chunk, first + i);
     while (places.front().has_any()) {
+      // On a device they exchange ranks, so none has left.
+      for (const auto& place : places) CHECK(place.has_any());
       std::vector<Held> held(kGroupThreads);
       std::vector<typename Held::Results> results(kGroupThreads);
       for (uint32_t i = 0; i < kGroupThreads; ++i) held[i].load(launch, places[i]);

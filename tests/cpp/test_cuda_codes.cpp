@@ -11,6 +11,7 @@
 #include "coded_rows.h"
 #include "engine/rule_unit.h"
 #include "launches.h"
+#include "plugin_rules.h"
 #include "run_on_host.h"
 
 using namespace emopt;
@@ -76,6 +77,10 @@ void check(const Rule& rule, size_t most_before, std::mt19937_64& random) {
 
 int main() {
   std::mt19937_64 random(0);
+  for (int round = 0; round < 12; ++round) {
+    // A group's largest number would be one behind its end.
+    check(DriftingAverages{0.9, 100.0}, random() % 2 * 5, random);
+  }
   for_each_rule([&](const auto& rule) {
     using Rule = std::decay_t<decltype(rule)>;
     if constexpr (kMayHaveCodes<Rule>) {

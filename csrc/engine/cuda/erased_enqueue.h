@@ -12,7 +12,7 @@ namespace emopt::cuda {
 // The function for RuleInfo::enqueue of a rule that has a table of such kernels (program.h).
 EnqueueRows erased_enqueue(uint32_t num_states, bool has_scalars, int epilogue, int precision);
 
-// The same for RuleInfo::enqueue_codes. `num_states` is not 0.
+// The same for RuleInfo::enqueue_codes. Null if there are no states.
 EnqueueRows erased_enqueue_codes(uint32_t num_states, bool has_scalars);
 
 // An EnqueueAdvance for such a rule.

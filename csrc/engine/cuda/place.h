@@ -10,7 +10,7 @@ namespace emopt::cuda {
 
 // The threads that hold a group of codes.
 inline constexpr uint32_t kGroupThreads = static_cast<uint32_t>(kGroup) / kHeld;
-static_assert(kGroup % kHeld == 0 && 32 % kGroupThreads == 0, "a group is in one warp");
+static_assert(kHeld % 4 == 0 && kGroup % kHeld == 0, "a vector of codes is a word or two");
 
 // The elements of a row that one block sweeps.
 template <class Launch>

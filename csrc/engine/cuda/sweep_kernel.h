@@ -13,6 +13,7 @@ __device__ __forceinline__ void share_ranks(const Launch& launch,
                                             int32_t (&ranks)[Launch::kOperands]) {
   constexpr uint32_t kInGroup = (1u << kGroupThreads) - 1u;
   const uint32_t group = kInGroup << (threadIdx.x % 32 / kGroupThreads * kGroupThreads);
+  __syncwarp(group);  // all have loaded the scales, which one of them will store
   EMOPT_UNROLL
   for (int k = kFirstState; k < Launch::kOperands; ++k) {
     with_code_of<Launch>(k, launch.dtype[k], [&](auto) {

@@ -17,8 +17,8 @@
 namespace emopt::cuda {
 
 // Contiguous elements of each operand that a thread holds: 16 bytes of float32, 8 of a 2-byte type
-// (a warp still reads 256 contiguous bytes), 32 of float64. Eight elements would need twice the
-// registers: the same bytes in flight, from half as many warps.
+// (a warp still reads 256 contiguous bytes), 4 of codes, 32 of float64. Eight elements would need
+// twice the registers: the same bytes in flight, from half as many warps.
 #ifndef EMOPT_HELD
 #define EMOPT_HELD 4
 #endif
