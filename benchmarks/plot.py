@@ -222,7 +222,7 @@ def chart_offsets(result: dict[str, Any]) -> Figure:
 def chart_training(result: dict[str, Any]) -> Figure:
     """Return a chart of training losses: a panel for each rule, a line for each kind of states."""
     runs, steps = result["runs"], result["settings"]["steps"]
-    rules = list(dict.fromkeys(f["rule"] for f in result["figures"]))
+    rules = list(dict.fromkeys((f["rule"], f["lr"]) for f in result["figures"]))
     rows = -(-len(rules) // TRAINING_COLUMNS)
     figure, panels = plt.subplots(
         rows,
@@ -235,13 +235,14 @@ def chart_training(result: dict[str, Any]) -> Figure:
     )
     for axes in panels.flat[len(rules) :]:
         axes.set_axis_off()
-    for axes, rule in zip(panels.flat, rules, strict=False):
+    for axes, (rule, lr) in zip(panels.flat, rules, strict=False):
+        of_rule = [r for r in runs if (r["rule"], r["hyperparameters"]["lr"]) == (rule, lr)]
         for arm, (label, color, style) in TRAINING.items():
-            curves = [r["training_losses"] for r in runs if (r["rule"], r["arm"]) == (rule, arm)]
+            curves = [r["training_losses"] for r in of_rule if r["arm"] == arm]
             means = [sum(losses) / len(losses) for losses in zip(*curves, strict=True)]
             at = [steps * (i + 0.5) / len(means) for i in range(len(means))]
             axes.plot(at, means, color=color, linestyle=style, label=label)
-        axes.set_title(rule, color=GREY, fontsize="medium")
+        axes.set_title(f"{rule}, lr {lr:g}", color=GREY, fontsize="medium")
         axes.tick_params(colors=GREY)
         axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
         for side, spine in axes.spines.items():

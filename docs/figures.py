@@ -161,10 +161,12 @@ def _coded(figures: list[dict[str, Any]]) -> str:
 
 
 def _training_caption(result: dict[str, Any], name: str) -> str:
-    run, settings = result["run"], result["settings"]
+    settings = result["settings"]
+    options = f"--steps {settings['steps']} --batch {settings['batch']}"
     return (
-        f"{settings['steps']:,} steps, {settings['batch']} sequences in a batch, torch"
-        f" {run['torch']}: `{run['command']}`. All figures: `benchmarks/results/{name}`."
+        f"torch {result['run']['torch']}: `python benchmarks/compare_training.py {options}"
+        f"{' --compile' if settings['compiled'] else ''}`, which continues where it was stopped."
+        f" All figures: `benchmarks/results/{name}`."
     )
 
 
@@ -174,6 +176,7 @@ def _training(figures: list[dict[str, Any]]) -> str:
         [
             f"`{f['rule']}`",
             TRAINING_ARMS[f["arm"]],
+            str(len(f["differences"])),
             f"{f['lr']:g}",
             f"{f['loss']:.3f}",
             _percent(f["difference"]),
@@ -182,7 +185,7 @@ def _training(figures: list[dict[str, Any]]) -> str:
         ]
         for f in figures
     ]
-    head = ["rule", "states", "learning rate", "loss with float32 states"]
+    head = ["rule", "states", "seeds", "learning rate", "loss with float32 states"]
     return _table([*head, "difference", "spread", "movement"], rows)
 
 
@@ -193,12 +196,13 @@ def _percent(value: float) -> str:
 def _training_missed(result: dict[str, Any]) -> str:
     """Return a sentence that names the rules whose loss differs by more than it may."""
     targets = result["targets"]
-    missed = [f"`{t['rule']}` ({_percent(t['measured'])})" for t in targets if not t["met"]]
+    missed = [f"{t['rule']} ({_percent(t['measured'])})" for t in targets if not t["met"]]
+    wanted, count = targets[0]["wanted"].replace("%", " %"), len(targets)
     if not missed:
-        return f"The mean difference is {targets[0]['wanted']} for all {len(targets)} rules."
+        return f"With 8-bit states, the mean difference is {wanted} in all {count} rows."
     return (
-        f"The mean difference is {targets[0]['wanted']} for {len(targets) - len(missed)} of"
-        f" {len(targets)} rules, but not for {', '.join(missed)}."
+        f"With 8-bit states, the mean difference is {wanted} in {count - len(missed)} of {count}"
+        f" rows, but not for {'; '.join(missed)}."
     )
 
 
