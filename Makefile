@@ -126,6 +126,7 @@ chart: $(INSTALLED)  ## Draw the charts of README and documentation from the com
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/adamw-cpu.svg --summary adam
 	$(PY) benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg --small adam
 	$(PY) benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
+	$(PY) benchmarks/plot.py benchmarks/results/training-cpu.json docs/training-cpu.svg --training
 
 clean:  ## Remove everything that was built, and the virtual environment
 	rm -rf $(VENV) build dist *.egg-info emerging_optimizers/*.so

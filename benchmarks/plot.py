@@ -7,6 +7,7 @@ r"""Draw a chart of a committed result; measures nothing.
     python benchmarks/plot.py benchmarks/results/optimizers-cpu.json docs/small-cpu.svg \
         --small adam
     python benchmarks/plot.py benchmarks/results/offsets-cpu.json docs/offsets-cpu.svg --offsets
+    python benchmarks/plot.py benchmarks/results/training-cpu.json docs/training-cpu.svg --training
 
 Bars are memory bandwidth, one group a rule. The line over each group is the roof: a loop with the
 same reads and writes, measured in the same run. With ``--summary``, bars are how many times as long
@@ -58,6 +59,12 @@ OPTIMIZERS = {
 COLD = "single calls, caches cold"
 SMALL = {"1000x1000": "1000 of 1000", "1000x8": "1000 of 8"}
 TIMINGS = {COLD: "caches cold", "back to back": "back to back"}
+# Of compare_training.py.
+TRAINING = {
+    "float32": ("float32 states", "#0072b2", "-"),
+    "8-bit": ("8-bit states", "#d55e00", "--"),
+}
+TRAINING_COLUMNS = 6
 ROOF = "#d55e00"
 GREY = "#808080"
 
@@ -212,6 +219,47 @@ def chart_offsets(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def chart_training(result: dict[str, Any]) -> Figure:
+    """Return a chart of training losses: a panel for each rule, a line for each kind of states."""
+    runs, steps = result["runs"], result["settings"]["steps"]
+    rules = list(dict.fromkeys((f["rule"], f["lr"]) for f in result["figures"]))
+    rows = -(-len(rules) // TRAINING_COLUMNS)
+    figure, panels = plt.subplots(
+        rows,
+        TRAINING_COLUMNS,
+        figsize=(13, 2.1 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in panels.flat[len(rules) :]:
+        axes.set_axis_off()
+    for axes, (rule, lr) in zip(panels.flat, rules, strict=False):
+        of_rule = [r for r in runs if (r["rule"], r["hyperparameters"]["lr"]) == (rule, lr)]
+        for arm, (label, color, style) in TRAINING.items():
+            curves = [r["training_losses"] for r in of_rule if r["arm"] == arm]
+            means = [sum(losses) / len(losses) for losses in zip(*curves, strict=True)]
+            at = [steps * (i + 0.5) / len(means) for i in range(len(means))]
+            axes.plot(at, means, color=color, linestyle=style, label=label)
+        axes.set_title(f"{rule}, lr {lr:g}", color=GREY, fontsize="medium")
+        axes.tick_params(colors=GREY)
+        axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GREY)
+    figure.supxlabel("step", color=GREY, fontsize="medium")
+    figure.supylabel("training loss (nats)", color=GREY, fontsize="medium")
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(TRAINING),
+        frameon=False,
+        labelcolor=GREY,
+    )
+    return figure
+
+
 def main() -> None:
     """Read a result, write a chart."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -221,12 +269,17 @@ def main() -> None:
     kinds.add_argument("--summary", metavar="RULE", help="compare one rule's times")
     kinds.add_argument("--small", metavar="RULE", help="the same for many small tensors")
     kinds.add_argument("--offsets", action="store_true", help="draw a result of bench_offsets.py")
+    kinds.add_argument(
+        "--training", action="store_true", help="draw a result of compare_training.py"
+    )
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
 
     mpl.rcParams["svg.hashsalt"] = "functions"  # the same result gives the same file
     if arguments.offsets:
         figure = chart_offsets(result)
+    elif arguments.training:
+        figure = chart_training(result)
     elif arguments.summary is not None:
         figure = chart_summary(result, arguments.summary)
     elif arguments.small is not None:

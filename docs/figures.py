@@ -48,6 +48,7 @@ CODED = {
     "8-bit, bfloat16, split masters": "`AdamW`, 8-bit, bfloat16 parameters with split masters",
 }
 CODED_SHAPES = {"gpt2": "GPT-2 small", "1000x64x64": "1000 of 64 x 64"}
+TRAINING_ARMS = {"8-bit": "8-bit", "control": "float32, control"}
 
 
 def substitutions() -> dict[str, str]:
@@ -60,6 +61,8 @@ def substitutions() -> dict[str, str]:
     clipping = _read("clipping-cpu.json")
     coded = _read("coded-states-cpu.json")
     offsets = _read("offsets-cpu.json")
+    training = _read("training-cpu.json")
+    long_training = _read("training-long-cpu.json")
     return {
         "functions_caption": _caption(functions, "functions-cpu.json"),
         "functions_table": _ratios(_of_adam(functions), FUNCTIONS),
@@ -82,6 +85,11 @@ def substitutions() -> dict[str, str]:
         "interpreter_switches": ", ".join(
             f"{slowest:.2f} ({around:.2f})" for slowest, around in interpreter["switches"]
         ),
+        "training_caption": _training_caption(training, "training-cpu.json"),
+        "training_table": _training(training["figures"]),
+        "training_missed": _training_missed(training),
+        "long_training_caption": _training_caption(long_training, "training-long-cpu.json"),
+        "long_training_table": _training(long_training["figures"]),
         "distributed_caption": _caption(distributed, "distributed-cpu.json"),
         "distributed_table": _distributed(distributed["figures"]),
     }
@@ -150,6 +158,52 @@ def _coded(figures: list[dict[str, Any]]) -> str:
         for name, title in CODED.items()
     ]
     return _table(["", *CODED_SHAPES.values()], rows)
+
+
+def _training_caption(result: dict[str, Any], name: str) -> str:
+    settings = result["settings"]
+    options = f"--steps {settings['steps']} --batch {settings['batch']}"
+    return (
+        f"torch {result['run']['torch']}: `python benchmarks/compare_training.py {options}"
+        f"{' --compile' if settings['compiled'] else ''}`, which continues where it was stopped."
+        f" All figures: `benchmarks/results/{name}`."
+    )
+
+
+def _training(figures: list[dict[str, Any]]) -> str:
+    """Return a table of losses and movements, relative to float32's."""
+    rows = [
+        [
+            f"`{f['rule']}`",
+            TRAINING_ARMS[f["arm"]],
+            str(len(f["differences"])),
+            f"{f['lr']:g}",
+            f"{f['loss']:.3f}",
+            _percent(f["difference"]),
+            "" if f["spread"] is None else f"{f['spread']:.2%}".replace("%", " %"),
+            f"{f['movement']:.3f}",
+        ]
+        for f in figures
+    ]
+    head = ["rule", "states", "seeds", "learning rate", "loss with float32 states"]
+    return _table([*head, "difference", "spread", "movement"], rows)
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.2%}".replace("%", " %")
+
+
+def _training_missed(result: dict[str, Any]) -> str:
+    """Return a sentence that names the rules whose loss differs by more than it may."""
+    targets = result["targets"]
+    missed = [f"{t['rule']} ({_percent(t['measured'])})" for t in targets if not t["met"]]
+    wanted, count = targets[0]["wanted"].replace("%", " %"), len(targets)
+    if not missed:
+        return f"With 8-bit states, the mean difference is {wanted} in all {count} rows."
+    return (
+        f"With 8-bit states, the mean difference is {wanted} in {count - len(missed)} of {count}"
+        f" rows, but not for {'; '.join(missed)}."
+    )
 
 
 def _offsets(figures: list[dict[str, Any]]) -> str:

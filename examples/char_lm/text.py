@@ -55,14 +55,18 @@ def windows(part: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def random_batch(text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return windows from random places of the training text."""
-    starts = torch.randint(len(text.train) - CONTEXT, (BATCH,), generator=generator)
+def random_batch(
+    text: Text, generator: torch.Generator, size: int = BATCH
+) -> tuple[Tensor, Tensor]:
+    """Return `size` windows from random places of the training text."""
+    starts = torch.randint(len(text.train) - CONTEXT, (size,), generator=generator)
     return windows(text.train, starts)
 
 
-def held_out_batches(text: Text) -> list[tuple[Tensor, Tensor]]:
+def held_out_batches(
+    text: Text, num_batches: int = NUM_EVALUATION_BATCHES
+) -> list[tuple[Tensor, Tensor]]:
     """Return the same evenly spread windows every time."""
     last = len(text.held_out) - CONTEXT - 1
-    starts = torch.linspace(0, last, NUM_EVALUATION_BATCHES * BATCH).long()
+    starts = torch.linspace(0, last, num_batches * BATCH).long()
     return [windows(text.held_out, some) for some in starts.split(BATCH)]
