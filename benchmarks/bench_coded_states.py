@@ -2,6 +2,7 @@
 
     python benchmarks/bench_coded_states.py                    # all of it, some two minutes
     python benchmarks/bench_coded_states.py --json build/x.json
+    python benchmarks/bench_coded_states.py --device cuda      # the device alone, by its clock
 
 Peers are measured if they are installed: torchao's and bitsandbytes' AdamW with 8-bit states. Each
 contender has parameters and states of its own. All start with the same parameters, have the same
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_device import DeviceClock, Gpu
+from gpu import describe_gpu, why_no_gpu
 from harness import (
+    Clock,
     Comparison,
     Ratio,
     Verdict,
@@ -131,36 +135,49 @@ class Target:
     at_least: float
 
 
-TARGETS = (
-    Target(SHAPES["gpt2"], TORCHAO, OURS, 5.0),
-    Target(SHAPES["gpt2"], BITSANDBYTES, OURS, 5.0),
-    Target(SHAPES["gpt2"], FLOAT32, SMALLEST, 0.8),
-    Target(MATRICES, FUSED, OURS, 1.5),
-)
+TARGETS = {
+    "cpu": (
+        Target(SHAPES["gpt2"], TORCHAO, OURS, 5.0),
+        Target(SHAPES["gpt2"], BITSANDBYTES, OURS, 5.0),
+        Target(SHAPES["gpt2"], FLOAT32, SMALLEST, 0.8),
+        Target(MATRICES, FUSED, OURS, 1.5),
+    ),
+    "cuda": (
+        Target(SHAPES["gpt2"], FLOAT32, OURS, 1.6),
+        Target(SHAPES["gpt2"], FLOAT32, SMALLEST, 1.6),
+        Target(MATRICES, FUSED, OURS, 1.5),
+    ),
+}
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def make_params(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+def make_params(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Return parameters with gradients, the same at each call but for rounding."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(size, generator=generator).mul_(0.1).to(dtype) for size in shape.sizes]
+
+    def random(size: Sequence[int]) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    params = [random(size).mul_(0.1).to(device, dtype) for size in shape.sizes]
     for param in params:
         param.requires_grad_()
-        param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+        param.grad = random(param.shape).to(device, dtype)
     return params
 
 
-def check(shape: Shape, contenders: Sequence[Contender]) -> None:
+def check(shape: Shape, contenders: Sequence[Contender], device: str) -> None:
     """Raise unless the contenders' steps are AdamW's, on the shape's first few parameters."""
     part = Shape(shape.name, shape.title, [size for size in shape.sizes if len(size) == 2][-8:])
     for contender in contenders:
         moved = []
         for make, dtype in ((CONTENDERS[FUSED].make, torch.float32), (contender.make, None)):
-            params = make_params(part, contender.dtype)
+            params = make_params(part, contender.dtype, device)
             if dtype is not None:
                 params = [p.detach().to(dtype).requires_grad_() for p in params]
-                for param, like in zip(params, make_params(part, contender.dtype), strict=True):
+                for param, like in zip(
+                    params, make_params(part, contender.dtype, device), strict=True
+                ):
                     assert like.grad is not None
                     param.grad = like.grad.to(dtype)
             before = [p.detach().double() for p in params]
@@ -185,18 +202,19 @@ def _weight(param: Tensor, state: dict[str, Any]) -> Tensor:
     return bits.view(torch.float32).double()
 
 
-def measure(shape: Shape, budget: float) -> Comparison:
+def measure(shape: Shape, budget: float, device: str) -> Comparison:
     """Check the contenders that a shape's targets name, then time them."""
-    targets = [target for target in TARGETS if target.shape is shape]
+    targets = [target for target in TARGETS[device] if target.shape is shape]
     names = dict.fromkeys(name for target in targets for name in (target.ours, target.theirs))
     contenders = [CONTENDERS[name] for name in names if CONTENDERS[name].version is not None]
     print(f"{shape.title} ...", file=sys.stderr, flush=True)
-    check(shape, contenders)
-    optimizers = [c.make(make_params(shape, c.dtype)) for c in contenders]
+    check(shape, contenders, device)
+    optimizers = [c.make(make_params(shape, c.dtype, device)) for c in contenders]
     for optimizer in optimizers:
         optimizer.step()
     steps = {c.name: o.step for c, o in zip(contenders, optimizers, strict=True)}
-    result = compare(steps, budget)
+    clock: Clock | None = DeviceClock(Gpu()) if device == "cuda" else None
+    result = compare(steps, budget, clock)
     del optimizers, steps
     gc.collect()
     return result
@@ -228,12 +246,14 @@ def report_shape(shape: Shape, comparison: Comparison) -> str:
     return f"\n{shape.title}\n\n{format_table(header, rows)}{busy_warning([comparison])}"
 
 
-def verdicts(comparisons: dict[str, Comparison], nbytes: float) -> list[Verdict]:
+def verdicts(
+    targets: Sequence[Target], comparisons: dict[str, Comparison], nbytes: float
+) -> list[Verdict]:
     """Return every target."""
     title = "bytes of a parameter, with its states and float32 master"
     wanted = f"<= {MOST_BYTES:g}"
     reached = [Verdict(title, "AdamW", wanted, nbytes, nbytes <= MOST_BYTES)]
-    for target in TARGETS:
+    for target in targets:
         if target.shape.name not in comparisons:
             continue
         ratio: Ratio | None = comparisons[target.shape.name].ratio(target.theirs, target.ours)
@@ -243,26 +263,41 @@ def verdicts(comparisons: dict[str, Comparison], nbytes: float) -> list[Verdict]
     return reached
 
 
-def main() -> None:
-    """Run the suite."""
-    shapes = {target.shape.name: target.shape for target in TARGETS}
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
+    parser.add_argument("--shapes", nargs="+", choices=shapes(), default=list(shapes()))
+    parser.add_argument("--device", choices=list(TARGETS), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of each shape")
     parser.add_argument("--json", type=Path, help="where to write every figure")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def shapes() -> dict[str, Shape]:
+    """Return the shapes that targets name."""
+    return {t.shape.name: t.shape for targets in TARGETS.values() for t in targets}
+
+
+def main() -> None:
+    """Run the suite."""
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     versions = {c.package: c.version or "not installed" for c in CONTENDERS.values()}
     run = {**describe_run(), **versions}
+    if arguments.device == "cuda":
+        reason = why_no_gpu()
+        if reason is not None:
+            sys.exit(f"bench_coded_states: {reason}")
+        run |= {"device": describe_gpu()}
     print("\n".join(f"{key}: {value}" for key, value in run.items()), flush=True)
 
     nbytes = bytes_of_a_parameter()
     comparisons = {}
     for name in arguments.shapes:
-        comparisons[name] = measure(shapes[name], arguments.budget)
-        print(report_shape(shapes[name], comparisons[name]), flush=True)
-    reached = verdicts(comparisons, nbytes)
+        comparisons[name] = measure(shapes()[name], arguments.budget, arguments.device)
+        print(report_shape(shapes()[name], comparisons[name]), flush=True)
+    reached = verdicts(TARGETS[arguments.device], comparisons, nbytes)
     print(report_targets(reached))
     if arguments.json is not None:
         figures = [

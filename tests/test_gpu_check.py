@@ -1,5 +1,6 @@
 """The GPU check without a GPU: its command line, its stages, and failures of all kinds."""
 
+import importlib
 import json
 import os
 import re
@@ -162,17 +163,18 @@ class Recorded(Session):
 
 def test_commands_of_the_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import bench_cuda
-
     session = Recorded(tmp_path)
     for stage in STAGES:
-        if stage.name in ("speed", "bench"):
+        if stage.name in ("speed", "speed-8bit", "bench"):
             stage.run(session)
+    scripts = []
     for command in session.commands:
-        assert (ROOT / command[1]).exists()
+        script = ROOT / command[1]
+        scripts.append(script.stem)
         monkeypatch.setattr(sys, "argv", command[1:])
-        assert bench_cuda.parse_arguments().json.parent == tmp_path
-    assert [("--quick" in command) for command in session.commands] == [True, False]
+        assert importlib.import_module(script.stem).parse_arguments().json.parent == tmp_path
+    assert scripts == ["bench_cuda", "bench_coded_states", "bench_cuda"]
+    assert [("--quick" in command) for command in session.commands] == [True, False, False]
 
 
 def test_programs_of_the_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ def test_a_missed_target_is_no_failure(tmp_path: Path) -> None:
             Path(command[-1]).write_text(json.dumps(figures))
             return super().run(command)
 
-    outcome = gpu_stages.bench("speed", ["--quick"], Measured(tmp_path))
+    outcome = gpu_stages.bench("speed", "bench_cuda.py", ["--quick"], Measured(tmp_path))
     assert (outcome.status, outcome.summary) == ("passed", "1 of 2 targets met")
     assert outcome.details["missed"] == ["MISSED: adam: copy 0.9: 0.51"]
 

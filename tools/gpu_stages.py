@@ -234,11 +234,11 @@ def sanitizer(tool: str, session: Session) -> Outcome:
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def bench(name: str, arguments: Sequence[str], session: Session) -> Outcome:
-    """Run the CUDA benchmark, and add its figures to the report, even if it is stopped."""
+def bench(name: str, script: str, arguments: Sequence[str], session: Session) -> Outcome:
+    """Run a benchmark, and add its figures to the report, even if it is stopped."""
     results = session.output / f"{name}.json"
     results.unlink(missing_ok=True)
-    command = ["benchmarks/bench_cuda.py", *arguments, "--json", str(results.resolve())]
+    command = [f"benchmarks/{script}", *arguments, "--json", str(results.resolve())]
     finished = session.run([sys.executable, *command])
     figures = _figures(results)
     targets = figures.get("targets", [])
@@ -294,7 +294,15 @@ STAGES = (
         "speed",
         "the targets: fractions of the copy bandwidth, launches, host time",
         280,
-        partial(bench, "speed", ("--quick", "--budget", "0.4")),
+        partial(bench, "speed", "bench_cuda.py", ("--quick", "--budget", "0.4")),
+    ),
+    Stage(
+        "speed-8bit",
+        "the targets of steps with 8-bit states",
+        90,
+        partial(
+            bench, "speed-8bit", "bench_coded_states.py", ("--device", "cuda", "--budget", "15")
+        ),
     ),
     Stage(
         "variants", "which constants of tuning.h this GPU prefers", VARIANTS_LIMIT, variants, None
@@ -334,6 +342,6 @@ STAGES = (
         "bench",
         "every case of the benchmark, against all contenders",
         500,
-        partial(bench, "bench", ("--budget", "0.8")),
+        partial(bench, "bench", "bench_cuda.py", ("--budget", "0.8")),
     ),
 )
