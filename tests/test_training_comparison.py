@@ -125,7 +125,7 @@ def test_committed_figures(name: str) -> None:
     keys = ("rule", "arm", "seed", "hyperparameters")
     runs = [{key: run[key] for key in keys} for run in result["runs"]]
     ran = {run["rule"] for run in runs}
-    assert ran >= {*package, "adopt"}
+    assert ran >= {*package, "adagrad", "adopt", "radam"}
     # A rule of the gallery that has been run has been run with all seeds.
     assert [task for task in computed["tasks"] if task["rule"] in ran and task not in runs] == []
 
