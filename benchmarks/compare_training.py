@@ -52,7 +52,7 @@ from train_char_lm import (
 )
 
 FLOAT32, CODED, CONTROL = "float32", "8-bit", "control"
-WITH_CONTROL = ("adam", "lion")
+WITH_CONTROL = ("adam", "adopt", "laprop", "lion", "sim_ademamix")
 STEPS_PER_LOSS = 50  # training losses are means of so many steps
 STEPS_PER_MOVEMENT = 10
 EVALUATION_BATCHES = 16
