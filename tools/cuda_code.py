@@ -20,8 +20,7 @@ REGISTERS = {
     ("float64", True, False): 168,  # one
     ("float64", True, True): 192,  # one
 }
-# Two registers: less harm than a block less on a multiprocessor.
-SPILLED_WITH_CODES = 8  # by rules written in Python
+SPILLED_WITH_CODES = 8  # bytes; less harm than a block less on a multiprocessor
 ADVANCE_REGISTERS = 32
 ADVANCE_SCALARS_REGISTERS = 64  # a rule's own arithmetic, in float64, perhaps with powers
 NORM_REGISTERS = 40  # six blocks
@@ -62,7 +61,7 @@ def budget(sources: Sources, kernel: Kernel) -> int:
 
 def spilled(kernel: Kernel | None) -> int:
     """Return how many bytes of registers a kernel may spill."""
-    return SPILLED_WITH_CODES if kernel and kernel.is_users and kernel.has_codes else 0
+    return SPILLED_WITH_CODES if kernel and kernel.has_codes else 0
 
 
 def check_resources(sources: Sources, report: str) -> tuple[dict[Kernel, int], list[str]]:

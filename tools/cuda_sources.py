@@ -117,6 +117,7 @@ class Sources:
         self.scales = self.lines_with(held, r"\*scale_at\(")
         self.loads_of_singles = self.function("engine/cuda/vectors.h", "load_singles")
         self.singles |= self.loads_of_singles
+        self.singles |= self.function("engine/cuda/vectors.h", "store_singles")
         # Each counter and scalar, once per block, before its loop. NVRTC may merge reads of
         # scalars, which then have no caller.
         self.advance = self.function(chunk, "advance_counters")
