@@ -168,6 +168,9 @@ def test_statements() -> None:
     }
     assert sum(difference > 0.005 for difference in coded["laprop", 2e-3]) == 1
     assert max(coded["sim_ademamix", 4e-4]) < 0
+    control = {f["rule"]: f["differences"] for f in result["figures"] if f["arm"] == "control"}
+    for rule, largest in (("laprop", "0.5"), ("sim_ademamix", "0.3")):
+        assert f"{100 * max(map(abs, control[rule])):.1f}" == largest
     losses = [
         run["held_out_loss"]
         for run in result["runs"]
