@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 import emerging_optimizers as eo
 from emerging_optimizers._user_rules import UserRule
-from emerging_optimizers._user_rules.cuda_kernels import ADVANCE, KERNELS, WITH_CODES, Kernel
+from emerging_optimizers._user_rules.cuda_kernels import ADVANCE, KERNELS, Kernel
 from emerging_optimizers._user_rules.runtime_kernels import RuntimeKernels
 
 pytestmark = [
@@ -463,8 +463,8 @@ def test_compile_builds_all(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Kernel] = []
     monkeypatch.setattr(RuntimeKernels, "_build", lambda _, device, kernel: built.append(kernel))
     rule.compile("cuda")
-    assert len(built) == 15
-    assert set(built) == {*KERNELS, *WITH_CODES, ADVANCE}
+    assert len(built) == 13
+    assert set(built) == {*KERNELS, ADVANCE}
 
 
 SETUP = APPLY._replace(needs_setup=True)

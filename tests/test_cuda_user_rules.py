@@ -246,7 +246,7 @@ def test_8_bit_states(name: str, only_kernels: Callable[[], None]) -> None:
             optimizer.step()
         states = [optimizer.state[param] for param in params]
         assert {s[rule.states[0]].dtype for s in states} == {torch.uint8, torch.float32}
-        kept = [v for s in states for key, v in s.items() if key != "step"]
+        kept = [v.to(device) for s in states for key, v in s.items() if key != "step"]
         return [*(param.detach() for param in params), *kept]
 
     wanted = run("cpu", interpreted(rule))
