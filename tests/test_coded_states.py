@@ -89,6 +89,14 @@ def expected_codes(values: Tensor, code: Any, k: int, position: int, step: int) 
     return encode(values, code, code_noise(bits, k))
 
 
+# On emulated devices, the fallback repeats the CPU's operations.
+@pytest.mark.parametrize(
+    "fused",
+    [
+        pytest.param(False, marks=pytest.mark.once, id="fallback"),
+        pytest.param(None, id="native where possible"),
+    ],
+)
 @every_coded
 @every_option
 def test_steps(setup: Setup, option: str, fused: bool | None) -> None:
