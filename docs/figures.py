@@ -72,6 +72,7 @@ def substitutions() -> dict[str, str]:
         "coded_caption": _caption(coded, "coded-states-cpu.json"),
         "coded_table": _coded(coded["figures"]),
         "coded_missed": _missed(coded["targets"]),
+        "coded_avx2": _coded_slowdown(_read("coded-states-avx2-cpu.json")["figures"]),
         "clipping_caption": _caption(clipping, "clipping-cpu.json"),
         "clipping_table": _ratios(clipping["figures"], CLIPPING),
         "offsets_caption": _caption(offsets, "offsets-cpu.json"),
@@ -158,6 +159,12 @@ def _coded(figures: list[dict[str, Any]]) -> str:
         for name, title in CODED.items()
     ]
     return _table(["", *CODED_SHAPES.values()], rows)
+
+
+def _coded_slowdown(figures: list[dict[str, Any]]) -> str:
+    """Return how many times as long as with float32 states a step takes with 8-bit ones."""
+    (float32,) = (f["times_8bit"]["median"] for f in figures if f["contender"] == "float32")
+    return _round(1 / float32)
 
 
 def _training_caption(result: dict[str, Any], name: str) -> str:
