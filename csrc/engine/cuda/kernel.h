@@ -35,7 +35,7 @@ template <class Rule, class Epilogue, class Real, bool kHasCodes>
 int enqueue_rows(const RuleInstance& rule, const HostOrDeviceScalar& step, const void* epilogue,
                  const void* const* rows, size_t num_rows, const Chip& chip, void* stream) {
   cudaError_t error = cudaSuccess;
-  if constexpr (!kHasCodes || kMayHaveCodes<Rule>) {
+  if constexpr (!kHasCodes || kMayHaveCodes<Rule>) {  // of other rules, never called
     const auto enqueue_launch = [&](const auto& launch, uint32_t num_blocks) {
       error = enqueue(launch, num_blocks, static_cast<cudaStream_t>(stream));
       return error == cudaSuccess;

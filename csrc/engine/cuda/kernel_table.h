@@ -21,7 +21,9 @@ struct KernelKey {
   bool has_codes = false;  // ApplyUpdate in float32, which needs a setup
 
   static constexpr KernelKey advance() { return {kNumEpilogues, 0, false, false}; }
-  static constexpr KernelKey codes(bool is_large) { return {1, 0, is_large, true, true}; }
+  static constexpr KernelKey codes(bool is_large) {
+    return {ApplyUpdate::kIndex, kPrecision<float>, is_large, true, true};
+  }
 
   static constexpr size_t kCodes = size_t{kNumEpilogues} * kNumPrecisions * 4 + 1;
   static constexpr size_t kCount = kCodes + 2;
